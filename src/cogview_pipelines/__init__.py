@@ -1,0 +1,41 @@
+"""
+CogView2 for PyTorch: bilingual text-to-image with a transformer over text and image tokens.
+
+Names are imported on first use (PEP 562), so that the command line starts at once. To diffusers and transformers this module is where
+every public class lives, whichever file defines it: a saved pipeline names only `cogview_pipelines`.
+"""
+
+import importlib
+
+from ._version import __version__
+
+_EXPORTS = {
+    "CogLMConfig": ".models.modeling_coglm",
+    "CogLMModel": ".models.modeling_coglm",
+    "CogView2Pipeline": ".pipelines.pipeline_cogview2",
+    "CogView2PipelineOutput": ".pipelines.pipeline_output",
+    "IcetkTokenizer": ".tokenization_icetk",
+    "IcetkVQConfig": ".models.modeling_icetk_vq",
+    "IcetkVQModel": ".models.modeling_icetk_vq",
+    "LoPARScheduler": ".schedulers.scheduling_lopar",
+    "local_attention": ".ops.local_attention",
+    # The base classes by which the diffusers loader recognises how to load a component.
+    "PreTrainedModel": "transformers",
+    "PreTrainedTokenizer": "transformers",
+    "SchedulerMixin": "diffusers",
+    "DiffusionPipeline": "diffusers",
+}
+
+__all__ = [*(name for name, module in _EXPORTS.items() if module.startswith(".")), "__version__"]
+
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module `{__name__}` has no attribute `{name}`")
+    value = getattr(importlib.import_module(_EXPORTS[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})
