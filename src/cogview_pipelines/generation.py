@@ -1,0 +1,153 @@
+"""The two loops: `generate` appends tokens one by one, `refine` rewrites a canvas in a few parallel passes. Tensors only."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .models.modeling_coglm import CogLMCache, CogLMContext, CogLMModel
+from .sampling import Generators, draw_noise
+from .schedulers.scheduling_lopar import LoPARScheduler
+from .sequences import TokenSequence
+
+Sampler = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+TO_GENERATE = -1
+
+
+@torch.no_grad()
+def generate(
+    model: CogLMModel,
+    context: TokenSequence,
+    sampler: Sampler,
+    entries: torch.Tensor,
+    entry_positions: torch.Tensor,
+    *,
+    num_images_per_context: int | Sequence[int] = 1,
+    text_attention_bias: float = 0.0,
+    full_vocabulary: bool = False,
+    generator: Generators = None,
+    callback: Callable[[int, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """
+    Append tokens to a context, each seeing the whole context and the tokens before it.
+
+    Args:
+        model (`CogLMModel`): A model without super-resolution.
+        context (`TokenSequence`): What is known, encoded in one forward pass.
+        sampler: Function of float32 logits `(batch_size, tokens)` and noise `(batch_size, 2)` that returns tokens `(batch_size,)`.
+        entries (`torch.Tensor` of shape `(batch_size, num_entries)`): Tokens to append; -1 where one is generated.
+        entry_positions (`torch.Tensor` of shape `(num_entries,)`): Their position ids.
+        num_images_per_context (`int` or one per context): Sequences that continue each context, which is encoded once for all of them;
+            `batch_size` counts sequences.
+        text_attention_bias (`float`): Added to the scores of the text keys for all rows, in all layers and heads.
+        full_vocabulary (`bool`): Give the sampler logits of all tokens, not of image tokens only.
+        generator: One generator, or one per sequence.
+        callback: Called with the number of entries written and all entries, after each generated token.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, num_entries)`: The entries, filled in. The argument stays as it is.
+    """
+    device = model.device
+    context, entries, entry_positions = context.to(device), entries.to(device).clone(), entry_positions.to(device)
+    batch_size, num_entries = entries.shape
+    wanted = entries == TO_GENERATE
+    # one pattern for the whole batch: completion masks are shared, and so the loop needs no look at the device
+    is_wanted = wanted[0].tolist()
+    noise = draw_noise((batch_size, num_entries, 2), generator, device)
+
+    context_length = context.input_ids.shape[1]
+    cache = CogLMCache(model.config, len(context), context_length + num_entries, model.dtype, device)
+    output = model(
+        context.input_ids,
+        context.position_ids,
+        context.attention_mask,
+        context.text_mask,
+        text_attention_bias,
+        cache=cache,
+        logits_positions=torch.tensor([context_length - 1], device=device),
+        full_vocabulary=full_vocabulary,
+    )
+    repeats = torch.as_tensor(num_images_per_context, device=device)
+    cache = cache.repeat_interleave(repeats)
+    logits = output.logits[:, -1].repeat_interleave(repeats, 0)
+    key_mask = torch.ones(batch_size, context_length + num_entries, dtype=torch.bool, device=device)
+    key_mask[:, :context_length] = context.key_mask.repeat_interleave(repeats, 0)
+    text_mask = torch.zeros_like(key_mask)
+    text_mask[:, :context_length] = context.text_mask.repeat_interleave(repeats, 0)
+
+    for entry in range(num_entries):
+        if is_wanted[entry]:
+            entries[:, entry] = sampler(logits, noise[:, entry])
+            if callback is not None:
+                callback(entry + 1, entries)
+        if not any(is_wanted[entry + 1 :]):
+            break
+        end = context_length + entry + 1
+        output = model(
+            entries[:, entry : entry + 1],
+            entry_positions[entry].expand(batch_size, 1),
+            key_mask[:, None, :end],
+            text_mask[:, :end],
+            text_attention_bias,
+            cache=cache,
+            full_vocabulary=full_vocabulary,
+        )
+        logits = output.logits[:, -1]
+    return entries
+
+
+@torch.no_grad()
+def refine(
+    model: CogLMModel,
+    scheduler: LoPARScheduler,
+    context: TokenSequence | CogLMContext,
+    tokens: torch.Tensor | None = None,
+    *,
+    cluster_labels: torch.Tensor | None = None,
+    cell_mask: torch.Tensor | None = None,
+    generator: Generators = None,
+    callback: Callable[[int, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """
+    Predict the cells of a canvas pass by pass, as the scheduler says.
+
+    In each pass only the cells that become final are drawn: the others would be masked again before the next pass, so the result has the
+    same distribution as drawing all of them.
+
+    Args:
+        model (`CogLMModel`): A model with super-resolution.
+        scheduler (`LoPARScheduler`): Which cells in which pass, and how they are drawn.
+        context (`TokenSequence` or `CogLMContext`): What the canvas sees; encoded once.
+        tokens (`torch.Tensor` of shape `(batch_size, rows, columns)`, *optional*): The canvas to start from; by default all unknown.
+        cluster_labels (`torch.Tensor` of shape `(num_image_tokens,)`, *optional*): Needed for cluster sampling.
+        cell_mask (`torch.Tensor` of shape `(rows, columns)`, *optional*): Cells outside it keep their tokens.
+        generator: One generator, or one per image.
+        callback: Called with the number of passes done and the canvas after each pass; what is not final yet has its token of before.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, rows, columns)`.
+    """
+    device, (rows, columns) = model.device, model.config.fine_grid
+    if isinstance(context, TokenSequence):
+        context = context.to(device)
+        context = model(
+            context.input_ids, context.position_ids, context.attention_mask, key_mask=context.key_mask
+        ).context
+    batch_size = context.key_mask.shape[0]
+    boi = model.config.boi_token_id
+    canvas = torch.full((batch_size, rows, columns), boi, device=device) if tokens is None else tokens.to(device)
+    noise = draw_noise((batch_size, rows, columns, 2), generator, device)
+    allowed = torch.ones(rows, columns, dtype=torch.bool) if cell_mask is None else cell_mask.cpu()
+    for timestep in scheduler.timesteps.tolist():
+        masked = (scheduler.masked_positions(timestep, rows, columns) & allowed).to(device)
+        drawn = scheduler.final_positions(timestep, rows, columns) & allowed
+        cells = drawn.flatten().nonzero()[:, 0].to(device)
+        drawn = drawn.to(device)
+        if len(cells):
+            visible = canvas.masked_fill(masked, boi)
+            output = model(canvas_ids=visible.flatten(1), context=context, logits_positions=cells)
+            canvas = scheduler.step(
+                output.logits, timestep, canvas, drawn, noise[:, drawn], cluster_labels
+            ).prev_sample
+        if callback is not None:
+            callback(timestep, canvas)
+    return canvas
