@@ -1,0 +1,82 @@
+"""
+Batches as pure functions of the step.
+
+Whatever is drawn for a step (samples, crops, captions, masks) comes from a generator seeded by (seed, step): an interrupted run goes
+on with exactly the batches that it would have seen, and nothing about the data order needs to be saved.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Batch = TypeVar("Batch")
+
+
+def step_generator(seed: int, step: int, micro_step: int = 0, process_index: int = 0) -> torch.Generator:
+    """
+    The generator for all random choices of one forward pass.
+
+    Args:
+        seed (`int`): Seed of the run.
+        step (`int`): Update that the forward pass belongs to.
+        micro_step (`int`, defaults to 0): Which forward pass of the update, with gradient accumulation.
+        process_index (`int`, defaults to 0): Which process, in distributed training.
+
+    Returns:
+        `torch.Generator`: On the CPU, the same for the same arguments on every machine.
+    """
+    digest = hashlib.sha256(f"{seed}|{step}|{micro_step}|{process_index}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def draw_indices(dataset_size: int, count: int, generator: torch.Generator) -> torch.Tensor:
+    """`count` indices below `dataset_size`, each drawn by itself: `(count,)` long."""
+    return torch.randint(dataset_size, (count,), generator=generator)
+
+
+def prefetch(make: Callable[[Item], Batch], items: Iterable[Item], num_workers: int = 1) -> Iterator[tuple[Item, Batch]]:
+    """
+    Yield `(item, make(item))` in order while threads prepare the next ones.
+
+    Args:
+        make (`Callable`): Makes the batch of an item, such as a step; it must not depend on other calls.
+        items (`Iterable`): The items.
+        num_workers (`int`, defaults to 1): Threads, and so batches ahead; with 0 all runs in the caller.
+    """
+    if num_workers == 0:
+        for item in items:
+            yield item, make(item)
+        return
+    pending = deque()
+    with ThreadPoolExecutor(num_workers) as pool:
+        try:
+            for item in items:
+                pending.append((item, pool.submit(make, item)))
+                if len(pending) > num_workers:
+                    item, future = pending.popleft()
+                    yield item, future.result()
+            while pending:
+                item, future = pending.popleft()
+                yield item, future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def image_paths(folder: str | Path) -> list[Path]:
+    """
+    The pictures (PNG, JPEG, WebP) below a folder, sorted.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    suffixes = {".png", ".jpg", ".jpeg", ".webp"}
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in suffixes)
+    if not paths:
+        raise ValueError(f"`{folder}` has no pictures ({', '.join(sorted(suffixes))}).")
+    return paths
