@@ -1,4 +1,4 @@
-"""The two loops: `generate` appends tokens one by one, `refine` rewrites a canvas in a few parallel passes. Tensors only."""
+"""The two loops: `generate` appends tokens one by one, `refine` rewrites a canvas in a few passes. Tensors only."""
 
 from collections.abc import Callable, Sequence
 
@@ -25,6 +25,7 @@ def generate(
     text_attention_bias: float = 0.0,
     full_vocabulary: bool = False,
     generator: Generators = None,
+    device: torch.device | str | None = None,
     callback: Callable[[int, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """
@@ -33,20 +34,23 @@ def generate(
     Args:
         model (`CogLMModel`): A model without super-resolution.
         context (`TokenSequence`): What is known, encoded in one forward pass.
-        sampler: Function of float32 logits `(batch_size, tokens)` and noise `(batch_size, 2)` that returns tokens `(batch_size,)`.
+        sampler: Function of float32 logits `(batch_size, tokens)` and noise `(batch_size, 2)` that returns tokens
+            `(batch_size,)`.
         entries (`torch.Tensor` of shape `(batch_size, num_entries)`): Tokens to append; -1 where one is generated.
         entry_positions (`torch.Tensor` of shape `(num_entries,)`): Their position ids.
-        num_images_per_context (`int` or one per context): Sequences that continue each context, which is encoded once for all of them;
+        num_images_per_context (`int` or one per context): Sequences that continue each context, which is encoded once
+            for all of them;
             `batch_size` counts sequences.
         text_attention_bias (`float`): Added to the scores of the text keys for all rows, in all layers and heads.
         full_vocabulary (`bool`): Give the sampler logits of all tokens, not of image tokens only.
         generator: One generator, or one per sequence.
+        device (`torch.device`, *optional*): Where to compute if hooks move the model; default: where it is.
         callback: Called with the number of entries written and all entries, after each generated token.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, num_entries)`: The entries, filled in. The argument stays as it is.
     """
-    device = model.device
+    device = model.device if device is None else device
     context, entries, entry_positions = context.to(device), entries.to(device).clone(), entry_positions.to(device)
     batch_size, num_entries = entries.shape
     wanted = entries == TO_GENERATE
@@ -105,28 +109,34 @@ def refine(
     cluster_labels: torch.Tensor | None = None,
     cell_mask: torch.Tensor | None = None,
     generator: Generators = None,
+    device: torch.device | str | None = None,
     callback: Callable[[int, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """
     Predict the cells of a canvas pass by pass, as the scheduler says.
 
-    In each pass only the cells that become final are drawn: the others would be masked again before the next pass, so the result has the
+    In each pass only the cells that become final are drawn: the others would be masked again before the next pass, so
+        the result has the
     same distribution as drawing all of them.
 
     Args:
         model (`CogLMModel`): A model with super-resolution.
         scheduler (`LoPARScheduler`): Which cells in which pass, and how they are drawn.
         context (`TokenSequence` or `CogLMContext`): What the canvas sees; encoded once.
-        tokens (`torch.Tensor` of shape `(batch_size, rows, columns)`, *optional*): The canvas to start from; by default all unknown.
+        tokens (`torch.Tensor` of shape `(batch_size, rows, columns)`, *optional*): The canvas to start from; by
+            default all unknown.
         cluster_labels (`torch.Tensor` of shape `(num_image_tokens,)`, *optional*): Needed for cluster sampling.
         cell_mask (`torch.Tensor` of shape `(rows, columns)`, *optional*): Cells outside it keep their tokens.
         generator: One generator, or one per image.
-        callback: Called with the number of passes done and the canvas after each pass; what is not final yet has its token of before.
+        device (`torch.device`, *optional*): Where to compute if hooks move the model; default: where it is.
+        callback: Called with the number of passes done and the canvas after each pass; what is not final yet has its
+            token of before.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, rows, columns)`.
     """
-    device, (rows, columns) = model.device, model.config.fine_grid
+    device = model.device if device is None else device
+    rows, columns = model.config.fine_grid
     if isinstance(context, TokenSequence):
         context = context.to(device)
         context = model(

@@ -1,7 +1,8 @@
 """
 From logits to tokens: pure functions, in which all randomness is the `noise` argument.
 
-`noise` holds uniform numbers in [0, 1). `draw_noise` makes it, image by image, so that the image of a seed does not depend on the batch it
+`noise` holds uniform numbers in [0, 1). `draw_noise` makes it, image by image, so that the image of a seed does not
+depend on the batch it
 is made in; and since a draw needs one number, not one per vocabulary entry, all of it is drawn before a loop starts.
 
 Source: the CogView2 release and section 3.3 of the paper (https://arxiv.org/abs/2204.14217) on cluster sampling.
@@ -23,7 +24,8 @@ def draw_noise(
     Args:
         shape (`tuple[int, ...]`): `(batch_size, ...)`.
         generator (`torch.Generator` or a list of them, *optional*): One for all images, or one per image.
-        device (`torch.device`): Where the result is wanted. Numbers are drawn on the device of the generator, so a seed of a CPU generator
+        device (`torch.device`): Where the result is wanted. Numbers are drawn on the device of the generator, so a
+            seed of a CPU generator
             gives the same image on every device.
 
     Raises:
@@ -59,7 +61,7 @@ def draw(probabilities: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 
 
 def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """Set all but the `k` largest logits of the last dimension to `-inf`; what ties with the k-th stays, as in the release."""
+    """Set all but the `k` largest logits of the last dimension to `-inf`; ties with the k-th stay."""
     threshold = logits.topk(min(k, logits.shape[-1]), dim=-1).values[..., -1:]
     return logits.masked_fill(logits < threshold, float("-inf"))
 
@@ -103,7 +105,8 @@ def sample_cluster_tokens(
     """
     Cluster sampling: first a cluster of similar codes, then a code in it.
 
-    Plain top-k cuts off codes with many near-twins, which share their probability; clusters are compared by their whole mass.
+    Plain top-k cuts off codes with many near-twins, which share their probability; clusters are compared by their
+    whole mass.
 
     Args:
         logits (`torch.Tensor` of shape `(..., num_tokens)`): Scores of the image codes.
@@ -112,7 +115,8 @@ def sample_cluster_tokens(
         temperature (`float`): Divides the logits.
         top_k_clusters (`int`): How many of the heaviest clusters stay.
         cluster_temperature (`float`): Divides the logits again, inside the drawn cluster only.
-        num_clusters (`int`, *optional*): Number of clusters; by default read from the labels, which waits for the device.
+        num_clusters (`int`, *optional*): Number of clusters; by default read from the labels, which waits for the
+            device.
     """
     num_clusters = int(cluster_labels.max()) + 1 if num_clusters is None else num_clusters
     logits = logits.float() / temperature

@@ -1,7 +1,8 @@
 """
 Token order, position ids, attention masks and labels of every task, for generation and for training alike.
 
-Masks are boolean, True = the row may attend to the column. Left padding of shorter texts in a batch attends to itself, so that no
+Masks are boolean, True = the row may attend to the column. Left padding of shorter texts in a batch attends to itself,
+so that no
 softmax is over nothing, and nothing else attends to it.
 
 Source: the CogView2 release; the paper (https://arxiv.org/abs/2204.14217) describes the strategies in section 3.
@@ -22,7 +23,8 @@ class SequenceLayout:
 
     Args:
         image_grid (`tuple[int, int]`): Rows and columns of the low-resolution tokens (release: 20 x 20).
-        image_position (`int`): Position id of `<start_of_image>`; image token `i` has `image_position + 1 + i` (release: 512).
+        image_position (`int`): Position id of `<start_of_image>`; image token `i` has `image_position + 1 + i`
+            (release: 512).
         boi_token_id (`int`): `<start_of_image>`, which also marks the tokens that super-resolution has yet to predict.
         num_image_tokens (`int`): Size of the image vocabulary; text ids start here.
     """
@@ -52,10 +54,12 @@ class TokenSequence:
         input_ids (`torch.Tensor` of shape `(batch_size, length)`): Token ids.
         position_ids (`torch.Tensor` of shape `(batch_size, length)`): Position ids.
         attention_mask (`torch.Tensor` of shape `(batch_size, length, length)`): True = row may attend to column.
-        text_mask (`torch.Tensor` of shape `(batch_size, length)`): True at the text keys, which `text_attention_bias` strengthens.
+        text_mask (`torch.Tensor` of shape `(batch_size, length)`): True at the text keys, which `text_attention_bias`
+            strengthens.
         key_mask (`torch.Tensor` of shape `(batch_size, length)`): True where later tokens may attend: all but padding.
         labels (`torch.Tensor` of shape `(batch_size, length)`, *optional*):
-            What each position is trained to predict (the token after it, not shifted again), -100 where there is no loss.
+            What each position is trained to predict (the token after it, not shifted again), -100 where there is no
+            loss.
     """
 
     input_ids: torch.Tensor
@@ -91,7 +95,8 @@ def stack(sequences: Sequence[TokenSequence]) -> TokenSequence:
 
 def prefix_causal_mask(prefix: torch.Tensor, causal: torch.Tensor) -> torch.Tensor:
     """
-    The mask of text-to-image and captioning: all rows see the prefix, and causal rows also see causal columns up to themselves.
+    The mask of text-to-image and captioning: all rows see the prefix, and causal rows also see causal columns up to
+    themselves.
 
     Args:
         prefix, causal (`torch.Tensor` of shape `(..., length)`): Which positions belong to which part; boolean.
@@ -111,7 +116,8 @@ def pad_text(
     Right-align texts in `num_slots` slots (default: the length of the longest), filling up with id 0 on the left.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: Ids, position ids (0, 1, ... from the first token of each text, padding 0)
+        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: Ids, position ids (0, 1, ... from the first token of each
+        text, padding 0)
         and the mask of real tokens, each of shape `(batch_size, num_slots)`.
     """
     longest = max(map(len, texts))
@@ -147,7 +153,8 @@ def text_to_image(
         texts (sequence of sequences of `int`): Token ids of each text, without `<start_of_image>`.
         layout (`SequenceLayout`): Where things stand.
         image_tokens (`torch.Tensor` of shape `(batch_size, image_length)`, *optional*):
-            Image tokens in raster order, to read the whole sequence at once; without them this is the context for `generate`.
+            Image tokens in raster order, to read the whole sequence at once; without them this is the context for
+            `generate`.
     """
     ids, positions, is_text = pad_text(texts)
     batch_size = len(texts)
@@ -170,7 +177,8 @@ def caption(
     texts: Sequence[Sequence[int]] | None = None,
 ) -> TokenSequence:
     """
-    `image tokens, start token [text, padding]`: all rows see the whole image; start token and text are causal among themselves.
+    `image tokens, start token [text, padding]`: all rows see the whole image; start token and text are causal among
+    themselves.
 
     With `texts`, the labels are the text tokens, each predicted at the position before it; there is no end token.
 
@@ -178,7 +186,8 @@ def caption(
         image_tokens (`torch.Tensor` of shape `(batch_size, image_length)`): Low-resolution tokens in raster order.
         start_token_ids (sequence of `int`): `<start_of_english>` or `<start_of_chinese>` of each image.
         layout (`SequenceLayout`): Where things stand.
-        texts (sequence of sequences of `int`, *optional*): Texts to score; without them this is the context for `generate`.
+        texts (sequence of sequences of `int`, *optional*): Texts to score; without them this is the context for
+        `generate`.
     """
     batch_size = image_tokens.shape[0]
     image_tokens = image_tokens.reshape(batch_size, -1)
@@ -211,7 +220,8 @@ class CompletionTask:
 
     Args:
         context (`TokenSequence`): Text, `<start_of_image>`, and the known cells that do not stand left of a hole.
-        entries (`torch.Tensor` of shape `(batch_size, num_entries)`): Known tokens to append, and -1 where one is generated.
+        entries (`torch.Tensor` of shape `(batch_size, num_entries)`): Known tokens to append, and -1 where one is
+            generated.
         cells (`torch.Tensor` of shape `(num_entries,)`): Raster index of the cell of each entry.
         positions (`torch.Tensor` of shape `(num_entries,)`): Position id of each entry.
     """
@@ -242,10 +252,13 @@ def completion(
     texts: Sequence[Sequence[int]], image_tokens: torch.Tensor, mask: torch.Tensor, layout: SequenceLayout
 ) -> CompletionTask:
     """
-    `[padding] text <start_of_image> context cells | entries`: cells to regenerate come last, each hole after its left neighbour.
+    `[padding] text <start_of_image> context cells | entries`: cells to regenerate come last, each hole after its left
+    neighbour.
 
-    An entry is a masked cell, or a known cell whose right neighbour in the same row is masked: the transformer predicts an entry from
-    the one before it, so a hole is best predicted from the cell on its left. All other known cells are context, seen by all but text.
+    An entry is a masked cell, or a known cell whose right neighbour in the same row is masked: the transformer
+        predicts an entry from
+    the one before it, so a hole is best predicted from the cell on its left. All other known cells are context, seen
+    by all but text.
 
     Args:
         texts (sequence of sequences of `int`): Token ids of each text, without `<start_of_image>`.
@@ -294,9 +307,11 @@ def direct_super_resolution(
     texts: Sequence[Sequence[int]], image_tokens: torch.Tensor, num_text_slots: int, layout: SequenceLayout
 ) -> TokenSequence:
     """
-    The context of direct super-resolution: `padding text` in fixed slots, then the low-resolution tokens, without a token between.
+    The context of direct super-resolution: `padding text` in fixed slots, then the low-resolution tokens, without a
+    token between.
 
-    Text sees text; image tokens see text and the whole image; padding sees padding and text. No row sees padding but padding.
+    Text sees text; image tokens see text and the whole image; padding sees padding and text. No row sees padding but
+    padding.
 
     Args:
         texts (sequence of sequences of `int`): Token ids of each text, without `<start_of_image>`.
@@ -320,10 +335,217 @@ def direct_super_resolution(
 
 def iterative_super_resolution(texts: Sequence[Sequence[int]], num_text_slots: int) -> TokenSequence:
     """
-    The context of iterative super-resolution: the first `num_text_slots` tokens of each text (release: 16), right-aligned.
+    The context of iterative super-resolution: the first `num_text_slots` tokens of each text (release: 16), right-
+    aligned.
 
     Every row sees all text and no padding; with an empty text every key is masked, and the canvas sees itself only.
     """
     ids, positions, is_text = pad_text([list(text)[:num_text_slots] for text in texts], num_text_slots)
     mask = is_text[:, None, :].expand(-1, num_text_slots, -1)
     return TokenSequence(ids, positions, mask, is_text, is_text)
+
+
+# Training samples of CogLM
+# ----------------------------------------------------------------------------------------------
+#
+# A row of training data is `text <pad> [text in another language <pad>] ... image tokens`, filled up with <pad> before
+# the image, or text
+# only. The functions below take the random choices as arguments; `draw_patch_corners` and `draw_text_spans` make them.
+
+MASKED_IMAGE_SHARE = 0.8
+MASKED_TEXT_SHARE = 0.15
+
+
+def split_row(row: torch.Tensor, layout: SequenceLayout, pad_token_id: int) -> tuple[list[slice], slice]:
+    """
+    Find the texts and the image in a row of training data.
+
+    Args:
+        row (`torch.Tensor` of shape `(length,)`): Token ids; the last `layout.image_length` are the image.
+        layout (`SequenceLayout`): Where things stand.
+        pad_token_id (`int`): Ends each text.
+
+    Returns:
+        `tuple[list[slice], slice]`: One or two texts, and the image.
+
+    Raises:
+        ValueError: If no `<pad>` stands before the image, or image tokens stand where text belongs or the reverse.
+    """
+    image_start = len(row) - layout.image_length
+    if image_start < 1:
+        raise ValueError(f"`row` must have more than {layout.image_length} tokens, but has {len(row)}.")
+    if (row[image_start:] >= layout.num_image_tokens).any() or (row[:image_start] < layout.num_image_tokens).any():
+        raise ValueError(
+            f"`row` must hold text ids ({layout.num_image_tokens} and above), then {layout.image_length} image tokens."
+        )
+    ends = (row[:image_start] == pad_token_id).nonzero()[:, 0].tolist()
+    if not ends:
+        raise ValueError(f"`row` must have <pad> ({pad_token_id}) after each text, but has none before the image.")
+    texts = [slice(0, ends[0])]
+    if len(ends) > 1 and ends[1] > ends[0] + 1:
+        texts.append(slice(ends[0] + 1, ends[1]))
+    return texts, slice(image_start, len(row))
+
+
+def generation_sample(
+    row: torch.Tensor, layout: SequenceLayout, pad_token_id: int, second_text: bool = False
+) -> TokenSequence:
+    """
+    Text-to-image: the chosen text is the prefix of `<start_of_image>` and the image; another text stays in the row,
+    unseen.
+
+    Args:
+        row, layout, pad_token_id: As for `split_row`.
+        second_text (`bool`): Train on the second text, if there is one.
+    """
+    texts, image = split_row(row, layout, pad_token_id)
+    text = texts[-1] if second_text else texts[0]
+    ids = row.clone().long()
+    ids[image.start - 1] = layout.boi_token_id
+    positions, prefix, causal = _empty_row(ids)
+    positions[text] = torch.arange(text.stop - text.start)
+    positions[image.start - 1] = layout.image_position
+    positions[image] = layout.image_positions
+    prefix[text] = True
+    causal[image.start - 1 :] = True
+    labels = torch.full_like(ids, IGNORED_LABEL)
+    labels[image.start - 1 : -1] = ids[image]
+    sequence = TokenSequence(ids, positions, prefix_causal_mask(prefix, causal), prefix, prefix | causal, labels)
+    return sequence._map(lambda value: value[None])
+
+
+def captioning_sample(
+    row: torch.Tensor,
+    layout: SequenceLayout,
+    pad_token_id: int,
+    start_token_ids: Sequence[int],
+    corners: Sequence[tuple[int, int]],
+    patch_size: int = 4,
+) -> TokenSequence:
+    """
+    Captioning and mask prediction at once: texts are predicted from the image, and image patches from the rest of the
+        image.
+
+    Args:
+        row, layout, pad_token_id: As for `split_row`.
+        start_token_ids (sequence of `int`): The start token of each text, by its language.
+        corners (sequence of `tuple[int, int]`): Row and column of the first cell of each masked patch; patches may
+        overlap.
+        patch_size (`int`): Edge of the patches in cells. In each row of a patch all cells but the first are predicted.
+    """
+    texts, image = split_row(row, layout, pad_token_id)
+    ids = row.clone().long()
+    ids[1 : image.start] = row[: image.start - 1]
+    positions, _, _ = _empty_row(ids)
+    positions[image] = layout.image_positions
+    labels = torch.full_like(ids, IGNORED_LABEL)
+
+    in_patch = torch.zeros(layout.image_grid, dtype=torch.bool)
+    predicts = torch.zeros(layout.image_grid, dtype=torch.bool)  # the label of a cell is the next one
+    for corner_row, corner_column in corners:
+        patch_rows = slice(corner_row, corner_row + patch_size)
+        in_patch[patch_rows, corner_column : corner_column + patch_size] = True
+        predicts[patch_rows, corner_column : corner_column + patch_size - 1] = True
+    context = torch.zeros_like(ids, dtype=torch.bool)
+    context[image] = ~in_patch.flatten()
+    patches = torch.zeros_like(context)
+    patches[image] = in_patch.flatten()
+    mask = prefix_causal_mask(context, patches)
+    next_ids = ids.roll(-1)
+    labels[image][predicts.flatten()] = next_ids[image][predicts.flatten()]
+
+    is_text = torch.zeros_like(context)
+    for start_token_id, text in zip(start_token_ids, texts):
+        # everything before the image has moved by one: the start token stands where the text began
+        with_start = slice(text.start, text.stop + 1)
+        ids[text.start] = start_token_id
+        positions[with_start] = torch.arange(text.stop + 1 - text.start)
+        labels[text] = row[text].long()
+        rows = torch.zeros_like(context)
+        rows[with_start] = True
+        is_text |= rows
+        mask |= prefix_causal_mask(torch.zeros_like(rows), rows)
+        mask[with_start, image] = True
+    sequence = TokenSequence(ids, positions, mask, is_text, is_text | context | patches, labels)
+    return sequence._map(lambda value: value[None])
+
+
+def text_sample(row: torch.Tensor, spans: Sequence[tuple[int, int]]) -> TokenSequence:
+    """
+    Text only: spans are predicted causally from the text around them.
+
+    What lies between spans is open: open rows see all open columns, and all rows see open columns. From a span's first
+        token to the token
+    after its last, and behind the last span, rows are causal.
+
+    Args:
+        row (`torch.Tensor` of shape `(length,)`): Text ids.
+        spans (sequence of `tuple[int, int]`): Start and length of each span in ascending order: the loss is on these
+        positions, whose
+            labels are the tokens after them.
+    """
+    ids = row.clone().long()
+    positions = torch.arange(len(ids))
+    labels = torch.full_like(ids, IGNORED_LABEL)
+    is_open = torch.zeros_like(ids, dtype=torch.bool)
+    before = 0
+    for start, length in spans:
+        is_open[before:start] = True
+        labels[start : start + length] = ids.roll(-1)[start : start + length]
+        before = start + length + 1
+    mask = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+    mask = torch.where(is_open[:, None], is_open[None], mask | is_open[None])
+    everything = torch.ones_like(is_open)
+    return TokenSequence(ids, positions, mask, everything, everything, labels)._map(lambda value: value[None])
+
+
+def draw_patch_corners(
+    layout: SequenceLayout, generator: torch.Generator, patch_size: int = 4
+) -> list[tuple[int, int]]:
+    """
+    Corners of the masked patches: as many as cover 80 % of the image if none overlapped, all different.
+
+    Unlike the release, whose patches never reach the last row and column, corners are drawn from all places where a
+    patch fits.
+    """
+    rows, columns = (side - patch_size + 1 for side in layout.image_grid)
+    count = min(int(MASKED_IMAGE_SHARE * layout.image_length / patch_size**2), rows * columns)
+    chosen = torch.randperm(rows * columns, generator=generator)[:count].tolist()
+    return [(corner // columns, corner % columns) for corner in chosen]
+
+
+def draw_text_spans(length: int, generator: torch.Generator) -> list[tuple[int, int]]:
+    """Spans of Poisson(3) tokens, at least one token each, that cover at most 15 % of a text of `length` tokens."""
+    count = int(length / 3 * MASKED_TEXT_SHARE) + 10
+    lengths = torch.poisson(torch.full((count,), 3.0), generator=generator).long().tolist()
+    starts = torch.randperm(length, generator=generator)
+    return place_text_spans(length, lengths, starts)
+
+
+def place_text_spans(length: int, lengths: Sequence[int], starts: torch.Tensor) -> list[tuple[int, int]]:
+    """
+    Turn drawn lengths and starts into spans that neither overlap nor leave the text.
+
+    Args:
+        length (`int`): Tokens of the text.
+        lengths (sequence of `int`): Drawn lengths, of which those stay whose sum is at most 15 % of the text.
+        starts (`torch.Tensor`): Distinct drawn starts; of those small enough, one per span is used, in drawing order.
+    """
+    kept, total = [], 0
+    for span in (max(int(value), 1) for value in lengths):
+        if total + span > MASKED_TEXT_SHARE * length:
+            break
+        kept.append(span)
+        total += span
+    chosen = sorted(starts[starts < length - total][: len(kept)].tolist())
+    spans, shift = [], 0
+    for start, span in zip(chosen, kept):
+        spans.append((start + shift, span))
+        shift += span
+    return spans
+
+
+def _empty_row(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Positions of zero and two empty masks for a row."""
+    empty = torch.zeros_like(ids, dtype=torch.bool)
+    return torch.zeros_like(ids), empty, empty.clone()

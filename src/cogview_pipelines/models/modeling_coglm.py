@@ -19,7 +19,8 @@ SUPER_RESOLUTIONS = (None, "direct", "iterative")
 
 class CogLMConfig(PreTrainedConfig):
     """
-    Configuration of [`CogLMModel`]. The defaults are the released 6B CogLM; `super_resolution` makes it one of the other two stages.
+    Configuration of [`CogLMModel`]. The defaults are the released 6B CogLM; `super_resolution` makes it one of the
+    other two stages.
 
     Args:
         vocab_size (`int`): Rows of the token embedding: image tokens, text tokens, special tokens and rows to spare.
@@ -31,7 +32,8 @@ class CogLMConfig(PreTrainedConfig):
         image_grid (`Sequence[int]`): Rows and columns of the low-resolution tokens.
         max_text_tokens (`int`): The longest text that text-to-image takes, without `<start_of_image>`.
         super_resolution (`str`, *optional*):
-            `None`: CogLM itself. `"direct"`: the canvas has attention projections of its own and sees a window of the low-resolution
+            `None`: CogLM itself. `"direct"`: the canvas has attention projections of its own and sees a window of the
+            low-resolution
             tokens. `"iterative"`: the canvas sees the text slots.
         fine_grid (`Sequence[int]`): Rows and columns of the canvas (super-resolution only).
         num_text_slots (`int`): Text slots of the super-resolution context (default: 96 direct, 16 iterative).
@@ -40,9 +42,12 @@ class CogLMConfig(PreTrainedConfig):
         hidden_dropout, attention_dropout (`float`): Dropout of sub-layer outputs and of dense attention, in training.
         layer_norm_eps (`float`): Epsilon of all layer norms.
         pb_relaxation_alpha (`float`, *optional*):
-            Precision-bottleneck relaxation: dense scores are computed divided by this and multiplied back after the row maximum has been
-            taken away, which keeps float16 from overflowing. The result is the same; it is slower than fused attention.
-        shares_backbone (`bool`): Direct super-resolution only: all but the extra weights are those of another model, which
+            Precision-bottleneck relaxation: dense scores are computed divided by this and multiplied back after the
+            row maximum has been
+            taken away, which keeps float16 from overflowing. The result is the same; it is slower than fused
+            attention.
+        shares_backbone (`bool`): Direct super-resolution only: all but the extra weights are those of another model,
+            which
             [`CogLMModel.share_backbone`] lends; they are neither saved nor loaded here.
         boi_token_id, start_of_english_token_id, start_of_chinese_token_id, pad_token_id (`int`): Special tokens.
         initializer_range (`float`): Standard deviation of new weights.
@@ -83,7 +88,7 @@ class CogLMConfig(PreTrainedConfig):
             raise ValueError(f"`super_resolution` must be one of {SUPER_RESOLUTIONS}, but is {super_resolution!r}.")
         if hidden_size % num_attention_heads:
             raise ValueError(
-                f"`hidden_size` must be a multiple of `num_attention_heads` ({num_attention_heads}), but is {hidden_size}."
+                f"`hidden_size` must be a multiple of the {num_attention_heads} heads, but is {hidden_size}."
             )
         if shares_backbone and super_resolution != "direct":
             raise ValueError(
@@ -96,7 +101,7 @@ class CogLMConfig(PreTrainedConfig):
         last_position = image_position + image_grid[0] * image_grid[1]
         if last_position >= max_position_embeddings:
             raise ValueError(
-                f"`max_position_embeddings` must be above {last_position} for this grid, but is {max_position_embeddings}."
+                f"`max_position_embeddings` must be above {last_position} here, but is {max_position_embeddings}."
             )
         self.vocab_size = vocab_size
         self.num_image_tokens = num_image_tokens
@@ -198,7 +203,8 @@ class CogLMModelOutput(ModelOutput):
     Args:
         loss (`torch.Tensor`, *optional*): Mean cross-entropy over all positions with a label.
         logits (`torch.Tensor`, *optional*):
-            Float32 scores over the image vocabulary, or over all of it, of shape `(batch_size, positions, tokens)`. While `labels` are
+            Float32 scores over the image vocabulary, or over all of it, of shape `(batch_size, positions, tokens)`.
+            While `labels` are
             given, only of the positions that have one: `(labelled, tokens)`, in order.
         hidden_states (`tuple[torch.Tensor]`, *optional*): The states after each layer.
         context (`CogLMContext`, *optional*): Super-resolution: the encoded context, to be passed to the next pass.
@@ -283,9 +289,11 @@ class CogLMMLP(nn.Module):
 
 class CogLMLayer(GradientCheckpointingLayer):
     """
-    One layer in Sandwich-LN order: each sub-layer has a norm before it and another one between it and the residual addition.
+    One layer in Sandwich-LN order: each sub-layer has a norm before it and another one between it and the residual
+    addition.
 
-    With `context`, the rows are canvas cells: attention is local, over windows and the context's keys. Otherwise it is dense.
+    With `context`, the rows are canvas cells: attention is local, over windows and the context's keys. Otherwise it is
+    dense.
     """
 
     def __init__(self, config: CogLMConfig, index: int):
@@ -349,7 +357,8 @@ class CogLMLayer(GradientCheckpointingLayer):
 
 class CogLMModel(PreTrainedModel):
     """
-    The transformer of CogView2: text-to-image, captioning and completion, and by `config.super_resolution` direct or iterative
+    The transformer of CogView2: text-to-image, captioning and completion, and by `config.super_resolution` direct or
+        iterative
     super-resolution.
 
     Input is token plus position embedding, output the product with the token embedding. Source: the CogView2 release;
@@ -407,14 +416,17 @@ class CogLMModel(PreTrainedModel):
         Dense rows (`input_ids`), canvas rows (`canvas_ids`), or both; `sequences.py` makes the arguments of each task.
 
         Args:
-            input_ids, position_ids (`torch.Tensor` of shape `(batch_size, length)`): Dense rows: the sequence, or the context of the canvas.
+            input_ids, position_ids (`torch.Tensor` of shape `(batch_size, length)`): Dense rows: the sequence, or the
+                context of the canvas.
             attention_mask (`torch.Tensor` of shape `(batch_size, length, keys)`, *optional*):
                 True = may attend; `keys` counts what the cache holds, too. Without it, every row attends to every key.
             text_mask (`torch.Tensor` of shape `(batch_size, keys)`, *optional*): Which keys get `text_attention_bias`.
             text_attention_bias (`float`): Added to the scores of text keys, in all layers and heads.
-            key_mask (`torch.Tensor` of shape `(batch_size, length)`, *optional*): Super-resolution: False at padding of the context.
+            key_mask (`torch.Tensor` of shape `(batch_size, length)`, *optional*): Super-resolution: False at padding
+                of the context.
             labels (`torch.Tensor`, *optional*):
-                Target of each position, not shifted here, -100 = none; of shape `(batch_size, canvas_length)` if there is a canvas,
+                Target of each position, not shifted here, -100 = none; of shape `(batch_size, canvas_length)` if there
+                is a canvas,
                 else `(batch_size, length)`.
             cache (`CogLMCache`, *optional*): Dense rows are appended to it and attend to what it holds.
             canvas_ids (`torch.Tensor` of shape `(batch_size, canvas_length)`, *optional*):
@@ -463,7 +475,8 @@ class CogLMModel(PreTrainedModel):
         """
         Float32 scores of the states after the last layer: `(..., hidden_size)` -> `(..., tokens)`.
 
-        The release multiplies in float32 except in iterative super-resolution. Under autocast the product follows autocast.
+        The release multiplies in float32 except in iterative super-resolution. Under autocast the product follows
+        autocast.
         """
         hidden_states = self.final_layernorm(hidden_states)
         weight = self.word_embeddings.weight
@@ -518,7 +531,8 @@ class CogLMModel(PreTrainedModel):
         """
         A super-resolution model that starts from a trained CogLM, as the release's training does.
 
-        Canvas attention starts as a copy of the layer's own. Each canvas cell gets the position embedding of the low-resolution cell
+        Canvas attention starts as a copy of the layer's own. Each canvas cell gets the position embedding of the low-
+        resolution cell
         it lies in (the release tiles the low-resolution table instead, shifted by one).
 
         Args:
@@ -549,7 +563,8 @@ class CogLMModel(PreTrainedModel):
 
     def share_backbone(self, transformer: "CogLMModel") -> None:
         """
-        Use the parameters of `transformer` for everything but the canvas: one copy in memory, none in this model's files.
+        Use the parameters of `transformer` for everything but the canvas: one copy in memory, none in this model's
+        files.
 
         Raises:
             ValueError: If the shapes of the two models differ.
@@ -594,9 +609,11 @@ def attention_bias(
     attention_mask: torch.Tensor | None, text_mask: torch.Tensor | None, text_attention_bias: float, dtype: torch.dtype
 ) -> torch.Tensor | None:
     """
-    Mask and text bias as one tensor `(batch_size, 1, rows, keys)` to add to the scores; `None` where it would be all zero.
+    Mask and text bias as one tensor `(batch_size, 1, rows, keys)` to add to the scores; `None` where it would be all
+    zero.
 
-    Masked scores get a large negative number instead of minus infinity, so that a row with every key masked attends to all of them alike,
+    Masked scores get a large negative number instead of minus infinity, so that a row with every key masked attends to
+    all of them alike,
     as in the release.
     """
     if attention_mask is None and (text_mask is None or not text_attention_bias):

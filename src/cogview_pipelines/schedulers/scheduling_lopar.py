@@ -34,17 +34,22 @@ class LoPARSchedulerOutput(BaseOutput):
 
 class LoPARScheduler(SchedulerMixin, ConfigMixin):
     """
-    A small grid of step numbers, tiled over the canvas: a cell with entry `v` is predicted in pass `v` and final from then on.
+    A small grid of step numbers, tiled over the canvas: a cell with entry `v` is predicted in pass `v` and final from
+        then on.
 
-    In pass `t` the transformer sees every cell with an entry of `t` or more as unknown. An entry below 1 keeps its token always. Direct
-    super-resolution is the grid `[[1]]`: all cells in one pass. There is no state between steps, so pipelines may share a scheduler.
+    In pass `t` the transformer sees every cell with an entry of `t` or more as unknown. An entry below 1 keeps its
+    token always. Direct
+    super-resolution is the grid `[[1]]`: all cells in one pass. There is no state between steps, so pipelines may
+    share a scheduler.
 
     Args:
         step_grid (`Sequence[Sequence[int]]`): The grid; default: the released 6 x 6 grid of 6 passes.
-        top_k (`Sequence[int]`): Of each pass, how many tokens (or clusters) stay in the draw; one number for all passes is also taken.
+        top_k (`Sequence[int]`): Of each pass, how many tokens (or clusters) stay in the draw; one number for all
+            passes is also taken.
         temperature (`float`): Divides the logits.
         cluster_temperature (`float`, *optional*):
-            If given, draw by cluster sampling: `top_k` counts clusters, and inside the cluster the logits are divided by this again.
+            If given, draw by cluster sampling: `top_k` counts clusters, and inside the cluster the logits are divided
+                by this again.
 
     Source: section 3.2 of the paper (https://arxiv.org/abs/2204.14217); grid and top-k from the release.
     """
@@ -66,7 +71,7 @@ class LoPARScheduler(SchedulerMixin, ConfigMixin):
         missing = set(range(1, num_steps + 1)) - {entry for row in step_grid for entry in row}
         if num_steps < 1 or missing:
             raise ValueError(
-                f"`step_grid` must use every step from 1 to its largest entry ({num_steps}); missing: {sorted(missing)}."
+                f"`step_grid` must use every step from 1 to its largest ({num_steps}); missing: {sorted(missing)}."
             )
         if not isinstance(top_k, int) and len(top_k) != num_steps:
             raise ValueError(
@@ -81,7 +86,7 @@ class LoPARScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def diagonal(cls, sigma: int, **kwargs) -> "LoPARScheduler":
-        """The paper's schedule: anti-diagonals of `sigma` x `sigma` blocks, `2 * sigma - 1` passes that leave no cell out."""
+        """The paper's schedule: anti-diagonals of `sigma` x `sigma` blocks, `2 * sigma - 1` passes."""
         if sigma < 1:
             raise ValueError(f"`sigma` must be at least 1, but is {sigma}.")
         kwargs.setdefault("top_k", RELEASED_TOP_K[0])
@@ -119,7 +124,8 @@ class LoPARScheduler(SchedulerMixin, ConfigMixin):
         The grid tiled over a canvas.
 
         Returns:
-            `torch.Tensor` of shape `(height, width)`: The pass in which each cell becomes final; below 1: never predicted.
+            `torch.Tensor` of shape `(height, width)`: The pass in which each cell becomes final; below 1: never
+            predicted.
         """
         grid = torch.tensor(self.config.step_grid)
         rows, columns = grid.shape
@@ -134,7 +140,7 @@ class LoPARScheduler(SchedulerMixin, ConfigMixin):
         return self.step_map(height, width) >= timestep
 
     def final_positions(self, timestep: int, height: int, width: int) -> torch.Tensor:
-        """`(height, width)` mask, True where pass `timestep` sets the token; later passes set the rest of the unknown cells."""
+        """`(height, width)` mask, True where pass `timestep` sets the token; later passes set the rest."""
         return self.step_map(height, width) == timestep
 
     def step(
@@ -150,7 +156,8 @@ class LoPARScheduler(SchedulerMixin, ConfigMixin):
         Draw the tokens of one pass.
 
         Args:
-            model_output (`torch.Tensor` of shape `(batch_size, num_positions, num_tokens)`): Logits at `positions`, in raster order.
+            model_output (`torch.Tensor` of shape `(batch_size, num_positions, num_tokens)`): Logits at `positions`, in
+                raster order.
             timestep (`int`): The pass, counted from 1.
             sample (`torch.Tensor` of shape `(batch_size, rows, columns)`): The canvas before the pass.
             positions (`torch.Tensor` of shape `(rows, columns)`): True where a token is drawn.
