@@ -183,6 +183,7 @@ def order_pieces(model: bytes) -> tuple[bytes, dict[str, int]]:
     pieces = [type(piece).FromString(piece.SerializeToString()) for piece in special + normal]
     del proto.pieces[:]
     proto.pieces.extend(pieces)
+    proto.trainer_spec.ClearField("seed_sentencepieces_file")  # the path of a temporary file
     return proto.SerializeToString(), {name: counts[name] for name in GROUPS}
 
 

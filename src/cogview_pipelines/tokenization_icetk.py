@@ -234,7 +234,7 @@ class IcetkTokenizer(PreTrainedTokenizer):
 
     def tokenize(self, text: str, keep_linebreaks: bool = False, **kwargs) -> list[str]:
         """
-        The pieces of a text. A run of unknown characters is one entry, which stands for itself and has the id of `<unk>`.
+        The pieces of a text. A run of unknown characters is one entry, spelled as in the text, with the id of `<unk>`.
 
         Args:
             text (`str`): Any text, also empty.
