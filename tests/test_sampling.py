@@ -1,8 +1,8 @@
 """
 Sampling against closed forms.
 
-`draw` inverts a cumulative sum, so over `n` evenly spaced noises a choice of probability `p` must come up `n * p` times to within one:
-distributions are tested exactly, without chance.
+`draw` inverts a cumulative sum, so over `n` evenly spaced noises a choice of probability `p` must come up `n * p` times to
+within one: distributions are tested exactly, without chance.
 """
 
 import pytest
@@ -170,7 +170,7 @@ def test_the_temperature_inside_a_cluster_does_not_move_mass_between_clusters():
 
 
 def test_cluster_sampling_keeps_twins_that_top_k_cuts_off():
-    """Ten near-equal codes of 0.06 in one cluster together outweigh the single code of 0.4: what the sampler is for."""
+    """Ten codes of 0.06 in one cluster together outweigh the single code of 0.4: what the sampler is for."""
     probabilities = torch.tensor([0.4] + [0.06] * 10)
     labels = torch.tensor([0] + [1] * 10)
     noise = torch.cartesian_prod(spaced_noise(50), spaced_noise(50))
