@@ -1,8 +1,8 @@
 """
 Sampling against closed forms.
 
-`draw` inverts a cumulative sum, so over `n` evenly spaced noises a choice of probability `p` must come up `n * p` times to
-within one: distributions are tested exactly, without chance.
+`draw` inverts a cumulative sum, so over `n` evenly spaced noises a choice of probability `p` must come up `n * p`
+times, to within one: distributions are tested exactly, without chance.
 """
 
 import pytest
