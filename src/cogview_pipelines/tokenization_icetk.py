@@ -249,7 +249,8 @@ class IcetkTokenizer(PreTrainedTokenizer):
             return self._tokenize(text, keep_linebreaks)
         pieces = []
         for part in self.tokens_trie.split(text):
-            pieces += [part] if part in self._added_tokens_encoder else self._tokenize(part, keep_linebreaks)
+            is_added = self._added_tokens_encoder.get(part, -1) >= self.vocab_size
+            pieces += [part] if is_added else self._tokenize(part, keep_linebreaks)
         return pieces
 
     def _tokenize(self, text: str, keep_linebreaks: bool = False) -> list[str]:
