@@ -285,9 +285,10 @@ def train_tokenizer(config: TokenizerConfig) -> dict:
     tokenizer.save_pretrained(config.output_dir)
     report = {"vocab_size": len(tokenizer), "num_pieces": sum(counts.values()), "ranges": ranges}
     lengths = {"en": {}, "zh": {}}
+    chinese = ranges["zh"][0] - config.num_image_tokens
     for text in dict.fromkeys(texts):
-        ids = tokenizer.encode(text)
-        lengths[tokenizer.language(ids)][text] = len(ids)
+        pieces = tokenizer.sp_model.encode(text)  # far faster than `tokenizer.encode`, and the same
+        lengths["zh" if max(pieces, default=0) >= chinese else "en"][text] = len(pieces)
     for language, of_text in lengths.items():
         if of_text:
             longest = max(of_text, key=of_text.get)
