@@ -1,12 +1,14 @@
 """
-Makes the demo data that the package ships: fetches four emoji artwork sets and the Unicode names, and renders the drawings.
+Makes the demo data that the package ships: fetches four emoji artwork sets and the Unicode names, and renders the
+drawings.
 
-    pip install -e ".[data]"                                                       # resvg-py; npm must be installed too
-    python training_scripts/emoji/prepare_data.py                                  # write src/cogview_pipelines/emoji/data again
+    pip install -e ".[data]"  # resvg-py; npm must be installed too
+    python training_scripts/emoji/prepare_data.py  # write src/cogview_pipelines/emoji/data again
     python training_scripts/emoji/prepare_data.py --full_size_folder data/sprites  # and drawings for 480 px pictures
 
-Downloads 26 MB once (kept in `--download_folder`) and renders for about a minute on one core. Nothing of the packages is executed. The versions
-are pinned: artists redraw between releases, and the scorer's references must be the drawings that a model was trained on.
+Downloads 26 MB once (kept in `--download_folder`) and renders for about a minute on one core. Nothing of the packages
+is executed. The versions are pinned: artists redraw between releases, and the scorer's references must be the drawings
+that a model was trained on.
 """
 
 import csv
@@ -99,7 +101,8 @@ class Artwork:
         width, height = icon.get("width", 16), icon.get("height", 16)
         return (
             '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-            f' width="{width}" height="{height}" viewBox="{icon["left"]} {icon["top"]} {width} {height}">{icon["body"]}</svg>'
+            f' width="{width}" height="{height}" viewBox="{icon["left"]} {icon["top"]} {width} {height}">'
+            f"{icon['body']}</svg>"
         )
 
 
@@ -115,9 +118,14 @@ def curated_rows() -> list[dict[str, str]]:
     for colour in SHAPE_COLOURS:
         for shape in SHAPES:
             noun, (shape_zh, measure) = f"{colour} {shape}", SHAPES_ZH[shape]
-            noun_zh = BACKGROUNDS[colour].chinese + shape_zh
             rows.append(
-                dict(name=NAMES_OF_SHAPES.get(noun, noun), noun=noun, noun_zh=noun_zh, measure=measure, shape=shape)
+                {
+                    "name": NAMES_OF_SHAPES.get(noun, noun),
+                    "noun": noun,
+                    "noun_zh": BACKGROUNDS[colour].chinese + shape_zh,
+                    "measure": measure,
+                    "shape": shape,
+                }
             )
     return rows
 
@@ -142,7 +150,9 @@ def name_concepts(names: Package) -> dict[str, dict]:
 
 
 def rasterise(svg: str, size: int = FULL_SIZE) -> Image.Image:
-    """A square RGBA picture of the drawing, cropped to what is painted (padding would give the style away), centred."""
+    """
+    A square RGBA picture of the drawing, cropped to what is painted (padding would give the style away), centred.
+    """
     import resvg_py
 
     png = resvg_py.svg_to_bytes(svg_string=svg, width=size, skip_system_fonts=True)

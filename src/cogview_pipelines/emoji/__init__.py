@@ -1,8 +1,9 @@
 """
-The demo data: captioned pictures composed from four emoji artwork sets, in English and Chinese, and a scorer that reads them back.
+The demo data: captioned pictures composed from four emoji artwork sets, in English and Chinese, and a scorer that
+reads them back.
 
-A [`Scene`] says what a picture shows; `captions`, `render` and `split` are functions of a scene; a [`Scope`] is the set of scenes that a
-model was trained on; the [`Scorer`] judges a picture against a scene without a neural network.
+A [`Scene`] says what a picture shows; `captions`, `render` and `split` are functions of a scene; a [`Scope`] is the
+set of scenes that a model was trained on; the [`Scorer`] judges a picture against a scene without a neural network.
 """
 
 from .captions import CAPTION_VARIANT_KINDS, LANGUAGES, caption_variants, captions, sample_caption

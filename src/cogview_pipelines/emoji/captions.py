@@ -1,4 +1,7 @@
-"""The words of a scene, in English and Chinese. Templates are fixed, so that scores can be compared; variants are for training only."""
+"""
+The words of a scene, in English and Chinese. Templates are fixed, so that scores can be compared; variants are for
+training only.
+"""
 
 import random
 from collections.abc import Mapping
@@ -30,7 +33,8 @@ def _readings(scene: Scene) -> tuple[Scene, ...]:
 
 def captions(scene: Scene, language: str) -> list[str]:
     """
-    Every caption that the templates give a scene: three for a single object, two for each of the two true readings of a pair.
+    Every caption that the templates give a scene: three for a single object, two for each of the two true readings of
+    a pair.
 
     Args:
         scene (`Scene`): What is shown; for a pair, its own reading comes first.
@@ -86,8 +90,9 @@ def caption_variants(scene: Scene, language: str) -> dict[str, list[str]]:
         language (`str`): `"en"` or `"zh"`.
 
     Returns:
-        `dict[str, list[str]]`: By kind. `complete` says all that the templates say; `no_style`, `no_background` and `objects_only` leave
-        out what their name says, so that several pictures fit; `no_relation` (pairs only) names two objects but not their places.
+        `dict[str, list[str]]`: By kind. `complete` says all that the templates say; `no_style`, `no_background` and
+        `objects_only` leave out what their name says, so that several pictures fit; `no_relation` (pairs only) names
+        two objects but not their places.
     """
     _check_language(language)
     write = _english_variants if language == "en" else _chinese_variants
@@ -163,8 +168,8 @@ def sample_caption(
         language (`str`): `"en"` or `"zh"`.
         rng (`random.Random`): Source of chance.
         variant_probabilities (`Mapping[str, float]`, *optional*):
-            For kinds of [`caption_variants`], how often a caption of that kind is taken; otherwise, and for a kind that the scene does not
-            have, a template is. By default always a template.
+            For kinds of [`caption_variants`], how often a caption of that kind is taken; otherwise, and for a kind
+            that the scene does not have, a template is. By default always a template.
 
     Raises:
         ValueError: If a kind is not known, or the probabilities are negative or exceed 1 together.
@@ -173,8 +178,8 @@ def sample_caption(
         unknown = [kind for kind in variant_probabilities if kind not in CAPTION_VARIANT_KINDS]
         if unknown or min(variant_probabilities.values()) < 0 or sum(variant_probabilities.values()) > 1 + 1e-9:
             raise ValueError(
-                f"`variant_probabilities` must map kinds among {list(CAPTION_VARIANT_KINDS)} to probabilities that are at most 1 together,"
-                f" got {dict(variant_probabilities)}."
+                f"`variant_probabilities` must map kinds among {list(CAPTION_VARIANT_KINDS)} to probabilities that are"
+                f" at most 1 together, got {dict(variant_probabilities)}."
             )
         left = rng.random()
         for kind, probability in variant_probabilities.items():

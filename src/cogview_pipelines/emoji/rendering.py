@@ -10,14 +10,17 @@ from .scenes import BACKGROUNDS, DATA_FOLDER, STYLES, Scene, load_concepts
 NATIVE_SIZE = 240  # pixels; the shipped sprites fill the largest slot of such a picture one to one
 FULL_SIZE = 480  # pixels; pictures beyond the native size need full-size sprites
 SHEET_COLUMNS = 12
-# Left, top and side of each slot, in twentieths of the picture: at 80, 160, 240 and 480 px every corner is on the grid of 8x8 tokens
-# of the 160 px picture, so that one grid of tokens cuts an object in the same way in every scene.
+# Left, top and side of each slot, in twentieths of the picture: every corner is on the grid of the 20x20 tokens of a
+# 160 px picture at 8 px a token, so that tokens cut an object in the same way in every scene.
 SLOTS = {"centre": (4, 4, 12), "left": (1, 6, 8), "right": (11, 6, 8), "top": (6, 1, 8), "bottom": (6, 11, 8)}
 GRID = 20
+_PREPARE = "Write full-size drawings with `training_scripts/emoji/prepare_data.py --full_size_folder FOLDER`"
 
 
 def slot_boxes(scene: Scene, size: int) -> list[tuple[float, float, float]]:
-    """Left, top and side, in pixels, of the square that each object of the scene fills in a picture of `size` pixels."""
+    """
+    Left, top and side, in pixels, of the square that each object of the scene fills in a picture of `size` pixels.
+    """
     return [tuple(value * size / GRID for value in SLOTS[slot]) for slot in scene.slots]
 
 
@@ -34,8 +37,8 @@ class SpriteSet:
 
     Args:
         folder (`str` or `Path`, *optional*):
-            Folder of full-size drawings, `<style>/<hexcode>.png`, as `training_scripts/emoji/prepare_data.py --full_size_folder` writes
-            it. By default the drawings of 144 px that come with the package.
+            Folder of full-size drawings, `<style>/<hexcode>.png`, as `training_scripts/emoji/prepare_data.py
+            --full_size_folder` writes it. By default the drawings of 144 px that come with the package.
 
     Raises:
         ValueError: If the folder does not hold a drawing of each style and concept.
@@ -51,8 +54,8 @@ class SpriteSet:
             missing = [name for name in names if not (self.folder / name).is_file()]
             if missing:
                 raise ValueError(
-                    f"`folder` must hold full-size drawings, but {self.folder} lacks {len(missing)} of {len(names)}, the first being"
-                    f" {missing[0]}. Write them with `training_scripts/emoji/prepare_data.py --full_size_folder FOLDER`."
+                    f"`folder` must hold full-size drawings, but {self.folder} lacks {len(missing)} of {len(names)},"
+                    f" the first being {missing[0]}. {_PREPARE}."
                 )
 
     @property
@@ -92,13 +95,16 @@ def render(scene: Scene, size: int = NATIVE_SIZE, sprites: SpriteSet | None = No
     """
     Draw a scene.
 
-    The picture is composed at the size of the sprites (240 px with those of the package, 480 px with full-size ones) and reduced by the
-    exact mean of pixels where `size` divides that: 120, 80, 60, ... from 240, and 160 too from 480. Other sizes are composed directly.
+    The picture is composed at the size of the sprites (240 px with those of the package, 480 px with full-size ones)
+    and reduced by the exact mean of pixels where `size` divides that: 120, 80, 60, ... from 240, and 160 too from 480.
+    Other sizes are composed directly.
 
     Args:
         scene (`Scene`): What to show.
-        size (`int`, defaults to 240): Side of the square picture in pixels; a multiple of 20, or a divisor of the composed size.
-        sprites (`SpriteSet`, *optional*): By default the drawings that come with the package, which are enough for 240 px.
+        size (`int`, defaults to 240):
+            Side of the square picture in pixels; a multiple of 20, or a divisor of the composed size.
+        sprites (`SpriteSet`, *optional*):
+            By default the drawings that come with the package, which are enough for 240 px.
 
     Returns:
         `PIL.Image.Image`: An RGB picture.
@@ -109,20 +115,18 @@ def render(scene: Scene, size: int = NATIVE_SIZE, sprites: SpriteSet | None = No
     sprites = shipped_sprites() if sprites is None else sprites
     composed = sprites.picture_size
     if size > composed:
-        advice = (
-            " Prepare full-size drawings with `training_scripts/emoji/prepare_data.py --full_size_folder FOLDER` and pass"
-            " `sprites=SpriteSet(FOLDER)`."
-        )
+        advice = f" {_PREPARE} and pass `sprites=SpriteSet(FOLDER)`."
         raise ValueError(
             f"`size` {size} is more than the {composed} px that these drawings are enough for."
             + advice * (composed < FULL_SIZE)
         )
     if size > 0 and composed % size == 0:
-        return _compose(scene, composed, sprites).reduce(composed // size)
+        return _compose(scene, composed, sprites).resize((size, size), Image.Resampling.BOX)
     if size > 0 and size % GRID == 0:
         return _compose(scene, size, sprites)
     raise ValueError(
-        f"`size` must be a divisor of {composed} or a multiple of {GRID}, so that objects fall on whole pixels, got {size}."
+        f"`size` must be a divisor of {composed} or a multiple of {GRID}, so that objects fall on whole pixels,"
+        f" got {size}."
     )
 
 

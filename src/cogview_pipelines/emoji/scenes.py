@@ -1,4 +1,7 @@
-"""What a picture can show: concepts, styles, backgrounds and relations; scenes made of them; scopes, sampling and held-out splits."""
+"""
+What a picture can show: concepts, styles, backgrounds and relations; scenes made of them; scopes, sampling and
+held-out splits.
+"""
 
 import json
 import random
@@ -155,7 +158,9 @@ class Scene:
         return RELATIONS[self.relation].slots if self.relation else ("centre",)
 
     def other_reading(self) -> "Scene":
-        """The same picture told from its second object ("A left of B" is "B right of A"); a single scene is its own."""
+        """
+        The same picture told from its second object ("A left of B" is "B right of A"); a single scene is its own.
+        """
         if self.relation is None:
             return self
         return Scene(self.style, self.background, self.objects[::-1], RELATIONS[self.relation].inverse)
@@ -254,9 +259,10 @@ def split(scene: Scene, validation: bool = False) -> str:
     """
     Which part of the data a scene belongs to; the parts of every held-out combination are themselves seen in training.
 
-    The first that applies: `test_colour_shape` (9 of the 27 colour and shape glyphs), `test_background` (10 % of the concept and background
-    combinations), `test_pair` (10 % of the unordered pairs of concepts), `test_order` (20 % of the pairs are trained in one order only),
-    `test_style` (5 % of the concept and style combinations), `train`. Both readings of a picture are in the same part.
+    The first that applies: `test_colour_shape` (9 of the 27 colour and shape glyphs), `test_background` (10 % of the
+    concept and background combinations), `test_pair` (10 % of the unordered pairs of concepts), `test_order` (20 % of
+    the pairs are trained in one order only), `test_style` (5 % of the concept and style combinations), `train`. Both
+    readings of a picture are in the same part.
 
     Args:
         scene (`Scene`): Any scene; it need not be usable.
@@ -327,7 +333,8 @@ def sample_scene(
         rng (`random.Random`): Source of chance.
         layout (`str`, *optional*): Only `"single"` or only `"pair"`; by default any layout of the scope.
         split_name (`str`, *optional*): Only scenes of this split, with `"validation"` set apart from `"train"`.
-        pair_probability (`float`, defaults to 0.5): Share of pairs, where the scope has both layouts and `layout` is left out.
+        pair_probability (`float`, defaults to 0.5):
+            Share of pairs, where the scope has both layouts and `layout` is left out.
 
     Raises:
         ValueError: If there is no such scene.

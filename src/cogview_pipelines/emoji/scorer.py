@@ -1,4 +1,7 @@
-"""Reads a scene back from a picture, without a neural network: the palette by the border, the objects by the nearest drawing."""
+"""
+Reads a scene back from a picture, without a neural network: the palette by the border, the objects by the nearest
+drawing.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,7 +55,10 @@ def _differs(pixels: np.ndarray, colour: np.ndarray) -> np.ndarray:
 
 
 def _describe(pixels: np.ndarray, painted: np.ndarray, background: np.ndarray) -> np.ndarray | None:
-    """What is painted, made square and small, as differences from the background: indifferent to small shifts and to scale."""
+    """
+    What is painted, made square and small, as differences from the background: indifferent to small shifts and to
+    scale.
+    """
     rows, columns = np.flatnonzero(painted.sum(1) > 1), np.flatnonzero(painted.sum(0) > 1)
     if len(rows) < 4 or len(columns) < 4:
         return None
@@ -74,7 +80,8 @@ class Reading:
 
     Args:
         background (`str`): The nearest palette colour.
-        objects (`tuple[str | None, ...]`): Hexcode of the nearest drawing in each slot; `None` where nothing is painted.
+        objects (`tuple[str | None, ...]`):
+            Hexcode of the nearest drawing in each slot; `None` where nothing is painted.
         styles (`tuple[str | None, ...]`): Style of the same drawings.
         clean (`bool`): Whether the rest of the picture is plain background.
     """
@@ -89,13 +96,14 @@ class Scorer:
     """
     Judges a picture against a scene.
 
-    The background is the median of the border, matched to the nearest palette colour. In each slot of the scene's layout, the painted box is
-    compared with all reference drawings on that colour, looked at in the same way. No chance is involved.
+    The background is the median of the border, matched to the nearest palette colour. In each slot of the scene's
+    layout, the painted box is compared with all reference drawings on that colour, looked at in the same way. No
+    chance is involved.
 
     Args:
         scope (`Scope`, *optional*):
-            Compare only with the concepts and styles of this scope, which is faster and more lenient. By default with all 696 drawings, as
-            scores are to be reported.
+            Compare only with the concepts and styles of this scope, which is faster and more lenient. By default with
+            all 696 drawings, as scores are to be reported.
         sprites (`SpriteSet`, *optional*): By default the drawings that come with the package.
     """
 
@@ -168,8 +176,9 @@ class Scorer:
         Compare a picture with the scene that it should show.
 
         Returns:
-            `dict[str, bool]`: `background`; `style` (of every object); `objects` (these concepts, in any place and style); `position` (each
-            in its own place); `all` of these four; and apart from them `clean`: there is nothing but background around the objects.
+            `dict[str, bool]`: `background`; `style` (of every object); `objects` (these concepts, in any place and
+            style); `position` (each in its own place); `all` of these four; and apart from them `clean`: there is
+            nothing but background around the objects.
         """
         reading = self.read(image, scene)
         result = {
