@@ -5,7 +5,8 @@ Train the image tokenizer: an encoder, one codebook and a decoder for each compr
 On a CPU, the small tokenizer of the demo (emoji scenes):
     python training_scripts/train_vq_model.py --config training_scripts/emoji/vq_small.yaml --output_dir runs/vq_small
 On one GPU, on your own pictures:
-    python training_scripts/train_vq_model.py --image_folder PICTURES --resolutions 256 --mixed_precision bf16 --output_dir runs/vq
+    python training_scripts/train_vq_model.py --image_folder PICTURES --resolutions 256 --mixed_precision bf16
+    --output_dir runs/vq
 On eight GPUs:
     accelerate launch --num_processes 8 training_scripts/train_vq_model.py --image_folder PICTURES --output_dir runs/vq
 """
@@ -31,7 +32,9 @@ logger = logging.getLogger(__name__)
 @dataclass
 class VQTrainConfig(TrainConfig):
     image_folder: str | None = field(default=None, metadata={"help": "Folder of pictures; without it: emoji scenes."})
-    scope: str | None = field(default=None, metadata={"help": "scope.json of the emoji scenes; by default the small one."})
+    scope: str | None = field(
+        default=None, metadata={"help": "File with the scope of the emoji scenes; by default the small one."}
+    )
     num_scenes: int = field(default=3000, metadata={"help": "Different emoji scenes, drawn once and kept in memory."})
     resolutions: list[int] = field(
         default_factory=lambda: [80, 240], metadata={"help": "Sides of the pictures in pixels; each step draws one."}
@@ -40,11 +43,15 @@ class VQTrainConfig(TrainConfig):
         default_factory=list, metadata={"help": "Chances of the resolutions, by default equal."}
     )
     crop_size: int | None = field(default=None, metadata={"help": "Train on random squares of this side, in pixels."})
-    model: str = field(default="{}", metadata={"help": "Options of IcetkVQConfig: JSON, or a mapping in the YAML file."})
+    model: str = field(
+        default="{}", metadata={"help": "Options of IcetkVQConfig: JSON, or a mapping in the YAML file."}
+    )
     l1_weight: float = field(default=1.0, metadata={"help": "Weight of absolute differences of pixels."})
     l2_weight: float = field(default=1.0, metadata={"help": "Weight of squared differences of pixels."})
     edge_weight: float = field(default=0.0, metadata={"help": "Weight of the steps between neighbouring pixels."})
-    flat_weight: float = field(default=1.0, metadata={"help": "Weight of one-coloured squares, relative to the others."})
+    flat_weight: float = field(
+        default=1.0, metadata={"help": "Weight of one-coloured squares, relative to the others."}
+    )
     perceptual_network: str | None = field(
         default=None, metadata={"help": "'lpips' or 'module:factory' of a perceptual distance."}
     )
@@ -71,7 +78,7 @@ def make_batch(config: VQTrainConfig, sources: list[PicturePool], rates: tuple[i
     weights = torch.tensor(config.resolution_weights or [1.0] * len(sources))
     source = sources[int(torch.multinomial(weights, 1, generator=shared))]
     rate = rates[int(torch.randint(len(rates), (1,), generator=shared))]
-    own = step_generator(config.seed, *draw)
+    own = step_generator(config.seed, draw[0], draw[1], draw[2] + 1)
     return source.batch(config.batch_size, config.crop_size, max(rates), own), rate
 
 
@@ -86,8 +93,10 @@ def main(arguments: list[str] | None = None) -> IcetkVQModel:
     averaged = make_averaged_model(model.to(accelerator.device), config)
     optimizer = make_optimizer(model, config)
     scheduler = make_scheduler(optimizer, config)
-    trained = torch.compile(model) if config.compile else model
-    trained, optimizer = accelerator.prepare(trained, optimizer)
+    if config.compile:  # not the codebook, which changes under the hood
+        for part in (model.encoder, *model.decoders.values()):
+            part.compile()
+    trained, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(scheduler, *([] if averaged is None else [averaged]))
     start_step = resume(accelerator, config)
     log, clock = MetricsLog(accelerator, config, start_step), Clock(accelerator, config)
@@ -139,7 +148,9 @@ def main(arguments: list[str] | None = None) -> IcetkVQModel:
             save_checkpoint(accelerator, config, num_steps)
         if num_steps < config.max_steps and clock.time_is_over():
             save_checkpoint(accelerator, config, num_steps)
-            logger.warning("Stopped at `max_minutes` after %d steps; resume with --resume_from_checkpoint latest.", num_steps)
+            logger.warning(
+                "Stopped at `max_minutes` after %d steps; resume with --resume_from_checkpoint latest.", num_steps
+            )
             log.close()
             return model
 

@@ -1,12 +1,14 @@
 """
 The image tokenizer of CogView2 (icetk): pixels -> tokens -> pixels at compression rates 4, 8 and 16.
 
-One encoder, one codebook and a decoder for each rate. Coarser rates are reached by extra down-samplers between encoder and codebook,
-so that all rates speak of the same codes. Parameter names follow the released file (`enc` -> `encoder`, `decs.i` -> `decoders.<rate>`).
+One encoder, one codebook and a decoder for each rate. Coarser rates are reached by extra down-samplers between encoder
+and codebook, so that all rates speak of the same codes. Parameter names follow the released file (`enc` -> `encoder`,
+`decs.i` -> `decoders.<rate>`).
 """
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.distributed
@@ -37,21 +39,24 @@ class IcetkVQConfig(PreTrainedConfig):
         compression_rates (`tuple[int, ...]`, defaults to `(4, 8, 16)`): The rates that are built.
         num_res_blocks (`int`, defaults to 2): Residual blocks of each encoder level.
         num_decoder_res_blocks (`int`, defaults to 1): Residual blocks of each decoder level.
+        norm_type (`str`, defaults to `"group"`):
+            `"group"`, or `"position"`: the channels of each position are normalised by themselves, so that a part of a
+            picture is coded and decoded like the whole.
         norm_num_groups (`int`, defaults to 32): Groups of the group normalisation.
         mid_attention (`bool`, defaults to `True`): Whether encoder and decoders have an attention block in the middle.
         encoder_patch_size, decoder_patch_size (`int`, defaults to 1):
-            Squares of so many pixels are folded into channels before the encoder, unfolded after the decoders. Saves the work at
-            full resolution, which is what takes the time of a small model.
+            Squares of so many pixels are folded into channels before the encoder, unfolded after the decoders. Saves
+            the work at full resolution, which is what takes the time of a small model.
         local_encoder (`bool`, defaults to `False`):
-            Use 1x1 kernels and normalise each position by itself. If `encoder_patch_size` is the compression rate, then a token is
-            a function of its own square of pixels alone: equal squares have equal tokens wherever they stand.
+            Use 1x1 kernels and normalise each position by itself. If `encoder_patch_size` is the rate, then
+            a token is a function of its own square of pixels alone: equal squares have equal tokens wherever they are.
         num_clusters (`int`, defaults to 500): Default number of clusters of `compute_cluster_labels`.
         image_mean, image_std (`tuple[float, ...]`): Normalisation of RGB values in 0..1.
         commitment_cost (`float`, defaults to 0.25): Weight of the commitment loss in training.
         codebook_decay (`float`, defaults to 0.99): Decay of the moving averages that the codes follow in training.
         dead_code_threshold (`float`, defaults to 0.03):
-            In training a code whose moving average of uses per step falls below this is moved to where the codebook is worst.
-            0 leaves dead codes alone.
+            In training a code whose moving average of uses per step falls below this is moved to where the codebook is
+            worst. 0 leaves dead codes alone.
     """
 
     model_type = "icetk_vq"
@@ -65,6 +70,7 @@ class IcetkVQConfig(PreTrainedConfig):
     compression_rates: tuple[int, ...] | list[int] = (4, 8, 16)
     num_res_blocks: int = 2
     num_decoder_res_blocks: int = 1
+    norm_type: str = "group"
     norm_num_groups: int = 32
     mid_attention: bool = True
     encoder_patch_size: int = 1
@@ -88,6 +94,8 @@ class IcetkVQConfig(PreTrainedConfig):
         for name in ("encoder_channel_multipliers", "compression_rates", "image_mean", "image_std"):
             setattr(self, name, tuple(getattr(self, name)))
         super().__post_init__(**kwargs)
+        if self.norm_type not in ("group", "position"):
+            raise ValueError(f"`norm_type` must be 'group' or 'position', but is '{self.norm_type}'.")
         for rate in self.compression_rates:
             self._check_rate(rate)
 
@@ -103,14 +111,14 @@ class IcetkVQConfig(PreTrainedConfig):
     def _check_rate(self, rate: int):
         if rate < self.encoder_stride or self.encoder_stride * 2 ** self.num_down_samplers(rate) != rate:
             raise ValueError(
-                f"`compression_rates` must be the encoder's stride {self.encoder_stride} (`encoder_patch_size` and a halving between "
-                f"`encoder_channel_multipliers`) times a power of two, but one is {rate}."
+                f"`compression_rates` must be the encoder's stride {self.encoder_stride} (`encoder_patch_size` and a "
+                f"halving between `encoder_channel_multipliers`) times a power of two, but one is {rate}."
             )
         levels = self.decoder_channel_multipliers.get(rate)
         if levels is None or self.decoder_patch_size * 2 ** (len(levels) - 1) != rate:
             raise ValueError(
-                f"`decoder_channel_multipliers[{rate}]` must have a doubling between levels so that, times `decoder_patch_size` "
-                f"{self.decoder_patch_size}, it enlarges by {rate}, but it is {levels}."
+                f"`decoder_channel_multipliers[{rate}]` must have a doubling between levels so that, times "
+                f"`decoder_patch_size` {self.decoder_patch_size}, it enlarges by {rate}, but it is {levels}."
             )
 
 
@@ -135,7 +143,7 @@ class IcetkVQEncoderOutput(BaseOutput):
 class IcetkVQDecoderOutput(BaseOutput):
     """
     Args:
-        sample (`torch.Tensor` of shape `(batch_size, 3, height, width)`): RGB values, 0..1 for black..white, not clamped.
+        sample (`torch.Tensor` of shape `(batch_size, 3, height, width)`): RGB values in about 0..1, not clamped.
     """
 
     sample: torch.Tensor
@@ -166,7 +174,8 @@ class VQLayers:
     """Makes the layers of an encoder or decoder: one place decides on kernels and norms."""
 
     def __init__(self, config: IcetkVQConfig, local: bool = False):
-        self.num_groups, self.local = config.norm_num_groups, local
+        self.local = local
+        self.num_groups = None if local or config.norm_type == "position" else config.norm_num_groups
 
     def conv(self, in_channels: int, out_channels: int) -> nn.Conv2d:
         return (
@@ -176,7 +185,9 @@ class VQLayers:
         )
 
     def norm(self, channels: int) -> nn.Module:
-        return PositionNorm(channels, eps=1e-6) if self.local else nn.GroupNorm(self.num_groups, channels, eps=1e-6)
+        if self.num_groups is None:
+            return PositionNorm(channels, eps=1e-6)
+        return nn.GroupNorm(self.num_groups, channels, eps=1e-6)
 
 
 class ResidualBlock(nn.Module):
@@ -245,7 +256,7 @@ class Level(nn.Module):
     ):
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
-        self.block = nn.ModuleList(ResidualBlock(layers, *pair) for pair in zip(widths[:-1], widths[1:]))
+        self.block = nn.ModuleList(ResidualBlock(layers, *pair) for pair in pairwise(widths))
         self.attn = nn.ModuleList(AttentionBlock(layers, out_channels) for _ in range(num_blocks if attention else 0))
         if downsample:
             self.downsample = Downsample(out_channels)
@@ -335,11 +346,11 @@ class VectorQuantizer(nn.Module):
     """
     The nearest code of each position.
 
-    In training the codes follow moving averages of the vectors that choose them (no gradient), start at well-spread vectors of the
-    first batch, and dead codes move to vectors that the codebook serves badly.
+    In training the codes follow moving averages of the vectors that choose them (no gradient), start at well-spread
+    vectors of the first batch, and dead codes move to vectors that the codebook serves badly.
 
-    Source: van den Oord et al. 2017 (https://arxiv.org/abs/1711.00937), appendix A.1, for the moving averages; the spreading is
-    the seeding of k-means++ (Arthur and Vassilvitskii 2007), a few codes at a time.
+    Source: van den Oord et al. 2017 (https://arxiv.org/abs/1711.00937), appendix A.1, for the moving averages; the
+    spreading is the seeding of k-means++ (Arthur and Vassilvitskii 2007), a few codes at a time.
     """
 
     def __init__(self, config: IcetkVQConfig):
@@ -352,7 +363,7 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("embed_avg", torch.zeros(config.num_embeddings, config.embedding_dim))
 
     def forward(self, hidden_states):
-        """Returns projected vectors, their codes' embeddings (both like `hidden_states`) and tokens `(batch_size, rows, columns)`."""
+        """Projected vectors, their codes' embeddings (both like the input), tokens `(batch_size, rows, columns)`."""
         projected = self.proj(hidden_states).float()
         vectors = projected.movedim(1, -1).flatten(0, 2)
         if self.training:
@@ -367,7 +378,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Index of the nearest code of each row of `(positions, embedding_dim)`, and the squared distance to it; in float32."""
+        """The nearest code of each row of `(positions, embedding_dim)` and its squared distance, in float32."""
         codes = self.embed.weight.float()
         squares = codes.square().sum(1)
         tokens, distances = [], []
@@ -383,13 +394,11 @@ class VectorQuantizer(nn.Module):
         if self.cluster_size.any():
             return
         num_codes = len(self.cluster_size)
+        vectors = vectors.unique(dim=0)
         chosen = vectors[torch.randint(len(vectors), (1,), device=vectors.device)]
         while len(chosen) < min(num_codes, len(vectors)):
             distances = torch.cdist(vectors, chosen).amin(1).square()
-            num_new = int((distances > 1e-4 * distances.mean()).sum())
-            if num_new == 0:  # fewer different vectors than codes
-                break
-            more = _choose_by_weight(distances, min(max(1, len(chosen) // 4), num_codes - len(chosen), num_new))
+            more = _choose_by_weight(distances, min(max(1, len(chosen) // 4), num_codes - len(chosen)))
             chosen = torch.cat([chosen, vectors[more]])
         spare = torch.randint(len(chosen), (num_codes - len(chosen),), device=vectors.device)
         noise = torch.randn(len(spare), chosen.shape[1], device=vectors.device) * 0.1 * chosen.std(0, correction=0)
@@ -540,7 +549,7 @@ class IcetkVQModel(PreTrainedModel):
         Group the codes by K-means and keep the labels in the buffer `cluster_labels`; cluster sampling draws by them.
 
         Args:
-            num_clusters (`int`, *optional*): Number of groups, by default `config.num_clusters`; none of them is empty.
+            num_clusters (`int`, *optional*): Number of groups, by default `config.num_clusters`; none is empty.
             seed (`int`, defaults to 0): Seed of the starting points.
 
         Returns:
@@ -566,8 +575,8 @@ class IcetkVQModel(PreTrainedModel):
             raise ValueError(f"`pixel_values` must have the shape (batch_size, 3, height, width), but has {shape}.")
         if pixel_values.shape[2] % compression_rate or pixel_values.shape[3] % compression_rate:
             raise ValueError(
-                f"Height and width of `pixel_values` must be multiples of `compression_rate` {compression_rate}, but are "
-                f"{pixel_values.shape[2]} and {pixel_values.shape[3]}. Resize or crop the pictures."
+                f"Height and width of `pixel_values` must be multiples of `compression_rate` {compression_rate}, "
+                f"but are {pixel_values.shape[2]} and {pixel_values.shape[3]}. Resize or crop the pictures."
             )
         mean, std = self._image_statistics(pixel_values)
         hidden_states = self.encoder(((pixel_values - mean) / std).to(self.dtype))
@@ -588,7 +597,8 @@ class IcetkVQModel(PreTrainedModel):
     def _check_rate(self, compression_rate):
         if compression_rate not in self.config.compression_rates:
             raise ValueError(
-                f"`compression_rate` must be one of {self.config.compression_rates}, which this model has, but is {compression_rate}."
+                f"`compression_rate` must be one of {self.config.compression_rates}, which this model has, "
+                f"but is {compression_rate}."
             )
 
     def _as_grids(self, tokens):
@@ -607,7 +617,8 @@ class IcetkVQModel(PreTrainedModel):
             )
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.num_embeddings:
             raise ValueError(
-                f"`tokens` must be codes in 0..{self.config.num_embeddings - 1}, but span {int(tokens.min())}..{int(tokens.max())}. "
+                f"`tokens` must be codes in 0..{self.config.num_embeddings - 1}, "
+                f"but span {int(tokens.min())}..{int(tokens.max())}. "
                 "Text ids cannot be decoded to pixels."
             )
         return tokens

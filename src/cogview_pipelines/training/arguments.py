@@ -67,7 +67,9 @@ class TrainConfig:
     data_workers: int = field(default=1, metadata={"help": "Threads that prepare batches ahead; 0: none."})
 
 
-def parse_config(config_class: type[Config], arguments: list[str] | None = None, description: str | None = None) -> Config:
+def parse_config(
+    config_class: type[Config], arguments: list[str] | None = None, description: str | None = None
+) -> Config:
     """
     Read a config from the command line and, with `--config FILE`, from a YAML file; the command line wins.
 

@@ -70,7 +70,9 @@ def resume(accelerator: Accelerator, config: TrainConfig) -> int:
     else:
         folder = Path(config.resume_from_checkpoint)
     if not (folder / STATE_FILE).is_file():
-        raise ValueError(f"`resume_from_checkpoint` must be 'latest' or a checkpoint folder, but {folder} has no {STATE_FILE}.")
+        raise ValueError(
+            f"`resume_from_checkpoint` must be 'latest' or a checkpoint folder, but {folder} has no {STATE_FILE}."
+        )
     step = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["step"]
     if step > config.max_steps:
         raise ValueError(f"`max_steps` is {config.max_steps}, but {folder} has {step} steps already.")

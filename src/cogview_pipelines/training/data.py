@@ -1,8 +1,8 @@
 """
 Batches as pure functions of the step.
 
-Whatever is drawn for a step (samples, crops, captions, masks) comes from a generator seeded by (seed, step): an interrupted run goes
-on with exactly the batches that it would have seen, and nothing about the data order needs to be saved.
+Whatever is drawn for a step (samples, crops, captions, masks) comes from a generator seeded by (seed, step): an
+interrupted run goes on with exactly the batches that it would have seen, and the data order needs no saving.
 """
 
 import hashlib
@@ -40,7 +40,9 @@ def draw_indices(dataset_size: int, count: int, generator: torch.Generator) -> t
     return torch.randint(dataset_size, (count,), generator=generator)
 
 
-def prefetch(make: Callable[[Item], Batch], items: Iterable[Item], num_workers: int = 1) -> Iterator[tuple[Item, Batch]]:
+def prefetch(
+    make: Callable[[Item], Batch], items: Iterable[Item], num_workers: int = 1
+) -> Iterator[tuple[Item, Batch]]:
     """
     Yield `(item, make(item))` in order while threads prepare the next ones.
 

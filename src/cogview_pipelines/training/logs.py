@@ -17,7 +17,7 @@ from .arguments import TrainConfig
 
 class MetricsLog:
     """
-    Averages what the steps report and writes a line every `log_every_steps` to `metrics.jsonl`, the progress bar and the tracker.
+    Averages what the steps report; every `log_every_steps` a line goes to `metrics.jsonl`, progress bar and tracker.
 
     Lines after `start_step`, left by a run that was interrupted after its last checkpoint, are dropped.
     """
@@ -25,14 +25,18 @@ class MetricsLog:
     def __init__(self, accelerator: Accelerator, config: TrainConfig, start_step: int = 0):
         self.accelerator, self.config = accelerator, config
         self.path = Path(config.output_dir) / "metrics.jsonl"
-        self.bar = tqdm(total=config.max_steps, initial=start_step, disable=not accelerator.is_main_process, unit="step")
+        self.bar = tqdm(
+            total=config.max_steps, initial=start_step, disable=not accelerator.is_main_process, unit="step"
+        )
         if accelerator.is_main_process:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lines = self.path.read_text(encoding="utf-8").splitlines() if start_step and self.path.exists() else []
             kept = [line for line in lines if json.loads(line)["step"] <= start_step]
             self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         if config.log_with is not None:
-            simple = {key: value for key, value in asdict(config).items() if isinstance(value, (str, int, float, bool))}
+            simple = {
+                key: value for key, value in asdict(config).items() if isinstance(value, (str, int, float, bool))
+            }
             accelerator.init_trackers("cogview_pipelines", config=simple)
         self._reset()
 
@@ -71,12 +75,14 @@ class MetricsLog:
         self.accelerator.end_training()
 
 
-def save_samples(images: torch.Tensor | list[Image.Image], config: TrainConfig, step: int, columns: int | None = None) -> Path:
+def save_samples(
+    images: torch.Tensor | list[Image.Image], config: TrainConfig, step: int, columns: int | None = None
+) -> Path:
     """
     Save pictures as one grid `samples/<step>.png` in the output folder.
 
     Args:
-        images (`torch.Tensor` of shape `(num, 3, height, width)` in 0..1, or a list of equally large PIL images): The pictures.
+        images (`torch.Tensor` of shape `(num, 3, height, width)` in 0..1, or a list of PIL images): Equally large.
         step (`int`): Updates so far.
         columns (`int`, *optional*): Pictures a row, by default as square as possible.
     """

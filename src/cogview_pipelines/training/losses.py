@@ -1,10 +1,27 @@
-"""Losses of the image tokenizer."""
+"""Losses: of the image tokenizer, and of the canvas of super-resolution."""
 
 import importlib
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+from .token_data import CanvasBatch
+
+
+def canvas_loss(model: nn.Module, batch: CanvasBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Mean cross-entropy over the labelled cells of the canvas, and no further scalars."""
+    context = batch.context
+    output = model(
+        input_ids=context.input_ids,
+        position_ids=context.position_ids,
+        attention_mask=context.attention_mask,
+        key_mask=context.key_mask,
+        canvas_ids=batch.canvas_ids,
+        labels=batch.labels,
+    )
+    return output.loss, {}
 
 
 def reconstruction_loss(
@@ -16,13 +33,14 @@ def reconstruction_loss(
     pixel_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Mix of absolute and squared differences of pixels and of absolute differences of the steps between neighbouring pixels.
+    Mix of absolute and squared differences of pixels, and of absolute differences of steps between neighbours.
 
     Args:
         sample, target (`torch.Tensor` of shape `(batch_size, 3, height, width)`): Pictures in 0..1.
         l1_weight, l2_weight (`float`, defaults to 1.0): Weights of absolute and squared differences.
-        edge_weight (`float`, defaults to 0.0): Weight of the steps between neighbours, which keeps edges crisp.
-        pixel_weights (`torch.Tensor` of shape `(batch_size, 1, height, width)`, *optional*): Weight of each pixel, mean about 1.
+        edge_weight (`float`, defaults to 0.0): Weight of the steps between neighbours, for crisp edges.
+        pixel_weights (`torch.Tensor` of shape `(batch_size, 1, height, width)`, *optional*):
+            Weight of each pixel, with mean 1.
 
     Returns:
         `torch.Tensor`: Scalar, float32.
@@ -45,7 +63,8 @@ def content_weights(target: torch.Tensor, flat_weight: float, cell: int = 8) -> 
     Pixel weights that make one-coloured squares count less, so that a flat background does not drown the content.
 
     Args:
-        target (`torch.Tensor` of shape `(batch_size, 3, height, width)`): Pictures in 0..1; sides are multiples of `cell`.
+        target (`torch.Tensor` of shape `(batch_size, 3, height, width)`):
+            Pictures in 0..1; sides are multiples of `cell`.
         flat_weight (`float`): Weight of pixels in one-coloured squares, relative to the others.
         cell (`int`, defaults to 8): Side of the squares in pixels.
 
@@ -63,8 +82,9 @@ def load_perceptual_network(name: str) -> Callable[[torch.Tensor, torch.Tensor],
     A perceptual distance of two batches of pictures in 0..1.
 
     Args:
-        name (`str`): `"lpips"` for the package of that name with its VGG network, or `"module:factory"`, where `factory()` returns a
-            callable of `(sample, target)`.
+        name (`str`):
+            `"lpips"` for the package of that name with its VGG network, or `"module:factory"`, where `factory()`
+            returns a callable of `(sample, target)`.
 
     Returns:
         A callable that returns a tensor of distances; if it is an `nn.Module`, its weights are frozen.

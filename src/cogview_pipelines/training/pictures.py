@@ -33,7 +33,7 @@ class PicturePool:
         Args:
             count (`int`): Number of windows.
             crop_size (`int`, *optional*): Side of the windows in pixels; by default whole pictures.
-            multiple (`int`): Windows begin at multiples of this, so that they are cut into tokens like whole pictures.
+            multiple (`int`): Windows begin at multiples of this, to be cut into tokens like whole pictures.
             generator (`torch.Generator`): Draws pictures and places.
 
         Returns:
@@ -56,7 +56,7 @@ class PicturePool:
 
 class PictureFolder(PicturePool):
     """
-    Picture files, read when they are drawn, scaled so that the shorter side is `size` and cut to the square in the middle.
+    Picture files, read when they are drawn, scaled to `size` on the shorter side and cut to the square in the middle.
 
     Args:
         paths (`Sequence[Path]`): The files.
@@ -74,7 +74,9 @@ class PictureFolder(PicturePool):
             with Image.open(self.paths[index]) as image:
                 squares.append(to_bytes(ImageOps.fit(image.convert("RGB"), (self.size, self.size), Image.BICUBIC)))
         pool = PicturePool(torch.stack(squares))
-        windows = [PicturePool(pool.pictures[i : i + 1]).batch(1, crop_size, multiple, generator) for i in range(count)]
+        windows = [
+            PicturePool(pool.pictures[i : i + 1]).batch(1, crop_size, multiple, generator) for i in range(count)
+        ]
         return torch.cat(windows)
 
 

@@ -1,4 +1,4 @@
-"""What a training script sets up before its loop: Accelerate, optimizer, learning rate, moving average of the weights."""
+"""What a training script sets up before its loop: Accelerate, optimizer, learning rate, average of the weights."""
 
 import torch
 from accelerate import Accelerator
@@ -30,11 +30,12 @@ def make_optimizer(model: nn.Module, config: TrainConfig, adamw_names: tuple[str
     Args:
         model (`nn.Module`): The model.
         config ([`TrainConfig`]): Its `optimizer`, `learning_rate`, `weight_decay` and `adam_beta2` count.
-        adamw_names (`tuple[str, ...]`): With Muon, parts of names of linear layers that AdamW keeps, such as an output head.
+        adamw_names (`tuple[str, ...]`):
+            With Muon, parts of names of linear layers that AdamW keeps, such as an output head.
 
     Returns:
-        `torch.optim.Optimizer`: With `optimizer="muon"` a [`CombinedOptimizer`]; both parts then run at the same learning rate, since
-        Muon's updates are scaled to the size of AdamW's.
+        `torch.optim.Optimizer`: With `optimizer="muon"` a [`CombinedOptimizer`]; both parts then run at the same
+        learning rate, since Muon's updates are scaled to the size of AdamW's.
     """
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     if not parameters:
@@ -42,7 +43,9 @@ def make_optimizer(model: nn.Module, config: TrainConfig, adamw_names: tuple[str
     muon = []
     if config.optimizer == "muon":
         if not hasattr(torch.optim, "Muon"):
-            raise ValueError(f"`optimizer` 'muon' needs torch 2.9 or newer, but this is {torch.__version__}; use 'adamw'.")
+            raise ValueError(
+                f"`optimizer` 'muon' needs torch 2.9 or newer, but this is {torch.__version__}; use 'adamw'."
+            )
         linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         chosen = [name for name in parameters if name in linear and not any(part in name for part in adamw_names)]
         muon = [parameters.pop(name) for name in chosen]
@@ -99,7 +102,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig) -> tor
 
 
 def make_averaged_model(model: nn.Module, config: TrainConfig) -> AveragedModel | None:
-    """The moving average of the weights (`.module`), or `None` if `ema_decay` is 0; buffers are copied, not averaged."""
+    """The moving average of the weights (in `.module`), or `None` if `ema_decay` is 0; buffers are copied."""
     if not config.ema_decay:
         return None
     average = get_ema_multi_avg_fn(config.ema_decay)

@@ -1,0 +1,137 @@
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cogview_pipelines import IcetkVQModel
+
+SCRIPT = Path(__file__).parents[2] / "training_scripts" / "train_vq_model.py"
+MODEL = {
+    "num_embeddings": 32,
+    "embedding_dim": 8,
+    "base_channels": 8,
+    "norm_num_groups": 4,
+    "mid_attention": False,
+    "compression_rates": [4, 8],
+    "num_clusters": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("train_vq_model", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(script, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), dtype=np.uint8)
+    (tmp_path / "pictures").mkdir()
+    for index, picture in enumerate(pixels):
+        Image.fromarray(picture).resize((48, 40), Image.Resampling.BILINEAR).save(tmp_path / f"pictures/{index}.png")
+
+    def call(name, **options):
+        options = {
+            "output_dir": tmp_path / name,
+            "image_folder": tmp_path / "pictures",
+            "model": json.dumps(MODEL),
+            "resolutions": (16, 32),
+            "crop_size": 16,
+            "batch_size": 2,
+            "max_steps": 4,
+            "warmup_steps": 1,
+            "decay_steps": 2,
+            "log_every_steps": 1,
+            "sample_every_steps": 4,
+            "gradient_accumulation_steps": 2,
+            **options,
+        }
+        arguments = []
+        for key, value in options.items():
+            arguments += [f"--{key}", *map(str, value if isinstance(value, tuple) else (value,))]
+        return script.main(arguments)
+
+    return call
+
+
+def metrics(folder: Path, *names: str) -> list[tuple]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [tuple(line[name] for name in ("step", *names)) for line in lines]
+
+
+@pytest.mark.parametrize("mixed_precision, ema_decay", [("no", 0.0), ("bf16", 0.5)])
+def test_an_interrupted_run_continues_exactly(run, tmp_path, mixed_precision, ema_decay):
+    options = {"mixed_precision": mixed_precision, "ema_decay": ema_decay}
+    whole = run("whole", **options)
+    run("parts", max_minutes=1e-9, **options)  # stops after one step
+    assert [path.name for path in (tmp_path / "parts").glob("checkpoint-*")] == ["checkpoint-1"]
+    assert not (tmp_path / "parts/final").exists()
+    resumed = run("parts", resume_from_checkpoint="latest", **options)
+
+    names = ("loss", "commitment_loss", "learning_rate")
+    assert metrics(tmp_path / "parts", *names) == metrics(tmp_path / "whole", *names)
+    assert len(metrics(tmp_path / "whole")) == 4
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_the_final_model_loads_and_has_clusters(run, tmp_path):
+    run("run")
+    model = IcetkVQModel.from_pretrained(tmp_path / "run/final")
+    assert set(model.cluster_labels.tolist()) == {0, 1, 2, 3}
+    assert model.decode(model.encode(torch.rand(1, 3, 16, 16), 4).tokens, 4).sample.shape == (1, 3, 16, 16)
+    pictures = sorted(path.name for path in (tmp_path / "run/samples").iterdir())
+    assert pictures == ["0000004_16px.png", "0000004_32px.png"]
+
+
+def test_training_lowers_the_reconstruction_loss(run, tmp_path):
+    run("run", max_steps=40, decay_steps=0, learning_rate=3e-3, sample_every_steps=0)
+    losses = [loss for _, loss in metrics(tmp_path / "run", "reconstruction_loss")]
+    assert sum(losses[-8:]) < 0.7 * sum(losses[:8])
+
+
+def test_a_perceptual_distance_given_by_name_is_part_of_the_loss(run, tmp_path, monkeypatch):
+    (tmp_path / "my_distance.py").write_text(
+        "def make():\n    return lambda sample, target: (sample.mean((2, 3)) - target.mean((2, 3))).abs() + 1\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    options = {"max_steps": 1, "decay_steps": 0, "sample_every_steps": 0}
+    run("plain", **options)
+    run("perceptual", perceptual_network="my_distance:make", perceptual_weight=2.0, **options)
+    (_, plain), (_, perceptual) = metrics(tmp_path / "plain", "loss") + metrics(tmp_path / "perceptual", "loss")
+    assert perceptual > plain + 2
+
+
+def test_a_config_file_is_read_and_the_command_line_wins(script, tmp_path):
+    from cogview_pipelines.training.arguments import parse_config
+
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "max_steps: 7\nlearning_rate: 1e-4\nresolutions: [40]\nmodel: {decoder_channel_multipliers: {8: [1, 2]}}\n"
+    )
+    config = parse_config(script.VQTrainConfig, ["--config", str(path), "--output_dir", "out", "--max_steps", "9"])
+    assert (config.max_steps, config.learning_rate, config.resolutions) == (9, 1e-4, [40])
+    assert json.loads(config.model) == {"decoder_channel_multipliers": {"8": [1, 2]}}
+    path.write_text("max_step: 7\n")
+    with pytest.raises(ValueError, match="VQTrainConfig lacks: max_step"):
+        parse_config(script.VQTrainConfig, ["--config", str(path), "--output_dir", "out"])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"image_folder": "/nowhere"}, "`/nowhere` has no pictures"),
+        ({"perceptual_network": "no_such_module:make"}, "`perceptual_network` 'no_such_module:make'"),
+        ({"perceptual_network": "vgg"}, "'lpips' or 'module:factory'"),
+        ({"resume_from_checkpoint": "/nowhere"}, "`resume_from_checkpoint`"),
+    ],
+)
+def test_wrong_options_are_named(run, options, message):
+    with pytest.raises(ValueError, match=message):
+        run("run", **options)
