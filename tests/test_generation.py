@@ -389,3 +389,29 @@ def test_a_wrong_number_of_generators_is_an_error(loop):
         else:
             model = make_coglm("iterative")
             refine(model, SCHEDULER, make_context(model, texts), make_canvas(2), generator=generators(1, 2, 3))
+
+
+def test_a_schedule_that_keeps_cells_needs_a_canvas():
+    model = make_coglm("iterative")
+    with pytest.raises(ValueError, match="`tokens` must be given, because 36 of 144 cells keep theirs"):
+        refine(model, SCHEDULER, make_context(model, make_texts([2])))
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_a_wrong_number_of_rows_to_generate_is_an_error(count):
+    model = make_coglm()
+    context = text_to_image(make_texts([2, 3]), model.config.layout)
+    entries = torch.full((count, LENGTH), TO_GENERATE)
+    with pytest.raises(ValueError, match=f"`entries` must have a row for each of the 4 sequences .* but has {count}"):
+        generate(
+            model, context, cluster_sampler, entries, model.config.layout.image_positions, num_images_per_context=2
+        )
+
+
+def test_rows_that_are_to_be_generated_in_other_places_are_an_error():
+    model = make_coglm()
+    entries = torch.full((2, LENGTH), TO_GENERATE)
+    entries[1, 3] = 5
+    context = text_to_image(make_texts([2, 3]), model.config.layout)
+    with pytest.raises(ValueError, match="`entries` must have -1 in the same columns of every row"):
+        generate(model, context, cluster_sampler, entries, model.config.layout.image_positions)

@@ -39,8 +39,7 @@ def generate(
         entries (`torch.Tensor` of shape `(batch_size, num_entries)`): Tokens to append; -1 where one is generated.
         entry_positions (`torch.Tensor` of shape `(num_entries,)`): Their position ids.
         num_images_per_context (`int` or one per context): Sequences that continue each context, which is encoded once
-            for all of them;
-            `batch_size` counts sequences.
+            for all of them; `batch_size` counts sequences.
         text_attention_bias (`float`): Added to the scores of the text keys for all rows, in all layers and heads.
         full_vocabulary (`bool`): Give the sampler logits of all tokens, not of image tokens only.
         generator: One generator, or one per sequence.
@@ -49,13 +48,24 @@ def generate(
 
     Returns:
         `torch.Tensor` of shape `(batch_size, num_entries)`: The entries, filled in. The argument stays as it is.
+
+    Raises:
+        ValueError: If `entries` does not have one row per sequence, with -1 in the same columns.
     """
     device = model.device if device is None else device
     context, entries, entry_positions = context.to(device), entries.to(device).clone(), entry_positions.to(device)
     batch_size, num_entries = entries.shape
-    wanted = entries == TO_GENERATE
+    repeats = torch.as_tensor(num_images_per_context).expand(len(context))
+    if batch_size != repeats.sum():
+        raise ValueError(
+            f"`entries` must have a row for each of the {repeats.sum()} sequences that `num_images_per_context` asks for, "
+            f"but has {batch_size}."
+        )
     # one pattern for the whole batch: completion masks are shared, and so the loop needs no look at the device
-    is_wanted = wanted[0].tolist()
+    patterns = (entries == TO_GENERATE).tolist()
+    is_wanted = patterns[0]
+    if any(pattern != is_wanted for pattern in patterns):
+        raise ValueError("`entries` must have -1 in the same columns of every row, but its rows differ.")
     noise = draw_noise((batch_size, num_entries, 2), generator, device)
 
     context_length = context.input_ids.shape[1]
@@ -70,7 +80,7 @@ def generate(
         logits_positions=torch.tensor([context_length - 1], device=device),
         full_vocabulary=full_vocabulary,
     )
-    repeats = torch.as_tensor(num_images_per_context, device=device)
+    repeats = repeats.to(device)
     cache = cache.repeat_interleave(repeats)
     logits = output.logits[:, -1].repeat_interleave(repeats, 0)
     key_mask = torch.ones(batch_size, context_length + num_entries, dtype=torch.bool, device=device)
@@ -116,8 +126,7 @@ def refine(
     Predict the cells of a canvas pass by pass, as the scheduler says.
 
     In each pass only the cells that become final are drawn: the others would be masked again before the next pass, so
-        the result has the
-    same distribution as drawing all of them.
+    the result has the same distribution as drawing all of them.
 
     Args:
         model (`CogLMModel`): A model with super-resolution.
@@ -134,6 +143,9 @@ def refine(
 
     Returns:
         `torch.Tensor` of shape `(batch_size, rows, columns)`.
+
+    Raises:
+        ValueError: If `tokens` is left out although some cells are never predicted.
     """
     device = model.device if device is None else device
     rows, columns = model.config.fine_grid
@@ -147,6 +159,12 @@ def refine(
     canvas = torch.full((batch_size, rows, columns), boi, device=device) if tokens is None else tokens.to(device)
     noise = draw_noise((batch_size, rows, columns, 2), generator, device)
     allowed = torch.ones(rows, columns, dtype=torch.bool) if cell_mask is None else cell_mask.cpu()
+    kept = ~(scheduler.masked_positions(1, rows, columns) & allowed)
+    if tokens is None and kept.any():
+        raise ValueError(
+            f"`tokens` must be given, because {int(kept.sum())} of {kept.numel()} cells keep theirs by this `scheduler` "
+            "and `cell_mask`."
+        )
     for timestep in scheduler.timesteps.tolist():
         masked = (scheduler.masked_positions(timestep, rows, columns) & allowed).to(device)
         drawn = scheduler.final_positions(timestep, rows, columns) & allowed

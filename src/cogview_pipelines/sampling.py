@@ -2,8 +2,8 @@
 From logits to tokens: pure functions, in which all randomness is the `noise` argument.
 
 `noise` holds uniform numbers in [0, 1). `draw_noise` makes it, image by image, so that the image of a seed does not
-depend on the batch it
-is made in; and since a draw needs one number, not one per vocabulary entry, all of it is drawn before a loop starts.
+depend on the batch it is made in; and since a draw needs one number, not one per vocabulary entry, all of it is drawn
+before a loop starts.
 
 Source: the CogView2 release and section 3.3 of the paper (https://arxiv.org/abs/2204.14217) on cluster sampling.
 """
@@ -25,8 +25,7 @@ def draw_noise(
         shape (`tuple[int, ...]`): `(batch_size, ...)`.
         generator (`torch.Generator` or a list of them, *optional*): One for all images, or one per image.
         device (`torch.device`): Where the result is wanted. Numbers are drawn on the device of the generator, so a
-            seed of a CPU generator
-            gives the same image on every device.
+            seed of a CPU generator gives the same image on every device.
 
     Raises:
         ValueError: If a list of generators has another length than the batch.

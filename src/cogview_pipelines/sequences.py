@@ -2,8 +2,7 @@
 Token order, position ids, attention masks and labels of every task, for generation and for training alike.
 
 Masks are boolean, True = the row may attend to the column. Left padding of shorter texts in a batch attends to itself,
-so that no
-softmax is over nothing, and nothing else attends to it.
+so that no softmax is over nothing, and nothing else attends to it.
 
 Source: the CogView2 release; the paper (https://arxiv.org/abs/2204.14217) describes the strategies in section 3.
 """
@@ -117,8 +116,7 @@ def pad_text(
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: Ids, position ids (0, 1, ... from the first token of each
-        text, padding 0)
-        and the mask of real tokens, each of shape `(batch_size, num_slots)`.
+            text, padding 0) and the mask of real tokens, each of shape `(batch_size, num_slots)`.
     """
     longest = max(map(len, texts))
     num_slots = longest if num_slots is None else num_slots
@@ -187,7 +185,7 @@ def caption(
         start_token_ids (sequence of `int`): `<start_of_english>` or `<start_of_chinese>` of each image.
         layout (`SequenceLayout`): Where things stand.
         texts (sequence of sequences of `int`, *optional*): Texts to score; without them this is the context for
-        `generate`.
+            `generate`.
     """
     batch_size = image_tokens.shape[0]
     image_tokens = image_tokens.reshape(batch_size, -1)
@@ -256,9 +254,8 @@ def completion(
     neighbour.
 
     An entry is a masked cell, or a known cell whose right neighbour in the same row is masked: the transformer
-        predicts an entry from
-    the one before it, so a hole is best predicted from the cell on its left. All other known cells are context, seen
-    by all but text.
+    predicts an entry from the one before it, so a hole is best predicted from the cell on its left. All other known
+    cells are context, seen by all but text.
 
     Args:
         texts (sequence of sequences of `int`): Token ids of each text, without `<start_of_image>`.
@@ -335,8 +332,8 @@ def direct_super_resolution(
 
 def iterative_super_resolution(texts: Sequence[Sequence[int]], num_text_slots: int) -> TokenSequence:
     """
-    The context of iterative super-resolution: the first `num_text_slots` tokens of each text (release: 16), right-
-    aligned.
+    The context of iterative super-resolution: the first `num_text_slots` tokens of each text (release: 16),
+    right-aligned.
 
     Every row sees all text and no padding; with an empty text every key is masked, and the canvas sees itself only.
     """
@@ -345,12 +342,11 @@ def iterative_super_resolution(texts: Sequence[Sequence[int]], num_text_slots: i
     return TokenSequence(ids, positions, mask, is_text, is_text)
 
 
-# Training samples of CogLM
-# ----------------------------------------------------------------------------------------------
+# Training samples of CogLM -------------------------------------------------------------------------------------------
 #
 # A row of training data is `text <pad> [text in another language <pad>] ... image tokens`, filled up with <pad> before
-# the image, or text
-# only. The functions below take the random choices as arguments; `draw_patch_corners` and `draw_text_spans` make them.
+# the image, or text only. The functions below take the random choices as arguments; `draw_patch_corners` and
+# `draw_text_spans` make them.
 
 MASKED_IMAGE_SHARE = 0.8
 MASKED_TEXT_SHARE = 0.15
@@ -424,13 +420,13 @@ def captioning_sample(
 ) -> TokenSequence:
     """
     Captioning and mask prediction at once: texts are predicted from the image, and image patches from the rest of the
-        image.
+    image.
 
     Args:
         row, layout, pad_token_id: As for `split_row`.
         start_token_ids (sequence of `int`): The start token of each text, by its language.
         corners (sequence of `tuple[int, int]`): Row and column of the first cell of each masked patch; patches may
-        overlap.
+            overlap.
         patch_size (`int`): Edge of the patches in cells. In each row of a patch all cells but the first are predicted.
     """
     texts, image = split_row(row, layout, pad_token_id)
@@ -475,14 +471,12 @@ def text_sample(row: torch.Tensor, spans: Sequence[tuple[int, int]]) -> TokenSeq
     Text only: spans are predicted causally from the text around them.
 
     What lies between spans is open: open rows see all open columns, and all rows see open columns. From a span's first
-        token to the token
-    after its last, and behind the last span, rows are causal.
+    token to the token after its last, and behind the last span, rows are causal.
 
     Args:
         row (`torch.Tensor` of shape `(length,)`): Text ids.
         spans (sequence of `tuple[int, int]`): Start and length of each span in ascending order: the loss is on these
-        positions, whose
-            labels are the tokens after them.
+            positions, whose labels are the tokens after them.
     """
     ids = row.clone().long()
     positions = torch.arange(len(ids))

@@ -33,8 +33,7 @@ class CogLMConfig(PreTrainedConfig):
         max_text_tokens (`int`): The longest text that text-to-image takes, without `<start_of_image>`.
         super_resolution (`str`, *optional*):
             `None`: CogLM itself. `"direct"`: the canvas has attention projections of its own and sees a window of the
-            low-resolution
-            tokens. `"iterative"`: the canvas sees the text slots.
+            low-resolution tokens. `"iterative"`: the canvas sees the text slots.
         fine_grid (`Sequence[int]`): Rows and columns of the canvas (super-resolution only).
         num_text_slots (`int`): Text slots of the super-resolution context (default: 96 direct, 16 iterative).
         kernel_size (`Sequence[int]`): Rows and columns of the window on the canvas.
@@ -43,12 +42,10 @@ class CogLMConfig(PreTrainedConfig):
         layer_norm_eps (`float`): Epsilon of all layer norms.
         pb_relaxation_alpha (`float`, *optional*):
             Precision-bottleneck relaxation: dense scores are computed divided by this and multiplied back after the
-            row maximum has been
-            taken away, which keeps float16 from overflowing. The result is the same; it is slower than fused
-            attention.
+            row maximum has been taken away, which keeps float16 from overflowing. The result is the same; it is slower
+            than fused attention.
         shares_backbone (`bool`): Direct super-resolution only: all but the extra weights are those of another model,
-            which
-            [`CogLMModel.share_backbone`] lends; they are neither saved nor loaded here.
+            which [`CogLMModel.share_backbone`] lends; they are neither saved nor loaded here.
         boi_token_id, start_of_english_token_id, start_of_chinese_token_id, pad_token_id (`int`): Special tokens.
         initializer_range (`float`): Standard deviation of new weights.
     """
@@ -204,8 +201,7 @@ class CogLMModelOutput(ModelOutput):
         loss (`torch.Tensor`, *optional*): Mean cross-entropy over all positions with a label.
         logits (`torch.Tensor`, *optional*):
             Float32 scores over the image vocabulary, or over all of it, of shape `(batch_size, positions, tokens)`.
-            While `labels` are
-            given, only of the positions that have one: `(labelled, tokens)`, in order.
+            While `labels` are given, only of the positions that have one: `(labelled, tokens)`, in order.
         hidden_states (`tuple[torch.Tensor]`, *optional*): The states after each layer.
         context (`CogLMContext`, *optional*): Super-resolution: the encoded context, to be passed to the next pass.
     """
@@ -358,8 +354,7 @@ class CogLMLayer(GradientCheckpointingLayer):
 class CogLMModel(PreTrainedModel):
     """
     The transformer of CogView2: text-to-image, captioning and completion, and by `config.super_resolution` direct or
-        iterative
-    super-resolution.
+    iterative super-resolution.
 
     Input is token plus position embedding, output the product with the token embedding. Source: the CogView2 release;
     https://arxiv.org/abs/2204.14217, sections 3.1 and 3.2.
@@ -426,8 +421,7 @@ class CogLMModel(PreTrainedModel):
                 of the context.
             labels (`torch.Tensor`, *optional*):
                 Target of each position, not shifted here, -100 = none; of shape `(batch_size, canvas_length)` if there
-                is a canvas,
-                else `(batch_size, length)`.
+                is a canvas, else `(batch_size, length)`.
             cache (`CogLMCache`, *optional*): Dense rows are appended to it and attend to what it holds.
             canvas_ids (`torch.Tensor` of shape `(batch_size, canvas_length)`, *optional*):
                 Super-resolution: tokens of the canvas, `<start_of_image>` where unknown.
@@ -531,9 +525,8 @@ class CogLMModel(PreTrainedModel):
         """
         A super-resolution model that starts from a trained CogLM, as the release's training does.
 
-        Canvas attention starts as a copy of the layer's own. Each canvas cell gets the position embedding of the low-
-        resolution cell
-        it lies in (the release tiles the low-resolution table instead, shifted by one).
+        Canvas attention starts as a copy of the layer's own. Each canvas cell gets the position embedding of the
+        low-resolution cell it lies in (the release tiles the low-resolution table instead, shifted by one).
 
         Args:
             transformer (`CogLMModel`): The trained CogLM.
@@ -613,8 +606,7 @@ def attention_bias(
     zero.
 
     Masked scores get a large negative number instead of minus infinity, so that a row with every key masked attends to
-    all of them alike,
-    as in the release.
+    all of them alike, as in the release.
     """
     if attention_mask is None and (text_mask is None or not text_attention_bias):
         return None

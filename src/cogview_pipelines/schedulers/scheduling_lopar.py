@@ -35,12 +35,11 @@ class LoPARSchedulerOutput(BaseOutput):
 class LoPARScheduler(SchedulerMixin, ConfigMixin):
     """
     A small grid of step numbers, tiled over the canvas: a cell with entry `v` is predicted in pass `v` and final from
-        then on.
+    then on.
 
     In pass `t` the transformer sees every cell with an entry of `t` or more as unknown. An entry below 1 keeps its
-    token always. Direct
-    super-resolution is the grid `[[1]]`: all cells in one pass. There is no state between steps, so pipelines may
-    share a scheduler.
+    token always. Direct super-resolution is the grid `[[1]]`: all cells in one pass. There is no state between steps,
+    so pipelines may share a scheduler.
 
     Args:
         step_grid (`Sequence[Sequence[int]]`): The grid; default: the released 6 x 6 grid of 6 passes.
@@ -49,7 +48,7 @@ class LoPARScheduler(SchedulerMixin, ConfigMixin):
         temperature (`float`): Divides the logits.
         cluster_temperature (`float`, *optional*):
             If given, draw by cluster sampling: `top_k` counts clusters, and inside the cluster the logits are divided
-                by this again.
+            by this again.
 
     Source: section 3.2 of the paper (https://arxiv.org/abs/2204.14217); grid and top-k from the release.
     """
@@ -125,7 +124,7 @@ class LoPARScheduler(SchedulerMixin, ConfigMixin):
 
         Returns:
             `torch.Tensor` of shape `(height, width)`: The pass in which each cell becomes final; below 1: never
-            predicted.
+                predicted.
         """
         grid = torch.tensor(self.config.step_grid)
         rows, columns = grid.shape
