@@ -1,0 +1,628 @@
+"""
+Tensors out of the files of the CogView2 release: streamed, and without running anything that a file says.
+
+A `.pt` file is a zip archive with one pickle (`data.pkl`) that describes the tensors and one stored record of bytes
+for each storage. The pickle is read by an unpickler that knows tensors and plain containers only. Files written during
+training also hold optimizer and
+scheduler objects; their classes are never imported: an inert placeholder stands in for each. Anything of Python's own
+library that is no container (`os.system`, `builtins.eval`, ...) has no place in a checkpoint, so such a file is
+refused.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import pickle
+import re
+import shutil
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+import torch
+
+CHUNK_BYTES = 2**24
+MAX_PICKLE_BYTES = 2**28
+WEIGHTS_FILE = "mp_rank_00_model_states.pt"
+
+
+class ConversionError(ValueError):
+    """A file that cannot be converted; the message says which, why, and what to do."""
+
+
+# Tensors on disk ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class StoredTensor:
+    """
+    A tensor that is still on disk.
+
+    Args:
+        archive (`TorchArchive`): Where it is.
+        record (`str`): Name of its storage in the archive.
+        dtype (`torch.dtype`): Of the elements.
+        shape, stride (`tuple[int, ...]`): As in torch, in elements.
+        offset (`int`): First element in the storage.
+    """
+
+    archive: "TorchArchive"
+    record: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    def __setstate__(self, state):  # what a pickle wants to set on a tensor is of no interest
+        pass
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the elements in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the elements lie in row-major order without gaps."""
+        expected = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.stride)):
+            if size != 1 and stride != expected:
+                return False
+            expected *= size
+        return True
+
+    def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+        """The elements in row-major order, some bytes at a time; every chunk holds whole elements."""
+        if not self.is_contiguous:
+            span = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride)) if self.nbytes else 0
+            flat = torch.frombuffer(
+                bytearray(b"".join(self.archive.read(self.record, self._start, span * self.dtype.itemsize))),
+                dtype=self.dtype,
+            )
+            dense = flat.as_strided(self.shape, self.stride).contiguous()
+            yield dense.view(-1).view(torch.uint8).numpy().tobytes()
+        else:
+            yield from self.archive.read(self.record, self._start, self.nbytes, chunk_bytes)
+
+    def read(self) -> torch.Tensor:
+        """The tensor, in memory."""
+        if not self.nbytes:
+            return torch.empty(self.shape, dtype=self.dtype)
+        return torch.frombuffer(bytearray(b"".join(self.chunks())), dtype=self.dtype).view(self.shape)
+
+    @property
+    def _start(self) -> int:
+        return self.offset * self.dtype.itemsize
+
+    def _check(self, storage: "_Storage") -> None:
+        if len(self.shape) != len(self.stride) or any(n < 0 for n in (*self.shape, *self.stride, self.offset)):
+            raise ConversionError(
+                f"{self.archive.name}: a tensor has an impossible shape ({self.shape}, {self.stride})."
+            )
+        last = self.offset + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride))
+        held = self.archive.record_size(self.record) // self.dtype.itemsize
+        if math.prod(self.shape) and last >= min(held, storage.num_elements):
+            raise ConversionError(
+                f"{self.archive.name}: a tensor of shape {self.shape} reaches beyond its data ({held} elements). "
+                "The file is damaged."
+            )
+
+
+@dataclass
+class LoadedTensor:
+    """A tensor that had to be loaded with its whole file, behind the interface of [`StoredTensor`]."""
+
+    tensor: torch.Tensor
+
+    def __post_init__(self):
+        self.dtype, self.shape = self.tensor.dtype, tuple(self.tensor.shape)
+        self.nbytes = self.tensor.numel() * self.dtype.itemsize
+
+    def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+        flat = self.tensor.contiguous().view(-1)
+        for part in flat.split(chunk_bytes // self.dtype.itemsize):
+            yield part.view(torch.uint8).numpy().tobytes()
+
+    def read(self) -> torch.Tensor:
+        return self.tensor
+
+
+# The pickle in a checkpoint -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Storage:
+    record: str
+    dtype: torch.dtype
+    num_elements: int
+
+    def __setstate__(self, state):
+        pass
+
+
+class _Inert:
+    """
+    Base of all that a pickle gets for a global name: a static `__setstate__`, so that no state can be set on class or
+    instance.
+    """
+
+    __slots__ = ()
+    __setstate__ = staticmethod(lambda *args: None)
+
+
+class _Ignored(_Inert):
+    """
+    Stands for any object that is no tensor and no container: takes whatever an unpickler does to an object, and keeps
+    nothing.
+    """
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def __call__(self, *args, **kwargs):
+        return self
+
+    def _nothing(self, *args):
+        pass
+
+    append = extend = add = update = __setitem__ = _nothing
+
+
+class _Mapping(dict):
+    """`OrderedDict`, without what may be attached to it."""
+
+    __setstate__ = staticmethod(lambda *args: None)
+
+
+class _Size(_Inert):
+    def __new__(cls, sizes=()):
+        return tuple(sizes)
+
+
+class _Parameter(_Inert):
+    def __new__(cls, data, *args):
+        return data
+
+
+class _StorageType(_Inert):
+    __slots__ = ("dtype",)
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+
+
+_STORAGE_DTYPES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+# What pickles of harmless objects name of Python's own library. Nothing of it is imported or called either.
+_PLAIN_LIBRARY = {
+    "_codecs.encode",
+    "argparse.Namespace",
+    "collections.defaultdict",
+    "collections.deque",
+    "collections.Counter",
+    "copyreg._reconstructor",
+    "datetime.date",
+    "datetime.datetime",
+    "datetime.timedelta",
+    "pathlib.Path",
+    "pathlib.PosixPath",
+    "pathlib.PurePosixPath",
+    "types.SimpleNamespace",
+    *(f"builtins.{name}" for name in ("object", "set", "frozenset", "list", "dict", "tuple", "bytearray", "complex")),
+    *(f"builtins.{name}" for name in ("int", "float", "bool", "str", "bytes", "slice", "range")),
+}
+_OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+
+
+class _CheckpointUnpickler(pickle.Unpickler):
+    """Tensors, containers and plain values; no global name of the pickle is ever looked up."""
+
+    def __init__(self, file: BinaryIO, archive: "TorchArchive"):
+        super().__init__(file)
+        self.archive = archive
+        self.ignored: set[str] = set()
+
+    def find_class(self, module: str, name: str):
+        module = _OLD_MODULES.get(module, module)
+        path = f"{module}.{name}"
+        if path == "collections.OrderedDict":
+            return _Mapping
+        if path == "torch._utils._rebuild_tensor_v2":
+            return self._rebuild_type()
+        if path == "torch._utils._rebuild_parameter":
+            return _Parameter
+        if path == "torch.Size":
+            return _Size
+        if module == "torch" and name in _STORAGE_DTYPES:
+            return _StorageType(_STORAGE_DTYPES[name])
+        if module.split(".")[0] in sys.stdlib_module_names and path not in _PLAIN_LIBRARY:
+            raise ConversionError(
+                f"{self.archive.name} asks for `{path}`, which no checkpoint needs and which could run commands. "
+                "Nothing of it was run. "
+                "Do not open this file with other programs; fetch the original again."
+            )
+        self.ignored.add(path)
+        return _Ignored
+
+    def persistent_load(self, saved_id):
+        try:
+            kind, storage_type, record, _, num_elements = saved_id
+            if kind == "storage" and isinstance(storage_type, _StorageType):
+                return _Storage(str(record), storage_type.dtype, int(num_elements))
+        except (TypeError, ValueError):
+            pass
+        return _Ignored()
+
+    def _rebuild_type(self):
+        archive = self.archive
+
+        class Rebuild(_Inert):
+            def __new__(cls, storage, offset, shape, stride, *args):
+                if not isinstance(storage, _Storage):
+                    return _Ignored()
+                shape, stride = tuple(map(int, shape)), tuple(map(int, stride))
+                tensor = StoredTensor(archive, storage.record, storage.dtype, shape, stride, int(offset))
+                tensor._check(storage)
+                return tensor
+
+        return Rebuild
+
+
+class TorchArchive:
+    """
+    A `.pt` file in torch's zip format.
+
+    Args:
+        file (binary file): Seekable; stays open as long as its tensors are read.
+        name (`str`): For messages.
+
+    Raises:
+        ConversionError: If it is no such file, or is cut off.
+    """
+
+    def __init__(self, file: BinaryIO, name: str):
+        self.name = name
+        try:
+            self.zip = zipfile.ZipFile(file)
+        except zipfile.BadZipFile as error:
+            raise ConversionError(
+                f"{name} is no whole torch file: the end of its archive is missing. It was cut off while it was "
+                "copied; fetch it again."
+            ) from error
+        pickles = [n for n in self.zip.namelist() if n.count("/") == 1 and n.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise ConversionError(f"{name} is a zip archive, but not one of torch: it has {len(pickles)} `data.pkl`.")
+        self._prefix = pickles[0].removesuffix("data.pkl")
+        if f"{self._prefix}byteorder" in self.zip.namelist():
+            order = self.zip.read(f"{self._prefix}byteorder")
+            if order != b"little":
+                raise ConversionError(f"{name} was written on a machine of other byte order ({order!r}).")
+        self.fingerprint = sorted((entry.filename, entry.file_size, entry.CRC) for entry in self.zip.infolist())
+
+    def load(self) -> tuple[object, set[str]]:
+        """What the pickle describes, with tensors left on disk, and the names of the classes that were left out."""
+        try:
+            unpickler = _CheckpointUnpickler(io.BytesIO(self._read_pickle()), self)
+            return unpickler.load(), unpickler.ignored
+        except ConversionError:
+            raise
+        except Exception as error:  # whatever a damaged pickle makes an unpickler stumble over
+            raise ConversionError(f"{self.name} cannot be read: its pickle is damaged ({error}).") from error
+
+    def _read_pickle(self) -> bytes:
+        entry = self.zip.getinfo(f"{self._prefix}data.pkl")
+        if entry.file_size > MAX_PICKLE_BYTES:
+            raise ConversionError(
+                f"{self.name}: its pickle is {entry.file_size} bytes long, which no list of tensors is."
+            )
+        return self.zip.read(entry)
+
+    def record_size(self, record: str) -> int:
+        """Bytes of a storage."""
+        try:
+            return self.zip.getinfo(f"{self._prefix}data/{record}").file_size
+        except KeyError:
+            raise ConversionError(f"{self.name}: the data of a tensor (record {record}) is missing.") from None
+
+    def read(self, record: str, start: int, size: int, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+        """Bytes of a storage in chunks; checksums are compared where the whole storage is read."""
+        try:
+            with self.zip.open(f"{self._prefix}data/{record}") as file:
+                if start:
+                    file.seek(start)
+                while size > 0:
+                    chunk = file.read(min(size, chunk_bytes))
+                    if not chunk:
+                        raise ConversionError(f"{self.name}: record {record} ends too early. The file is damaged.")
+                    size -= len(chunk)
+                    yield chunk
+        except (zipfile.BadZipFile, EOFError) as error:
+            raise ConversionError(
+                f"{self.name}: record {record} is damaged ({error}). Fetch the file again."
+            ) from error
+
+
+def read_module(file: BinaryIO, name: str) -> tuple[dict[str, StoredTensor | LoadedTensor], list[str], object]:
+    """
+    The state dict under the key `module` of a `.pt` file.
+
+    Returns:
+        tuple: Tensors by name; what else the file holds (names of entries and of classes that were left out); a
+        fingerprint that tells this file from others.
+
+    Raises:
+        ConversionError: If there is no `module`, or it holds anything but tensors.
+    """
+    start = file.read(4)
+    file.seek(0)
+    if start == b"PK\x03\x04":
+        archive = TorchArchive(file, name)
+        content, ignored = archive.load()
+        fingerprint = archive.fingerprint
+    else:
+        fingerprint = hashlib.sha256(file.read()).hexdigest()
+        file.seek(0)
+        content, ignored = _load_old_format(file, name), set()
+    module = content.get("module") if isinstance(content, dict) else None
+    if not isinstance(module, dict) or not module:
+        keys = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise ConversionError(f"{name} must hold a dict of tensors under the key `module`, but holds {keys}.")
+    wrong = [key for key, value in module.items() if not isinstance(value, (StoredTensor, torch.Tensor))]
+    if wrong:
+        raise ConversionError(
+            f"{name}: `module` must hold tensors only, but {wrong[0]!r} is something else ({len(wrong)} such)."
+        )
+    tensors = {
+        str(key): LoadedTensor(value) if isinstance(value, torch.Tensor) else value for key, value in module.items()
+    }
+    others = sorted(f"entry `{key}`" for key in content if key != "module") + sorted(
+        f"class `{path}`" for path in ignored
+    )
+    return tensors, others, fingerprint
+
+
+def _load_old_format(file: BinaryIO, name: str) -> object:
+    """
+    Files from before torch 1.6 hold tensors and pickle in one stream: read at once, by torch's own restricted
+    unpickler.
+    """
+    try:
+        return torch.load(file, weights_only=True, map_location="cpu")
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConversionError(
+            f"{name} is no torch file, is cut off, or holds more than tensors ({reason}). Fetch it again, or save "
+            "its `module` with a "
+            "current torch."
+        ) from error
+
+
+# Folders and zip files -----------------------------------------------------------------------------------------------
+
+
+class _FileSlice(io.RawIOBase):
+    """A part of a file as a file: an entry that stands unpacked in a zip is read in place."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int):
+        self._file, self._start, self._size, self._position = file, start, size, 0
+
+    def readable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def tell(self):
+        return self._position
+
+    def seek(self, offset, whence=io.SEEK_SET):
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, buffer):
+        count = max(0, min(len(buffer), self._size - self._position))
+        self._file.seek(self._start + self._position)
+        data = self._file.read(count)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+@dataclass
+class ReleasedModel:
+    """
+    One of the three transformer checkpoints, opened.
+
+    Args:
+        path (`Path`): What the user named.
+        iteration (`str`): From the file `latest`.
+        config (`dict`): `model_config.json`; empty if there is none.
+        tensors: The state dict, still on disk.
+        others (`list[str]`): What was left out.
+        fingerprint: Tells this file from others.
+        size (`int`): Bytes of the weights file.
+    """
+
+    path: Path
+    iteration: str
+    config: dict
+    tensors: dict[str, StoredTensor | LoadedTensor]
+    others: list[str]
+    fingerprint: object
+    size: int
+
+
+def _check_members(archive: zipfile.ZipFile, path: Path) -> list[str]:
+    names = []
+    for entry in archive.infolist():
+        name = entry.filename.replace("\\", "/")
+        if name.startswith("/") or re.match(r"[A-Za-z]:", name) or ".." in PurePosixPath(name).parts:
+            raise ConversionError(
+                f"{path} has an entry that points out of the archive ({entry.filename!r}). Do not unpack it."
+            )
+        if not entry.is_dir():
+            names.append(name)
+    return names
+
+
+def _locate(names: list[str], path: Path) -> tuple[str, str, str | None]:
+    """
+    Of the files of a checkpoint: the folder that holds `latest`, and paths of the weights and (if any) the
+    configuration.
+    """
+    latest = [name for name in names if PurePosixPath(name).name == "latest"]
+    if len(latest) != 1:
+        found = f"{len(latest)} ({', '.join(latest[:4])})" if latest else "none"
+        raise ConversionError(f"{path} must hold one checkpoint, with one file `latest`, but has {found}.")
+    root = str(PurePosixPath(latest[0]).parent)
+    config = str(PurePosixPath(root, "model_config.json"))
+    return root, latest[0], config if config in names else None
+
+
+def _weights_name(names: list[str], root: str, iteration: str, path: Path) -> str:
+    iteration = iteration.strip()
+    if not re.fullmatch(r"[1-9][0-9]*|release", iteration):
+        raise ConversionError(
+            f"{path}: `latest` must hold a number or the word release, but holds {iteration[:40]!r}."
+        )
+    folder = PurePosixPath(root, iteration)
+    parts = sorted(
+        n for n in names if PurePosixPath(n).parent == folder and PurePosixPath(n).name.startswith("mp_rank_")
+    )
+    weights = str(folder / WEIGHTS_FILE)
+    if weights not in parts:
+        raise ConversionError(f"{path}: `latest` names iteration {iteration}, but {weights} is missing.")
+    if len(parts) > 1:
+        raise ConversionError(
+            f"{path} is cut into {len(parts)} model-parallel parts. Merge them first; only one part is read."
+        )
+    return weights
+
+
+@contextlib.contextmanager
+def open_released_model(path: str | Path, scratch: str | Path | None = None) -> Iterator[ReleasedModel]:
+    """
+    Open one of the three checkpoints (`coglm`, `cogview2-dsr`, `cogview2-itersr`).
+
+    Args:
+        path (`str` or `Path`): The zip as released, the unpacked folder (at any depth around the file `latest`), or
+            the `.pt` file itself.
+        scratch (`str` or `Path`, *optional*):
+            Where a compressed zip entry is unpacked for as long as it is open. Entries that are only stored are read
+            in place.
+
+    Raises:
+        ConversionError: If it holds no readable checkpoint.
+    """
+    path = Path(path)
+    with contextlib.ExitStack() as stack:
+        if path.is_dir():
+            model = _open_folder(path, stack)
+        elif not path.is_file():
+            raise ConversionError(f"{path} does not exist.")
+        elif path.suffix == ".pt" or not zipfile.is_zipfile(path):
+            model = _open_weights(path, stack)
+        else:
+            model = _open_zip(path, stack, scratch)
+        yield model
+
+
+def _model(path: Path, iteration: str, config: dict, file: BinaryIO, size: int) -> ReleasedModel:
+    tensors, others, fingerprint = read_module(file, str(path))
+    return ReleasedModel(path, iteration.strip(), config, tensors, others, fingerprint, size)
+
+
+def _open_weights(path: Path, stack: contextlib.ExitStack) -> ReleasedModel:
+    config = next(
+        (f for f in (path.parent / "model_config.json", path.parent.parent / "model_config.json") if f.is_file()), None
+    )
+    iteration = path.parent.name if re.fullmatch(r"[1-9][0-9]*|release", path.parent.name) else "release"
+    file = stack.enter_context(path.open("rb"))
+    return _model(
+        path, iteration, _read_config(config.read_bytes() if config else None, path), file, path.stat().st_size
+    )
+
+
+def _open_folder(path: Path, stack: contextlib.ExitStack) -> ReleasedModel:
+    names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+    root, latest, config = _locate(names, path)
+    weights = path / _weights_name(names, root, (path / latest).read_text(), path)
+    file = stack.enter_context(weights.open("rb"))
+    content = (path / config).read_bytes() if config else None
+    return _model(path, weights.parent.name, _read_config(content, path), file, weights.stat().st_size)
+
+
+def _open_zip(path: Path, stack: contextlib.ExitStack, scratch: str | Path | None) -> ReleasedModel:
+    archive = stack.enter_context(zipfile.ZipFile(path))
+    names = _check_members(archive, path)
+    root, latest, config = _locate(names, path)
+    weights = archive.getinfo(
+        _weights_name(names, root, _read_small(archive, latest, path).decode(errors="replace"), path)
+    )
+    if weights.compress_type == zipfile.ZIP_STORED and not weights.flag_bits & 1:
+        file = stack.enter_context(path.open("rb"))
+        file.seek(weights.header_offset)
+        header = file.read(30)  # a local header: 30 bytes, then name and extra field, whose lengths stand at its end
+        start = (
+            weights.header_offset
+            + 30
+            + int.from_bytes(header[26:28], "little")
+            + int.from_bytes(header[28:30], "little")
+        )
+        content = io.BufferedReader(_FileSlice(file, start, weights.file_size), CHUNK_BYTES)
+    else:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".unpacked-", dir=scratch)))
+        if shutil.disk_usage(folder).free < weights.file_size + 2**28:
+            raise ConversionError(
+                f"{path}: unpacking the weights needs {weights.file_size / 2**30:.1f} GiB beside the output, which "
+                "are not free."
+            )
+        unpacked = folder / WEIGHTS_FILE
+        try:
+            with archive.open(weights) as source, unpacked.open("wb") as target:
+                shutil.copyfileobj(source, target, CHUNK_BYTES)
+        except (zipfile.BadZipFile, EOFError, RuntimeError) as error:
+            raise ConversionError(
+                f"{path}: {weights.filename} cannot be unpacked ({error}). Fetch the zip again."
+            ) from error
+        content = stack.enter_context(unpacked.open("rb"))
+    settings = _read_config(_read_small(archive, config, path) if config else None, path)
+    return _model(path, PurePosixPath(weights.filename).parent.name, settings, content, weights.file_size)
+
+
+def _read_small(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:
+    if archive.getinfo(name).file_size > 2**20:
+        raise ConversionError(
+            f"{path}: {name} is {archive.getinfo(name).file_size} bytes long, which cannot be right."
+        )
+    try:
+        return archive.read(name)
+    except (zipfile.BadZipFile, EOFError, RuntimeError) as error:
+        raise ConversionError(f"{path}: {name} cannot be read ({error}). Fetch the zip again.") from error
+
+
+def _read_config(content: bytes | None, path: Path) -> dict:
+    try:
+        config = json.loads(content) if content is not None else {}
+    except ValueError as error:
+        raise ConversionError(f"{path}: `model_config.json` is no JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise ConversionError(f"{path}: `model_config.json` must hold an object, but holds {type(config).__name__}.")
+    return config
