@@ -1,0 +1,35 @@
+"""The command line. Nothing here imports torch before a command needs it: help is there at once."""
+
+import typer
+
+from .._version import __version__
+from . import doctor, evaluate, generate
+
+app = typer.Typer(
+    name="cogview2",
+    help="Pictures from Chinese and English prompts with CogView2.",
+    no_args_is_help=True,
+    rich_markup_mode=None,  # plain text: errors stay on one line, in a terminal and in a log
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"cogview_pipelines {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    pass
+
+
+app.command("generate")(generate.generate)
+app.command("evaluate")(evaluate.evaluate)
+app.command("doctor")(doctor.doctor)

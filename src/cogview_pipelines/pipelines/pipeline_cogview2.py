@@ -215,6 +215,49 @@ class CogView2Pipeline(DiffusionPipeline):
             return images, tokens, seeds
         return CogView2PipelineOutput(images=images, tokens=tokens, seeds=seeds)
 
+    def check_inputs(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        num_images_per_prompt: int = 1,
+        style: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        max_batch_size: int | None = None,
+        **settings,
+    ) -> dict:
+        """
+        Raise the error that a call with these arguments would raise, without computing anything.
+
+        Args:
+            prompt, num_images_per_prompt, style, height, width, max_batch_size: As for `__call__`.
+            settings: The call's settings of sampling.
+
+        Returns:
+            `dict`: Style, size and settings that the call would use: those given, else the style's, else the defaults;
+            `None` for what its scheduler decides. Passed to `__call__`, they give the same pictures.
+
+        Raises:
+            TypeError: If there is no such setting.
+            ValueError: If an argument cannot be used; the message says which and why.
+        """
+        unknown = sorted(set(settings) - set(DEFAULT_SETTINGS))
+        if unknown:
+            raise TypeError(f"There are no settings {unknown}. Known: {list(DEFAULT_SETTINGS)}.")
+        prompts = self._check_inputs(prompt, num_images_per_prompt, "pil", max_batch_size, ())
+        super_resolve = self._check_size(height, width)
+        used = self._settings(style, **settings)
+        if super_resolve:
+            self._schedulers(used)
+        self._encode_prompts(prompts, style, super_resolve)
+        height, width = self.sizes[int(super_resolve)]
+        return {
+            "style": self.config.default_style if style is None else style,
+            "height": height,
+            "width": width,
+            **used,
+        }
+
     # Stages ----------------------------------------------------------------------------------------------------------
 
     def _make_tokens(

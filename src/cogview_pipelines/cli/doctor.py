@@ -1,0 +1,35 @@
+"""`cogview2 doctor`: what is installed here and what will be used."""
+
+import json
+
+import typer
+
+from ..environment import SHIPPED_MODEL, devices, versions
+
+
+def doctor(as_json: bool = typer.Option(False, "--json", help="Print one line of JSON.")) -> None:
+    """Tell what is installed and will be used."""
+    from ..ops.native import build_info
+
+    report = {
+        "versions": versions(),
+        "devices": devices(),
+        "kernels": build_info(),
+        "shipped_model": {"folder": str(SHIPPED_MODEL), "found": (SHIPPED_MODEL / "model_index.json").is_file()},
+    }
+    if as_json:
+        typer.echo(json.dumps(report, default=str))
+        return
+    for name, version in report["versions"].items():
+        typer.echo(f"{name:20} {version or 'not installed'}")
+    for device in report["devices"]:
+        typer.echo(f"{device['device']:20} " + ", ".join(f"{key} {device[key]}" for key in device if key != "device"))
+    typer.echo("kernels of local attention")
+    for name, value in report["kernels"].items():
+        if isinstance(value, dict):
+            value = "; ".join(f"{key}: {entry}" for key, entry in value.items())
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value))
+        typer.echo(f"{name:20} {value or 'none'}")
+    state = "" if report["shipped_model"]["found"] else " (not there)"
+    typer.echo(f"{'shipped model':20} {report['shipped_model']['folder']}{state}")

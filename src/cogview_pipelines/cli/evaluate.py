@@ -1,0 +1,171 @@
+"""`cogview2 evaluate`: how many pictures show what their prompts say."""
+
+import enum
+import json
+from pathlib import Path
+
+import typer
+
+from .console import bad_input, fail, failures, make_writable_folder
+from .loading import DEVICE_OPTION, DTYPE_OPTION, MODEL_OPTION, DType, find_model, load_pipeline
+
+
+class Split(str, enum.Enum):
+    """Parts of the demo data."""
+
+    train = "train"
+    validation = "validation"
+    test_background = "test_background"
+    test_colour_shape = "test_colour_shape"
+    test_pair = "test_pair"
+    test_order = "test_order"
+    test_style = "test_style"
+
+
+class Language(str, enum.Enum):
+    """Languages of the prompts."""
+
+    en = "en"
+    zh = "zh"
+
+
+class Layout(str, enum.Enum):
+    """One object or two."""
+
+    single = "single"
+    pair = "pair"
+
+
+class Baseline(str, enum.Enum):
+    """What the pictures are."""
+
+    none = "none"
+    ceiling = "ceiling"
+    shuffled = "shuffled"
+
+
+class Measure(str, enum.Enum):
+    """What is measured."""
+
+    pictures = "pictures"
+    caption_loss = "caption-loss"
+    post_selection = "post-selection"
+
+
+def evaluate(
+    split: Split = typer.Option(Split.train, help="Which scenes: train are the seen combinations, the rest held out."),
+    language: Language = typer.Option(Language.en, help="Of the prompts."),
+    num: int = typer.Option(100, "--num", "-n", min=1, help="How many scenes; all, where there are fewer."),
+    layout: Layout = typer.Option(None, help="Only scenes of one object, or only of two.  [default: both]"),
+    measure: Measure = typer.Option(
+        Measure.pictures,
+        help="pictures: do they show what the prompts say; caption-loss: of true against shuffled captions of true"
+        " pictures; post-selection: best of several by caption loss against the first.",
+    ),
+    baseline: Baseline = typer.Option(
+        Baseline.none,
+        help="For pictures. ceiling: true pictures, encoded and decoded; shuffled: pictures of other prompts.",
+    ),
+    candidates: int = typer.Option(8, min=2, help="For post-selection."),
+    seed: int = typer.Option(0, min=0, max=2**40, help="Of scenes, prompts and pictures."),
+    batch_size: int = typer.Option(8, min=1, help="Pictures computed at a time."),
+    height: int = typer.Option(None, min=1, help="Of the pictures, in pixels.  [default: the largest]"),
+    style: str = typer.Option(None, help="A style preset of the model, on top of what the prompts say."),
+    model: str = MODEL_OPTION,
+    device: str = DEVICE_OPTION,
+    dtype: DType = DTYPE_OPTION,
+    sprites: Path = typer.Option(None, help="Folder of full-size drawings, for the ceiling beyond 240 px."),
+    save: Path = typer.Option(None, help="Folder for the pictures, with what was read from them in the PNG metadata."),
+    as_json: bool = typer.Option(False, "--json", help="Print one line of JSON."),
+) -> None:
+    """
+    Measure how many pictures show what was asked for.
+
+    The prompts are captions of scenes that the model was trained for (scope.json): one object or two on a plain
+    background, in a drawing style. A scorer without a neural network reads the pictures: background, style, objects,
+    position are the shares of pictures that show each of these as the prompt says; all is the share that shows all
+    four; clean is the share with nothing else on the background. Compare with --baseline ceiling and shuffled.
+    """
+    source = Path(find_model(model))
+    if not (source / "scope.json").is_file():
+        fail(f"`--model`: {source} has no scope.json, which lists the scenes that the model was trained on.")
+    if measure is not Measure.pictures and (baseline is not Baseline.none or save is not None):
+        fail(f"--baseline and --save are for --measure pictures, not {measure.value}.")
+    from ..emoji import Scope, SpriteSet, evaluation
+
+    with bad_input():
+        scope = Scope.load(source)
+        cases = evaluation.choose_cases(
+            scope, split.value, language.value, num, seed, None if layout is None else layout.value
+        )
+        drawings = None if sprites is None else SpriteSet(sprites)
+    if save is not None:
+        make_writable_folder(save)
+    if len(cases) < num:
+        typer.echo(f"There are {len(cases)} such scenes; all of them are used.", err=True)
+    pipe = load_pipeline(model, device, dtype)
+    pipe.set_progress_bar_config(disable=None, leave=False)
+    common = {"batch_size": batch_size}
+    call = {"height": height, "style": style}
+    with bad_input():
+        settings = pipe.check_inputs("a", **call)
+        for case in cases:
+            pipe.check_inputs(case.caption, **call)
+    with bad_input(), failures():
+        if measure is Measure.caption_loss:
+            result = evaluation.measure_caption_loss(pipe, cases, sprites=drawings, **common)
+        elif measure is Measure.post_selection:
+            result = evaluation.measure_post_selection(pipe, cases, num_candidates=candidates, **common, **call)
+        else:
+            saver = None if save is None else _saver(save, settings, model)
+            result = evaluation.measure_pictures(
+                pipe, cases, baseline=baseline.value, sprites=drawings, on_picture=saver, **common, **call
+            )
+    _print(_report(result, pipe, model, cases, split, language, layout, measure, baseline, candidates, seed), as_json)
+
+
+def _report(result, pipe, model, cases, split, language, layout, measure, baseline, candidates, seed) -> dict:
+    """The numbers, and all that is needed to measure them again."""
+    from ..environment import stamp
+
+    report = {"measure": measure.value, "split": split.value, "language": language.value, "n": len(cases), **result}
+    if measure is Measure.pictures:
+        report["baseline"] = baseline.value
+    if measure is Measure.post_selection:
+        report["candidates"] = candidates
+    report.update(
+        layouts={name: sum(case.scene.layout == name for case in cases) for name in ("single", "pair")},
+        layout=None if layout is None else layout.value,
+        seed=seed,
+        model=model,
+        device=pipe.device.type,
+        dtype=str(pipe.transformer.dtype).removeprefix("torch."),
+    )
+    return {**report, **stamp(str(pipe.device))}
+
+
+def _saver(folder: Path, settings: dict, model: str):
+    from ..png import save_png
+
+    def save(index: int, case, image, scores: dict) -> None:
+        metadata = {
+            "prompt": case.caption,
+            "seed": case.seed,
+            "model": model,
+            "settings": {name: value for name, value in settings.items() if value is not None},
+            "scene": case.scene.to_dict(),
+            "scores": scores,
+        }
+        save_png(image, folder / f"{index:04d}-{'right' if scores['all'] else 'wrong'}.png", metadata)
+
+    return save
+
+
+def _print(report: dict, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(report, ensure_ascii=False))
+        return
+    for name, value in report.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {entry}" for key, entry in value.items())
+        typer.echo(f"{name:22} {value}")

@@ -1,0 +1,400 @@
+"""`cogview2 generate`: pictures from prompts."""
+
+import json
+import math
+import os
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from .console import bad_input, fail, fail_all, failures, make_writable_folder
+from .loading import DEVICE_OPTION, DTYPE_OPTION, MODEL_OPTION, SHIPPED, DType, load_pipeline
+from .requests import (
+    ARGUMENTS,
+    LARGEST_SEED,
+    Request,
+    check_arguments,
+    check_prompt,
+    check_seed,
+    numbered,
+    read_requests,
+)
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..pipelines.pipeline_cogview2 import CogView2Pipeline
+
+MANIFEST = "manifest.jsonl"
+_OTHER_FORMATS = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
+_LONGEST_NAME = 60  # characters of the prompt in the name of a file
+
+
+@dataclass
+class Picture:
+    """
+    One picture to be made.
+
+    Args:
+        prompt (`str`): Its text.
+        seed (`int`): Its own seed.
+        settings (`dict`): Style, size and settings: arguments of the pipeline's call, all of them.
+        max_batch_size (`int`, *optional*): At most so many are made at a time.
+        path (`Path`): Where it is saved.
+        id (`str`): The id of its request.
+    """
+
+    prompt: str
+    seed: int
+    settings: dict
+    max_batch_size: int | None
+    path: Path
+    id: str = ""
+
+
+def _split_numbers(text: str | None) -> int | list[int] | None:
+    """`"60"` to 60 and `"60,40,40"` to a list; what is no number is left to be reported."""
+    if text is None:
+        return None
+    parts = [int(part) if part.strip().isdecimal() else part for part in text.split(",")]
+    return parts[0] if len(parts) == 1 else parts
+
+
+def generate(
+    prompt: list[str] = typer.Argument(None, help="One text or more, Chinese or English.", show_default=False),
+    prompts: Path = typer.Option(None, help="JSONL file: id, prompt, and optionally seed, style, ... on each line."),
+    remake: Path = typer.Option(None, help="PNG file of this command: make its picture again; options override."),
+    output: Path = typer.Option("outputs", "--output", "-o", help="A .png file, or a folder."),
+    seed: int = typer.Option(
+        None,
+        "--seed",
+        "-s",
+        min=0,
+        max=LARGEST_SEED,
+        help="Of the first picture of each prompt; picture i has seed + i.  [default: by chance]",
+    ),
+    num_images: int = typer.Option(None, "--num-images", "-n", min=1, help="Pictures per prompt.  [default: 1]"),
+    style: str = typer.Option(None, help="A style of the model."),
+    grid: bool = typer.Option(False, "--grid", help="Write one picture that shows all of them."),
+    model: str = MODEL_OPTION,
+    height: int = typer.Option(
+        None, min=1, help="In pixels: low-resolution or super-resolved.  [default: the largest]"
+    ),
+    width: int = typer.Option(None, min=1, help="In pixels, likewise."),
+    text_attention_bias: float = typer.Option(None, help="How closely to follow the prompt."),
+    temperature: float = typer.Option(None, help="Of the low-resolution tokens: lower is more regular."),
+    top_k_clusters: int = typer.Option(None, min=1, help="Of the low-resolution tokens: clusters to draw from."),
+    cluster_temperature: float = typer.Option(None, help="Of the low-resolution tokens, inside a cluster."),
+    direct_sr_temperature: float = typer.Option(None, help="Of direct super-resolution."),
+    direct_sr_top_k_clusters: int = typer.Option(None, min=1, help="Of direct super-resolution."),
+    direct_sr_cluster_temperature: float = typer.Option(None, help="Of direct super-resolution."),
+    iterative_sr_temperature: float = typer.Option(None, help="Of iterative super-resolution."),
+    iterative_sr_top_k: str = typer.Option(None, help="Of iterative super-resolution; one per pass: 60,40,20"),
+    num_lopar_steps: int = typer.Option(None, min=0, help="Passes of iterative super-resolution; 0 leaves it out."),
+    max_batch_size: int = typer.Option(None, min=1, help="Pictures computed at a time.  [default: 8]"),
+    device: str = DEVICE_OPTION,
+    dtype: DType = DTYPE_OPTION,
+    overwrite: bool = typer.Option(False, "--overwrite", help="With --prompts: replace pictures of other requests."),
+    quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress bar."),
+) -> None:
+    """
+    Make pictures from prompts; the paths of the files are printed.
+
+    With --prompts FILE.jsonl, each line is an object with "id" and "prompt", and optionally "seed", "style" and any
+    other argument of the pipeline's call. Pictures are written as ID.png into the output folder, beside a manifest;
+    what is there already is not made again, so that a long list can be stopped and resumed.
+
+    Prompt, seed, settings and model are kept in the PNG files; --remake FILE.png makes such a picture again.
+    """
+    given = {name: value for name, value in locals().items() if name in ARGUMENTS}
+    given["num_images_per_prompt"] = num_images
+    with bad_input():
+        given["iterative_sr_top_k"] = _split_numbers(iterative_sr_top_k)
+        given = check_arguments(given)
+    sources = {"PROMPT": bool(prompt), "--prompts": prompts is not None, "--remake": remake is not None}
+    if sum(sources.values()) != 1:
+        named = " and ".join(name for name, there in sources.items() if there) or "none of them"
+        fail(f"Say what to make by one of PROMPT, --prompts and --remake; given: {named}.")
+    if prompts is not None:
+        if grid:
+            fail("--grid needs prompts on the command line, not --prompts.")
+        _generate_list(prompts, output, given, seed, model, device, dtype, overwrite, quiet)
+        return
+
+    with bad_input():
+        if remake is not None:
+            requests, model, dtype = _request_of_picture(remake, given, seed, model, dtype)
+        else:
+            seed = random.SystemRandom().randrange(2**31) if seed is None else seed
+            requests = [Request(check_prompt(text), seed, given) for text in prompt]
+        for request in requests:
+            check_seed(request.seed, request.num_images)
+    paths = _choose_paths(output, requests, grid)
+    pipe = load_pipeline(model, device, dtype)
+    with bad_input():
+        pictures = _plan(pipe, requests, paths)
+    metadata = _common_metadata(pipe, model)
+    made = []
+    with failures():
+        for picture, image in _make(pipe, pictures, quiet):
+            if grid:
+                made.append((picture, image))
+            else:
+                _save(picture, image, metadata)
+        if grid:
+            _save_grid(made, requests, paths[0], metadata)
+
+
+# One prompt or a few -------------------------------------------------------------------------------------------------
+
+
+def _request_of_picture(
+    path: Path, given: dict, seed: int | None, model: str, dtype: DType | None
+) -> tuple[list[Request], str, DType | None]:
+    """The request, model and number format that the metadata of a picture tell, unless options say otherwise."""
+    from ..png import read_metadata
+
+    metadata = read_metadata(path)
+    if not isinstance(metadata.get("settings"), dict) or not {"prompt", "seed", "model"} <= set(metadata):
+        fail(f"`--remake`: {path} does not say how one picture was made.")
+    saved = {name: value for name, value in metadata["settings"].items() if name in ARGUMENTS}
+    arguments = check_arguments({**saved, **given})
+    request = Request(check_prompt(metadata["prompt"]), metadata["seed"] if seed is None else seed, arguments)
+    if dtype is None and metadata.get("dtype") in DType.__members__:
+        dtype = DType(metadata["dtype"])
+    return [request], (metadata["model"] if model == SHIPPED else model), dtype
+
+
+def _choose_paths(output: Path, requests: list[Request], grid: bool) -> list[Path]:
+    """A file for each picture (one for all, if they become a grid), in a folder that can be written in."""
+    output = output.expanduser()
+    is_file = output.suffix.lower() == ".png" and not output.is_dir()
+    if not is_file and output.suffix.lower() in _OTHER_FORMATS:
+        fail(f"`--output` must be a .png file or a folder, but is {output}. Only PNG files keep prompt and seed.")
+    if not is_file and output.exists() and not output.is_dir():
+        fail(f"`--output` must be a .png file or a folder, but {output} is another file.")
+    make_writable_folder(output.parent if is_file else output)
+    if is_file:
+        return [
+            output.with_name(name)
+            for name in numbered(output.name, 1 if grid else sum(r.num_images for r in requests))
+        ]
+    if grid:
+        return [_free(output, f"{_slug(requests[0].prompt)}-{requests[0].seed}-grid", set())]
+    paths: list[Path] = []
+    for request in requests:
+        for index in range(request.num_images):
+            paths.append(_free(output, f"{_slug(request.prompt)}-{request.seed + index}", set(paths)))
+    return paths
+
+
+def _slug(prompt: str) -> str:
+    """The beginning of a prompt as the name of a file; letters of every language stay."""
+    return re.sub(r"[\W_]+", "-", prompt).strip("-")[:_LONGEST_NAME].strip("-") or "picture"
+
+
+def _free(folder: Path, stem: str, taken: set[Path]) -> Path:
+    """`<stem>.png`, or with a number after it, if that is there already."""
+    path, number = folder / f"{stem}.png", 2
+    while path in taken or path.exists():
+        path, number = folder / f"{stem}-{number}.png", number + 1
+    return path
+
+
+def _save_grid(made: list[tuple[Picture, "Image.Image"]], requests: list[Request], path: Path, metadata: dict) -> None:
+    """A row for each prompt; the pictures of a single prompt nearly in a square."""
+    from diffusers.utils import make_image_grid
+    from PIL import Image
+
+    from ..png import save_png
+
+    images = [image for _, image in made]
+    columns = math.ceil(len(images) ** 0.5) if len(requests) == 1 else requests[0].num_images
+    rows = math.ceil(len(images) / columns)
+    images += [Image.new("RGB", images[0].size, "white")] * (rows * columns - len(images))
+    pictures = [{"prompt": p.prompt, "seed": p.seed, "settings": p.settings} for p, _ in made]
+    save_png(make_image_grid(images, rows, columns), path, {**metadata, "pictures": pictures})
+    typer.echo(path)
+
+
+# A list of prompts ---------------------------------------------------------------------------------------------------
+
+
+def _generate_list(
+    prompts: Path,
+    folder: Path,
+    given: dict,
+    seed: int | None,
+    model: str,
+    device: str | None,
+    dtype: DType | None,
+    overwrite: bool,
+    quiet: bool,
+) -> None:
+    """Make what a JSONL file asks for and the folder does not hold yet."""
+    with bad_input():
+        requests, errors = read_requests(prompts.expanduser(), given, seed)
+    if errors:
+        fail_all(errors)
+    folder = folder.expanduser()
+    if folder.exists() and not folder.is_dir():
+        fail(f"`--output` must be a folder with --prompts, but {folder} is a file.")
+    make_writable_folder(folder)
+    pipe = load_pipeline(model, device, dtype)
+    pictures, errors = [], []
+    for request in requests:
+        try:
+            pictures += _plan(pipe, [request], [folder / name for name in request.file_names()])
+        except ValueError as error:
+            errors.append(f"{request.where}: {error}")
+    if errors:
+        fail_all(errors)
+
+    metadata = _common_metadata(pipe, model)
+    seeded = {request.id for request in requests if request.seed is not None}
+    kept, missing, others = _sort_existing(pictures, seeded, metadata)
+    if others and not overwrite:
+        fail_all(
+            [f"{path} was made from another request. Pass --overwrite, or name another folder." for path in others]
+        )
+    with failures():
+        manifest = folder / MANIFEST
+        _rewrite_manifest(manifest, kept)
+        if kept:
+            typer.echo(f"{len(kept)} of {len(pictures)} pictures are there already.", err=True)
+        with open(manifest, "a", encoding="utf-8") as lines:
+            for picture, image in _make(pipe, missing, quiet):
+                _save(picture, image, metadata)
+                lines.write(_manifest_line(picture, metadata))
+                lines.flush()
+
+
+def _sort_existing(
+    pictures: list[Picture], seeded: set[str], metadata: dict
+) -> tuple[list[tuple[Picture, dict]], list[Picture], list[Path]]:
+    """
+    What is there already and complete, with its metadata; what is to be made; and files of the same name that were
+    made from something else. A damaged file is made again.
+    """
+    from ..png import read_metadata
+
+    kept, missing, others = [], [], []
+    for picture in pictures:
+        try:
+            found = read_metadata(picture.path)
+        except ValueError:
+            missing.append(picture)
+            continue
+        wanted = {"prompt": picture.prompt, "settings": picture.settings, "model": metadata["model"]}
+        if picture.id in seeded:
+            wanted["seed"] = picture.seed
+        if all(found.get(name) == value for name, value in wanted.items()):
+            kept.append((picture, found))
+        else:
+            missing.append(picture)
+            others.append(picture.path)
+    return kept, missing, others
+
+
+def _manifest_line(picture: Picture, metadata: dict) -> str:
+    entry = {
+        "id": picture.id,
+        "file": picture.path.name,
+        "prompt": picture.prompt,
+        "seed": picture.seed,
+        "settings": picture.settings,
+        **metadata,
+    }
+    return json.dumps(entry, ensure_ascii=False) + "\n"
+
+
+def _rewrite_manifest(path: Path, kept: list[tuple[Picture, dict]]) -> None:
+    """
+    Leave in the manifest what other lists wrote into the folder, and a line for each picture that is kept: a stop may
+    have come between a picture and its line, or in the middle of a line.
+    """
+    files = {picture.path.name for picture, _ in kept}
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            name = json.loads(line)["file"]
+            is_other = name not in files and (path.parent / name).exists()
+        except (ValueError, KeyError, TypeError):
+            continue
+        if is_other:
+            lines.append(line + "\n")
+    for picture, found in kept:
+        picture.seed = found["seed"]
+        lines.append(_manifest_line(picture, {name: found.get(name) for name in ("model", "dtype", "versions")}))
+    unfinished = path.with_name(f".{path.name}.part")
+    unfinished.write_text("".join(lines), encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+# Pictures ------------------------------------------------------------------------------------------------------------
+
+
+def _plan(pipe: "CogView2Pipeline", requests: list[Request], paths: list[Path]) -> list[Picture]:
+    """
+    Every picture of the requests, in order.
+
+    Raises:
+        ValueError: If the model cannot do what is asked.
+    """
+    pictures = []
+    for request in requests:
+        settings = pipe.check_inputs(request.prompt, **request.arguments)
+        settings = {name: value for name, value in settings.items() if value is not None}
+        seed = random.SystemRandom().randrange(2**31) if request.seed is None else request.seed
+        batch_size = request.arguments.get("max_batch_size")
+        for index in range(request.num_images):
+            path = paths[min(len(pictures), len(paths) - 1)]
+            pictures.append(Picture(request.prompt, seed + index, settings, batch_size, path, request.id))
+    return pictures
+
+
+def _make(pipe: "CogView2Pipeline", pictures: list[Picture], quiet: bool) -> Iterator[tuple[Picture, "Image.Image"]]:
+    """Make pictures with the same settings together, batch by batch, and hand each out as soon as it is there."""
+    import torch
+    from tqdm.auto import tqdm
+
+    from ..pipelines.pipeline_cogview2 import DEFAULT_MAX_BATCH_SIZE
+
+    groups: dict[str, list[Picture]] = {}
+    for picture in pictures:
+        groups.setdefault(json.dumps([picture.settings, picture.max_batch_size]), []).append(picture)
+    batches = []
+    for group in groups.values():
+        size = group[0].max_batch_size or DEFAULT_MAX_BATCH_SIZE
+        batches += [group[start : start + size] for start in range(0, len(group), size)]
+    hidden = True if quiet else None  # None: hidden where stderr is no terminal
+    pipe.set_progress_bar_config(disable=hidden, leave=len(batches) == 1, desc="tokens")
+    with tqdm(total=len(pictures), desc="pictures", disable=True if len(batches) == 1 else hidden) as progress:
+        for batch in batches:
+            images = pipe(
+                [picture.prompt for picture in batch],
+                generator=[torch.Generator().manual_seed(picture.seed) for picture in batch],
+                max_batch_size=len(batch),
+                **batch[0].settings,
+            ).images
+            yield from zip(batch, images)
+            progress.update(len(batch))
+
+
+def _common_metadata(pipe: "CogView2Pipeline", model: str) -> dict:
+    from ..environment import versions
+
+    return {"model": model, "dtype": str(pipe.transformer.dtype).removeprefix("torch."), "versions": versions()}
+
+
+def _save(picture: Picture, image: "Image.Image", metadata: dict) -> None:
+    from ..png import save_png
+
+    own = {"prompt": picture.prompt, "seed": picture.seed, "settings": picture.settings}
+    save_png(image, picture.path, {**own, **metadata})
+    typer.echo(picture.path)

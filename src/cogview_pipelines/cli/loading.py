@@ -1,0 +1,107 @@
+"""From the options `--model`, `--device` and `--dtype` to a pipeline."""
+
+import enum
+import json
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from ..environment import SHIPPED_MODEL
+from .console import fail
+
+if TYPE_CHECKING:
+    from ..pipelines.pipeline_cogview2 import CogView2Pipeline
+
+SHIPPED = "shipped"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class DType(str, enum.Enum):
+    """Number formats of the weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+MODEL_OPTION = typer.Option(SHIPPED, "--model", "-m", help="Folder or Hub id of a saved pipeline.")
+DEVICE_OPTION = typer.Option(
+    None, "--device", help="cpu, cuda, cuda:1, mps, ...  [default: an accelerator if there is one]"
+)
+DTYPE_OPTION = typer.Option(
+    None, "--dtype", help="Number format.  [default: float32 on CPU and mps, bfloat16 or else float16 on CUDA]"
+)
+
+
+def choose_device(device: str | None) -> str:
+    """The device asked for, if it is there; else the best one."""
+    import torch
+
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        fail(f"`--device` {device!r} cannot be used here: {str(error).splitlines()[0]}")
+    return device
+
+
+def choose_dtype(dtype: DType | None, device: str) -> str:
+    """The number format asked for; else one that the device is good at."""
+    import torch
+
+    if dtype is not None:
+        return dtype.value
+    if torch.device(device).type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    return "float32"
+
+
+def find_model(model: str) -> str:
+    """The folder or Hub id behind `--model`; a folder is checked for being a saved pipeline."""
+    folder = SHIPPED_MODEL if model == SHIPPED and not Path(model).exists() else Path(model).expanduser()
+    if not folder.exists():
+        if folder == SHIPPED_MODEL:
+            fail("This installation holds no shipped model. Name one: `--model FOLDER_OR_HUB_ID`.")
+        if _HUB_ID.fullmatch(model) and model[0] not in "./~":
+            return model
+        fail(f"`--model`: there is no folder {model}, and it is not a Hub id (owner/name) either.")
+    index = folder / "model_index.json"
+    if not index.is_file():
+        fail(f"`--model`: {folder} is not a saved pipeline: it has no model_index.json.")
+    try:
+        saved = json.loads(index.read_text(encoding="utf-8"))
+        name = saved["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"`--model`: {index} is damaged ({type(error).__name__}: {error}). Copy or save the model again.")
+    if name != "CogView2Pipeline":
+        fail(f"`--model`: {folder} holds a {name}, not a CogView2Pipeline.")
+    return os.fspath(folder)
+
+
+def load_pipeline(model: str, device: str | None = None, dtype: DType | None = None) -> "CogView2Pipeline":
+    """Load the pipeline, ready to be called; what is wrong with the model is told in one line."""
+    source = find_model(model)
+    import diffusers
+    import torch
+    import transformers
+
+    from ..pipelines.pipeline_cogview2 import CogView2Pipeline
+
+    device = choose_device(device)
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        pipe = CogView2Pipeline.from_pretrained(source, dtype=getattr(torch, choose_dtype(dtype, device)))
+    except Exception as error:  # whatever a damaged file makes the loaders raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if Path(source).exists():
+            fail(f"`--model`: {source} is incomplete or damaged ({type(error).__name__}: {reason})")
+        fail(f"`--model`: there is no folder {source}, and it could not be fetched from the Hub either: {reason}")
+    finally:
+        diffusers.utils.logging.enable_progress_bar()
+        transformers.utils.logging.enable_progress_bar()
+    return pipe.to(device)

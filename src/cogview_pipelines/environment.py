@@ -1,0 +1,91 @@
+"""What a result depends on besides the code: versions, hardware, threads. Importing this imports nothing heavy."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+from ._version import __version__
+
+PACKAGES = ("torch", "transformers", "diffusers", "accelerate", "huggingface_hub", "safetensors", "sentencepiece")
+SHIPPED_MODEL = Path(__file__).parent / "shipped"
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of this package, of Python, and of what it stands on; `None` where a package is not installed."""
+    found: dict[str, str | None] = {"cogview_pipelines": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def processor_name() -> str:
+    """What the processor calls itself, as far as the system tells."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def memory_gib() -> float | None:
+    """Main memory in GiB, where the system tells."""
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def devices() -> list[dict]:
+    """The processor and every accelerator that torch can use, with memory in GiB."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found = [
+        {
+            "device": "cpu",
+            "name": processor_name(),
+            "cores": cores,
+            "threads": torch.get_num_threads(),
+            "memory_gib": memory_gib(),
+        }
+    ]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "compute_capability": f"{properties.major}.{properties.minor}",
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+            }
+        )
+    if torch.backends.mps.is_available():
+        found.append({"device": "mps", "name": platform.processor(), "memory_gib": memory_gib()})
+    return found
+
+
+def hardware(device: str) -> str:
+    """The device of a measurement in words: `"cuda"` or `"cuda:0"` with its name, the CPU with its threads."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if torch.device(device).type == "cpu":
+        return f"{processor_name()}, {torch.get_num_threads()} threads"
+    return f"{device} of {processor_name()}"
+
+
+def stamp(device: str) -> dict:
+    """What every measurement says beside its numbers: hardware, versions, date (UTC)."""
+    return {
+        "hardware": hardware(device),
+        "versions": versions(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+    }

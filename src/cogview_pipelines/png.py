@@ -1,0 +1,70 @@
+"""PNG files that say how their picture was made, written whole or not at all."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from PIL import Image, PngImagePlugin
+
+from ._version import __version__
+
+SOFTWARE = f"cogview_pipelines {__version__}"
+
+
+def save_png(image: Image.Image, path: str | Path, metadata: dict) -> None:
+    """
+    Write a picture with its metadata as text chunks; the file appears complete, or what was there stays.
+
+    Args:
+        image (`PIL.Image.Image`): The picture.
+        path (`str` or `Path`): The file; its folder exists.
+        metadata (`dict`): By name, a text (kept as it is) or any value for JSON.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    path = Path(path)
+    chunks = PngImagePlugin.PngInfo()
+    for name, value in {"Software": SOFTWARE, **metadata}.items():
+        chunks.add_text(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    handle, unfinished = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            image.save(file, format="PNG", pnginfo=chunks)
+        os.chmod(unfinished, 0o666 & ~_umask())
+        os.replace(unfinished, path)
+    except BaseException:
+        Path(unfinished).unlink(missing_ok=True)
+        raise
+
+
+def read_metadata(path: str | Path) -> dict:
+    """
+    The metadata that [`save_png`] wrote: values that are JSON are decoded, except for the prompt.
+
+    Raises:
+        ValueError: If the file is missing, damaged, or not a PNG file.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()  # all of it, so that a file that was cut off is noticed
+            chunks = dict(image.text)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} is not a complete PNG file: {error}") from error
+    return {
+        name: value if name in ("Software", "prompt", "model") else _decode(value) for name, value in chunks.items()
+    }
+
+
+def _decode(value: str):
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,87 @@
+"""How well captions describe pictures, judged by CogLM itself: the loss of a caption given the tokens of a picture."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from . import sequences
+from .models.modeling_coglm import CogLMModel
+from .tokenization_icetk import IcetkTokenizer
+
+DEFAULT_MAX_BATCH_SIZE = 16
+
+
+@torch.no_grad()
+def caption_losses(
+    transformer: CogLMModel,
+    tokenizer: IcetkTokenizer,
+    tokens: torch.Tensor,
+    texts: Sequence[str],
+    *,
+    languages: Sequence[str] | None = None,
+    max_batch_size: int | None = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """
+    Mean cross-entropy per text token of each caption, given its picture; the lower, the better they fit.
+
+    The start token says in which language the text is, as in training. (The release puts the Chinese start token
+    before English texts, too: `languages=["zh"] * len(texts)`.)
+
+    Args:
+        transformer ([`CogLMModel`]): A model without super-resolution.
+        tokenizer ([`IcetkTokenizer`]): Text to ids.
+        tokens (`torch.Tensor` of shape `(num_pairs, rows, columns)` or `(num_pairs, image_length)`):
+            Low-resolution image tokens.
+        texts (sequence of `str`): One caption per picture.
+        languages (sequence of `"en"` or `"zh"`, *optional*): By default what `tokenizer.language` says of each text.
+        max_batch_size (`int`, defaults to 16): Pairs that are computed at a time. It changes memory and speed only.
+        device (`torch.device`, *optional*): Where to compute if hooks move the model; default: where it is.
+
+    Returns:
+        `torch.Tensor` of shape `(num_pairs,)`: float32 on the CPU, in nats.
+
+    Raises:
+        ValueError: If there is not one text per picture, or a text is empty or too long, or the tokens do not fit.
+
+    Source: inverse prompting and post-selection, CogView (https://arxiv.org/abs/2105.13290), section 3.3.
+    """
+    layout, longest = transformer.config.layout, transformer.config.max_text_tokens
+    texts = list(texts)
+    tokens = tokens.flatten(1)
+    if len(tokens) != len(texts):
+        raise ValueError(f"`texts` must be one per picture ({len(tokens)}), but are {len(texts)}.")
+    if tokens.shape[1] != layout.image_length:
+        rows, columns = layout.image_grid
+        raise ValueError(f"`tokens` must be {rows} x {columns} per picture, but are {tokens.shape[1]} in all.")
+    ids = [tokenizer.encode(text) for text in texts]
+    for text, text_ids in zip(texts, ids):
+        if not 0 < len(text_ids) <= longest:
+            raise ValueError(f"`texts` must have 1 to {longest} tokens each, but {text!r} has {len(text_ids)}.")
+    if languages is None:
+        languages = [tokenizer.language(text_ids) for text_ids in ids]
+    starts = {"en": tokenizer.start_of_english_id, "zh": tokenizer.start_of_chinese_id}
+    device = transformer.device if device is None else device
+
+    losses = torch.empty(len(texts))
+    # texts of like length together, so that little is computed for padding
+    order = sorted(range(len(texts)), key=lambda pair: len(ids[pair]))
+    batch_size = max_batch_size or DEFAULT_MAX_BATCH_SIZE
+    for start in range(0, len(order), batch_size):
+        pairs = order[start : start + batch_size]
+        sequence = sequences.caption(
+            tokens[pairs].cpu(), [starts[languages[pair]] for pair in pairs], layout, [ids[pair] for pair in pairs]
+        ).to(device)
+        labelled = sequence.labels != sequences.IGNORED_LABEL
+        output = transformer(
+            sequence.input_ids,
+            sequence.position_ids,
+            sequence.attention_mask,
+            labels=sequence.labels,
+            full_vocabulary=True,
+        )
+        token_losses = torch.zeros(labelled.shape, device=device)
+        token_losses[labelled] = F.cross_entropy(output.logits, sequence.labels[labelled], reduction="none")
+        losses[pairs] = (token_losses.sum(1) / labelled.sum(1)).cpu()
+    return losses
