@@ -58,8 +58,8 @@ def generate(
     repeats = torch.as_tensor(num_images_per_context).expand(len(context))
     if batch_size != repeats.sum():
         raise ValueError(
-            f"`entries` must have a row for each of the {repeats.sum()} sequences that `num_images_per_context` asks for, "
-            f"but has {batch_size}."
+            f"`entries` must have a row for each of the {repeats.sum()} sequences of `num_images_per_context`, but "
+            f"has {batch_size}."
         )
     # one pattern for the whole batch: completion masks are shared, and so the loop needs no look at the device
     patterns = (entries == TO_GENERATE).tolist()
@@ -162,8 +162,8 @@ def refine(
     kept = ~(scheduler.masked_positions(1, rows, columns) & allowed)
     if tokens is None and kept.any():
         raise ValueError(
-            f"`tokens` must be given, because {int(kept.sum())} of {kept.numel()} cells keep theirs by this `scheduler` "
-            "and `cell_mask`."
+            f"`tokens` must be given, because {int(kept.sum())} of {kept.numel()} cells keep theirs with this "
+            "`scheduler` and `cell_mask`."
         )
     for timestep in scheduler.timesteps.tolist():
         masked = (scheduler.masked_positions(timestep, rows, columns) & allowed).to(device)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -580,11 +581,26 @@ def test_a_saved_model_that_shares_holds_only_the_canvas_weights(tmp_path):
     assert torch.equal(loaded.eval()(**arguments).logits, expected)
 
 
-def test_a_backbone_of_another_shape_is_refused():
-    _, model = shared_pair()
-    for field, value in (("hidden_size", 64), ("num_hidden_layers", 1), ("num_hidden_layers", 3), ("vocab_size", 120)):
-        with pytest.raises(ValueError, match="`transformer` must have"):
-            model.share_backbone(make_coglm(**{field: value}))
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("hidden_size", 64),
+        ("num_hidden_layers", 1),
+        ("num_hidden_layers", 3),
+        ("num_attention_heads", 2),
+        ("vocab_size", 120),
+        ("image_grid", (6, 6)),
+        ("image_position", 33),
+    ],
+)
+def test_a_backbone_of_another_shape_is_refused_and_changes_nothing(field, value):
+    transformer, model = shared_pair()
+    other = make_coglm(**{"max_position_embeddings": 80, field: value})
+    own = getattr(model.config, field)
+    with pytest.raises(ValueError, match=re.escape(f"must have `{field}` = {own} like this model, but has {value}.")):
+        model.share_backbone(other)
+    assert model.word_embeddings.weight is transformer.word_embeddings.weight
+    assert model.layers[0].mlp.dense_h_to_4h.weight is transformer.layers[0].mlp.dense_h_to_4h.weight
 
 
 # Files

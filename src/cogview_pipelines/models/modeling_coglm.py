@@ -562,11 +562,6 @@ class CogLMModel(PreTrainedModel):
         Raises:
             ValueError: If the shapes of the two models differ.
         """
-        lent = dict(transformer.named_parameters())
-        for module, name, path in self._backbone_parameters():
-            if path not in lent:
-                raise ValueError(f"`transformer` must have the shape of this model, but has no `{path}`.")
-            module._parameters[name] = lent[path]
         for field in (
             "hidden_size",
             "num_hidden_layers",
@@ -580,6 +575,9 @@ class CogLMModel(PreTrainedModel):
                     f"`transformer` must have `{field}` = {getattr(self.config, field)} like this model, but has "
                     f"{getattr(transformer.config, field)}."
                 )
+        lent = dict(transformer.named_parameters())
+        for module, name, path in self._backbone_parameters():
+            module._parameters[name] = lent[path]
         self.config.shares_backbone = True
 
     def save_pretrained(self, save_directory, state_dict: dict | None = None, **kwargs) -> None:
