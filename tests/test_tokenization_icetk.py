@@ -117,6 +117,7 @@ def test_names_and_ids_are_those_of_the_original(released):
     assert released.vocab_size == len(released) == meta["num_tokens"]
     assert (released.boi_token_id, released.start_of_english_id, released.start_of_chinese_id) == (20400, 20401, 20402)
     assert released.pad_token_id == 20003
+    assert [released.sp_model.get_score(index) for index in (400, 401, 402)] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("num_image_tokens", [0, 7, 1024])
@@ -126,7 +127,7 @@ def test_every_id_has_one_name_and_every_name_its_id(num_image_tokens):
     assert len(tokenizer) == num_image_tokens + 403 and len(set(names)) == len(names)
     assert tokenizer.convert_tokens_to_ids(names) == list(range(len(tokenizer)))
     assert tokenizer.get_vocab() == {name: index for index, name in enumerate(names)}
-    assert tokenizer.convert_tokens_to_ids(f"<image_{num_image_tokens}>") == tokenizer.unk_token_id
+    assert tokenizer.convert_tokens_to_ids(f"<image_{num_image_tokens + 5}>") == tokenizer.unk_token_id
     assert tokenizer.convert_tokens_to_ids("<image_01>") == tokenizer.unk_token_id
 
 
