@@ -1,0 +1,70 @@
+#!/usr/bin/env python
+r"""
+Join trained parts into a CogView2Pipeline folder.
+
+The model of the demo:
+    python training_scripts/assemble_pipeline.py --config training_scripts/emoji/pipeline_small.yaml --output_dir runs/small
+Without super-resolution:
+    python training_scripts/assemble_pipeline.py --tokenizer TOKENIZER --vqvae VQVAE --transformer COGLM --output_dir MODEL
+"""
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from cogview_pipelines import CogLMModel, CogView2Pipeline, IcetkTokenizer, IcetkVQModel, LoPARScheduler
+from cogview_pipelines.training.arguments import parse_config
+
+
+@dataclass
+class AssembleConfig:
+    tokenizer: str = field(metadata={"help": "Folder or Hub id of the tokenizer."})
+    vqvae: str = field(metadata={"help": "The image tokenizer."})
+    transformer: str = field(metadata={"help": "The CogLM."})
+    output_dir: str = field(metadata={"help": "The pipeline folder to write."})
+    direct_sr_transformer: str | None = field(default=None, metadata={"help": "Direct super-resolution."})
+    iterative_sr_transformer: str | None = field(default=None, metadata={"help": "Iterative super-resolution."})
+    direct_sr_scheduler: str = field(default="{}", metadata={"help": "JSON: options of its LoPARScheduler."})
+    iterative_sr_scheduler: str = field(default="{}", metadata={"help": "JSON: options of its LoPARScheduler."})
+    compression_rate: int = field(default=8, metadata={"help": "Pixels per token along each side."})
+    styles: str = field(default="{}", metadata={"help": "JSON: style presets by name."})
+    default_style: str | None = field(default=None, metadata={"help": "The preset used when a call names none."})
+    dtype: str = field(default="float16", metadata={"help": "Type of the stored weights."})
+    extra_files: list[str] = field(
+        default_factory=list, metadata={"help": "Files to copy beside, such as scope.json."}
+    )
+    config: str | None = field(
+        default=None, metadata={"help": "YAML file with any of these options; the command line wins over it."}
+    )
+
+
+def main(arguments: list[str] | None = None) -> CogView2Pipeline:
+    config = parse_config(AssembleConfig, arguments, description=__doc__)
+    dtype = getattr(torch, config.dtype)
+    transformer = CogLMModel.from_pretrained(config.transformer, dtype=dtype)
+    parts = {}
+    for stage in ("direct_sr", "iterative_sr"):
+        folder = getattr(config, f"{stage}_transformer")
+        if folder is not None:
+            parts[f"{stage}_transformer"] = CogLMModel.from_pretrained(folder, dtype=dtype)
+            parts[f"{stage}_scheduler"] = LoPARScheduler(**json.loads(getattr(config, f"{stage}_scheduler")))
+    pipeline = CogView2Pipeline(
+        IcetkTokenizer.from_pretrained(config.tokenizer),
+        transformer,
+        IcetkVQModel.from_pretrained(config.vqvae, dtype=dtype),
+        **parts,
+        compression_rate=config.compression_rate,
+        styles=json.loads(config.styles),
+        default_style=config.default_style,
+    )
+    pipeline.save_pretrained(config.output_dir)
+    for file in config.extra_files:
+        shutil.copy(file, Path(config.output_dir) / Path(file).name)
+    return pipeline
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+#!/usr/bin/env python
+r"""
+Train CogLM on pictures as tokens and their captions, by both of its mask strategies: text-to-image, and captioning
+with mask prediction.
+
+The small model of the demo, on a CPU (training_scripts/emoji/README.md says what goes before):
+    python training_scripts/train_coglm.py --config training_scripts/emoji/coglm_small.yaml \
+        --output_dir runs/coglm_small
+Finetune a model on your own token folder, on one GPU:
+    python training_scripts/train_coglm.py --init_from MODEL/transformer --tokenizer MODEL/tokenizer \
+        --data data/mine --mixed_precision bf16 --learning_rate 1e-5 --output_dir runs/mine
+On eight GPUs:
+    accelerate launch --num_processes 8 training_scripts/train_coglm.py --config CONFIG.yaml --output_dir runs/coglm
+"""
+
+import functools
+import json
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import set_seed
+
+from cogview_pipelines import CogLMConfig, CogLMModel, IcetkTokenizer, IcetkVQModel
+from cogview_pipelines.generation import TO_GENERATE, generate
+from cogview_pipelines.sampling import sample_tokens
+from cogview_pipelines.sequences import (
+    IGNORED_LABEL,
+    TokenSequence,
+    captioning_sample,
+    draw_patch_corners,
+    generation_sample,
+    stack,
+    text_to_image,
+)
+from cogview_pipelines.training.arguments import TrainConfig, parse_config
+from cogview_pipelines.training.data import step_generator
+from cogview_pipelines.training.loop import train
+from cogview_pipelines.training.token_data import TokenData
+
+
+@dataclass
+class CogLMTrainConfig(TrainConfig):
+    data: str = field(default="", metadata={"help": "Token folder, as prepare_tokens.py writes it."})
+    tokenizer: str = field(default="", metadata={"help": "Folder or Hub id of the tokenizer."})
+    vqvae: str | None = field(default=None, metadata={"help": "Image tokenizer, for sample pictures."})
+    init_from: str | None = field(default=None, metadata={"help": "Trained CogLM to go on from."})
+    model: str = field(default="{}", metadata={"help": "Options of CogLMConfig: JSON, or a mapping in the YAML file."})
+    caption_probability: float = field(default=0.3, metadata={"help": "Share of samples trained as captioning."})
+    drop_text_probability: float = field(
+        default=0.0, metadata={"help": "Share of text-to-image samples with an empty text, for guidance."}
+    )
+    patch_size: int = field(default=4, metadata={"help": "Edge of the image patches that are masked in captioning."})
+    compression_rate: int = field(default=8, metadata={"help": "Pixels per token of `vqvae`, for sample pictures."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute layers to save memory."})
+
+
+def make_model(config: CogLMTrainConfig, tokenizer: IcetkTokenizer, data: TokenData) -> CogLMModel:
+    """A new CogLM that fits tokenizer and pictures, or a trained one."""
+    options = json.loads(config.model)
+    if config.init_from is not None:
+        return CogLMModel.from_pretrained(config.init_from, **options)
+    return CogLMModel(
+        CogLMConfig(
+            **{
+                "vocab_size": len(tokenizer),
+                "num_image_tokens": tokenizer.num_image_tokens,
+                "image_grid": tuple(data.low.shape[1:]),
+                "pad_token_id": tokenizer.pad_token_id,
+                "boi_token_id": tokenizer.boi_token_id,
+                "start_of_english_token_id": tokenizer.start_of_english_id,
+                "start_of_chinese_token_id": tokenizer.start_of_chinese_id,
+                **options,
+            }
+        )
+    )
+
+
+def make_batch(
+    config: CogLMTrainConfig, model_config: CogLMConfig, tokenizer: IcetkTokenizer, data: TokenData, draw: tuple
+) -> TokenSequence:
+    """The samples of one forward pass; `draw` is (step, micro step, process)."""
+    generator = step_generator(config.seed, *draw)
+    layout, samples = model_config.layout, []
+    for index in data.draw(config.batch_size, generator):
+        text = data.draw_caption(index, generator)[: model_config.max_text_tokens]
+        task, drop = torch.rand(2, generator=generator).tolist()
+        captioning = task < config.caption_probability
+        if not captioning and drop < config.drop_text_probability:
+            text = []
+        padding = model_config.max_text_tokens + 1 - len(text)
+        row = torch.cat([torch.tensor(text + [tokenizer.pad_token_id] * padding), data.low[index].flatten().long()])
+        if captioning:
+            chinese = tokenizer.language(text) == "zh"
+            start = model_config.start_of_chinese_token_id if chinese else model_config.start_of_english_token_id
+            corners = draw_patch_corners(layout, generator, config.patch_size)
+            samples.append(captioning_sample(row, layout, tokenizer.pad_token_id, [start], corners, config.patch_size))
+        else:
+            samples.append(generation_sample(row, layout, tokenizer.pad_token_id))
+    return stack(samples)
+
+
+def compute_loss(
+    num_image_tokens: int, model: torch.nn.Module, batch: TokenSequence
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Mean cross-entropy over all labels, and the same over image labels and over text labels."""
+    output = model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        attention_mask=batch.attention_mask,
+        labels=batch.labels,
+        full_vocabulary=True,
+    )
+    labels = batch.labels[batch.labels != IGNORED_LABEL]
+    losses = F.cross_entropy(output.logits.detach(), labels, reduction="none")
+    is_image = labels < num_image_tokens
+    metrics = {
+        "image_loss": (losses * is_image).sum() / is_image.sum().clamp(min=1),
+        "text_loss": (losses * ~is_image).sum() / (~is_image).sum().clamp(min=1),
+    }
+    return output.loss, metrics
+
+
+def make_samples(
+    config: CogLMTrainConfig, vqvae: IcetkVQModel, data: TokenData, model: CogLMModel, count: int = 16
+) -> torch.Tensor:
+    """Pictures from captions of the training data, the same each time: `(count, 3, height, width)` in 0..1."""
+    generator = step_generator(config.seed, -1)
+    texts = [data.draw_caption(index, generator) for index in data.draw(count, generator)]
+    layout = model.config.layout
+    tokens = generate(
+        model,
+        text_to_image(texts, layout),
+        functools.partial(sample_tokens, top_k=10),
+        torch.full((count, layout.image_length), TO_GENERATE),
+        layout.image_positions,
+        generator=generator,
+    )
+    return vqvae.to(model.device).decode(tokens.unflatten(1, layout.image_grid), config.compression_rate).sample
+
+
+def main(arguments: list[str] | None = None) -> CogLMModel | None:
+    config = parse_config(CogLMTrainConfig, arguments, description=__doc__)
+    set_seed(config.seed)
+    tokenizer = IcetkTokenizer.from_pretrained(config.tokenizer)
+    data = TokenData.load(config.data, tokenizer)
+    model = make_model(config, tokenizer, data)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    vqvae = None if config.vqvae is None else IcetkVQModel.from_pretrained(config.vqvae).eval()
+    return train(
+        config,
+        model,
+        functools.partial(make_batch, config, model.config, tokenizer, data),
+        functools.partial(compute_loss, model.config.num_image_tokens),
+        None if vqvae is None else functools.partial(make_samples, config, vqvae, data),
+    )
+
+
+if __name__ == "__main__":
+    main()

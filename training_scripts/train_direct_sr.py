@@ -1,0 +1,118 @@
+#!/usr/bin/env python
+r"""
+Train direct super-resolution: from the low-resolution tokens and the text to all fine tokens in one pass.
+
+Starts from a trained CogLM, whose weights stay as they are; only the canvas attention and the canvas positions train.
+The released training code does not cover this stage: the recipe follows section 3.2 of the paper
+(https://arxiv.org/abs/2204.14217).
+
+The small model of the demo, on a CPU:
+    python training_scripts/train_direct_sr.py --config training_scripts/emoji/direct_sr_small.yaml \
+        --output_dir runs/direct_sr_small
+On one GPU, for a CogLM of your own:
+    python training_scripts/train_direct_sr.py --transformer runs/mine/final --tokenizer MODEL/tokenizer \
+        --data data/mine --mixed_precision bf16 --output_dir runs/mine_direct_sr
+On eight GPUs:
+    accelerate launch --num_processes 8 training_scripts/train_direct_sr.py --config CONFIG.yaml \
+        --output_dir runs/direct_sr
+"""
+
+import functools
+import json
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import set_seed
+
+from cogview_pipelines import CogLMModel, IcetkTokenizer, IcetkVQModel, LoPARScheduler
+from cogview_pipelines.generation import refine
+from cogview_pipelines.sequences import direct_super_resolution
+from cogview_pipelines.training.arguments import TrainConfig, parse_config
+from cogview_pipelines.training.data import step_generator
+from cogview_pipelines.training.loop import train
+from cogview_pipelines.training.losses import canvas_loss
+from cogview_pipelines.training.token_data import CanvasBatch, TokenData
+
+
+@dataclass
+class DirectSRTrainConfig(TrainConfig):
+    data: str = field(default="", metadata={"help": "Token folder with fine tokens, as prepare_tokens.py writes it."})
+    tokenizer: str = field(default="", metadata={"help": "Folder or Hub id of the tokenizer."})
+    transformer: str = field(default="", metadata={"help": "The trained CogLM to start from."})
+    vqvae: str | None = field(default=None, metadata={"help": "Image tokenizer, for sample pictures."})
+    compression_rate: int = field(default=8, metadata={"help": "Pixels per token of `vqvae`, for sample pictures."})
+    model: str = field(
+        default="{}",
+        metadata={"help": "Options of CogLMConfig that differ from the CogLM: JSON, or a mapping in the YAML file."},
+    )
+    train_backbone: bool = field(
+        default=False, metadata={"help": "Train all weights; the stage is then stored with a backbone of its own."}
+    )
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute layers to save memory."})
+
+
+def make_model(config: DirectSRTrainConfig, data: TokenData) -> CogLMModel:
+    """The CogLM with a canvas; unless asked otherwise, its backbone is frozen and saved with the CogLM only."""
+    transformer = CogLMModel.from_pretrained(config.transformer)
+    model = CogLMModel.from_transformer(
+        transformer,
+        "direct",
+        tuple(data.fine.shape[1:]),
+        shares_backbone=not config.train_backbone,
+        **json.loads(config.model),
+    )
+    if not config.train_backbone:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("canvas_" in name)
+    return model
+
+
+def make_batch(config: DirectSRTrainConfig, model: CogLMModel, data: TokenData, draw: tuple) -> CanvasBatch:
+    """The samples of one forward pass; `draw` is (step, micro step, process)."""
+    generator = step_generator(config.seed, *draw)
+    indices = data.draw(config.batch_size, generator)
+    slots = model.config.num_text_slots
+    texts = [data.draw_caption(index, generator)[: slots - 1] for index in indices]
+    context = direct_super_resolution(texts, data.low[indices].flatten(1).long(), slots, model.config.layout)
+    labels = data.fine[indices].flatten(1).long()
+    return CanvasBatch(context, torch.full_like(labels, model.config.boi_token_id), labels)
+
+
+def make_samples(
+    config: DirectSRTrainConfig, vqvae: IcetkVQModel, data: TokenData, model: CogLMModel, count: int = 8
+) -> torch.Tensor:
+    """True low-resolution pictures, enlarged, above their super-resolution: `(2 * count, 3, height, width)`."""
+    generator = step_generator(config.seed, -1)
+    indices = data.draw(count, generator)
+    texts = [data.draw_caption(index, generator) for index in indices]
+    slots = model.config.num_text_slots
+    context = direct_super_resolution(
+        [text[: slots - 1] for text in texts], data.low[indices].flatten(1).long(), slots, model.config.layout
+    )
+    tokens = refine(model, LoPARScheduler(step_grid=((1,),), top_k=5), context, generator=generator)
+    vqvae = vqvae.to(model.device)
+    fine = vqvae.decode(tokens, config.compression_rate).sample
+    low = vqvae.decode(data.low[indices].long().to(model.device), config.compression_rate).sample
+    return torch.cat([F.interpolate(low, fine.shape[-2:], mode="nearest"), fine])
+
+
+def main(arguments: list[str] | None = None) -> CogLMModel | None:
+    config = parse_config(DirectSRTrainConfig, arguments, description=__doc__)
+    set_seed(config.seed)
+    data = TokenData.load(config.data, IcetkTokenizer.from_pretrained(config.tokenizer)).require_fine()
+    model = make_model(config, data)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    vqvae = None if config.vqvae is None else IcetkVQModel.from_pretrained(config.vqvae).eval()
+    return train(
+        config,
+        model,
+        functools.partial(make_batch, config, model, data),
+        canvas_loss,
+        None if vqvae is None else functools.partial(make_samples, config, vqvae, data),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+#!/usr/bin/env python
+r"""
+Train iterative super-resolution: predict masked fine tokens from the visible ones around them and the text.
+
+All weights train, starting from a trained CogLM. The share of masked cells is drawn from `mask_ratios` for each
+sample. The released training code does not cover this stage: the recipe follows section 3.2 of the paper
+(https://arxiv.org/abs/2204.14217).
+
+The small model of the demo, on a CPU:
+    python training_scripts/train_iterative_sr.py --config training_scripts/emoji/iterative_sr_small.yaml \
+        --output_dir runs/iterative_sr_small
+On one GPU, for a CogLM of your own:
+    python training_scripts/train_iterative_sr.py --transformer runs/mine/final --tokenizer MODEL/tokenizer \
+        --data data/mine --mixed_precision bf16 --output_dir runs/mine_iterative_sr
+On eight GPUs:
+    accelerate launch --num_processes 8 training_scripts/train_iterative_sr.py --config CONFIG.yaml \
+        --output_dir runs/iterative_sr
+"""
+
+import functools
+import json
+from dataclasses import dataclass, field
+
+import torch
+from accelerate.utils import set_seed
+
+from cogview_pipelines import CogLMConfig, CogLMModel, IcetkTokenizer, IcetkVQModel, LoPARScheduler
+from cogview_pipelines.generation import refine
+from cogview_pipelines.sequences import IGNORED_LABEL, iterative_super_resolution
+from cogview_pipelines.training.arguments import TrainConfig, parse_config
+from cogview_pipelines.training.data import step_generator
+from cogview_pipelines.training.loop import train
+from cogview_pipelines.training.losses import canvas_loss
+from cogview_pipelines.training.token_data import CanvasBatch, TokenData
+
+
+@dataclass
+class IterativeSRTrainConfig(TrainConfig):
+    data: str = field(default="", metadata={"help": "Token folder with fine tokens, as prepare_tokens.py writes it."})
+    tokenizer: str = field(default="", metadata={"help": "Folder or Hub id of the tokenizer."})
+    transformer: str = field(default="", metadata={"help": "The trained CogLM to start from, or whose shape to take."})
+    from_scratch: bool = field(
+        default=False, metadata={"help": "Take only the shape of `transformer`, not its weights."}
+    )
+    vqvae: str | None = field(default=None, metadata={"help": "Image tokenizer, for sample pictures."})
+    compression_rate: int = field(default=8, metadata={"help": "Pixels per token of `vqvae`, for sample pictures."})
+    model: str = field(
+        default="{}",
+        metadata={"help": "Options of CogLMConfig that differ from the CogLM: JSON, or a mapping in the YAML file."},
+    )
+    mask_ratios: list[float] = field(
+        default_factory=lambda: [0.2, 0.4, 0.6, 0.8, 0.9],
+        metadata={"help": "Shares of masked cells, one drawn per sample."},
+    )
+    noise_probability: float = field(
+        default=0.0, metadata={"help": "Share of visible cells with a random token, like errors of the stage before."}
+    )
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute layers to save memory."})
+
+
+def make_model(config: IterativeSRTrainConfig, data: TokenData) -> CogLMModel:
+    """The CogLM with a canvas that sees the text."""
+    options, fine_grid = json.loads(config.model), tuple(data.fine.shape[1:])
+    if config.from_scratch:
+        fields = CogLMConfig.from_pretrained(config.transformer).to_dict()
+        fields.update({"num_text_slots": None, **options}, super_resolution="iterative", fine_grid=fine_grid)
+        return CogLMModel(CogLMConfig(**fields))
+    transformer = CogLMModel.from_pretrained(config.transformer)
+    return CogLMModel.from_transformer(transformer, "iterative", fine_grid, **options)
+
+
+def make_batch(config: IterativeSRTrainConfig, model_config: CogLMConfig, data: TokenData, draw: tuple) -> CanvasBatch:
+    """The samples of one forward pass; `draw` is (step, micro step, process)."""
+    generator = step_generator(config.seed, *draw)
+    indices = data.draw(config.batch_size, generator)
+    texts = [data.draw_caption(index, generator) for index in indices]
+    context = iterative_super_resolution(texts, model_config.num_text_slots)
+    tokens = data.fine[indices].flatten(1).long()
+    ratios = torch.tensor(config.mask_ratios)[
+        torch.randint(len(config.mask_ratios), (len(tokens), 1), generator=generator)
+    ]
+    masked = torch.rand(tokens.shape, generator=generator) < ratios
+    noisy = torch.rand(tokens.shape, generator=generator) < config.noise_probability
+    random_tokens = torch.randint(model_config.num_image_tokens, tokens.shape, generator=generator)
+    canvas = torch.where(noisy, random_tokens, tokens).masked_fill(masked, model_config.boi_token_id)
+    return CanvasBatch(context, canvas, tokens.masked_fill(~masked, IGNORED_LABEL))
+
+
+def make_samples(
+    config: IterativeSRTrainConfig, vqvae: IcetkVQModel, data: TokenData, model: CogLMModel, count: int = 16
+) -> torch.Tensor:
+    """True pictures with every cell that the schedule may change written anew: `(count, 3, height, width)` in 0..1."""
+    generator = step_generator(config.seed, -1)
+    indices = data.draw(count, generator)
+    texts = [data.draw_caption(index, generator) for index in indices]
+    context = iterative_super_resolution(texts, model.config.num_text_slots)
+    tokens = refine(model, LoPARScheduler(), context, data.fine[indices].long(), generator=generator)
+    return vqvae.to(model.device).decode(tokens, config.compression_rate).sample
+
+
+def main(arguments: list[str] | None = None) -> CogLMModel | None:
+    config = parse_config(IterativeSRTrainConfig, arguments, description=__doc__)
+    set_seed(config.seed)
+    data = TokenData.load(config.data, IcetkTokenizer.from_pretrained(config.tokenizer)).require_fine()
+    model = make_model(config, data)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    vqvae = None if config.vqvae is None else IcetkVQModel.from_pretrained(config.vqvae).eval()
+    return train(
+        config,
+        model,
+        functools.partial(make_batch, config, model.config, data),
+        canvas_loss,
+        None if vqvae is None else functools.partial(make_samples, config, vqvae, data),
+    )
+
+
+if __name__ == "__main__":
+    main()
