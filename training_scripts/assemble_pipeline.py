@@ -3,9 +3,11 @@ r"""
 Join trained parts into a CogView2Pipeline folder.
 
 The model of the demo:
-    python training_scripts/assemble_pipeline.py --config training_scripts/emoji/pipeline_small.yaml --output_dir runs/small
+    python training_scripts/assemble_pipeline.py --config training_scripts/emoji/pipeline_small.yaml \
+        --output_dir src/cogview_pipelines/shipped
 Without super-resolution:
-    python training_scripts/assemble_pipeline.py --tokenizer TOKENIZER --vqvae VQVAE --transformer COGLM --output_dir MODEL
+    python training_scripts/assemble_pipeline.py --tokenizer TOKENIZER --vqvae VQVAE --transformer COGLM \
+        --output_dir MODEL
 """
 
 import json
@@ -33,9 +35,7 @@ class AssembleConfig:
     styles: str = field(default="{}", metadata={"help": "JSON: style presets by name."})
     default_style: str | None = field(default=None, metadata={"help": "The preset used when a call names none."})
     dtype: str = field(default="float16", metadata={"help": "Type of the stored weights."})
-    extra_files: list[str] = field(
-        default_factory=list, metadata={"help": "Files to copy beside, such as scope.json."}
-    )
+    files: str = field(default="{}", metadata={"help": "JSON: files to copy beside, by their names there."})
     config: str | None = field(
         default=None, metadata={"help": "YAML file with any of these options; the command line wins over it."}
     )
@@ -61,8 +61,8 @@ def main(arguments: list[str] | None = None) -> CogView2Pipeline:
         default_style=config.default_style,
     )
     pipeline.save_pretrained(config.output_dir)
-    for file in config.extra_files:
-        shutil.copy(file, Path(config.output_dir) / Path(file).name)
+    for name, source in json.loads(config.files).items():
+        shutil.copyfile(source, Path(config.output_dir) / name)
     return pipeline
 
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from transformers import HfArgumentParser
 
-Config = TypeVar("Config", bound="TrainConfig")
+Config = TypeVar("Config")
 
 
 @dataclass
@@ -74,7 +74,7 @@ def parse_config(
     Read a config from the command line and, with `--config FILE`, from a YAML file; the command line wins.
 
     Args:
-        config_class (`type`): A dataclass that inherits from [`TrainConfig`].
+        config_class (`type`): A dataclass with a field `config`, such as one that inherits from [`TrainConfig`].
         arguments (`list[str]`, *optional*): The command line, by default that of this process.
         description (`str`, *optional*): What `--help` says first.
 
