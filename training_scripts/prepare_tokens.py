@@ -72,7 +72,13 @@ def emoji_rows(config: PrepareConfig, sizes: list[int]) -> tuple[int, Iterator[t
             texts = {language: captions(scene, language) for language in LANGUAGES}
             for language in LANGUAGES:  # mostly the templates, and other words for the same now and then
                 variants = caption_variants(scene, language)
-                texts[language] = texts[language] * TEMPLATE_REPEATS + variants["complete"] + variants["no_style"]
+                full_stop = {"en": ".", "zh": "。"}[language]
+                sentences = [text + full_stop for text in (texts[language][0], variants["complete"][0])]
+                texts[language] = texts[language] * TEMPLATE_REPEATS + [
+                    *variants["complete"],
+                    *variants["no_style"],
+                    *sentences,
+                ]
             yield [render(scene, size, sprites) for size in sizes], {**texts, "weight": weight}
 
     return sum(map(len, groups)), rows()
