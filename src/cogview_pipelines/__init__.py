@@ -1,8 +1,8 @@
 """
 CogView2 for PyTorch: bilingual text-to-image with a transformer over text and image tokens.
 
-Names are imported on first use (PEP 562), so that the command line starts at once. To diffusers and transformers this module is where
-every public class lives, whichever file defines it: a saved pipeline names only `cogview_pipelines`.
+Names are imported on first use (PEP 562), so that the command line starts at once. To diffusers and transformers this
+module is where every public class lives, whichever file defines it: a saved pipeline names only `cogview_pipelines`.
 """
 
 import importlib
