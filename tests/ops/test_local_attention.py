@@ -5,12 +5,15 @@ import math
 import pytest
 import torch
 
+from cogview_pipelines.ops import native
 from cogview_pipelines.ops.local_attention import (
     local_attention,
     merge_attention,
     reference_local_attention,
     window_mask,
 )
+
+needs_kernels = pytest.mark.skipif(native.library() is None, reason="the kernels are not built")
 
 CASES = {
     "self": {"query_grid": (7, 9), "kernel_size": (5, 3)},
@@ -111,10 +114,11 @@ def test_causal_window_ends_with_the_own_cell():
     assert torch.equal(mask[1, 2], expected)
 
 
+@pytest.mark.parametrize("backend", ["reference", pytest.param("fused", marks=needs_kernels)])
 @pytest.mark.parametrize("case", CASES)
-def test_reference_equals_one_dense_softmax(case):
+def test_output_equals_one_dense_softmax(case, backend):
     inputs = make_inputs(case)
-    output, logsumexp = local_attention(**inputs, backend="reference", return_logsumexp=True)
+    output, logsumexp = local_attention(**inputs, backend=backend, return_logsumexp=True)
     expected, expected_logsumexp = dense_attention(**inputs)
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(logsumexp, expected_logsumexp)
@@ -138,14 +142,15 @@ def test_scale_replaces_the_default():
     torch.testing.assert_close(output, dense_attention(**inputs, scale=0.7)[0])
 
 
+@pytest.mark.parametrize("backend", ["reference", pytest.param("fused", marks=needs_kernels)])
 @pytest.mark.parametrize("window", [True, False])
-def test_fully_masked_context_is_finite_with_finite_gradients(window):
+def test_fully_masked_context_is_finite_with_finite_gradients(window, backend):
     inputs = make_inputs("iterative" if window else "context")
     inputs["context_bias"] = torch.full_like(inputs["context_bias"], -math.inf)
     names = [name for name in inputs if name.endswith(("query", "key", "value"))]
     for name in names:
         inputs[name].requires_grad_()
-    output = local_attention(**inputs)
+    output = local_attention(**inputs, backend=backend)
     output.square().sum().backward()
     if window:
         alone = local_attention(**{name: value for name, value in inputs.items() if not name.startswith("context")})
@@ -155,8 +160,9 @@ def test_fully_masked_context_is_finite_with_finite_gradients(window):
     assert all(inputs[name].grad.isfinite().all() for name in names)
 
 
+@pytest.mark.parametrize("backend", ["reference", pytest.param("fused", marks=needs_kernels)])
 @pytest.mark.parametrize("case", ["causal", "smaller_than_window", "cross_uneven", "context", "all"])
-def test_gradients_including_that_of_the_logsumexp_are_exact(case):
+def test_gradients_including_that_of_the_logsumexp_are_exact(case, backend):
     small = {**CASES[case], "query_grid": {"cross_uneven": (6, 10), "all": (4, 6)}.get(case, (3, 4))}
     if "cross_grid" in small:
         small["cross_grid"] = (3, 5) if case == "cross_uneven" else (2, 3)
@@ -165,7 +171,7 @@ def test_gradients_including_that_of_the_logsumexp_are_exact(case):
     others = {name: value for name, value in inputs.items() if name not in names}
 
     def function(*tensors):
-        return local_attention(**dict(zip(names, tensors)), **others, return_logsumexp=True)
+        return local_attention(**dict(zip(names, tensors)), **others, backend=backend, return_logsumexp=True)
 
     assert torch.autograd.gradcheck(function, [inputs[name].requires_grad_() for name in names])
 
@@ -198,3 +204,206 @@ def test_reference_compiles_without_graph_breaks():
         lambda **x: local_attention(**x, backend="reference"), fullgraph=True, backend="aot_eager"
     )
     torch.testing.assert_close(compiled(**inputs), local_attention(**inputs, backend="reference"))
+
+
+def test_fused_without_kernels_lists_every_reason(monkeypatch):
+    monkeypatch.setattr(native, "library", lambda: None)
+    inputs = make_inputs("iterative")
+    inputs["context_bias"].requires_grad_()
+    with pytest.raises(
+        ValueError, match=r"(?s)cannot run these inputs:.*kernels are not built.*`context_bias` requires a grad"
+    ):
+        local_attention(**inputs, backend="fused")
+    assert local_attention(**inputs).requires_grad
+
+
+def test_gradient_of_the_context_bias_comes_from_the_reference():
+    inputs = make_inputs("iterative")
+    bias = inputs["context_bias"].masked_fill(inputs["context_bias"] == -math.inf, 0.0).double()
+    (grad,) = torch.autograd.grad(
+        local_attention(**{**inputs, "context_bias": bias.requires_grad_()})[..., 0].sum(), bias
+    )
+    (expected,) = torch.autograd.grad(dense_attention(**{**inputs, "context_bias": bias})[0][..., 0].sum(), bias)
+    torch.testing.assert_close(grad, expected)
+
+
+# ------------------------------------------------------------------------------------------------------------------- the fused kernels
+
+
+def run_with_gradients(inputs, backend):
+    """Output, logsumexp and the gradients of all tensors, for fixed random gradients of both results."""
+    names = [name for name in inputs if name.endswith(("query", "key", "value"))]
+    inputs = {name: value.detach().requires_grad_() if name in names else value for name, value in inputs.items()}
+    output, logsumexp = local_attention(**inputs, backend=backend, return_logsumexp=True)
+    generator = torch.Generator().manual_seed(1)
+    grad_output = torch.randn(output.shape, generator=generator).to(output)
+    grad_logsumexp = torch.randn(logsumexp.shape, generator=generator).to(logsumexp)
+    grad_logsumexp = grad_logsumexp.masked_fill(logsumexp == -math.inf, 0.0)
+    grads = torch.autograd.grad([output, logsumexp], [inputs[name] for name in names], [grad_output, grad_logsumexp])
+    return {"output": output.detach(), "logsumexp": logsumexp.detach(), **dict(zip(names, grads))}
+
+
+def assert_as_accurate_as_pytorch(inputs):
+    """The error against float64 is at most twice that of the reference in the same dtype, for outputs and gradients."""
+    double = {name: value.double() if torch.is_tensor(value) else value for name, value in inputs.items()}
+    exact = run_with_gradients(double, "reference")
+    plain = run_with_gradients(inputs, "reference")
+    fused = run_with_gradients(inputs, "fused")
+    for name, value in exact.items():
+        finite = value.isfinite()
+        assert torch.equal(fused[name].isfinite(), finite), name
+        size = value[finite].abs().max()
+        error = (fused[name].double() - value)[finite].abs().max()
+        allowed = 2 * (plain[name].double() - value)[finite].abs().max()
+        is_double = fused[name].dtype == torch.float64  # then the reference is no judge: allow it the same rounding
+        rounding = size * (100 * torch.finfo(torch.float64).eps if is_double else 4 * torch.finfo(torch.float32).eps)
+        assert error <= allowed + rounding, f"{name}: {error} > {allowed} + {rounding}"
+
+
+def random_case(generator):
+    """A random geometry, sizes and strided views, as keyword arguments of `local_attention`."""
+
+    def draw(low, high):
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    batch_size, num_heads, head_dim = draw(1, 3), draw(1, 3), (1, 3, 8, 16, 24, 32, 40, 64, 80, 128)[draw(0, 9)]
+    coarse, ratio = (draw(1, 7), draw(1, 7)), (draw(1, 3), draw(1, 3))
+    grid = (coarse[0] * ratio[0], coarse[1] * ratio[1])
+    arguments = {"query_grid": grid, "scale": None if draw(0, 1) else 0.3}
+
+    def views(positions, parts):
+        fused = torch.randn(
+            batch_size, positions, parts, num_heads, head_dim, generator=generator, dtype=torch.float64
+        )
+        return fused.unbind(2) if draw(0, 1) else fused.permute(2, 0, 3, 1, 4).contiguous().transpose(2, 3).unbind(0)
+
+    sources = draw(1, 7)
+    query, key, value = views(grid[0] * grid[1], 3)
+    arguments["query"] = query
+    if sources & 1:
+        kernel = (2 * draw(0, 5) + 1, 2 * draw(0, 5) + 1)
+        arguments |= {"key": key, "value": value, "kernel_size": kernel, "causal": bool(draw(0, 1))}
+    if sources & 2:
+        key, value = views(coarse[0] * coarse[1], 2)
+        kernel = (2 * draw(0, 3) + 1, 2 * draw(0, 3) + 1)
+        arguments |= {"cross_key": key, "cross_value": value, "cross_kernel_size": kernel, "cross_grid": coarse}
+        arguments["cross_causal"] = bool(draw(0, 1))
+    if sources & 4:
+        context = draw(1, 40)
+        arguments["context_key"], arguments["context_value"] = views(context, 2)
+        if draw(0, 1):
+            bias = torch.randn(batch_size, context, generator=generator)
+            arguments["context_bias"] = bias.masked_fill(torch.rand(bias.shape, generator=generator) < 0.3, -math.inf)
+    return arguments
+
+
+def to_dtype(arguments, dtype):
+    """The tensors of a case in another dtype, with their strides, except the bias."""
+    return {
+        name: value.to(dtype) if torch.is_tensor(value) and name != "context_bias" else value
+        for name, value in arguments.items()
+    }
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", CASES)
+def test_fused_is_as_accurate_as_pytorch(case, dtype):
+    assert_as_accurate_as_pytorch(make_inputs(case, dtype, head_dim=32))
+
+
+@needs_kernels
+@pytest.mark.parametrize("seed", range(40))
+def test_fused_is_as_accurate_as_pytorch_on_random_shapes_strides_and_biases(seed):
+    generator = torch.Generator().manual_seed(seed)
+    dtype = (torch.float32, torch.float64, torch.bfloat16, torch.float16)[seed % 4]
+    assert_as_accurate_as_pytorch(to_dtype(random_case(generator), dtype))
+
+
+@needs_kernels
+@pytest.mark.parametrize("isa", range(3))
+@pytest.mark.parametrize("tile_rows", [1, 2, 4, 8, 16])
+def test_every_instruction_set_and_tile_shape_gives_the_same(isa, tile_rows, monkeypatch):
+    sets = native.build_info()["cpu_instruction_sets"]
+    if isa > sets.index(native.build_info()["cpu_instruction_set"]):
+        pytest.skip("this processor lacks the instruction set, or it is not compiled in")
+    monkeypatch.setattr(native, "_TUNING", {"isa": isa + 1, "tile_rows": tile_rows})
+    for case, dtype in (
+        ("all", torch.float32),
+        ("direct", torch.float64),
+        ("causal", torch.float32),
+        ("one_row", torch.bfloat16),
+    ):
+        assert_as_accurate_as_pytorch(make_inputs(case, dtype, head_dim=48))
+
+
+@needs_kernels
+@pytest.mark.parametrize("pool", ["torch", "own"])
+@pytest.mark.parametrize("case", ["direct", "causal", "all", "context"])
+def test_rows_split_between_threads_give_the_same(case, pool, monkeypatch):
+    if pool == "own":
+        monkeypatch.setattr(native, "_openmp_parallel", lambda: None)
+    inputs = make_inputs({**CASES[case], "query_grid": (24, 24)}, batch_size=1, num_heads=1)
+    expected = run_with_gradients(inputs, "reference")
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(native, "_TUNING", {"threads": threads})
+        torch.testing.assert_close(run_with_gradients(inputs, "fused"), expected)
+
+
+@needs_kernels
+def test_fused_reads_views_of_one_projection_without_copies(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda self: pytest.fail("a copy was made"))
+    projection = torch.randn(2, 63, 3, 2, 16)
+    query, key, value = projection.unbind(2)
+    output = local_attention(query, key, value, query_grid=(7, 9), kernel_size=(5, 3), backend="fused")
+    monkeypatch.undo()
+    expected = local_attention(query, key, value, query_grid=(7, 9), kernel_size=(5, 3), backend="reference")
+    torch.testing.assert_close(output, expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", ["direct", "iterative", "context"])
+def test_fused_operator_passes_opcheck(case):
+    inputs = make_inputs(case, torch.float32)
+    tensors = [
+        inputs.get(name)
+        for name in ("query", "key", "value", "cross_key", "cross_value", "context_key", "context_value")
+    ]
+    tensors = [tensor if tensor is None else tensor.requires_grad_() for tensor in tensors]
+    grids = [list(inputs.get(name, ())) for name in ("query_grid", "kernel_size", "cross_grid", "cross_kernel_size")]
+    arguments = (*tensors, inputs.get("context_bias"), *grids, [False, False], 0.25)
+    torch.library.opcheck(native.fused_local_attention, arguments)
+
+
+@needs_kernels
+def test_fused_compiles_without_graph_breaks_and_trains():
+    inputs = make_inputs("all", torch.float32)
+    compiled = torch.compile(lambda **x: run_with_gradients(x, "fused")["output"], backend="aot_eager")
+    torch.testing.assert_close(compiled(**inputs), run_with_gradients(inputs, "fused")["output"])
+    names = [name for name in inputs if name.endswith(("query", "key", "value"))]
+    forward = torch.compile(lambda **x: local_attention(**x), fullgraph=True, backend="aot_eager")
+    grads = []
+    for function in (forward, local_attention):
+        leaves = {name: inputs[name].clone().requires_grad_() for name in names}
+        function(**{**inputs, **leaves}).square().sum().backward()
+        grads.append([leaf.grad for leaf in leaves.values()])
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("fused", marks=needs_kernels)])
+def test_autocast_casts_query_keys_and_values(backend):
+    inputs = make_inputs("iterative", torch.float32)
+    inputs["key"] = inputs["key"].bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        output, logsumexp = local_attention(**inputs, backend=backend, return_logsumexp=True)
+    assert output.dtype == torch.bfloat16 and logsumexp.dtype == torch.float32
+    expected = local_attention(**to_dtype(inputs, torch.bfloat16), backend=backend)
+    assert torch.equal(output, expected)
+
+
+@needs_kernels
+def test_not_a_number_is_not_hidden():
+    inputs = make_inputs("direct", torch.float32)
+    inputs["query"][0, 5] = math.nan
+    output = local_attention(**inputs, backend="fused")
+    assert output[0, 5].isnan().all() and output[0, 6].isfinite().all()

@@ -18,6 +18,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .native import fused_local_attention, fused_refusals
+
 Grid = tuple[int, int]
 
 _REFERENCE_TILE = (
@@ -408,21 +410,46 @@ def local_attention(
     )
     if backend not in (None, "reference", "fused"):
         raise ValueError(f'`backend` must be "reference", "fused" or None, but is {backend!r}.')
-    output, logsumexp = reference_local_attention(
-        query,
-        key,
-        value,
-        query_grid=query_grid,
-        kernel_size=kernel_size,
-        causal=causal,
-        cross_key=cross_key,
-        cross_value=cross_value,
-        cross_grid=cross_grid,
-        cross_kernel_size=cross_kernel_size,
-        cross_causal=cross_causal,
-        context_key=context_key,
-        context_value=context_value,
-        context_bias=context_bias,
-        scale=scale,
-    )
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    reasons = [] if backend == "reference" else fused_refusals(query, context_bias)
+    if reasons and backend == "fused":
+        listed = "".join(f"\n    {reason}" for reason in reasons)
+        raise ValueError(
+            f'`backend="fused"` cannot run these inputs:{listed}\nLeave `backend` out to let the package choose.'
+        )
+    if backend != "reference" and not reasons:
+        output, logsumexp = fused_local_attention(
+            query,
+            key,
+            value,
+            cross_key,
+            cross_value,
+            context_key,
+            context_value,
+            context_bias,
+            list(query_grid),
+            list(kernel_size) if key is not None else [],
+            list(cross_grid) if cross_key is not None else [],
+            list(cross_kernel_size) if cross_key is not None else [],
+            [bool(causal), bool(cross_causal)],
+            float(scale),
+        )
+    else:
+        output, logsumexp = reference_local_attention(
+            query,
+            key,
+            value,
+            query_grid=query_grid,
+            kernel_size=kernel_size,
+            causal=causal,
+            cross_key=cross_key,
+            cross_value=cross_value,
+            cross_grid=cross_grid,
+            cross_kernel_size=cross_kernel_size,
+            cross_causal=cross_causal,
+            context_key=context_key,
+            context_value=context_value,
+            context_bias=context_bias,
+            scale=scale,
+        )
     return (output, logsumexp) if return_logsumexp else output

@@ -1,0 +1,1064 @@
+/*
+ * Local attention on the CPU, forward and backward, fused, vectorised and threaded.
+ *
+ * This file is compiled once per instruction set (LOCAL_ATTENTION_ISA names it; setup.py gives the flags), and the object that also defines
+ * LOCAL_ATTENTION_DISPATCH chooses at run time. Everything else is in an anonymous namespace, so that no function compiled for a newer
+ * processor can be linked into the code for an older one.
+ *
+ * Work is cut into units: one head of one image, or a band of its rows. A unit goes through its rows of tiles from top to bottom. A tile is
+ * 16 queries (4x4 cells, or another shape that suits the window), which sit in the lanes of the vectors. The keys that they see form a
+ * rectangle on each source; a bit mask of 16 lanes per key says which queries see it. The products are then small dense ones:
+ *
+ *   scores[key][lane]  = sum over d of key[key][d] * query[d][lane]      (key elements are broadcast from memory, the query is transposed)
+ *   output[lane][d]    = sum over keys of weight[key][lane] * value[key][d]
+ *
+ * and, in the backward, the same two kernels with other operands, and one that adds an outer product to the gradients of the keys.
+ * The softmax needs no work across lanes. Rows of keys are copied once per unit into a ring of float (or double) rows, which turns strides
+ * and half precision into contiguous memory that stays in the cache. Gradients of keys and values gather in a ring beside it, and a row is
+ * written when no later query can see it: no atomics, and the result does not depend on the number of threads unless rows are split.
+ */
+#include "local_attention.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifndef LOCAL_ATTENTION_ISA
+#define LOCAL_ATTENTION_ISA baseline
+#define LOCAL_ATTENTION_DISPATCH
+#define LOCAL_ATTENTION_ISAS X(baseline)
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#elif defined(__AVX__)
+#define VECTOR_BYTES 32
+#else
+#define VECTOR_BYTES 16
+#endif
+
+constexpr int LANES = 16;  // queries in a tile
+constexpr int GROUP = 4;   // queries whose outputs are in registers together
+constexpr double LOG2_E = 1.4426950408889634074;
+
+inline int minimum(int a, int b) { return a < b ? a : b; }
+inline int maximum(int a, int b) { return a > b ? a : b; }
+inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// ------------------------------------------------------------------------------------------------------------------ vectors and numbers
+
+template <class T>
+struct Simd;
+
+template <>
+struct Simd<float> {
+    typedef float V __attribute__((vector_size(VECTOR_BYTES), may_alias));
+    typedef int32_t I __attribute__((vector_size(VECTOR_BYTES), may_alias));
+    typedef int32_t Int;
+    static constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+    static constexpr int mantissa = 23, bias = 127;
+};
+
+template <>
+struct Simd<double> {
+    typedef double V __attribute__((vector_size(VECTOR_BYTES), may_alias));
+    typedef int64_t I __attribute__((vector_size(VECTOR_BYTES), may_alias));
+    typedef int64_t Int;
+    static constexpr double magic = 6755399441055744.0;
+    static constexpr int mantissa = 52, bias = 1023;
+};
+
+template <class T>
+using Vec = typename Simd<T>::V;
+
+template <class T>
+constexpr int width() {
+    return VECTOR_BYTES / (int)sizeof(T);
+}
+
+// Vectors that hold the lanes of a tile, and how many keys or values fit beside them in the registers.
+template <class T>
+constexpr int lane_vectors() {
+    return LANES / width<T>();
+}
+template <class T>
+constexpr int keys_per_block() {
+#if VECTOR_BYTES == 64
+    return lane_vectors<T>() == 1 ? 16 : 8;
+#else
+    return lane_vectors<T>() == 2 ? 6 : lane_vectors<T>() == 4 ? 2 : 1;
+#endif
+}
+template <class T>
+constexpr int values_per_block() {
+#if VECTOR_BYTES == 64
+    return 4;
+#else
+    return 2;
+#endif
+}
+
+template <class T>
+inline Vec<T> load(const T* p) {
+    return *(const Vec<T>*)p;
+}
+template <class T>
+inline void store(T* p, Vec<T> v) {
+    *(Vec<T>*)p = v;
+}
+template <class T>
+inline Vec<T> splat(T x) {
+    return x - Vec<T>{};
+}
+
+// 2^x for x <= 0 (slightly above is fine); 0 where x underflows, NaN for NaN.
+template <class T>
+inline Vec<T> exp2(Vec<T> x) {
+    typedef Simd<T> S;
+    const Vec<T> lowest = splat<T>(-(T)S::bias), magic = splat<T>(S::magic);
+    x = x < lowest ? lowest : x;
+    const Vec<T> shifted = x + magic;
+    const Vec<T> f = x - (shifted - magic);
+    Vec<T> p;
+    if (sizeof(T) == 4) {
+        p = splat<T>((T)1.5252733804059841e-5);
+    } else {
+        p = splat<T>((T)1.3691488853904128e-12);
+        p = p * f + splat<T>((T)2.5678435993488206e-11);
+        p = p * f + splat<T>((T)4.4455382718708116e-10);
+        p = p * f + splat<T>((T)7.0549116208011233e-9);
+        p = p * f + splat<T>((T)1.0178086009239699e-7);
+        p = p * f + splat<T>((T)1.3215486790144309e-6);
+        p = p * f + splat<T>((T)1.5252733804059841e-5);
+    }
+    p = p * f + splat<T>((T)1.5403530393381609e-4);
+    p = p * f + splat<T>((T)1.3333558146428443e-3);
+    p = p * f + splat<T>((T)9.6181291076284772e-3);
+    p = p * f + splat<T>((T)5.5504108664821580e-2);
+    p = p * f + splat<T>((T)2.4022650695910071e-1);
+    p = p * f + splat<T>((T)6.9314718055994531e-1);
+    p = p * f + splat<T>((T)1);
+    typename S::I bits = (typename S::I)shifted;
+    bits = (bits << S::mantissa) + ((typename S::Int)S::bias << S::mantissa);
+    return p * (Vec<T>)bits;
+}
+
+struct bfloat16 {
+    uint16_t bits;
+};
+struct float16 {
+    uint16_t bits;
+};
+
+inline float bits_to_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+inline uint32_t float_to_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+inline float widen(bfloat16 x) { return bits_to_float((uint32_t)x.bits << 16); }
+inline float widen(float16 x) {
+    const uint32_t sign = (uint32_t)(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
+    const float small = (float)(int)rest * 5.9604644775390625e-8f;  // 2^-24, for exponent zero
+    const uint32_t normal = rest >= 0x7c00 ? (rest << 13) | 0x7f800000u : (rest << 13) + (112u << 23);
+    return bits_to_float((rest < 0x400 ? float_to_bits(small) : normal) | sign);
+}
+
+inline void narrow(float x, float* to) { *to = x; }
+inline void narrow(double x, double* to) { *to = x; }
+inline void narrow(float x, bfloat16* to) {  // to the nearest, ties to even
+    const uint32_t bits = float_to_bits(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    to->bits = (uint16_t)((bits & 0x7fffffff) > 0x7f800000u ? 0x7fc0 : rounded);
+}
+inline void narrow(float x, float16* to) {
+    const uint32_t bits = float_to_bits(x), sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;
+    // Below the smallest normal number, adding 0.5 leaves the rounded multiple of 2^-24 in the low bits.
+    const uint32_t small = float_to_bits(bits_to_float(rest) + 0.5f) - 0x3f000000u;
+    const uint32_t normal = (rest - (112u << 23) + 0xfff + ((rest >> 13) & 1)) >> 13;
+    const uint32_t large = rest > 0x7f800000u ? 0x7e00 : 0x7c00;
+    to->bits = (uint16_t)(sign | (rest >= 0x477ff000u ? large : rest < 0x38800000u ? small : normal));
+}
+
+// Copies a row of head_dim numbers into the compute type, padded with zeros to padded_dim.
+template <class T, class S>
+inline void copy_row(T* to, const S* from, int head_dim, int padded_dim) {
+    for (int d = 0; d < head_dim; d++) to[d] = (T)widen(from[d]);
+    for (int d = head_dim; d < padded_dim; d++) to[d] = 0;
+}
+
+// ------------------------------------------------------------------------------------------------------------------------- micro kernels
+// PITCH is the number of elements from one key to the next in the rings; padded_dim (a multiple of 16, at most PITCH) those in use.
+
+// A row of keys on one source, and which lanes see them: key j is seen by rows & columns[j] & (before | (same & upto[j])).
+template <class T>
+struct Run {
+    const T *key, *value;
+    T *grad_key, *grad_value;
+    const T* bias;  // already in units of log 2, or null
+    const uint16_t *columns, *upto;
+    uint16_t rows, before, same;
+    int count, start;  // keys, and the index of the first in the scores
+
+    uint16_t mask(int j) const { return rows & columns[j] & (before | (same & upto[j])); }
+};
+
+template <class T>
+inline Vec<T> keep_lanes(Vec<T> x, uint16_t mask, int vector, T otherwise) {
+    typedef typename Simd<T>::I I;
+    I bit;
+    for (int i = 0; i < width<T>(); i++) bit[i] = (typename Simd<T>::Int)1 << (vector * width<T>() + i);
+    const I masks = (typename Simd<T>::Int)mask - I{};
+    return (masks & bit) != 0 ? x : splat<T>(otherwise);
+}
+
+// acc[j][lanes] = sum over d of rows[j][d] * columns[d][lanes].
+template <class T, int PITCH, int KEYS>
+inline void multiply_block(const T* rows, const T* columns, int padded_dim, Vec<T> (&acc)[KEYS][lane_vectors<T>()]) {
+    constexpr int N = lane_vectors<T>(), W = width<T>();
+    for (int j = 0; j < KEYS; j++)
+        for (int n = 0; n < N; n++) acc[j][n] = Vec<T>{};
+    for (int d = 0; d < padded_dim; d++) {
+        Vec<T> column[N];
+        for (int n = 0; n < N; n++) column[n] = load(columns + d * LANES + n * W);
+        for (int j = 0; j < KEYS; j++) {
+            const Vec<T> x = splat(rows[j * PITCH + d]);
+            for (int n = 0; n < N; n++) acc[j][n] += x * column[n];
+        }
+    }
+}
+
+// Calls f.template block<KEYS>(first key) over `count` keys in blocks of nearly equal size.
+template <int MOST, class F>
+inline void in_blocks_of(int keys, int first, F& f) {
+    if constexpr (MOST > 0) {
+        if (keys == MOST)
+            f.template block<MOST>(first);
+        else
+            in_blocks_of<MOST - 1>(keys, first, f);
+    }
+}
+template <class T, class F>
+inline void in_blocks(int count, F& f) {
+    const int blocks = ceil_div(count, keys_per_block<T>());
+    for (int i = 0, first = 0; i < blocks; i++) {
+        const int next = (int)((int64_t)count * (i + 1) / blocks);
+        in_blocks_of<keys_per_block<T>()>(next - first, first, f);
+        first = next;
+    }
+}
+
+// Scores of a run, masked, and their running maximum.
+template <class T, int PITCH>
+struct ScoreBlock {
+    const Run<T>& run;
+    const T* query;
+    int padded_dim;
+    T* scores;
+    Vec<T> (&largest)[lane_vectors<T>()];
+
+    template <int KEYS>
+    void block(int first) {
+        constexpr int N = lane_vectors<T>(), W = width<T>();
+        Vec<T> acc[KEYS][N];
+        multiply_block<T, PITCH, KEYS>(run.key + first * PITCH, query, padded_dim, acc);
+        for (int j = 0; j < KEYS; j++) {
+            const uint16_t mask = run.mask(first + j);
+            const T bias = run.bias ? run.bias[first + j] : 0;
+            T* to = scores + (int64_t)(run.start + first + j) * LANES;
+            for (int n = 0; n < N; n++) {
+                const Vec<T> s = keep_lanes<T>(acc[j][n] + splat(bias), mask, n, -(T)INFINITY);
+                store(to + n * W, s);
+                largest[n] = s > largest[n] ? s : largest[n];
+            }
+        }
+    }
+};
+
+// The weights of a run, from the scores and the known logsumexp.
+template <class T, int PITCH>
+struct WeightBlock {
+    const Run<T>& run;
+    const T* query;
+    int padded_dim;
+    T* weights;
+    const T* logsumexp;
+
+    template <int KEYS>
+    void block(int first) {
+        constexpr int N = lane_vectors<T>(), W = width<T>();
+        Vec<T> acc[KEYS][N];
+        multiply_block<T, PITCH, KEYS>(run.key + first * PITCH, query, padded_dim, acc);
+        for (int j = 0; j < KEYS; j++) {
+            const uint16_t mask = run.mask(first + j);
+            const T bias = run.bias ? run.bias[first + j] : 0;
+            T* to = weights + (int64_t)(run.start + first + j) * LANES;
+            for (int n = 0; n < N; n++) {
+                const Vec<T> p = exp2<T>(acc[j][n] + splat(bias) - load(logsumexp + n * W));
+                store(to + n * W, keep_lanes<T>(p, mask, n, (T)0));
+            }
+        }
+    }
+};
+
+// Gradients of the weights of a run, value . grad_output, and their sum weighted with the weights.
+template <class T, int PITCH>
+struct GradWeightBlock {
+    const Run<T>& run;
+    const T* grad_output;
+    int padded_dim;
+    const T* weights;
+    T* grad_weights;
+    Vec<T> (&sum)[lane_vectors<T>()];
+
+    template <int KEYS>
+    void block(int first) {
+        constexpr int N = lane_vectors<T>(), W = width<T>();
+        Vec<T> acc[KEYS][N];
+        multiply_block<T, PITCH, KEYS>(run.value + first * PITCH, grad_output, padded_dim, acc);
+        for (int j = 0; j < KEYS; j++) {
+            const int64_t at = (int64_t)(run.start + first + j) * LANES;
+            for (int n = 0; n < N; n++) {
+                store(grad_weights + at + n * W, acc[j][n]);
+                sum[n] += load(weights + at + n * W) * acc[j][n];
+            }
+        }
+    }
+};
+
+// to[lane][d] = sum over the keys of all runs of weights[key][lane] * rows[key][d], for the lanes of one group and COUNT vectors of d.
+template <class T, int PITCH, int COUNT>
+inline void gather_block(
+    const Run<T>* runs, int num_runs, const T* Run<T>::*rows, const T* weights, int group, int first, T* to) {
+    constexpr int W = width<T>();
+    const uint16_t bits = (uint16_t)(((1 << GROUP) - 1) << (group * GROUP));
+    Vec<T> acc[GROUP][COUNT];
+    for (int q = 0; q < GROUP; q++)
+        for (int c = 0; c < COUNT; c++) acc[q][c] = Vec<T>{};
+    for (int r = 0; r < num_runs; r++) {
+        if (!(runs[r].rows & bits)) continue;
+        const T* row = runs[r].*rows + first;
+        const T* weight = weights + (int64_t)runs[r].start * LANES + group * GROUP;
+        for (int j = 0; j < runs[r].count; j++, row += PITCH, weight += LANES) {
+            Vec<T> x[COUNT];
+            for (int c = 0; c < COUNT; c++) x[c] = load(row + c * W);
+            for (int q = 0; q < GROUP; q++) {
+                const Vec<T> w = splat(weight[q]);
+                for (int c = 0; c < COUNT; c++) acc[q][c] += w * x[c];
+            }
+        }
+    }
+    for (int q = 0; q < GROUP; q++)
+        for (int c = 0; c < COUNT; c++) store(to + (group * GROUP + q) * PITCH + first + c * W, acc[q][c]);
+}
+
+template <class T, int PITCH>
+__attribute__((noinline)) void gather(
+    const Run<T>* runs, int num_runs, const T* Run<T>::*rows, const T* weights, int padded_dim, T* to) {
+    constexpr int W = width<T>(), MOST = values_per_block<T>();
+    for (int group = 0; group < LANES / GROUP; group++) {
+        int first = 0;
+        for (; first + MOST * W <= padded_dim; first += MOST * W)
+            gather_block<T, PITCH, MOST>(runs, num_runs, rows, weights, group, first, to);
+        for (; MOST > 2 && first + 2 * W <= padded_dim; first += 2 * W)
+            gather_block<T, PITCH, 2>(runs, num_runs, rows, weights, group, first, to);
+        for (; first + W <= padded_dim; first += W)
+            gather_block<T, PITCH, 1>(runs, num_runs, rows, weights, group, first, to);
+    }
+}
+
+// to[key][d] += sum over lanes of weights[key][lane] * rows[lane][d], for KEYS keys and COUNT vectors of d.
+template <class T, int PITCH, int KEYS, int COUNT>
+inline void scatter_block(T* to, const T* weights, const T* rows, int lane, int end) {
+    constexpr int W = width<T>();
+    Vec<T> acc[KEYS][COUNT];
+    for (int j = 0; j < KEYS; j++)
+        for (int c = 0; c < COUNT; c++) acc[j][c] = load(to + j * PITCH + c * W);
+    for (; lane < end; lane++) {
+        Vec<T> x[COUNT];
+        for (int c = 0; c < COUNT; c++) x[c] = load(rows + lane * PITCH + c * W);
+        for (int j = 0; j < KEYS; j++) {
+            const Vec<T> w = splat(weights[j * LANES + lane]);
+            for (int c = 0; c < COUNT; c++) acc[j][c] += w * x[c];
+        }
+    }
+    for (int j = 0; j < KEYS; j++)
+        for (int c = 0; c < COUNT; c++) store(to + j * PITCH + c * W, acc[j][c]);
+}
+
+template <class T, int PITCH, int COUNT>
+inline void scatter_columns(T* to, const T* weights, const T* rows, int count, int lane, int end) {
+    int j = 0;
+    for (; j + 4 <= count; j += 4) scatter_block<T, PITCH, 4, COUNT>(to + j * PITCH, weights + j * LANES, rows, lane, end);
+    to += j * PITCH, weights += j * LANES;
+    if (count - j == 3) scatter_block<T, PITCH, 3, COUNT>(to, weights, rows, lane, end);
+    if (count - j == 2) scatter_block<T, PITCH, 2, COUNT>(to, weights, rows, lane, end);
+    if (count - j == 1) scatter_block<T, PITCH, 1, COUNT>(to, weights, rows, lane, end);
+}
+
+template <class T, int PITCH>
+__attribute__((noinline)) void scatter(
+    const Run<T>* runs, int num_runs, T* Run<T>::*grads, const T* weights, const T* rows, int padded_dim) {
+    constexpr int W = width<T>(), MOST = values_per_block<T>();
+    for (int r = 0; r < num_runs; r++) {
+        const Run<T>& run = runs[r];
+        if (!run.rows) continue;
+        const int lane = __builtin_ctz(run.rows), end = 32 - __builtin_clz(run.rows);
+        const T* weight = weights + (int64_t)run.start * LANES;
+        T* to = run.*grads;
+        int first = 0;
+        for (; first + MOST * W <= padded_dim; first += MOST * W)
+            scatter_columns<T, PITCH, MOST>(to + first, weight, rows + first, run.count, lane, end);
+        for (; MOST > 2 && first + 2 * W <= padded_dim; first += 2 * W)
+            scatter_columns<T, PITCH, 2>(to + first, weight, rows + first, run.count, lane, end);
+        for (; first + W <= padded_dim; first += W)
+            scatter_columns<T, PITCH, 1>(to + first, weight, rows + first, run.count, lane, end);
+    }
+}
+
+template <class T, int PITCH>
+inline void transpose(T* to, const T* from, int padded_dim, T factor) {
+    for (int d = 0; d < padded_dim; d++)
+        for (int lane = 0; lane < LANES; lane++) to[d * LANES + lane] = from[lane * PITCH + d] * factor;
+}
+
+// -------------------------------------------------------------------------------------------------------------------------- plan of a call
+
+// How a call is cut into tiles, bands and units.
+struct Plan {
+    const LocalAttentionProblem* problem;
+    bool backward;
+    int tile_rows, tile_columns;
+    int tiles_down, tiles_across;
+    int bands, tiles_per_band;
+    int padded_dim, pitch;
+    int num_sources, source[LOCAL_ATTENTION_SOURCES];
+    int ring[LOCAL_ATTENTION_SOURCES];                // rows of keys held at a time
+    int64_t partial_at[LOCAL_ATTENTION_SOURCES];      // where the partial gradients of a band start, in elements
+    int64_t partial_size;                             // elements of the partial gradients of a unit
+    char* partial;                                    // with several bands: gradients before they are added up
+    int64_t next_unit, next_sum;                      // work counters of the threads
+    int failed;
+};
+
+// First and one past the last key row (or column) that queries first..last see.
+inline void visible(int size, int reach, int ratio, bool causal, int first, int last, int* from, int* to) {
+    *from = maximum(0, first / ratio - reach);
+    *to = minimum(size, last / ratio + (causal ? 0 : reach) + 1);
+}
+
+inline void rows_of_band(const Plan& plan, const LocalAttentionSource& s, int band, int* from, int* to) {
+    const int step = plan.tiles_per_band * plan.tile_rows;
+    visible(s.rows, s.reach_rows, s.ratio_rows, s.causal, band * step, minimum(plan.problem->rows, (band + 1) * step) - 1, from, to);
+}
+
+// Keys that all tiles of a shape multiply with, as a measure of time: those of the tile for the scores, those of a group for the output.
+inline double cost_of_tiles(const LocalAttentionProblem& p, int tile_rows) {
+    const int tile_columns = LANES / tile_rows;
+    double keys = 0;
+    for (int i = 0; i < LOCAL_ATTENTION_SOURCES; i++) {
+        const LocalAttentionSource& s = p.source[i];
+        if (!s.key.data) continue;
+        const int group_rows = tile_columns >= GROUP ? 1 : GROUP / tile_columns;
+        const double columns = minimum(s.columns, (tile_columns - 1) / s.ratio_columns + 1 + 2 * s.reach_columns);
+        const double rows = minimum(s.rows, (tile_rows - 1) / s.ratio_rows + 1 + 2 * s.reach_rows);
+        const double rows_of_group = minimum(s.rows, (group_rows - 1) / s.ratio_rows + 1 + 2 * s.reach_rows);
+        keys += columns * (rows + rows_of_group);
+    }
+    return keys * ceil_div(p.rows, tile_rows) * ceil_div(p.columns, tile_columns);
+}
+
+inline Plan make_plan(const LocalAttentionProblem& p, bool backward) {
+    Plan plan = {};
+    plan.problem = &p;
+    plan.backward = backward;
+    plan.tile_rows = p.tile_rows ? p.tile_rows : 4;
+    if (!p.tile_rows)
+        for (int rows = 1; rows <= LANES; rows *= 2)
+            if (cost_of_tiles(p, rows) < cost_of_tiles(p, plan.tile_rows)) plan.tile_rows = rows;
+    plan.tile_columns = LANES / plan.tile_rows;
+    plan.tiles_down = ceil_div(p.rows, plan.tile_rows);
+    plan.tiles_across = ceil_div(p.columns, plan.tile_columns);
+    plan.padded_dim = (p.head_dim + 15) / 16 * 16;
+    plan.pitch = plan.padded_dim <= 32 ? 32 : plan.padded_dim <= 64 ? 64 : 128;
+    // Bands copy the keys at their edges twice, so rows are split only where there are too few heads to occupy the threads.
+    const int64_t heads = (int64_t)p.batch * p.heads;
+    plan.bands = heads >= 3 * p.threads || heads % p.threads == 0 ? 1 : (int)((3 * p.threads + heads - 1) / heads);
+    plan.tiles_per_band = maximum(ceil_div(plan.tiles_down, plan.bands), 2);
+    plan.bands = ceil_div(plan.tiles_down, plan.tiles_per_band);
+    for (int i = 0; i < LOCAL_ATTENTION_SOURCES; i++) {
+        const LocalAttentionSource& s = p.source[i];
+        if (!s.key.data) continue;
+        plan.source[plan.num_sources] = i;
+        plan.ring[plan.num_sources] = minimum(s.rows, (plan.tile_rows - 1 + s.ratio_rows - 1) / s.ratio_rows + 1 + 2 * s.reach_rows);
+        plan.partial_at[plan.num_sources] = plan.partial_size;
+        int most = 0;
+        for (int band = 0; band < plan.bands; band++) {
+            int from, to;
+            rows_of_band(plan, s, band, &from, &to);
+            most = maximum(most, to - from);
+        }
+        plan.partial_size += 2 * (int64_t)most * s.columns * plan.pitch;
+        plan.num_sources++;
+    }
+    return plan;
+}
+
+// Memory cut from one block: a first pass with no base counts, the second hands out.
+struct Arena {
+    char* base;
+    size_t used;
+
+    template <class T>
+    T* take(int64_t count) {
+        T* at = (T*)(base + used);
+        used += ((size_t)count * sizeof(T) + 63) & ~(size_t)63;
+        return at;
+    }
+};
+
+template <class S>
+inline S* row_of(const LocalAttentionTensor& t, int batch, int head) {
+    return (S*)t.data + batch * t.batch_stride + head * t.head_stride;
+}
+
+// -------------------------------------------------------------------------------------------------------------------------------- a thread
+
+template <class T, class S, int PITCH>
+class Worker {
+    // One source as a unit sees it.
+    struct Side {
+        const LocalAttentionSource* source;
+        int ring;
+        T *key, *value, *grad_key, *grad_value;  // rings of rows
+        T *partial_key, *partial_value;          // with several bands
+        int partial_row;                         // the key row at which they start
+        const T* bias;
+        int packed_from, packed_to;              // rows that have been in the ring, and the end of those
+        int row, end;                            // rows that the current row of tiles sees
+        uint16_t *rows, *before, *same;          // lanes that see them, by their row alone
+        int *column, *column_end;                // per tile of the row
+        uint16_t *columns, *upto;                // per tile: lanes by their column alone
+        int most_columns;
+    };
+
+    Plan& plan;
+    const LocalAttentionProblem& p;
+    const int head_dim, padded_dim;
+    Side sides[LOCAL_ATTENTION_SOURCES];
+    Run<T>* runs;
+    T *bias, *scores, *grad_scores;
+    T *query, *query_rows, *grad_rows, *grad, *out;
+    int batch, head;
+
+    void lay_out(Arena& arena) {
+        int most_runs = 0;
+        int64_t most_keys = 0;
+        for (int i = 0; i < plan.num_sources; i++) {
+            Side& side = sides[i];
+            const LocalAttentionSource& s = p.source[plan.source[i]];
+            side.source = &s;
+            side.ring = plan.ring[i];
+            const int64_t row = (int64_t)s.columns * PITCH;
+            side.key = arena.take<T>(side.ring * row);
+            side.value = arena.take<T>(side.ring * row);
+            if (plan.backward) {
+                side.grad_key = arena.take<T>(side.ring * row);
+                side.grad_value = arena.take<T>(side.ring * row);
+            }
+            side.rows = arena.take<uint16_t>(side.ring);
+            side.before = arena.take<uint16_t>(side.ring);
+            side.same = arena.take<uint16_t>(side.ring);
+            side.column = arena.take<int>(plan.tiles_across);
+            side.column_end = arena.take<int>(plan.tiles_across);
+            side.most_columns =
+                minimum(s.columns, (plan.tile_columns - 1 + s.ratio_columns - 1) / s.ratio_columns + 1 + 2 * s.reach_columns);
+            side.columns = arena.take<uint16_t>((int64_t)plan.tiles_across * side.most_columns);
+            side.upto = arena.take<uint16_t>((int64_t)plan.tiles_across * side.most_columns);
+            most_runs += side.ring;
+            most_keys += (int64_t)side.ring * side.most_columns;
+        }
+        runs = arena.take<Run<T>>(most_runs);
+        const bool has_context = p.source[2].key.data && p.context_bias;
+        bias = has_context ? arena.take<T>(p.source[2].columns) : nullptr;
+        scores = arena.take<T>(most_keys * LANES);
+        grad_scores = plan.backward ? arena.take<T>(most_keys * LANES) : nullptr;
+        query = arena.take<T>(PITCH * LANES);
+        query_rows = arena.take<T>(PITCH * LANES);
+        grad = arena.take<T>(PITCH * LANES);
+        grad_rows = arena.take<T>(PITCH * LANES);
+        out = arena.take<T>(PITCH * LANES);
+    }
+
+    // Lanes that see each column of keys, for every tile of a row of tiles: the same for all rows.
+    void find_columns() {
+        for (int i = 0; i < plan.num_sources; i++) {
+            Side& side = sides[i];
+            const LocalAttentionSource& s = *side.source;
+            for (int tile = 0; tile < plan.tiles_across; tile++) {
+                const int x = tile * plan.tile_columns, last = minimum(p.columns, x + plan.tile_columns) - 1;
+                visible(s.columns, s.reach_columns, s.ratio_columns, false, x, last, side.column + tile, side.column_end + tile);
+                for (int k = side.column[tile]; k < side.column_end[tile]; k++) {
+                    uint16_t seen = 0, upto = 0;
+                    for (int lane = 0; lane < LANES; lane++) {
+                        const int column = x + lane % plan.tile_columns, center = column / s.ratio_columns;
+                        if (column > last) continue;
+                        seen |= (uint16_t)(abs(k - center) <= s.reach_columns) << lane;
+                        upto |= (uint16_t)(k <= center) << lane;
+                    }
+                    side.columns[tile * side.most_columns + k - side.column[tile]] = seen;
+                    side.upto[tile * side.most_columns + k - side.column[tile]] = upto;
+                }
+            }
+        }
+    }
+
+    void find_rows(Side& side, int y) {
+        const LocalAttentionSource& s = *side.source;
+        const int last = minimum(p.rows, y + plan.tile_rows) - 1;
+        visible(s.rows, s.reach_rows, s.ratio_rows, s.causal, y, last, &side.row, &side.end);
+        for (int k = side.row; k < side.end; k++) {
+            uint16_t seen = 0, before = 0, same = 0;
+            for (int lane = 0; lane < LANES; lane++) {
+                const int row = y + lane / plan.tile_columns, center = row / s.ratio_rows;
+                if (row > last) continue;
+                seen |= (uint16_t)(abs(k - center) <= s.reach_rows) << lane;
+                before |= (uint16_t)(k < center) << lane;
+                same |= (uint16_t)(k == center) << lane;
+            }
+            side.rows[k - side.row] = seen;
+            side.before[k - side.row] = s.causal ? before : 0xffff;
+            side.same[k - side.row] = s.causal ? same : 0;
+        }
+    }
+
+    void write_gradients(Side& side, int row) {
+        const LocalAttentionSource& s = *side.source;
+        const int64_t slot = (int64_t)(row % side.ring) * s.columns * PITCH;
+        const T factor = (T)p.scale;
+        if (side.partial_key) {
+            const int64_t size = (int64_t)s.columns * PITCH, at = (row - side.partial_row) * size;
+            memcpy(side.partial_key + at, side.grad_key + slot, size * sizeof(T));
+            memcpy(side.partial_value + at, side.grad_value + slot, size * sizeof(T));
+            return;
+        }
+        S* key = row_of<S>(s.grad_key, batch, head);
+        S* value = row_of<S>(s.grad_value, batch, head);
+        for (int x = 0; x < s.columns; x++) {
+            const int64_t position = (int64_t)row * s.columns + x;
+            S* to = key + position * s.grad_key.position_stride;
+            const T* from = side.grad_key + slot + x * PITCH;
+            for (int d = 0; d < head_dim; d++) narrow(from[d] * factor, to + d);
+            to = value + position * s.grad_value.position_stride;
+            from = side.grad_value + slot + x * PITCH;
+            for (int d = 0; d < head_dim; d++) narrow(from[d], to + d);
+        }
+    }
+
+    // Copies the rows of keys that the current row of tiles needs and that are not in the ring yet.
+    void fill_ring(Side& side) {
+        const LocalAttentionSource& s = *side.source;
+        const S* key = row_of<const S>(s.key, batch, head);
+        const S* value = row_of<const S>(s.value, batch, head);
+        for (int row = maximum(side.packed_to, side.row); row < side.end; row++) {
+            const int64_t slot = (int64_t)(row % side.ring) * s.columns * PITCH;
+            if (plan.backward) {
+                if (row - side.ring >= side.packed_from) write_gradients(side, row - side.ring);
+                memset(side.grad_key + slot, 0, (size_t)s.columns * PITCH * sizeof(T));
+                memset(side.grad_value + slot, 0, (size_t)s.columns * PITCH * sizeof(T));
+            }
+            for (int x = 0; x < s.columns; x++) {
+                const int64_t position = (int64_t)row * s.columns + x;
+                copy_row(side.key + slot + x * PITCH, key + position * s.key.position_stride, head_dim, padded_dim);
+                copy_row(side.value + slot + x * PITCH, value + position * s.value.position_stride, head_dim, padded_dim);
+            }
+        }
+        side.packed_to = maximum(side.packed_to, side.end);
+    }
+
+    int find_runs(int tile) {
+        int count = 0, start = 0;
+        for (int i = 0; i < plan.num_sources; i++) {
+            Side& side = sides[i];
+            const int column = side.column[tile], columns = side.column_end[tile] - column;
+            for (int row = side.row; row < side.end; row++) {
+                const int64_t at = ((int64_t)(row % side.ring) * side.source->columns + column) * PITCH;
+                Run<T>& run = runs[count++];
+                run.key = side.key + at;
+                run.value = side.value + at;
+                if (plan.backward) {
+                    run.grad_key = side.grad_key + at;
+                    run.grad_value = side.grad_value + at;
+                }
+                run.bias = side.bias;
+                run.columns = side.columns + tile * side.most_columns;
+                run.upto = side.upto + tile * side.most_columns;
+                run.rows = side.rows[row - side.row];
+                run.before = side.before[row - side.row];
+                run.same = side.same[row - side.row];
+                run.count = columns;
+                run.start = start;
+                start += columns;
+            }
+        }
+        return count;
+    }
+
+    // Position of a lane of the tile at (y, x), or -1 off the grid.
+    int64_t position_of(int lane, int y, int x) const {
+        const int row = y + lane / plan.tile_columns, column = x + lane % plan.tile_columns;
+        return row < p.rows && column < p.columns ? (int64_t)row * p.columns + column : -1;
+    }
+
+    void read_tile(T* to, const LocalAttentionTensor& t, int y, int x) const {
+        const S* from = row_of<const S>(t, batch, head);
+        for (int lane = 0; lane < LANES; lane++) {
+            const int64_t position = position_of(lane, y, x);
+            if (position < 0)
+                memset(to + lane * PITCH, 0, padded_dim * sizeof(T));
+            else
+                copy_row(to + lane * PITCH, from + position * t.position_stride, head_dim, padded_dim);
+        }
+    }
+
+    void write_tile(const LocalAttentionTensor& t, const T* from, const T* factors, int y, int x) const {
+        S* to = row_of<S>(t, batch, head);
+        for (int lane = 0; lane < LANES; lane++) {
+            const int64_t position = position_of(lane, y, x);
+            if (position < 0) continue;
+            S* row = to + position * t.position_stride;
+            for (int d = 0; d < head_dim; d++) narrow(from[lane * PITCH + d] * factors[lane], row + d);
+        }
+    }
+
+    T* logsumexp_of_head() const { return (T*)p.logsumexp + ((int64_t)batch * p.heads + head) * p.rows * p.columns; }
+
+    void forward_tile(int tile, int y, int x) {
+        constexpr int N = lane_vectors<T>(), W = width<T>();
+        const int num_runs = find_runs(tile);
+        const int num_keys = runs[num_runs - 1].start + runs[num_runs - 1].count;
+        read_tile(query_rows, p.query, y, x);
+        transpose<T, PITCH>(query, query_rows, padded_dim, (T)(p.scale * LOG2_E));
+
+        Vec<T> largest[N], total[N];
+        for (int n = 0; n < N; n++) largest[n] = splat<T>(-(T)INFINITY);
+        for (int r = 0; r < num_runs; r++) {
+            ScoreBlock<T, PITCH> block = {runs[r], query, padded_dim, scores, largest};
+            in_blocks<T>(runs[r].count, block);
+        }
+        for (int n = 0; n < N; n++) {
+            // Lanes without any key (masked context) keep finite numbers: all weights are then 2^-inf = 0.
+            const Vec<T> shift = largest[n] == -(T)INFINITY ? Vec<T>{} : largest[n];
+            Vec<T> sum = {};
+            for (int k = 0; k < num_keys; k++) {
+                T* at = scores + (int64_t)k * LANES + n * W;
+                const Vec<T> weight = exp2<T>(load(at) - shift);
+                store(at, weight);
+                sum += weight;
+            }
+            total[n] = sum;
+        }
+        gather<T, PITCH>(runs, num_runs, &Run<T>::value, scores, padded_dim, out);
+
+        T factors[LANES];
+        T* logsumexp = logsumexp_of_head();
+        for (int lane = 0; lane < LANES; lane++) {
+            const T sum = total[lane / W][lane % W], most = largest[lane / W][lane % W];
+            factors[lane] = sum == 0 ? 0 : 1 / sum;
+            const int64_t position = position_of(lane, y, x);
+            if (position >= 0)
+                logsumexp[position] = sum == 0 ? -(T)INFINITY : (T)(((double)most + log2((double)sum)) / LOG2_E);
+        }
+        write_tile(p.output, out, factors, y, x);
+    }
+
+    void backward_tile(int tile, int y, int x) {
+        constexpr int N = lane_vectors<T>(), W = width<T>();
+        const int num_runs = find_runs(tile);
+        const int num_keys = runs[num_runs - 1].start + runs[num_runs - 1].count;
+        read_tile(query_rows, p.query, y, x);
+        read_tile(grad_rows, p.grad_output, y, x);
+        transpose<T, PITCH>(query, query_rows, padded_dim, (T)(p.scale * LOG2_E));
+        transpose<T, PITCH>(grad, grad_rows, padded_dim, (T)1);
+
+        alignas(64) T logsumexp[LANES], grad_logsumexp[LANES], factors[LANES];
+        const T* saved = logsumexp_of_head();
+        const T* saved_grad = (const T*)p.grad_logsumexp;
+        if (saved_grad) saved_grad += ((int64_t)batch * p.heads + head) * p.rows * p.columns;
+        for (int lane = 0; lane < LANES; lane++) {
+            const int64_t position = position_of(lane, y, x);
+            const T l = position >= 0 ? saved[position] : 0;
+            logsumexp[lane] = l == -(T)INFINITY ? 0 : (T)(l * LOG2_E);
+            grad_logsumexp[lane] = position >= 0 && saved_grad ? saved_grad[position] : 0;
+            factors[lane] = (T)p.scale;
+        }
+        Vec<T> sum[N];
+        for (int n = 0; n < N; n++) sum[n] = Vec<T>{};
+        for (int r = 0; r < num_runs; r++) {
+            WeightBlock<T, PITCH> weight = {runs[r], query, padded_dim, scores, logsumexp};
+            in_blocks<T>(runs[r].count, weight);
+            GradWeightBlock<T, PITCH> grad_weight = {runs[r], grad, padded_dim, scores, grad_scores, sum};
+            in_blocks<T>(runs[r].count, grad_weight);
+        }
+        // Through the softmax. The sum is taken from the weights and not from the output, which half precision has rounded.
+        for (int n = 0; n < N; n++) {
+            const Vec<T> delta = sum[n] - load(grad_logsumexp + n * W);
+            for (int k = 0; k < num_keys; k++) {
+                T* at = grad_scores + (int64_t)k * LANES + n * W;
+                store(at, load(scores + (int64_t)k * LANES + n * W) * (load(at) - delta));
+            }
+        }
+        gather<T, PITCH>(runs, num_runs, &Run<T>::key, grad_scores, padded_dim, out);
+        write_tile(p.grad_query, out, factors, y, x);
+        scatter<T, PITCH>(runs, num_runs, &Run<T>::grad_value, scores, grad_rows, padded_dim);
+        scatter<T, PITCH>(runs, num_runs, &Run<T>::grad_key, grad_scores, query_rows, padded_dim);
+    }
+
+    void run_unit(int64_t unit) {
+        const int band = (int)(unit % plan.bands);
+        head = (int)(unit / plan.bands % p.heads);
+        batch = (int)(unit / plan.bands / p.heads);
+        for (int i = 0; i < plan.num_sources; i++) {
+            Side& side = sides[i];
+            int end;
+            rows_of_band(plan, *side.source, band, &side.packed_from, &end);
+            side.packed_to = side.packed_from;
+            side.bias = nullptr;
+            if (plan.source[i] == 2 && bias) {
+                const float* from = p.context_bias + batch * p.context_bias_stride;
+                for (int k = 0; k < side.source->columns; k++) bias[k] = (T)(from[k] * LOG2_E);
+                side.bias = bias;
+            }
+            side.partial_key = nullptr;
+            if (plan.partial) {
+                side.partial_row = side.packed_from;
+                side.partial_key = (T*)plan.partial + unit * plan.partial_size + plan.partial_at[i];
+                side.partial_value = side.partial_key + (int64_t)(end - side.packed_from) * side.source->columns * PITCH;
+            }
+        }
+        const int last = minimum(plan.tiles_down, (band + 1) * plan.tiles_per_band);
+        for (int down = band * plan.tiles_per_band; down < last; down++) {
+            for (int i = 0; i < plan.num_sources; i++) {
+                find_rows(sides[i], down * plan.tile_rows);
+                fill_ring(sides[i]);
+            }
+            for (int tile = 0; tile < plan.tiles_across; tile++) {
+                if (plan.backward)
+                    backward_tile(tile, down * plan.tile_rows, tile * plan.tile_columns);
+                else
+                    forward_tile(tile, down * plan.tile_rows, tile * plan.tile_columns);
+            }
+        }
+        if (plan.backward)
+            for (int i = 0; i < plan.num_sources; i++)
+                for (int row = maximum(sides[i].packed_from, sides[i].packed_to - sides[i].ring); row < sides[i].packed_to; row++)
+                    write_gradients(sides[i], row);
+    }
+
+    // Adds the partial gradients of all bands for one source of one head.
+    void add_partial(int64_t task) {
+        const int i = (int)(task % plan.num_sources);
+        const int64_t index = task / plan.num_sources;
+        head = (int)(index % p.heads);
+        batch = (int)(index / p.heads);
+        const LocalAttentionSource& s = *sides[i].source;
+        const int64_t size = (int64_t)s.columns * PITCH;
+        T* sum = sides[i].grad_key;  // one row of the ring
+        for (int part = 0; part < 2; part++) {
+            const LocalAttentionTensor& grad = part ? s.grad_value : s.grad_key;
+            const T factor = part ? (T)1 : (T)p.scale;
+            for (int row = 0; row < s.rows; row++) {
+                memset(sum, 0, size * sizeof(T));
+                for (int band = 0; band < plan.bands; band++) {
+                    int from, to;
+                    rows_of_band(plan, s, band, &from, &to);
+                    if (row < from || row >= to) continue;
+                    const T* add = (const T*)plan.partial + (index * plan.bands + band) * plan.partial_size + plan.partial_at[i];
+                    add += part * (to - from) * size + (row - from) * size;
+                    for (int64_t k = 0; k < size; k++) sum[k] += add[k];
+                }
+                S* to = row_of<S>(grad, batch, head) + (int64_t)row * s.columns * grad.position_stride;
+                for (int x = 0; x < s.columns; x++)
+                    for (int d = 0; d < head_dim; d++) narrow(sum[x * PITCH + d] * factor, to + x * grad.position_stride + d);
+            }
+        }
+    }
+
+public:
+    explicit Worker(Plan& plan) : plan(plan), p(*plan.problem), head_dim(p.head_dim), padded_dim(plan.padded_dim) {}
+
+    static void run(void* data) {
+        Plan& plan = *(Plan*)data;
+        Worker worker(plan);
+        Arena arena = {nullptr, 0};
+        worker.lay_out(arena);
+        void* memory = nullptr;
+        if (posix_memalign(&memory, 64, arena.used)) {
+            __atomic_store_n(&plan.failed, 1, __ATOMIC_RELAXED);
+            return;
+        }
+        arena = {(char*)memory, 0};
+        worker.lay_out(arena);
+        worker.find_columns();
+        const int64_t units = (int64_t)plan.problem->batch * plan.problem->heads * plan.bands;
+        for (int64_t unit; (unit = __atomic_fetch_add(&plan.next_unit, 1, __ATOMIC_RELAXED)) < units;) worker.run_unit(unit);
+        free(memory);
+    }
+
+    static void add_up(void* data) {
+        Plan& plan = *(Plan*)data;
+        Worker worker(plan);
+        Arena arena = {nullptr, 0};
+        worker.lay_out(arena);
+        void* memory = nullptr;
+        if (posix_memalign(&memory, 64, arena.used)) {
+            __atomic_store_n(&plan.failed, 1, __ATOMIC_RELAXED);
+            return;
+        }
+        arena = {(char*)memory, 0};
+        worker.lay_out(arena);
+        const int64_t tasks = (int64_t)plan.problem->batch * plan.problem->heads * plan.num_sources;
+        for (int64_t task; (task = __atomic_fetch_add(&plan.next_sum, 1, __ATOMIC_RELAXED)) < tasks;) worker.add_partial(task);
+        free(memory);
+    }
+};
+
+typedef void (*Task)(void*);
+typedef void (*Parallel)(Task, void*, int threads, void* runtime);
+
+template <class T, class S, int PITCH>
+int run_typed(Plan& plan, Parallel parallel) {
+    const LocalAttentionProblem& p = *plan.problem;
+    const int64_t units = (int64_t)p.batch * p.heads * plan.bands;
+    const int threads = units < p.threads ? (int)units : p.threads;
+    if (plan.backward && plan.bands > 1) {
+        plan.partial = (char*)malloc((size_t)units * plan.partial_size * sizeof(T));
+        if (!plan.partial) return LOCAL_ATTENTION_OUT_OF_MEMORY;
+    }
+    parallel(Worker<T, S, PITCH>::run, &plan, threads, p.parallel);
+    if (plan.partial) {
+        if (!plan.failed) parallel(Worker<T, S, PITCH>::add_up, &plan, threads, p.parallel);
+        free(plan.partial);
+    }
+    return plan.failed ? LOCAL_ATTENTION_OUT_OF_MEMORY : LOCAL_ATTENTION_OK;
+}
+
+template <class T, class S>
+int run_pitch(Plan& plan, Parallel parallel) {
+    if (plan.pitch == 32) return run_typed<T, S, 32>(plan, parallel);
+    if (plan.pitch == 64) return run_typed<T, S, 64>(plan, parallel);
+    return run_typed<T, S, 128>(plan, parallel);
+}
+
+int run_problem(const LocalAttentionProblem& p, bool backward, Parallel parallel) {
+    Plan plan = make_plan(p, backward);
+    switch (p.dtype) {
+        case LOCAL_ATTENTION_FLOAT32: return run_pitch<float, float>(plan, parallel);
+        case LOCAL_ATTENTION_FLOAT64: return run_pitch<double, double>(plan, parallel);
+        case LOCAL_ATTENTION_BFLOAT16: return run_pitch<float, bfloat16>(plan, parallel);
+        case LOCAL_ATTENTION_FLOAT16: return run_pitch<float, float16>(plan, parallel);
+    }
+    return LOCAL_ATTENTION_UNSUPPORTED;
+}
+
+}  // namespace
+
+#define JOIN(a, b) a##b
+#define NAME_OF(isa) JOIN(local_attention_cpu_, isa)
+
+extern "C" int NAME_OF(LOCAL_ATTENTION_ISA)(const LocalAttentionProblem* p, int backward, void (*parallel)(void (*)(void*), void*, int, void*)) {
+    return run_problem(*p, backward != 0, parallel);
+}
+
+// ------------------------------------------------------------------------------------------------------------------------ run-time choice
+#ifdef LOCAL_ATTENTION_DISPATCH
+
+#include <pthread.h>
+
+#define X(isa) extern "C" int NAME_OF(isa)(const LocalAttentionProblem*, int, void (*)(void (*)(void*), void*, int, void*));
+LOCAL_ATTENTION_ISAS
+#undef X
+
+namespace {
+
+struct Isa {
+    const char* name;
+    int (*run)(const LocalAttentionProblem*, int, Parallel);
+};
+
+// From the most general to the most particular.
+const Isa isas[] = {
+#define X(isa) {#isa, NAME_OF(isa)},
+    LOCAL_ATTENTION_ISAS
+#undef X
+};
+constexpr int num_isas = sizeof(isas) / sizeof(isas[0]);
+
+bool supported(const char* name) {
+#if defined(__x86_64__)
+    if (!strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (!strcmp(name, "avx512"))
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+#endif
+    return !strcmp(name, "baseline");
+}
+
+int select_isa() {
+    for (int i = num_isas - 1; i > 0; i--)
+        if (supported(isas[i].name)) return i;
+    return 0;
+}
+
+struct Start {
+    Task task;
+    void* data;
+};
+void* start_thread(void* start) {
+    ((Start*)start)->task(((Start*)start)->data);
+    return nullptr;
+}
+
+// Runs `task` on `threads` threads: those of the OpenMP runtime that torch uses, so that no second pool competes with it, or new ones.
+void run_parallel(Task task, void* data, int threads, void* runtime) {
+    if (threads <= 1) return task(data);
+    if (runtime) return ((void (*)(Task, void*, unsigned, unsigned))runtime)(task, data, (unsigned)threads, 0);
+    constexpr int most = 256;
+    pthread_t ids[most];
+    Start start = {task, data};
+    int started = 0;
+    for (; started < threads - 1 && started < most; started++)
+        if (pthread_create(&ids[started], nullptr, start_thread, &start)) break;
+    task(data);
+    for (int i = 0; i < started; i++) pthread_join(ids[i], nullptr);
+}
+
+int run(const LocalAttentionProblem* p, bool backward) {
+    const int shift = p->tile_rows;
+    if (p->abi != LOCAL_ATTENTION_ABI || p->head_dim < 1 || p->head_dim > LOCAL_ATTENTION_MAX_HEAD_DIM || p->threads < 1 ||
+        shift < 0 || shift > LANES || (shift & (shift - 1)) || p->isa < 0 || p->isa > num_isas)
+        return LOCAL_ATTENTION_UNSUPPORTED;
+    static const int selected = select_isa();
+    const int isa = p->isa ? p->isa - 1 : selected;
+    if (!supported(isas[isa].name)) return LOCAL_ATTENTION_UNSUPPORTED;
+    return isas[isa].run(p, backward, run_parallel);
+}
+
+}  // namespace
+
+extern "C" {
+int64_t local_attention_problem_size(void) { return sizeof(LocalAttentionProblem); }
+int local_attention_cpu_forward(const LocalAttentionProblem* p) { return run(p, false); }
+int local_attention_cpu_backward(const LocalAttentionProblem* p) { return run(p, true); }
+const char* local_attention_cpu_isa_name(int index) { return index >= 0 && index < num_isas ? isas[index].name : nullptr; }
+int local_attention_cpu_isa_selected(void) { return select_isa(); }
+}
+#endif

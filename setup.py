@@ -1,0 +1,160 @@
+"""
+Builds `csrc/` into one shared library beside `cogview_pipelines/ops/local_attention.py`. Metadata is in `pyproject.toml`.
+
+The library has a plain C interface: it needs neither torch nor Python headers, so one wheel serves every version of both, and nothing here
+imports torch. The CPU part takes any GCC or Clang and holds code for several instruction sets. The CUDA part is added where `nvcc` is found,
+for the architectures that this toolkit knows; no GPU is needed. Without a compiler the package installs all the same and computes local
+attention with PyTorch operations.
+
+Environment variables: `CXX`, `NVCC` (compilers), `COGVIEW_CUDA=0` (leave the CUDA part out), `COGVIEW_CUDA_ARCHITECTURES` (for example
+`80;90`), `COGVIEW_REQUIRE_KERNELS=1` (fail if the CPU part cannot be built; wheels are built with it).
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Distribution, Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+SOURCES = ROOT / "csrc"
+LIBRARY = "_local_attention.so"
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions", "-fno-rtti"]
+CXX_FLAGS += ["-fvisibility=hidden", "-Wall"]
+# Levels of the x86-64 psABI, chosen at run time, from the most general to the most particular.
+X86_INSTRUCTION_SETS = {
+    "baseline": ["-DLOCAL_ATTENTION_DISPATCH"],
+    "avx2": ["-march=x86-64-v3"],
+    "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+}
+CUDA_ARCHITECTURES = ("80", "86", "89", "90")
+
+
+def run(command: list) -> None:
+    """Run a compiler; its complaints are part of the error."""
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{result.stdout}{result.stderr}")
+    if result.stderr.strip():
+        print(result.stderr, file=sys.stderr)
+
+
+def compile_cpu(compiler: str, folder: Path) -> list[Path]:
+    """Compile the CPU kernels, once per instruction set."""
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    sets = X86_INSTRUCTION_SETS if is_x86 else {"baseline": ["-DLOCAL_ATTENTION_DISPATCH"]}
+    names = " ".join(f"X({name})" for name in sets)
+    shared = [compiler, *CXX_FLAGS, f"-DLOCAL_ATTENTION_ISAS={names}"]
+
+    def compile_one(name: str) -> Path:
+        target = folder / f"local_attention_{name}.o"
+        flags = [f"-DLOCAL_ATTENTION_ISA={name}", *sets[name]]
+        run([*shared, *flags, "-c", SOURCES / "local_attention_cpu.cpp", "-o", target])
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, sets))
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler, unless it is missing or not wanted."""
+    if os.environ.get("COGVIEW_CUDA", "1") == "0" or not (SOURCES / "local_attention_cuda.cu").exists():
+        return None
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+
+
+def compile_cuda(nvcc: str, folder: Path) -> tuple[Path, list[str]]:
+    """Compile the CUDA kernels for every architecture that the toolkit knows, and PTX of the newest for later ones."""
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    wanted = os.environ.get("COGVIEW_CUDA_ARCHITECTURES", ";".join(CUDA_ARCHITECTURES)).split(";")
+    known = [name for name in wanted if f"sm_{name}" in listed]
+    if not known:
+        raise RuntimeError(f"{nvcc} knows none of the architectures {wanted}: {listed}")
+    codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in known]
+    codes.append(f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}")
+    target = folder / "local_attention_cuda.o"
+    flags = ["-std=c++17", "-O3", "--threads", str(os.cpu_count()), "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    flags.append(f'-DLOCAL_ATTENTION_CUDA_ARCHITECTURES="{";".join(known)}"')
+    run([nvcc, *flags, *codes, "-c", SOURCES / "local_attention_cuda.cu", "-o", target])
+    return target, known
+
+
+class BuildKernels(build_ext):
+    """Compiles the library where a compiler is found, and says so where none is."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).parent / LIBRARY
+        folder = Path(self.build_temp).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        compiler = os.environ.get("CXX") or next(
+            (name for name in ("g++", "clang++", "c++") if shutil.which(name)), None
+        )
+        try:
+            if compiler is None:
+                raise RuntimeError("no C++ compiler was found (g++, clang++ or the one that `CXX` names)")
+            objects = compile_cpu(compiler, folder)
+        except RuntimeError as error:
+            if os.environ.get("COGVIEW_REQUIRE_KERNELS") == "1":
+                raise
+            print(
+                f"warning: the local-attention kernels are not built, PyTorch operations will be used:\n{error}",
+                file=sys.stderr,
+            )
+            return
+        nvcc = find_nvcc()
+        link = [compiler, "-shared", "-pthread", "-s"]
+        libraries = []
+        if nvcc:
+            try:
+                cuda_object, architectures = compile_cuda(nvcc, folder)
+                toolkit = Path(nvcc).resolve().parent.parent
+                folders = [toolkit / "lib64", toolkit / "lib", toolkit / "targets" / "x86_64-linux" / "lib"]
+                libraries = [*(f"-L{path}" for path in folders if path.is_dir()), "-lcudart_static", "-ldl", "-lrt"]
+                objects.append(cuda_object)
+                print(f"CUDA kernels built for {', '.join(architectures)} and PTX")
+            except RuntimeError as error:
+                print(f"warning: the CUDA part is not built:\n{error}", file=sys.stderr)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A new file, not an overwritten one: a process may have the old library mapped.
+        fresh = target.with_suffix(".new")
+        run([*link, *objects, "-o", fresh, *libraries])
+        fresh.replace(target)
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")[:-1], LIBRARY)
+
+    def get_outputs(self) -> list[str]:
+        return [path for path in super().get_outputs() if os.path.exists(path)]
+
+    def copy_extensions_to_source(self) -> None:  # an editable install, where the build may have been skipped
+        for ext in self.extensions:
+            if os.path.exists(self.get_ext_fullpath(ext.name)) or os.path.exists(
+                os.path.join(self.build_lib, self.get_ext_filename(ext.name))
+            ):
+                super().copy_extensions_to_source()
+
+
+class PlatformWheel(bdist_wheel):
+    """A wheel for this platform and any Python 3: the library is not a Python extension module."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+class PlatformDistribution(Distribution):
+    def has_ext_modules(self) -> bool:
+        return True
+
+
+setup(
+    ext_modules=[Extension("cogview_pipelines.ops._local_attention", sources=[], optional=True)],
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
+    distclass=PlatformDistribution,
+)
