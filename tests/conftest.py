@@ -1,9 +1,31 @@
 """Settings and fixtures of all tests."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from .utils import make_tokenizer
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--parity-fixtures",
+        metavar="DIR",
+        help="Numbers of the original code for tests/parity (default: tests/parity/fixtures). "
+        "`pytest tests/parity --fixtures DIR` does the same.",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """`pytest tests/parity --fixtures DIR`: pytest's own flag of this name lists fixtures, and DIR is a path to it."""
+    if config.option.showfixtures:
+        folders = [arg for arg in config.args if (Path(arg) / "MANIFEST.json").is_file()]
+        if folders:
+            config.option.showfixtures = False
+            config.option.parity_fixtures = str(Path(folders[0]).resolve())
+            config.args[:] = [arg for arg in config.args if arg != folders[0]]
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,139 @@
+"""
+Where a picture is cut, resized and masked when a part of it is painted anew: pure functions on tensors.
+
+The transformer completes one square of 20 x 20 tokens. So a square crop around the mask is taken, large enough that
+the mask is at most 14 of its 20 tokens wide; it is resized to the low resolution, completed, super-resolved if it was
+larger than that, and pasted back.
+
+Source: the completion script of the CogView2 release.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+# The mask takes at most this share of the crop's side, so that there is something to complete from.
+MASK_SHARE = (14, 20)
+
+Box = tuple[int, int, int, int]
+
+
+def resize_shorter_side(image: torch.Tensor, size: int, antialias: bool = True) -> torch.Tensor:
+    """
+    Resize a picture so that its shorter side has `size` pixels; bilinear.
+
+    Args:
+        image (`torch.Tensor` of shape `(..., height, width)`): Bytes, or floating point values.
+        size (`int`): Pixels.
+        antialias (`bool`): Low-pass before reducing. The release ran without; some tokens of reduced pictures differ.
+
+    Returns:
+        `torch.Tensor`: Of the same dtype; bytes are rounded.
+    """
+    height, width = image.shape[-2:]
+    longer = int(size * max(height, width) / min(height, width))
+    target = (size, longer) if height <= width else (longer, size)
+    if target == (height, width):
+        return image
+    planes = image.reshape(1, -1, height, width)
+    resized = F.interpolate(
+        planes if planes.is_floating_point() else planes.float(), target, mode="bilinear", antialias=antialias
+    )
+    if not image.is_floating_point():
+        resized = resized.round().clamp(0, 255).to(image.dtype)
+    return resized.view(*image.shape[:-2], *target)
+
+
+def center_crop(image: torch.Tensor, size: int) -> torch.Tensor:
+    """The `size` x `size` pixels in the middle of `(..., height, width)`; both sides must be at least that."""
+    height, width = image.shape[-2:]
+    if min(height, width) < size:
+        raise ValueError(f"`image` must be at least {size} x {size}, but is {height} x {width}. Enlarge it first.")
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return image[..., top : top + size, left : left + size]
+
+
+def rectangle_mask(fractions: tuple[float, float, float, float], size: int = 480) -> torch.Tensor:
+    """
+    A mask with one rectangle.
+
+    Args:
+        fractions (`tuple[float, float, float, float]`): Top, left, bottom and right, as parts of the side, 0..1.
+        size (`int`, defaults to 480): Pixels of the side.
+
+    Returns:
+        `torch.Tensor` of shape `(size, size)`: boolean.
+    """
+    top, left, bottom, right = (int(size * fraction) for fraction in fractions)
+    if not (0 <= top < bottom <= size and 0 <= left < right <= size):
+        raise ValueError(
+            f"`fractions` must be top, left, bottom and right in 0..1 and span a pixel at least, but are {fractions}."
+        )
+    mask = torch.zeros(size, size, dtype=torch.bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+def bounding_box(mask: torch.Tensor) -> Box:
+    """
+    The smallest box around all that a mask marks.
+
+    Returns:
+        `tuple[int, int, int, int]`: Top, left, bottom and right; the last two are exclusive.
+
+    Raises:
+        ValueError: If nothing is marked.
+    """
+    if not mask.any():
+        raise ValueError("`mask` marks no pixel to paint. Mark at least one.")
+    rows, columns = (mask.any(axis).nonzero()[:, 0] for axis in (1, 0))
+    return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
+
+
+def crop_box(mask: torch.Tensor) -> Box:
+    """
+    The square that is completed for a mask: the mask is in it and takes at most 14 of 20 parts of its side.
+
+    Args:
+        mask (`torch.Tensor` of shape `(size, size)`): boolean, True = paint.
+
+    Returns:
+        `tuple[int, int, int, int]`: Top, left, bottom and right; the last two are exclusive. It is the whole picture
+        if the mask is too large for a smaller one.
+
+    Raises:
+        ValueError: If the mask is no square or marks nothing.
+    """
+    if mask.ndim != 2 or mask.shape[0] != mask.shape[1]:
+        raise ValueError(f"`mask` must be square, but has the shape {tuple(mask.shape)}.")
+    size = mask.shape[0]
+    top, left, bottom, right = bounding_box(mask)
+    part, whole = MASK_SHARE
+    side = max(int((bottom - top) * whole / part), int((right - left) * whole / part))
+    if side >= size:
+        return 0, 0, size, size
+    first_row, first_column = _start(top, bottom - 1, side, size), _start(left, right - 1, side, size)
+    return first_row, first_column, first_row + side, first_column + side
+
+
+def _start(first: int, last: int, side: int, size: int) -> int:
+    """Where an interval of `side` pixels around `first..last` starts, shifted into the picture."""
+    center = (first + last) / 2
+    if int(center + side / 2) >= size:
+        return size - side
+    return max(0, math.trunc(center - side / 2))
+
+
+def token_mask(mask: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """
+    A mask of pixels as a mask of tokens, by the pixel at each token's first corner.
+
+    Args:
+        mask (`torch.Tensor` of shape `(height, width)`): boolean.
+        grid (`tuple[int, int]`): Rows and columns of tokens.
+
+    Returns:
+        `torch.Tensor` of shape `grid`: boolean.
+    """
+    return F.interpolate(mask[None, None].float(), grid, mode="nearest")[0, 0] >= 0.5
