@@ -1,5 +1,6 @@
 """PNG files that say how their picture was made, written whole or not at all."""
 
+import io
 import json
 import os
 import tempfile
@@ -9,6 +10,7 @@ from PIL import Image, PngImagePlugin
 
 from ._version import __version__
 
+_LAST_CHUNK = b"IEND\xaeB`\x82"
 SOFTWARE = f"cogview_pipelines {__version__}"
 
 
@@ -47,9 +49,12 @@ def read_metadata(path: str | Path) -> dict:
         ValueError: If the file is missing, damaged, or not a PNG file.
     """
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        content = Path(path).read_bytes()
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             image.load()  # all of it, so that a file that was cut off is noticed
             chunks = dict(image.text)
+        if not content.endswith(_LAST_CHUNK):
+            raise ValueError("its end is missing")
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path} is not a complete PNG file: {error}") from error
     return {

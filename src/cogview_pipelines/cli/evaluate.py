@@ -93,16 +93,17 @@ def evaluate(
         fail(f"--baseline and --save are for --measure pictures, not {measure.value}.")
     from ..emoji import Scope, SpriteSet, evaluation
 
-    with bad_input():
+    try:
         scope = Scope.load(source)
+    except (OSError, ValueError, TypeError) as error:
+        fail(f"`--model`: {source / 'scope.json'} is damaged: {error}")
+    with bad_input():
         cases = evaluation.choose_cases(
             scope, split.value, language.value, num, seed, None if layout is None else layout.value
         )
         drawings = None if sprites is None else SpriteSet(sprites)
     if save is not None:
         make_writable_folder(save)
-    if len(cases) < num:
-        typer.echo(f"There are {len(cases)} such scenes; all of them are used.", err=True)
     pipe = load_pipeline(model, device, dtype)
     pipe.set_progress_bar_config(disable=None, leave=False)
     common = {"batch_size": batch_size}
@@ -111,6 +112,8 @@ def evaluate(
         settings = pipe.check_inputs("a", **call)
         for case in cases:
             pipe.check_inputs(case.caption, **call)
+    if len(cases) < num:
+        typer.echo(f"There are {len(cases)} such scenes; all of them are used.", err=True)
     with bad_input(), failures():
         if measure is Measure.caption_loss:
             result = evaluation.measure_caption_loss(pipe, cases, sprites=drawings, **common)

@@ -264,7 +264,7 @@ def _generate_list(
         )
     with failures():
         manifest = folder / MANIFEST
-        _rewrite_manifest(manifest, kept)
+        _rewrite_manifest(manifest, pictures, kept)
         if kept:
             typer.echo(f"{len(kept)} of {len(pictures)} pictures are there already.", err=True)
         with open(manifest, "a", encoding="utf-8") as lines:
@@ -313,12 +313,12 @@ def _manifest_line(picture: Picture, metadata: dict) -> str:
     return json.dumps(entry, ensure_ascii=False) + "\n"
 
 
-def _rewrite_manifest(path: Path, kept: list[tuple[Picture, dict]]) -> None:
+def _rewrite_manifest(path: Path, pictures: list[Picture], kept: list[tuple[Picture, dict]]) -> None:
     """
     Leave in the manifest what other lists wrote into the folder, and a line for each picture that is kept: a stop may
     have come between a picture and its line, or in the middle of a line.
     """
-    files = {picture.path.name for picture, _ in kept}
+    files = {picture.path.name for picture in pictures}
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:

@@ -1,0 +1,78 @@
+"""A tiny random pipeline in a folder, the scope it could have been trained for, and a way to call commands."""
+
+import pytest
+from typer.testing import CliRunner
+
+from cogview_pipelines.cli import app, generate
+from cogview_pipelines.emoji import Scope
+from cogview_pipelines.pipelines.pipeline_cogview2 import CogView2Pipeline
+from cogview_pipelines.schedulers.scheduling_lopar import LoPARScheduler
+
+from ..utils import make_coglm, make_vq_model, token_config
+
+LOW_SIZE, FULL_SIZE = 40, 120  # pixels: 5 x 5 and 15 x 15 tokens of 8 pixels
+SCOPE = Scope(("1f436", "1f431", "1f42f", "1f34e"), ("noto", "twemoji"), ("white", "red", "blue"), ("single", "pair"))
+
+
+@pytest.fixture(scope="session")
+def pipeline(tokenizer):
+    """All three stages, with two style presets and room for the captions of the demo data."""
+    config = {
+        **token_config(tokenizer),
+        "image_grid": (5, 5),
+        "fine_grid": (15, 15),
+        "image_position": 64,
+        "max_position_embeddings": 96,
+        "max_text_tokens": 64,
+    }
+    return CogView2Pipeline(
+        tokenizer,
+        make_coglm(**config),
+        make_vq_model(),
+        make_coglm("direct", **{**config, "num_text_slots": 64}),
+        make_coglm("iterative", **config),
+        LoPARScheduler([[1]], top_k=[4], cluster_temperature=0.9),
+        LoPARScheduler.diagonal(3, top_k=20),
+        styles={"plain": {}, "cool": {"suffix": {"en": " blue", "zh": "蓝色"}, "temperature": 0.8}},
+    )
+
+
+@pytest.fixture(scope="session")
+def model_folder(pipeline, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    pipeline.save_pretrained(folder)
+    SCOPE.save(folder)
+    return folder
+
+
+@pytest.fixture
+def cogview2(model_folder):
+    """Call a command with the tiny model, unless the arguments name another one."""
+
+    def call(*arguments):
+        arguments = [str(argument) for argument in arguments]
+        if "--model" not in arguments and arguments[0] != "doctor":
+            arguments += ["--model", str(model_folder)]
+        return CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+    return call
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Fail if a model is loaded: what can be found out without one must be."""
+
+    def load_pipeline(*arguments):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(generate, "load_pipeline", load_pipeline)
+
+
+def assert_bad_input(result, *parts):
+    """Exit code 2, and one line on stderr that holds these parts."""
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.strip().splitlines()
+    assert lines[-1].startswith("Error: ")
+    assert len(lines) == 1 or lines[0].startswith("Usage: "), result.stderr
+    for part in parts:
+        assert str(part) in lines[-1]

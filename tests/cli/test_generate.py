@@ -1,0 +1,287 @@
+import inspect
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from cogview_pipelines import __version__
+from cogview_pipelines.cli import app
+from cogview_pipelines.cli.requests import ARGUMENTS
+from cogview_pipelines.pipelines.pipeline_cogview2 import CogView2Pipeline
+from cogview_pipelines.png import read_metadata
+
+from .conftest import FULL_SIZE, LOW_SIZE, assert_bad_input
+
+TIGER, TIGER_ZH = "a tiger on a blue background.", "一只老虎,蓝色背景。"
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
+
+
+def look_the_same(first, second):
+    """Up to the rounding of one colour level: sums are ordered otherwise in a batch of another size."""
+    return np.abs(pixels(first) - pixels(second)).max() <= 1
+
+
+def test_each_picture_is_written_and_named_on_stdout(cogview2, tmp_path):
+    result = cogview2("generate", TIGER, TIGER_ZH, "--seed", 7, "--num-images", 2, "--output", tmp_path / "new")
+    assert result.exit_code == 0, result.output
+    names = [f"a-tiger-on-a-blue-background-{seed}.png" for seed in (7, 8)]
+    names += [f"一只老虎-蓝色背景-{seed}.png" for seed in (7, 8)]
+    assert result.stdout.split() == [str(tmp_path / "new" / name) for name in names]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(names)
+    assert pixels(tmp_path / "new" / names[0]).shape == (FULL_SIZE, FULL_SIZE, 3)
+
+
+def test_picture_i_of_seed_s_is_the_one_of_seed_s_plus_i(cogview2, tmp_path):
+    cogview2(
+        "generate", TIGER, TIGER_ZH, "--seed", 7, "-n", 3, "--max-batch-size", 4, "--output", tmp_path / "all.png"
+    )
+    cogview2("generate", TIGER_ZH, "--seed", 9, "--output", tmp_path / "one.png")
+    assert look_the_same(tmp_path / "all-6.png", tmp_path / "one.png")
+    assert not look_the_same(tmp_path / "all-5.png", tmp_path / "one.png")
+
+
+def test_pictures_are_those_of_the_pipeline(cogview2, model_folder, tmp_path):
+    import torch
+
+    cogview2("generate", TIGER, "--seed", 3, "--temperature", 0.7, "--output", tmp_path / "a.png")
+    pipe = CogView2Pipeline.from_pretrained(model_folder)
+    image = pipe(TIGER, generator=torch.Generator().manual_seed(3), temperature=0.7).images[0]
+    assert np.array_equal(pixels(tmp_path / "a.png"), np.asarray(image))
+
+
+def test_no_picture_in_a_folder_is_overwritten(cogview2, tmp_path):
+    for _ in range(2):
+        assert cogview2("generate", "?!", "--seed", 1, "--output", tmp_path).exit_code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["picture-1-2.png", "picture-1.png"]
+
+
+def test_a_grid_shows_all_pictures(cogview2, tmp_path):
+    arguments = (TIGER, TIGER_ZH, "--seed", 5, "-n", 2, "--height", LOW_SIZE)
+    cogview2("generate", *arguments, "--output", tmp_path / "one.png")  # a batch of four, as in the grid
+    assert cogview2("generate", *arguments, "--grid", "--output", tmp_path / "grid.png").exit_code == 0
+    grid = pixels(tmp_path / "grid.png")
+    assert grid.shape == (2 * LOW_SIZE, 2 * LOW_SIZE, 3)
+    assert np.array_equal(grid[LOW_SIZE:, :LOW_SIZE], pixels(tmp_path / "one-3.png"))
+    shown = read_metadata(tmp_path / "grid.png")["pictures"]
+    assert [(picture["prompt"], picture["seed"]) for picture in shown] == [
+        (TIGER, 5),
+        (TIGER, 6),
+        (TIGER_ZH, 5),
+        (TIGER_ZH, 6),
+    ]
+
+
+def test_the_grid_of_one_prompt_is_nearly_square_and_filled_up_in_white(cogview2, tmp_path):
+    result = cogview2("generate", TIGER, "--seed", 5, "-n", 3, "--height", LOW_SIZE, "--grid", "--output", tmp_path)
+    grid = pixels(result.stdout.strip())
+    assert grid.shape == (2 * LOW_SIZE, 2 * LOW_SIZE, 3)
+    assert (grid[LOW_SIZE:, LOW_SIZE:] == 255).all()
+
+
+def test_metadata_tells_how_to_make_the_picture_again(cogview2, model_folder, tmp_path):
+    first = tmp_path / "first.png"
+    settings = ("--style", "cool", "--temperature", 0.9, "--iterative-sr-top-k", "9,8,7,6,5", "--height", FULL_SIZE)
+    cogview2("generate", TIGER_ZH, "--seed", 11, *settings, "--output", first)
+    metadata = read_metadata(first)
+    assert metadata["Software"] == f"cogview_pipelines {__version__}"
+    assert (metadata["prompt"], metadata["seed"], metadata["model"]) == (TIGER_ZH, 11, str(model_folder))
+    assert metadata["settings"]["style"] == "cool"
+    assert metadata["settings"]["iterative_sr_top_k"] == [9, 8, 7, 6, 5]
+
+    options = []
+    for name, value in metadata["settings"].items():
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        options += [f"--{name.replace('_', '-')}", text]
+    again = tmp_path / "again.png"
+    cogview2("generate", metadata["prompt"], "--seed", metadata["seed"], *options, "--output", again)
+    assert np.array_equal(pixels(first), pixels(again))
+
+    remade = CliRunner().invoke(
+        app, ["generate", "--remake", str(first), "--output", str(tmp_path / "remade.png")], catch_exceptions=False
+    )
+    assert remade.exit_code == 0, remade.output
+    assert np.array_equal(pixels(first), pixels(tmp_path / "remade.png"))
+    cogview2("generate", "--remake", first, "--seed", 12, "--output", tmp_path / "other.png")
+    assert not np.array_equal(pixels(first), pixels(tmp_path / "other.png"))
+    assert read_metadata(tmp_path / "other.png")["settings"] == metadata["settings"]
+
+
+def test_a_seed_drawn_by_chance_is_kept_and_makes_the_picture_again(cogview2, tmp_path):
+    cogview2("generate", TIGER, "--output", tmp_path / "a.png")
+    cogview2("generate", TIGER, "--seed", read_metadata(tmp_path / "a.png")["seed"], "--output", tmp_path / "b.png")
+    assert np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
+
+
+@pytest.mark.parametrize(
+    "option, value, setting",
+    [
+        ("--text-attention-bias", "-0.5", -0.5),
+        ("--temperature", "0.7", 0.7),
+        ("--top-k-clusters", "2", 2),
+        ("--cluster-temperature", "0.5", 0.5),
+        ("--direct-sr-temperature", "0.6", 0.6),
+        ("--direct-sr-top-k-clusters", "1", 1),
+        ("--direct-sr-cluster-temperature", "0.4", 0.4),
+        ("--iterative-sr-temperature", "0.3", 0.3),
+        ("--iterative-sr-top-k", "2", 2),
+        ("--num-lopar-steps", "2", 2),
+        ("--num-lopar-steps", "0", 0),
+        ("--style", "cool", "cool"),
+        ("--width", str(LOW_SIZE), LOW_SIZE),
+    ],
+)
+def test_every_setting_reaches_the_pipeline(cogview2, tmp_path, monkeypatch, option, value, setting):
+    calls = []
+    call = CogView2Pipeline.__call__
+    monkeypatch.setattr(CogView2Pipeline, "__call__", lambda *a, **kw: (calls.append(kw), call(*a, **kw))[1])
+    cogview2("generate", TIGER, "--seed", 1, option, value, "--output", tmp_path / "a.png")
+    name = option.removeprefix("--").replace("-", "_")
+    assert calls[0][name] == setting
+    assert read_metadata(tmp_path / "a.png")["settings"][name] == setting
+
+
+def test_requests_may_have_every_argument_of_the_call_that_json_can_hold():
+    objects = {"self", "prompt", "generator", "output_type", "return_dict"}
+    parameters = set(inspect.signature(CogView2Pipeline.__call__).parameters) - objects
+    assert {name for name in parameters if not name.startswith("callback")} == set(ARGUMENTS)
+
+
+def test_characters_outside_the_vocabulary_are_no_obstacle(cogview2, tmp_path):
+    prompt = "a tiger ☃ Ж 龘 \U0001f984"
+    result = cogview2("generate", prompt, "--seed", 1, "--output", tmp_path / "a.png")
+    assert result.exit_code == 0, result.output
+    assert read_metadata(tmp_path / "a.png")["prompt"] == prompt
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["generate", " \n "], ["`prompt`", "empty"]),
+        (["generate", TIGER, "--temperature", "0"], ["`temperature`", "above 0", "0.0"]),
+        (["generate", TIGER, "--temperature", "nan"], ["`temperature`", "nan"]),
+        (["generate", TIGER, "--text-attention-bias", "inf"], ["`text_attention_bias`", "inf"]),
+        (["generate", TIGER, "--iterative-sr-top-k", "9,x"], ["`iterative_sr_top_k`", "'x'"]),
+        (["generate", TIGER, "--seed", "seven"], ["--seed"]),
+        (["generate", TIGER, "--seed", "-1"], ["--seed", "0"]),
+        (["generate", TIGER, "--seed", str(2**63 - 1), "-n", "2"], ["`seed`", str(2**63 - 2)]),
+        (["generate", TIGER, "--num-images", "0"], ["--num-images", "1"]),
+        (["generate", TIGER, "--top-k-clusters", "few"], ["--top-k-clusters", "integer"]),
+        (["generate", TIGER, "--dtype", "int8"], ["--dtype", "int8"]),
+        (["generate", TIGER, "--colour", "blue"], ["--colour"]),
+        (["generate"], ["PROMPT", "--prompts"]),
+        (["generate", TIGER, "--prompts", "list.jsonl"], ["PROMPT and --prompts"]),
+        (["generate", "--prompts", "list.jsonl", "--grid"], ["--grid"]),
+        (["generate", "--prompts", "list.jsonl"], ["list.jsonl", "No such file"]),
+        (["generate", "--remake", "no.png"], ["no.png"]),
+        (["generate", TIGER, "--output", "a.jpg"], ["`--output`", "a.jpg", ".png"]),
+    ],
+)
+def test_bad_input_is_reported_before_the_model_is_loaded(cogview2, no_model, tmp_path, monkeypatch, arguments, parts):
+    monkeypatch.chdir(tmp_path)
+    assert_bad_input(cogview2(*arguments), *parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("output", ["file/new", "file/new/a.png", "file"])
+def test_output_that_cannot_be_written_is_reported_before_the_model_is_loaded(cogview2, no_model, tmp_path, output):
+    (tmp_path / "file").write_text("mine")
+    assert_bad_input(cogview2("generate", TIGER, "--output", tmp_path / output), "`--output`", tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["tiger " * 65], ["`prompt`", "64", "Shorten"]),
+        ([TIGER, "--style", "baroque"], ["`style`", "'baroque'", "cool", "plain"]),
+        ([TIGER, "--height", "100"], ["100", f"{LOW_SIZE} x {LOW_SIZE}", f"{FULL_SIZE} x {FULL_SIZE}"]),
+        ([TIGER, "--height", str(LOW_SIZE), "--width", str(FULL_SIZE)], [f"{LOW_SIZE} x {FULL_SIZE}"]),
+        ([TIGER, "--num-lopar-steps", "99"], ["99"]),
+        ([TIGER, "--iterative-sr-top-k", "9,8"], ["`top_k`", "2"]),
+        ([TIGER, "--device", "abacus"], ["`--device`", "abacus"]),
+    ],
+)
+def test_what_the_model_cannot_do_is_reported_before_anything_is_computed(cogview2, tmp_path, arguments, parts):
+    assert_bad_input(cogview2("generate", *arguments, "--output", tmp_path / "a.png"), *parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def remove_folder(folder):
+    shutil.rmtree(folder)
+
+
+def remove_index(folder):
+    (folder / "model_index.json").unlink()
+
+
+def break_index(folder):
+    (folder / "model_index.json").write_text("{")
+
+
+def index_of_other_pipeline(folder):
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "OtherPipeline"}))
+
+
+def cut_weights(folder):
+    weights = folder / "transformer" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+def remove_weights(folder):
+    (folder / "vqvae" / "model.safetensors").unlink()
+
+
+def remove_component(folder):
+    shutil.rmtree(folder / "tokenizer")
+
+
+def break_config(folder):
+    (folder / "transformer" / "config.json").write_text("[]")
+
+
+@pytest.mark.parametrize(
+    "damage, part",
+    [
+        (remove_folder, "there is no folder"),
+        (remove_index, "no model_index.json"),
+        (break_index, "damaged"),
+        (index_of_other_pipeline, "OtherPipeline"),
+        (cut_weights, "damaged"),
+        (remove_weights, "damaged"),
+        (remove_component, "damaged"),
+        (break_config, "damaged"),
+    ],
+)
+def test_a_missing_or_damaged_model_is_reported_in_one_line(cogview2, model_folder, tmp_path, damage, part):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    damage(folder)
+    result = cogview2("generate", TIGER, "--model", folder, "--output", tmp_path / "a.png")
+    assert_bad_input(result, "`--model`", folder, part)
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_a_name_that_is_neither_folder_nor_hub_repository_is_reported(cogview2, tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    result = cogview2("generate", TIGER, "--model", "nobody/nothing", "--output", tmp_path / "a.png")
+    assert_bad_input(result, "`--model`", "nobody/nothing", "Hub")
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", None])
+def test_only_pictures_that_say_how_they_were_made_can_be_remade(cogview2, no_model, tmp_path, content):
+    path = tmp_path / "a.png"
+    if content is None:
+        Image.new("RGB", (8, 8)).save(path)
+    else:
+        path.write_bytes(content)
+    assert_bad_input(cogview2("generate", "--remake", path, "--output", tmp_path / "b.png"), path)
