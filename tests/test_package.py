@@ -1,10 +1,12 @@
 """What the package root promises: its names, and that they cost nothing until they are used."""
 
+import ast
 import importlib
 import importlib.metadata
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from diffusers import DiffusionPipeline, SchedulerMixin
@@ -15,6 +17,26 @@ from cogview_pipelines import _EXPORTS
 
 CLASSES = [name for name, module in _EXPORTS.items() if module.startswith(".") and name[0].isupper()]
 HEAVY = ("torch", "transformers", "diffusers", "accelerate", "sentencepiece", "PIL", "numpy")
+# what stands in one layer may import from the layers above it in this list, and from its own folder
+LAYERS = (
+    {"_version"},
+    {"sampling", "sequences", "ops", "tokenization_icetk", "environment", "png"},
+    {"models", "schedulers"},
+    {"generation", "scoring", "training"},
+    {"pipelines"},
+    {"emoji", "conversion"},
+    {"cli"},
+)
+
+
+def imported_parts(path, root):
+    """The files and folders directly under the root from which a module imports, wherever in it the import stands."""
+    package = path.relative_to(root).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1] + tuple((node.module or "").split("."))
+            names = [base[0]] if base[0] else [alias.name for alias in node.names]
+            yield from names
 
 
 def run_python(code):
@@ -83,3 +105,20 @@ def test_every_public_name_is_documented(name):
 
 def test_the_version_is_that_of_the_installed_package():
     assert cogview_pipelines.__version__ == importlib.metadata.version("cogview_pipelines")
+
+
+def test_imports_go_downwards_only():
+    root = Path(cogview_pipelines.__file__).parent
+    rank = {name: index for index, names in enumerate(LAYERS) for name in names}
+    wrong, count = [], 0
+    for path in root.rglob("*.py"):
+        own = path.relative_to(root).parts[0].removesuffix(".py")
+        if own == "__init__":
+            continue
+        assert own in rank, f"{own} stands in no layer yet: add it to LAYERS"
+        for part in imported_parts(path, root):
+            count += 1
+            if part != own and rank[part] >= rank[own]:
+                wrong.append(f"{path.relative_to(root)} imports {part}")
+    assert not wrong
+    assert count > 20  # or the test looks at nothing
