@@ -15,6 +15,7 @@ from ..ops.local_attention import local_attention
 from ..sequences import IGNORED_LABEL, SequenceLayout
 
 SUPER_RESOLUTIONS = (None, "direct", "iterative")
+RELEASED_MODELS = {"coglm": None, "cogview2-dsr": "direct", "cogview2-itersr": "iterative"}
 
 
 class CogLMConfig(PreTrainedConfig):
@@ -127,6 +128,21 @@ class CogLMConfig(PreTrainedConfig):
         self.start_of_chinese_token_id = start_of_chinese_token_id
         self.initializer_range = initializer_range
         super().__init__(pad_token_id=pad_token_id, **kwargs)
+
+    @classmethod
+    def released(cls, name: str, **config) -> "CogLMConfig":
+        """
+        The configuration of a released model.
+
+        The number of rows of the token embedding was not published; converting a checkpoint reads it from the file.
+
+        Args:
+            name (`str`): `"coglm"`, `"cogview2-dsr"` or `"cogview2-itersr"`.
+            config: Fields to change.
+        """
+        if name not in RELEASED_MODELS:
+            raise ValueError(f"`name` must be one of {sorted(RELEASED_MODELS)}, but is {name!r}.")
+        return cls(**{"super_resolution": RELEASED_MODELS[name], **config})
 
     @property
     def layout(self) -> SequenceLayout:
