@@ -5,14 +5,16 @@ Turn captioned pictures into a token folder for train_coglm.py, train_direct_sr.
 The emoji scenes of the demo, all that the training split has:
     python training_scripts/prepare_tokens.py --vqvae runs/vq_small/final --low_size 80 --fine_size 240 \
         --output_dir data/tokens_small
-Your own pictures; a line of captions.jsonl is {"file": "cat.jpg", "en": ["a cat"], "zh": ["一只猫"]}:
+Your own pictures; a line of captions.jsonl is {"file": "cat.jpg", "en": "a cat", "zh": ["一只猫", "猫"]}, with either
+language or both, and perhaps a "weight" above or below 1 for pictures that shall be drawn more or less often:
     python training_scripts/prepare_tokens.py --image_folder PICTURES --captions PICTURES/captions.jsonl \
         --vqvae VQVAE --output_dir data/mine
 """
 
-import argparse
 import itertools
 import json
+import logging
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +23,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 from cogview_pipelines import IcetkVQModel
-from cogview_pipelines.training.token_data import TokenData
+from cogview_pipelines.training.arguments import parse_config
+from cogview_pipelines.training.pictures import read_picture
+from cogview_pipelines.training.token_data import TokenData, parse_captions
+
+logger = logging.getLogger(__name__)
 
 TEMPLATE_REPEATS = 4  # copies of each template caption beside one of each variant
 
@@ -45,15 +50,20 @@ class PrepareConfig:
     low_size: int = field(default=160, metadata={"help": "Side of the low-resolution pictures in pixels."})
     fine_size: int | None = field(default=480, metadata={"help": "Side of the super-resolved pictures; 0: none."})
     compression_rate: int = field(default=8, metadata={"help": "Pixels per token along each side."})
+    skip_unreadable: bool = field(
+        default=False,
+        metadata={"help": "Leave out pictures that cannot be read, with a warning, instead of stopping."},
+    )
     batch_size: int = field(default=32, metadata={"help": "Pictures at a time."})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Where to compute."})
     seed: int = field(default=0, metadata={"help": "Which emoji pairs are taken if not all are."})
+    config: str | None = field(
+        default=None, metadata={"help": "YAML file with any of these options; the command line wins over it."}
+    )
 
 
 def emoji_rows(config: PrepareConfig, sizes: list[int]) -> tuple[int, Iterator[tuple[list[Image.Image], dict]]]:
     """Pictures at all sizes, and captions, of the training scenes; single objects as likely as pairs."""
-    import random
-
     from cogview_pipelines.emoji import LANGUAGES, Scope, SpriteSet, caption_variants, captions, iterate_scenes, render
 
     scope = Scope.load(config.scope) if config.scope else Scope.small()
@@ -85,32 +95,78 @@ def emoji_rows(config: PrepareConfig, sizes: list[int]) -> tuple[int, Iterator[t
 
 
 def folder_rows(config: PrepareConfig, sizes: list[int]) -> tuple[int, Iterator[tuple[list[Image.Image], dict]]]:
-    """Pictures at all sizes, and captions, of the user's files."""
-    lines = [
-        json.loads(line) for line in Path(config.captions).read_text(encoding="utf-8").splitlines() if line.strip()
-    ]
+    """Pictures at all sizes, and captions, of the user's files; all lines are checked before the first is used."""
+    rows = read_captions_file(Path(config.captions), Path(config.image_folder))
 
-    def rows():
-        for number, line in enumerate(lines, 1):
-            path = Path(config.image_folder) / str(line.get("file"))
-            if not path.is_file():
-                raise ValueError(
-                    f"Line {number} of `captions` names {line.get('file')!r}, which is not in `image_folder`."
-                )
-            image = Image.open(path).convert("RGB")
-            texts = {key: [value] if isinstance(value, str) else value for key, value in line.items() if key != "file"}
+    def pictures():
+        for place, path, texts in rows:
+            try:
+                image = read_picture(path)
+            except ValueError as error:
+                if not config.skip_unreadable:
+                    raise ValueError(
+                        f"{place}: {error} Repair it, or leave such pictures out with `--skip_unreadable`."
+                    ) from error
+                logger.warning("%s: left out, %s", place, error)
+                continue
             yield [ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC) for size in sizes], texts
 
-    return len(lines), rows()
+    return len(rows), pictures()
+
+
+def read_captions_file(captions: Path, image_folder: Path) -> list[tuple[str, Path, dict]]:
+    """
+    Where each line stands, its picture, and its captions with their weight.
+
+    Raises:
+        ValueError: If a file is missing, or a line is not as the docstring of this script says.
+    """
+    if not captions.is_file():
+        raise ValueError(f"`captions` must be a JSONL file, but there is none at {captions}.")
+    if not image_folder.is_dir():
+        raise ValueError(f"`image_folder` must be a folder of pictures, but there is none at {image_folder}.")
+    rows = []
+    for number, line in enumerate(captions.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        place = f"Line {number} of {captions}"
+        texts, weight = parse_captions(line, place)
+        name = json.loads(line).get("file")
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{place} must name a picture in `file`: {line.strip()[:80]!r}.")
+        if not (image_folder / name).is_file():
+            raise ValueError(f"{place} names {name!r}, which is not in `image_folder` {image_folder}.")
+        rows.append((place, image_folder / name, {**texts, "weight": weight}))
+    if not rows:
+        raise ValueError(f"`captions` must have a line for each picture, but {captions} is empty.")
+    return rows
+
+
+def check_config(config: PrepareConfig, vqvae: IcetkVQModel) -> None:
+    """Raise `ValueError` for what cannot work, before any work is done."""
+    if bool(config.image_folder) != bool(config.captions):
+        missing = "captions" if config.image_folder else "image_folder"
+        raise ValueError(f"`{missing}` is missing: pictures need captions, and captions need pictures.")
+    for name, size, unit in (
+        ("low_size", config.low_size, config.compression_rate),
+        ("fine_size", config.fine_size or 0, config.low_size),
+    ):
+        if size < 0 or size % unit:
+            multiple = "compression_rate" if name == "low_size" else "low_size"
+            raise ValueError(f"`{name}` must be a multiple of `{multiple}` {unit}, but is {size}.")
+    if config.compression_rate not in vqvae.config.compression_rates:
+        raise ValueError(
+            f"`compression_rate` must be one of {list(vqvae.config.compression_rates)}, which `vqvae` has, but is "
+            f"{config.compression_rate}."
+        )
 
 
 @torch.no_grad()
 def main(arguments: list[str] | None = None) -> None:
-    parser = HfArgumentParser(PrepareConfig, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    (config,) = parser.parse_args_into_dataclasses(arguments)
-    if config.image_folder and not config.captions:
-        parser.error("`--image_folder` needs `--captions`.")
-    vqvae = IcetkVQModel.from_pretrained(config.vqvae).to(config.device).eval()
+    config = parse_config(PrepareConfig, arguments, description=__doc__)
+    vqvae = IcetkVQModel.from_pretrained(config.vqvae, dtype=torch.float32).to(config.device).eval()
+    check_config(config, vqvae)
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)  # rather fail now than after hours of encoding
     sizes = {"low": config.low_size, **({"fine": config.fine_size} if config.fine_size else {})}
     total, rows = (folder_rows if config.image_folder else emoji_rows)(config, list(sizes.values()))
     tokens, captions = {name: [] for name in sizes}, []
@@ -122,6 +178,8 @@ def main(arguments: list[str] | None = None) -> None:
                 tokens[name].append(encoded.cpu())
             captions += [texts for _, texts in batch]
             bar.update(len(batch))
+    if not captions:
+        raise ValueError("None of the pictures could be read.")
     TokenData.save(config.output_dir, {name: torch.cat(parts) for name, parts in tokens.items()}, captions)
 
 

@@ -41,8 +41,8 @@ from cogview_pipelines.training.token_data import TokenData
 
 @dataclass
 class CogLMTrainConfig(TrainConfig):
-    data: str = field(default="", metadata={"help": "Token folder, as prepare_tokens.py writes it."})
-    tokenizer: str = field(default="", metadata={"help": "Folder or Hub id of the tokenizer."})
+    data: str = field(kw_only=True, metadata={"help": "Token folder, as prepare_tokens.py writes it."})
+    tokenizer: str = field(kw_only=True, metadata={"help": "Folder or Hub id of the tokenizer."})
     vqvae: str | None = field(default=None, metadata={"help": "Image tokenizer, for sample pictures."})
     init_from: str | None = field(default=None, metadata={"help": "Trained CogLM to go on from."})
     model: str = field(default="{}", metadata={"help": "Options of CogLMConfig: JSON, or a mapping in the YAML file."})
@@ -56,10 +56,12 @@ class CogLMTrainConfig(TrainConfig):
 
 
 def make_model(config: CogLMTrainConfig, tokenizer: IcetkTokenizer, data: TokenData) -> CogLMModel:
-    """A new CogLM that fits tokenizer and pictures, or a trained one."""
+    """A new CogLM that fits tokenizer and pictures, or a trained one that must."""
     options = json.loads(config.model)
     if config.init_from is not None:
-        return CogLMModel.from_pretrained(config.init_from, **options)
+        model = CogLMModel.from_pretrained(config.init_from, dtype=torch.float32, **options)
+        data.require_fit(model.config, tokenizer)
+        return model
     return CogLMModel(
         CogLMConfig(
             **{
@@ -126,8 +128,8 @@ def make_samples(
 ) -> torch.Tensor:
     """Pictures from captions of the training data, the same each time: `(count, 3, height, width)` in 0..1."""
     generator = step_generator(config.seed, -1)
-    texts = [data.draw_caption(index, generator) for index in data.draw(count, generator)]
-    layout = model.config.layout
+    layout, longest = model.config.layout, model.config.max_text_tokens
+    texts = [data.draw_caption(index, generator)[:longest] for index in data.draw(count, generator)]
     tokens = generate(
         model,
         text_to_image(texts, layout),
@@ -147,7 +149,9 @@ def main(arguments: list[str] | None = None) -> CogLMModel | None:
     model = make_model(config, tokenizer, data)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    vqvae = None if config.vqvae is None else IcetkVQModel.from_pretrained(config.vqvae).eval()
+    vqvae = None
+    if config.vqvae is not None:
+        vqvae = IcetkVQModel.from_pretrained(config.vqvae, dtype=torch.float32).eval()
     return train(
         config,
         model,

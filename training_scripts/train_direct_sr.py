@@ -27,7 +27,7 @@ from accelerate.utils import set_seed
 
 from cogview_pipelines import CogLMModel, IcetkTokenizer, IcetkVQModel, LoPARScheduler
 from cogview_pipelines.generation import refine
-from cogview_pipelines.sequences import direct_super_resolution
+from cogview_pipelines.sequences import TokenSequence, direct_super_resolution
 from cogview_pipelines.training.arguments import TrainConfig, parse_config
 from cogview_pipelines.training.data import step_generator
 from cogview_pipelines.training.loop import train
@@ -37,9 +37,11 @@ from cogview_pipelines.training.token_data import CanvasBatch, TokenData
 
 @dataclass
 class DirectSRTrainConfig(TrainConfig):
-    data: str = field(default="", metadata={"help": "Token folder with fine tokens, as prepare_tokens.py writes it."})
-    tokenizer: str = field(default="", metadata={"help": "Folder or Hub id of the tokenizer."})
-    transformer: str = field(default="", metadata={"help": "The trained CogLM to start from."})
+    data: str = field(
+        kw_only=True, metadata={"help": "Token folder with fine tokens, as prepare_tokens.py writes it."}
+    )
+    tokenizer: str = field(kw_only=True, metadata={"help": "Folder or Hub id of the tokenizer."})
+    transformer: str = field(kw_only=True, metadata={"help": "The trained CogLM to start from."})
     vqvae: str | None = field(default=None, metadata={"help": "Image tokenizer, for sample pictures."})
     compression_rate: int = field(default=8, metadata={"help": "Pixels per token of `vqvae`, for sample pictures."})
     model: str = field(
@@ -54,7 +56,7 @@ class DirectSRTrainConfig(TrainConfig):
 
 def make_model(config: DirectSRTrainConfig, data: TokenData) -> CogLMModel:
     """The CogLM with a canvas; unless asked otherwise, its backbone is frozen and saved with the CogLM only."""
-    transformer = CogLMModel.from_pretrained(config.transformer)
+    transformer = CogLMModel.from_pretrained(config.transformer, dtype=torch.float32)
     model = CogLMModel.from_transformer(
         transformer,
         "direct",
@@ -65,16 +67,26 @@ def make_model(config: DirectSRTrainConfig, data: TokenData) -> CogLMModel:
     if not config.train_backbone:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("canvas_" in name)
+    else:
+        # The canvas reads only keys and values of the last layer's context: what comes after never gets a gradient,
+        # and distributed training would wait for one.
+        model.layers[-1].attention.dense.requires_grad_(False)
     return model
+
+
+def read_context(model: CogLMModel, data: TokenData, indices: list[int], generator: torch.Generator) -> TokenSequence:
+    """The low-resolution tokens of pictures, each with one of its captions, as long as generation takes it."""
+    slots = model.config.num_text_slots
+    longest = min(slots - 1, model.config.max_text_tokens)
+    texts = [data.draw_caption(index, generator)[:longest] for index in indices]
+    return direct_super_resolution(texts, data.low[indices].flatten(1).long(), slots, model.config.layout)
 
 
 def make_batch(config: DirectSRTrainConfig, model: CogLMModel, data: TokenData, draw: tuple) -> CanvasBatch:
     """The samples of one forward pass; `draw` is (step, micro step, process)."""
     generator = step_generator(config.seed, *draw)
     indices = data.draw(config.batch_size, generator)
-    slots = model.config.num_text_slots
-    texts = [data.draw_caption(index, generator)[: slots - 1] for index in indices]
-    context = direct_super_resolution(texts, data.low[indices].flatten(1).long(), slots, model.config.layout)
+    context = read_context(model, data, indices, generator)
     labels = data.fine[indices].flatten(1).long()
     return CanvasBatch(context, torch.full_like(labels, model.config.boi_token_id), labels)
 
@@ -85,11 +97,7 @@ def make_samples(
     """True low-resolution pictures, enlarged, above their super-resolution: `(2 * count, 3, height, width)`."""
     generator = step_generator(config.seed, -1)
     indices = data.draw(count, generator)
-    texts = [data.draw_caption(index, generator) for index in indices]
-    slots = model.config.num_text_slots
-    context = direct_super_resolution(
-        [text[: slots - 1] for text in texts], data.low[indices].flatten(1).long(), slots, model.config.layout
-    )
+    context = read_context(model, data, indices, generator)
     tokens = refine(model, LoPARScheduler(step_grid=((1,),), top_k=5), context, generator=generator)
     vqvae = vqvae.to(model.device)
     fine = vqvae.decode(tokens, config.compression_rate).sample
@@ -100,11 +108,15 @@ def make_samples(
 def main(arguments: list[str] | None = None) -> CogLMModel | None:
     config = parse_config(DirectSRTrainConfig, arguments, description=__doc__)
     set_seed(config.seed)
-    data = TokenData.load(config.data, IcetkTokenizer.from_pretrained(config.tokenizer)).require_fine()
+    tokenizer = IcetkTokenizer.from_pretrained(config.tokenizer)
+    data = TokenData.load(config.data, tokenizer).require_fine()
     model = make_model(config, data)
+    data.require_fit(model.config, tokenizer)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    vqvae = None if config.vqvae is None else IcetkVQModel.from_pretrained(config.vqvae).eval()
+    vqvae = None
+    if config.vqvae is not None:
+        vqvae = IcetkVQModel.from_pretrained(config.vqvae, dtype=torch.float32).eval()
     return train(
         config,
         model,

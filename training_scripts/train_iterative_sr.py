@@ -19,6 +19,7 @@ On eight GPUs:
 
 import functools
 import json
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -36,9 +37,13 @@ from cogview_pipelines.training.token_data import CanvasBatch, TokenData
 
 @dataclass
 class IterativeSRTrainConfig(TrainConfig):
-    data: str = field(default="", metadata={"help": "Token folder with fine tokens, as prepare_tokens.py writes it."})
-    tokenizer: str = field(default="", metadata={"help": "Folder or Hub id of the tokenizer."})
-    transformer: str = field(default="", metadata={"help": "The trained CogLM to start from, or whose shape to take."})
+    data: str = field(
+        kw_only=True, metadata={"help": "Token folder with fine tokens, as prepare_tokens.py writes it."}
+    )
+    tokenizer: str = field(kw_only=True, metadata={"help": "Folder or Hub id of the tokenizer."})
+    transformer: str = field(
+        kw_only=True, metadata={"help": "The trained CogLM to start from, or whose shape to take."}
+    )
     from_scratch: bool = field(
         default=False, metadata={"help": "Take only the shape of `transformer`, not its weights."}
     )
@@ -65,7 +70,7 @@ def make_model(config: IterativeSRTrainConfig, data: TokenData) -> CogLMModel:
         fields = CogLMConfig.from_pretrained(config.transformer).to_dict()
         fields.update({"num_text_slots": None, **options}, super_resolution="iterative", fine_grid=fine_grid)
         return CogLMModel(CogLMConfig(**fields))
-    transformer = CogLMModel.from_pretrained(config.transformer)
+    transformer = CogLMModel.from_pretrained(config.transformer, dtype=torch.float32)
     return CogLMModel.from_transformer(transformer, "iterative", fine_grid, **options)
 
 
@@ -86,6 +91,13 @@ def make_batch(config: IterativeSRTrainConfig, model_config: CogLMConfig, data: 
     return CanvasBatch(context, canvas, tokens.masked_fill(~masked, IGNORED_LABEL))
 
 
+def sample_scheduler(rows: int, columns: int) -> LoPARScheduler:
+    """The released schedule where its 6 x 6 grid tiles the canvas, else the paper's in blocks that do."""
+    if rows % 6 == columns % 6 == 0:
+        return LoPARScheduler()
+    return LoPARScheduler.diagonal(math.gcd(rows, columns, 60))
+
+
 def make_samples(
     config: IterativeSRTrainConfig, vqvae: IcetkVQModel, data: TokenData, model: CogLMModel, count: int = 16
 ) -> torch.Tensor:
@@ -94,18 +106,23 @@ def make_samples(
     indices = data.draw(count, generator)
     texts = [data.draw_caption(index, generator) for index in indices]
     context = iterative_super_resolution(texts, model.config.num_text_slots)
-    tokens = refine(model, LoPARScheduler(), context, data.fine[indices].long(), generator=generator)
+    scheduler = sample_scheduler(*model.config.fine_grid)
+    tokens = refine(model, scheduler, context, data.fine[indices].long(), generator=generator)
     return vqvae.to(model.device).decode(tokens, config.compression_rate).sample
 
 
 def main(arguments: list[str] | None = None) -> CogLMModel | None:
     config = parse_config(IterativeSRTrainConfig, arguments, description=__doc__)
     set_seed(config.seed)
-    data = TokenData.load(config.data, IcetkTokenizer.from_pretrained(config.tokenizer)).require_fine()
+    tokenizer = IcetkTokenizer.from_pretrained(config.tokenizer)
+    data = TokenData.load(config.data, tokenizer).require_fine()
     model = make_model(config, data)
+    data.require_fit(model.config, tokenizer)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    vqvae = None if config.vqvae is None else IcetkVQModel.from_pretrained(config.vqvae).eval()
+    vqvae = None
+    if config.vqvae is not None:
+        vqvae = IcetkVQModel.from_pretrained(config.vqvae, dtype=torch.float32).eval()
     return train(
         config,
         model,

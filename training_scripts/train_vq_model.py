@@ -35,6 +35,9 @@ class VQTrainConfig(TrainConfig):
     scope: str | None = field(
         default=None, metadata={"help": "File with the scope of the emoji scenes; by default the small one."}
     )
+    sprites: str | None = field(
+        default=None, metadata={"help": "Folder of full-size drawings, for emoji scenes larger than 240 pixels."}
+    )
     num_scenes: int = field(default=3000, metadata={"help": "Different emoji scenes, drawn once and kept in memory."})
     resolutions: list[int] = field(
         default_factory=lambda: [80, 240], metadata={"help": "Sides of the pictures in pixels; each step draws one."}
@@ -64,11 +67,12 @@ def make_sources(config: VQTrainConfig) -> list[PicturePool]:
     if config.image_folder is not None:
         paths = image_paths(config.image_folder)
         return [PictureFolder(paths, resolution) for resolution in config.resolutions]
-    from cogview_pipelines.emoji import Scope, render, sample_scenes
+    from cogview_pipelines.emoji import Scope, SpriteSet, render, sample_scenes
 
     scope = Scope.load(config.scope) if config.scope is not None else Scope.small()
+    sprites = SpriteSet(config.sprites) if config.sprites is not None else None
     scenes = sample_scenes(scope, config.num_scenes, config.seed, split_name="train")
-    return [PicturePool.from_images([render(scene, size) for scene in scenes]) for size in config.resolutions]
+    return [PicturePool.from_images([render(scene, size, sprites) for scene in scenes]) for size in config.resolutions]
 
 
 def make_batch(config: VQTrainConfig, sources: list[PicturePool], rates: tuple[int, ...], draw: tuple[int, int, int]):

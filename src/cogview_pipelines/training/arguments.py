@@ -67,6 +67,13 @@ class TrainConfig:
     data_workers: int = field(default=1, metadata={"help": "Threads that prepare batches ahead; 0: none."})
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The description as it was written, and the default of each option that has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
+
+
 def parse_config(
     config_class: type[Config], arguments: list[str] | None = None, description: str | None = None
 ) -> Config:
@@ -82,11 +89,9 @@ def parse_config(
         An instance of `config_class`.
 
     Raises:
-        ValueError: If the file has an unknown option.
+        ValueError: If there is no such file, or it has an unknown option or a value that is no choice.
     """
-    parser = HfArgumentParser(
-        config_class, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = HfArgumentParser(config_class, description=description, formatter_class=_HelpFormatter)
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first_look.add_argument("--config")
     path = first_look.parse_known_args(arguments)[0].config
@@ -99,7 +104,11 @@ def parse_config(
 def _set_defaults_from_file(parser, config_class, path):
     import yaml
 
+    if not path.is_file():
+        raise ValueError(f"`--config` must be a YAML file, but there is none at {path}.")
     options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(options, dict):
+        raise ValueError(f"`--config` {path} must hold `option: value` lines, but holds a {type(options).__name__}.")
     known = {item.name for item in fields(config_class) if item.init}
     unknown = sorted(set(options) - known)
     if unknown:
@@ -108,6 +117,10 @@ def _set_defaults_from_file(parser, config_class, path):
         if action.dest in options:
             action.required = False
             value = options[action.dest]
+            if value is False and action.choices and "no" in action.choices:  # as YAML reads a bare `no`
+                value = options[action.dest] = "no"
+            if action.choices and value not in action.choices:  # argparse does not check defaults
+                raise ValueError(f"`{action.dest}` must be one of {list(action.choices)} in {path}, but is {value!r}.")
             # YAML reads 1e-3 as a string; argparse converts string defaults only outside of lists.
             if isinstance(value, list) and action.type is not None:
                 options[action.dest] = [action.type(item) for item in value]

@@ -34,7 +34,10 @@ def save_checkpoint(accelerator: Accelerator, config: TrainConfig, step: int) ->
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
         if config.keep_checkpoints:
-            for old in list_checkpoints(config.output_dir)[: -config.keep_checkpoints]:
+            # By age: after going back to an early checkpoint, the later ones of before are the old ones.
+            others = [path for path in list_checkpoints(config.output_dir) if path != folder]
+            by_age = [*sorted(others, key=lambda path: (path / STATE_FILE).stat().st_mtime_ns), folder]
+            for old in by_age[: -config.keep_checkpoints]:
                 shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return folder
@@ -43,7 +46,7 @@ def save_checkpoint(accelerator: Accelerator, config: TrainConfig, step: int) ->
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """The checkpoints in a folder, by step."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=_step)
+    return sorted((path for path in found if (path / STATE_FILE).is_file()), key=_step)
 
 
 def _step(path: Path) -> int:
@@ -58,9 +61,15 @@ def resume(accelerator: Accelerator, config: TrainConfig) -> int:
         `int`: The updates done so far, which is the next step; 0 without a checkpoint.
 
     Raises:
-        ValueError: If the folder is no checkpoint, or lies beyond `max_steps`.
+        ValueError: If the folder is no checkpoint, or lies beyond `max_steps`; without `resume_from_checkpoint`, if
+            `output_dir` has checkpoints.
     """
     if config.resume_from_checkpoint is None:
+        if checkpoints := list_checkpoints(config.output_dir):
+            raise ValueError(
+                f"`output_dir` {config.output_dir} has a run already ({checkpoints[-1].name}). Go on with it by "
+                "--resume_from_checkpoint latest, or choose another folder."
+            )
         return 0
     if config.resume_from_checkpoint == "latest":
         checkpoints = list_checkpoints(config.output_dir)

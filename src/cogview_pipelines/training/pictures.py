@@ -71,13 +71,31 @@ class PictureFolder(PicturePool):
         indices = draw_indices(len(self.paths), count, generator).tolist()
         squares = []
         for index in indices:
-            with Image.open(self.paths[index]) as image:
-                squares.append(to_bytes(ImageOps.fit(image.convert("RGB"), (self.size, self.size), Image.BICUBIC)))
+            image = read_picture(self.paths[index])
+            squares.append(to_bytes(ImageOps.fit(image, (self.size, self.size), Image.Resampling.BICUBIC)))
         pool = PicturePool(torch.stack(squares))
         windows = [
             PicturePool(pool.pictures[i : i + 1]).batch(1, crop_size, multiple, generator) for i in range(count)
         ]
         return torch.cat(windows)
+
+
+def read_picture(path: str | Path) -> Image.Image:
+    """
+    A picture file as people see it: turned as its EXIF data says, transparent parts on white, RGB.
+
+    Raises:
+        ValueError: If the file is missing, damaged, or no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # as Pillow reports damage
+        raise ValueError(f"{path} cannot be read as a picture: {error}.") from error
 
 
 def to_bytes(image: Image.Image) -> torch.Tensor:

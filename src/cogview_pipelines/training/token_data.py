@@ -1,15 +1,16 @@
 """
 Pictures as tokens with their captions: what CogLM and the super-resolution models train on.
 
-A token folder, as `training_scripts/prepare_tokens.py` writes it, holds `tokens.safetensors` with the tensors `low`
-and (for
-super-resolution) `fine` of shape `(num_pictures, rows, columns)`, and `captions.jsonl` with one object a picture:
-lists of captions by
-language (`{"en": [...], "zh": [...]}`, either may be missing) and an optional `weight`, the relative chance of the
-    picture.
+A token folder, as `training_scripts/prepare_tokens.py` writes it, holds two files:
+
+- `tokens.safetensors` with the tensors `low` and (for super-resolution) `fine`, each of shape
+  `(num_pictures, rows, columns)`;
+- `captions.jsonl` with one object a picture: captions by language, `{"en": [...], "zh": [...]}`, of which one may be
+  missing, and an optional `weight`, the relative chance of the picture.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..models.modeling_coglm import CogLMConfig
 from ..sequences import TokenSequence
 from ..tokenization_icetk import IcetkTokenizer
 
@@ -65,15 +67,11 @@ class TokenData:
         captions, weights, cache = [], [], {}
         with open(folder / CAPTIONS_FILE, encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
-                row = _parse_line(line, number)
+                texts, weight = parse_captions(line, f"Line {number} of {folder / CAPTIONS_FILE}")
                 captions.append(
-                    {
-                        language: [_encode(tokenizer, text, cache) for text in row[language]]
-                        for language in LANGUAGES
-                        if row.get(language)
-                    }
+                    {language: [_encode(tokenizer, text, cache) for text in texts[language]] for language in texts}
                 )
-                weights.append(row.get("weight", 1.0))
+                weights.append(weight)
         low, fine = tensors.get("low"), tensors.get("fine")
         for name, value in (("low", low), ("fine", fine)):
             if value is not None and len(value) != len(captions):
@@ -82,9 +80,34 @@ class TokenData:
                 )
             if value is not None and not 0 <= int(value.min()) <= int(value.max()) < tokenizer.num_image_tokens:
                 raise ValueError(f"`data` has tokens in `{name}` outside of 0..{tokenizer.num_image_tokens - 1}.")
-        if low is None:
-            raise ValueError(f"`data` has no tensor `low` in {TOKENS_FILE}.")
+        if low is None or not captions:
+            raise ValueError(f"`data` has no {'tensor `low`' if low is None else 'pictures'} in {folder}.")
         return cls(low, fine, captions, torch.tensor(weights))
+
+    def require_fit(self, model_config: CogLMConfig, tokenizer: IcetkTokenizer) -> "TokenData":
+        """
+        This data, if the model was made for pictures of this size and for this tokenizer.
+
+        Raises:
+            ValueError: If the grid of the low-resolution tokens, or an id of the tokenizer, is not the model's.
+        """
+        grid = tuple(self.low.shape[1:])
+        if grid != model_config.image_grid:
+            raise ValueError(
+                f"`data` has low-resolution pictures of {grid[0]} x {grid[1]} tokens, but the model makes "
+                f"{model_config.image_grid[0]} x {model_config.image_grid[1]}. Make it with another `--low_size`."
+            )
+        for field, value in (
+            ("num_image_tokens", tokenizer.num_image_tokens),
+            ("boi_token_id", tokenizer.boi_token_id),
+            ("pad_token_id", tokenizer.pad_token_id),
+        ):
+            if getattr(model_config, field) != value:
+                raise ValueError(
+                    f"`tokenizer` is not that of the model: its {field} is {value}, the model's "
+                    f"{getattr(model_config, field)}."
+                )
+        return self
 
     def require_fine(self) -> "TokenData":
         """This data, if it has fine tokens."""
@@ -133,16 +156,35 @@ class CanvasBatch:
         return CanvasBatch(self.context.to(device), self.canvas_ids.to(device), self.labels.to(device))
 
 
-def _parse_line(line: str, number: int) -> dict:
+def parse_captions(line: str, place: str) -> tuple[dict[str, list[str]], float]:
+    """
+    Captions by language, and the weight, of a line of JSON; a caption alone counts as a list of one.
+
+    Args:
+        line (`str`): A JSON object.
+        place (`str`): What an error calls the line, such as `"Line 7 of captions.jsonl"`.
+
+    Raises:
+        ValueError: If the line is no object, has no caption, or its weight is no number of at least 0.
+    """
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"Line {number} of {CAPTIONS_FILE} is no JSON: {error}.") from error
+        raise ValueError(f"{place} is no JSON ({error}): {line.strip()[:80]!r}.") from error
     if not isinstance(row, dict) or not any(row.get(language) for language in LANGUAGES):
         raise ValueError(
-            f"Line {number} of {CAPTIONS_FILE} must be an object with captions in {LANGUAGES}: {line.strip()!r}."
+            f"{place} must be an object with captions in one of {LANGUAGES}, but is {line.strip()[:80]!r}."
         )
-    return row
+    texts = {}
+    for language in LANGUAGES:
+        if row.get(language):
+            texts[language] = [row[language]] if isinstance(row[language], str) else row[language]
+            if not isinstance(texts[language], list) or not all(isinstance(text, str) for text in texts[language]):
+                raise ValueError(f"{place} must have a text or a list of texts in {language!r}: {row[language]!r}.")
+    weight = row.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+        raise ValueError(f"{place} must have a number of at least 0 as `weight`, but has {weight!r}.")
+    return texts, float(weight)
 
 
 def _encode(tokenizer: IcetkTokenizer, text: str, cache: dict[str, list[int]]) -> list[int]:
