@@ -1,0 +1,16 @@
+# What CI runs (.ci/run), one by one. Everything uses the Python of the active environment.
+.PHONY: style quality test test-slow
+
+style:  ## Format the code and repair what can be repaired
+	ruff format .
+	ruff check --fix .
+
+quality:  ## Check format and code
+	ruff format --check .
+	ruff check .
+
+test:  ## Everything that needs neither weights nor a GPU
+	pytest
+
+test-slow:  ## What takes minutes, needs released weights, or a GPU
+	pytest -m "slow or gpu"
