@@ -76,10 +76,35 @@ def test_weights_of_zero_are_never_drawn(noise, scale):
     assert torch.equal(tokens, first if noise == 0 else last)
 
 
-def test_the_only_choice_is_drawn_whatever_the_noise():
+@pytest.mark.parametrize("weight", [0.1, 1e-44])
+def test_the_only_choice_is_drawn_whatever_the_noise(weight):
     weights = torch.zeros(100, 7)
-    weights[:, 3] = 0.1
+    weights[:, 3] = weight
     assert (draw(weights, torch.linspace(0, LARGEST_NOISE, 100)) == 3).all()
+
+
+def test_rounding_of_a_parallel_sum_draws_no_weight_of_zero(monkeypatch):
+    """On a GPU a cumulative sum may rise or fall by rounding where the weight is zero."""
+    weights = torch.tensor([0.25, 0.0, 0.0, 0.5, 0.0, 0.25, 0.0])
+    rounding = 0.01 * torch.tensor([0, 1, -1, 0, 1, 0, 0])
+    cumsum = torch.Tensor.cumsum
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda *arguments: cumsum(*arguments) + rounding)
+    noise = spaced_noise(10_000)
+    frequency = frequencies(draw(weights.expand(10_000, -1), noise), 7)
+    assert (frequency[weights == 0] == 0).all()
+    assert (frequency - weights).abs().max() <= 0.02
+
+
+@pytest.mark.gpu
+def test_draws_on_a_gpu_follow_the_weights_and_never_take_a_zero():
+    weights = make_logits(20_000).exp()
+    weights[torch.rand(20_000) < 0.99] = 0
+    expected, count = weights / weights.sum(), 2000
+    for part in spaced_noise(100 * count).cuda().split(count):
+        tokens = draw(weights.cuda().expand(count, -1), part)
+        assert (weights.cuda()[tokens] > 0).all()
+    tokens = draw(weights.cuda().expand(count, -1), spaced_noise(count).cuda()).cpu()
+    assert (frequencies(tokens, 20_000) - expected).abs().max() <= 2 / count
 
 
 def test_draws_of_a_batch_are_those_of_its_rows():

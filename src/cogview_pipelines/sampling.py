@@ -52,11 +52,15 @@ def draw(probabilities: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(...)`: Indices; an index of weight zero is never drawn.
     """
-    cumulative = probabilities.float().cumsum(-1)
+    probabilities = probabilities.float()
+    cumulative = probabilities.cumsum(-1)
     total = cumulative[..., -1:]
     # strictly below the total, or rounding could select what comes after the last positive weight
     threshold = torch.minimum(noise[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, threshold, right=True)[..., 0]
+    drawn = torch.searchsorted(cumulative, threshold, right=True)
+    # a GPU adds in parallel, so that a sum may differ by rounding from the one before it although the weight is zero
+    likeliest = probabilities.argmax(-1, keepdim=True)
+    return torch.where(probabilities.gather(-1, drawn) > 0, drawn, likeliest)[..., 0]
 
 
 def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
