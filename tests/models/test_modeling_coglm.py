@@ -603,6 +603,20 @@ def test_a_backbone_of_another_shape_is_refused_and_changes_nothing(field, value
     assert model.layers[0].mlp.dense_h_to_4h.weight is transformer.layers[0].mlp.dense_h_to_4h.weight
 
 
+@pytest.mark.parametrize("kind", [None, "iterative"])
+def test_only_direct_super_resolution_shares(kind):
+    model = make_coglm(kind)
+    with pytest.raises(ValueError, match=f"`share_backbone` is for `super_resolution='direct'`, .* has {kind!r}"):
+        model.share_backbone(make_coglm())
+    assert not model.config.shares_backbone
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_super_resolution_of_another_depth_is_an_error(num_layers):
+    with pytest.raises(ValueError, match=r"`config` must keep the layers of `transformer`, but layers\.[12]\."):
+        CogLMModel.from_transformer(make_coglm(), "direct", FINE_GRID, num_hidden_layers=num_layers)
+
+
 # Files
 
 

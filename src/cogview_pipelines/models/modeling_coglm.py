@@ -550,6 +550,9 @@ class CogLMModel(PreTrainedModel):
             fine_grid (`Sequence[int]`): Rows and columns of the canvas.
             shares_backbone (`bool`): Hold the parameters of `transformer` themselves instead of copies (direct only).
             config: Other fields to change.
+
+        Raises:
+            ValueError: If `config` makes a backbone of another shape.
         """
         fields = {**transformer.config.to_dict(), **config}
         fields.update(super_resolution=super_resolution, fine_grid=fine_grid, shares_backbone=shares_backbone)
@@ -558,7 +561,12 @@ class CogLMModel(PreTrainedModel):
         if shares_backbone:
             model.share_backbone(transformer)
         else:
-            model.load_state_dict(transformer.state_dict(), strict=False)
+            missing, unexpected = model.load_state_dict(transformer.state_dict(), strict=False)
+            lost = [name for name in [*missing, *unexpected] if "canvas_" not in name]
+            if lost:
+                raise ValueError(
+                    f"`config` must keep the layers of `transformer`, but {lost[0]} is in one of both only."
+                )
         with torch.no_grad():
             layout, (rows, columns) = model.config.layout, model.config.image_grid
             table = transformer.position_embeddings.weight[layout.image_positions].unflatten(0, (rows, columns))
@@ -576,8 +584,13 @@ class CogLMModel(PreTrainedModel):
         files.
 
         Raises:
-            ValueError: If the shapes of the two models differ.
+            ValueError: If this is no direct super-resolution, or the shapes of the two models differ.
         """
+        if self.config.super_resolution != "direct":
+            raise ValueError(
+                "`share_backbone` is for `super_resolution='direct'`, but this model has "
+                f"{self.config.super_resolution!r}."
+            )
         for field in (
             "hidden_size",
             "num_hidden_layers",
