@@ -23,6 +23,7 @@ def generate(
     *,
     num_images_per_context: int | Sequence[int] = 1,
     text_attention_bias: float = 0.0,
+    guidance_scale: float | None = None,
     full_vocabulary: bool = False,
     generator: Generators = None,
     device: torch.device | str | None = None,
@@ -41,6 +42,9 @@ def generate(
         num_images_per_context (`int` or one per context): Sequences that continue each context, which is encoded once
             for all of them; `batch_size` counts sequences.
         text_attention_bias (`float`): Added to the scores of the text keys for all rows, in all layers and heads.
+        guidance_scale (`float`, *optional*):
+            Classifier-free guidance: after the contexts, `context` holds as many again to lead away from (with empty
+            texts, say), and the sampler gets the logits of those plus this times the difference to them.
         full_vocabulary (`bool`): Give the sampler logits of all tokens, not of image tokens only.
         generator: One generator, or one per sequence.
         device (`torch.device`, *optional*): Where to compute if hooks move the model; default: where it is.
@@ -55,7 +59,8 @@ def generate(
     device = model.device if device is None else device
     context, entries, entry_positions = context.to(device), entries.to(device).clone(), entry_positions.to(device)
     batch_size, num_entries = entries.shape
-    repeats = torch.as_tensor(num_images_per_context).expand(len(context))
+    copies = 1 if guidance_scale is None else 2
+    repeats = torch.as_tensor(num_images_per_context).expand(len(context) // copies)
     if batch_size != repeats.sum():
         raise ValueError(
             f"`entries` must have a row for each of the {repeats.sum()} sequences of `num_images_per_context`, but "
@@ -80,25 +85,25 @@ def generate(
         logits_positions=torch.tensor([context_length - 1], device=device),
         full_vocabulary=full_vocabulary,
     )
-    repeats = repeats.to(device)
+    repeats = repeats.repeat(copies).to(device)
     cache = cache.repeat_interleave(repeats)
     logits = output.logits[:, -1].repeat_interleave(repeats, 0)
-    key_mask = torch.ones(batch_size, context_length + num_entries, dtype=torch.bool, device=device)
+    key_mask = torch.ones(copies * batch_size, context_length + num_entries, dtype=torch.bool, device=device)
     key_mask[:, :context_length] = context.key_mask.repeat_interleave(repeats, 0)
     text_mask = torch.zeros_like(key_mask)
     text_mask[:, :context_length] = context.text_mask.repeat_interleave(repeats, 0)
 
     for entry in range(num_entries):
         if is_wanted[entry]:
-            entries[:, entry] = sampler(logits, noise[:, entry])
+            entries[:, entry] = sampler(_guide(logits, guidance_scale), noise[:, entry])
             if callback is not None:
                 callback(entry + 1, entries)
         if not any(is_wanted[entry + 1 :]):
             break
         end = context_length + entry + 1
         output = model(
-            entries[:, entry : entry + 1],
-            entry_positions[entry].expand(batch_size, 1),
+            entries[:, entry : entry + 1].repeat(copies, 1),
+            entry_positions[entry].expand(copies * batch_size, 1),
             key_mask[:, None, :end],
             text_mask[:, :end],
             text_attention_bias,
@@ -107,6 +112,14 @@ def generate(
         )
         logits = output.logits[:, -1]
     return entries
+
+
+def _guide(logits: torch.Tensor, guidance_scale: float | None) -> torch.Tensor:
+    """Classifier-free guidance: the second half of the rows is what the first half leads away from."""
+    if guidance_scale is None:
+        return logits
+    wanted, unwanted = logits.chunk(2)
+    return unwanted + guidance_scale * (wanted - unwanted)
 
 
 @torch.no_grad()

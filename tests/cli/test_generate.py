@@ -122,6 +122,7 @@ def test_a_seed_drawn_by_chance_is_kept_and_makes_the_picture_again(cogview2, tm
 @pytest.mark.parametrize(
     "option, value, setting",
     [
+        ("--guidance-scale", "2.5", 2.5),
         ("--text-attention-bias", "-0.5", -0.5),
         ("--temperature", "0.7", 0.7),
         ("--top-k-clusters", "2", 2),
@@ -148,7 +149,8 @@ def test_every_setting_reaches_the_pipeline(cogview2, tmp_path, monkeypatch, opt
 
 
 def test_requests_may_have_every_argument_of_the_call_that_json_can_hold():
-    objects = {"self", "prompt", "generator", "output_type", "return_dict"}
+    objects = {"self", "prompt", "generator", "output_type", "return_dict", "scorer", "prompt_translator"}
+    objects |= {"num_candidates", "negative_prompt"}  # of a whole call, not of one picture
     parameters = set(inspect.signature(CogView2Pipeline.__call__).parameters) - objects
     assert {name for name in parameters if not name.startswith("callback")} == set(ARGUMENTS)
 

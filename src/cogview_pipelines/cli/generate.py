@@ -86,6 +86,7 @@ def generate(
         None, min=1, help="In pixels: low-resolution or super-resolved.  [default: the largest]"
     ),
     width: int = typer.Option(None, min=1, help="In pixels, likewise."),
+    guidance_scale: float = typer.Option(None, help="Classifier-free guidance, 1 is none; twice the time."),
     text_attention_bias: float = typer.Option(None, help="How closely to follow the prompt."),
     temperature: float = typer.Option(None, help="Of the low-resolution tokens: lower is more regular."),
     top_k_clusters: int = typer.Option(None, min=1, help="Of the low-resolution tokens: clusters to draw from."),

@@ -48,6 +48,7 @@ ARGUMENTS: dict[str, Callable] = {
     "style": _text,
     "height": _whole_number,
     "width": _whole_number,
+    "guidance_scale": _number,
     "text_attention_bias": _number,
     "temperature": _positive_number,
     "top_k_clusters": _whole_number,

@@ -3,112 +3,55 @@
 import functools
 from collections.abc import Callable, Sequence
 
+import PIL.Image
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import logging
-from transformers import PreTrainedModel, PreTrainedTokenizer
 
 from .. import sequences
-from ..generation import TO_GENERATE, generate, refine
-from ..sampling import Generators, sample_cluster_tokens
-from ..schedulers.scheduling_lopar import LoPARScheduler
+from ..generation import TO_GENERATE, generate
+from ..sampling import Generators
+from ..scoring import caption_losses
+from .pipeline_base import (
+    DEFAULT_MAX_BATCH_SIZE,
+    DEFAULT_SETTINGS,
+    Callback,
+    CogView2PipelineBase,
+    Notifier,
+    PromptTranslator,
+    check_counts,
+    check_output_type,
+    check_prompts,
+    one_generator_per_image,
+    run_lengths,
+    slices,
+    translate,
+)
 from .pipeline_output import CogView2PipelineOutput
 
-logger = logging.get_logger(__name__)
-
-# The released values; a style preset or a call argument overrides them. Super-resolution defaults are its schedulers'
-# own.
-DEFAULT_SETTINGS = {
-    "text_attention_bias": 1.4,
-    "temperature": 1.15,
-    "top_k_clusters": 16,
-    "cluster_temperature": 1.0,
-    "direct_sr_temperature": None,
-    "direct_sr_top_k_clusters": None,
-    "direct_sr_cluster_temperature": None,
-    "iterative_sr_temperature": None,
-    "iterative_sr_top_k": None,
-    "num_lopar_steps": None,
-}
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-DEFAULT_MAX_BATCH_SIZE = 8
+
+Scorer = Callable[[list[PIL.Image.Image], list[str]], Sequence[float]]
 
 
-class CogView2Pipeline(DiffusionPipeline):
+class CogView2Pipeline(CogView2PipelineBase):
     """
     Pictures from Chinese and English prompts: CogLM writes low-resolution tokens, direct super-resolution enlarges
-        them in one pass, and
-    iterative super-resolution (LoPAR) refines them in a few.
+    them in one pass, and iterative super-resolution (LoPAR) refines them in a few.
 
     Args:
         tokenizer ([`IcetkTokenizer`]): Text to ids.
         transformer ([`CogLMModel`]): CogLM.
         vqvae ([`IcetkVQModel`]): Tokens to pixels; holds the cluster labels of its codebook.
         direct_sr_transformer, iterative_sr_transformer ([`CogLMModel`], *optional*): The other two stages; without
-        them, pictures are low
-            resolution.
+            them, pictures are low resolution.
         direct_sr_scheduler, iterative_sr_scheduler ([`LoPARScheduler`], *optional*): Which cells in which pass, and
-        how they are drawn.
+            how they are drawn.
         compression_rate (`int`): Pixels per token along each side.
         styles (`dict[str, dict]`): Presets: the `suffix` that is added to the prompt (a string, or one for each of
-            `"en"` and `"zh"`), and
-            any settings of `__call__`.
+            `"en"` and `"zh"`), and any settings of `__call__`.
         default_style (`str`, *optional*): The preset used when a call names none.
 
     Source: https://arxiv.org/abs/2204.14217.
     """
-
-    model_cpu_offload_seq = "transformer->direct_sr_transformer->iterative_sr_transformer->vqvae"
-    _optional_components = (
-        "direct_sr_transformer",
-        "iterative_sr_transformer",
-        "direct_sr_scheduler",
-        "iterative_sr_scheduler",
-    )
-    _callback_tensor_inputs = ("tokens",)
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizer,
-        transformer: PreTrainedModel,
-        vqvae: PreTrainedModel,
-        direct_sr_transformer: PreTrainedModel | None = None,
-        iterative_sr_transformer: PreTrainedModel | None = None,
-        direct_sr_scheduler: LoPARScheduler | None = None,
-        iterative_sr_scheduler: LoPARScheduler | None = None,
-        compression_rate: int = 8,
-        styles: dict[str, dict] | None = None,
-        default_style: str | None = None,
-    ):
-        super().__init__()
-        if direct_sr_transformer is not None and direct_sr_transformer.config.shares_backbone:
-            direct_sr_transformer.share_backbone(transformer)
-        self.register_modules(
-            tokenizer=tokenizer,
-            transformer=transformer,
-            vqvae=vqvae,
-            direct_sr_transformer=direct_sr_transformer,
-            iterative_sr_transformer=iterative_sr_transformer,
-            direct_sr_scheduler=direct_sr_scheduler,
-            iterative_sr_scheduler=iterative_sr_scheduler,
-        )
-        self.register_to_config(compression_rate=compression_rate, styles=styles or {}, default_style=default_style)
-        self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
-
-    @property
-    def layout(self) -> sequences.SequenceLayout:
-        """Where things stand in the transformer's sequences."""
-        return self.transformer.config.layout
-
-    @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """Height and width in pixels of the pictures this pipeline can make: low resolution, then super-resolved."""
-        rate = self.config.compression_rate
-        grids = [self.transformer.config.image_grid]
-        if self.direct_sr_transformer is not None:
-            grids.append(self.direct_sr_transformer.config.fine_grid)
-        return [(rows * rate, columns * rate) for rows, columns in grids]
 
     @torch.no_grad()
     def __call__(
@@ -116,10 +59,15 @@ class CogView2Pipeline(DiffusionPipeline):
         prompt: str | Sequence[str],
         *,
         num_images_per_prompt: int = 1,
+        num_candidates: int | None = None,
+        scorer: Scorer | None = None,
         style: str | None = None,
         height: int | None = None,
         width: int | None = None,
         generator: Generators = None,
+        prompt_translator: PromptTranslator | None = None,
+        negative_prompt: str = "",
+        guidance_scale: float | None = None,
         text_attention_bias: float | None = None,
         temperature: float | None = None,
         top_k_clusters: int | None = None,
@@ -133,7 +81,7 @@ class CogView2Pipeline(DiffusionPipeline):
         max_batch_size: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[DiffusionPipeline, int, int, dict], None] | None = None,
+        callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("tokens",),
     ) -> CogView2PipelineOutput | tuple:
         """
@@ -144,19 +92,29 @@ class CogView2Pipeline(DiffusionPipeline):
         Args:
             prompt (`str` or list of `str`): One text or many, Chinese and English, of any lengths that fit.
             num_images_per_prompt (`int`): Any number; they come prompt by prompt.
+            num_candidates (`int`, *optional*):
+                Post-selection: draft so many pictures of each prompt at low resolution, and finish only the
+                `num_images_per_prompt` best, best first.
+            scorer (*optional*):
+                What decides on the best: called with the drafts (PIL) and the prompt of each, it returns one number
+                each, higher is better. By default CogLM's own caption loss (`CogView2CaptionPipeline.score`), negated.
             style (`str`, *optional*): A name in `pipe.config.styles`; default: `pipe.config.default_style`.
             height, width (`int`, *optional*): One of `pipe.sizes`, in pixels; default: the largest.
             generator (`torch.Generator` or list of them, *optional*):
-                One for all pictures, or one per picture. The picture of a generator is the same alone and in any
-                batch.
+                One for all pictures, or one per picture (per candidate, if there are). The picture of a generator is
+                the same alone and in any batch.
+            prompt_translator (*optional*): Called with each prompt; what it returns is used, and is in the output.
+            negative_prompt (`str`), guidance_scale (`float`, defaults to 1, no guidance):
+                Classifier-free guidance of the low-resolution tokens: their logits are led away from those of
+                `negative_prompt` (default: no text), the more the higher the scale. It takes a model that was trained
+                with a share of texts left out (`drop_text_probability` of `train_coglm.py`), as the shipped model was,
+                and takes twice the time.
             text_attention_bias (`float`): Added to the attention scores of the text; higher follows the prompt more
                 closely.
             temperature, cluster_temperature (`float`), top_k_clusters (`int`): Cluster sampling of the low-resolution
-                tokens: how many
-                clusters stay, the temperature, and a second one that applies inside the drawn cluster.
+                tokens: how many clusters stay, the temperature, and a second one inside the drawn cluster.
             direct_sr_temperature, direct_sr_cluster_temperature (`float`), direct_sr_top_k_clusters (`int`): Likewise
-                for direct
-                super-resolution.
+                for direct super-resolution.
             iterative_sr_temperature (`float`), iterative_sr_top_k (`int` or one per pass): Token sampling of iterative
                 super-resolution.
             num_lopar_steps (`int`, *optional*): Passes of iterative super-resolution: fewer are faster; 0 leaves the
@@ -167,22 +125,23 @@ class CogView2Pipeline(DiffusionPipeline):
             return_dict (`bool`): Return a [`CogView2PipelineOutput`] rather than a tuple.
             callback_on_step_end (*optional*):
                 Called as `callback(pipe, step, timestep, kwargs)` after every token and every pass: `step` counts
-                through the whole
-                picture, `timestep` through the stage, and `kwargs` holds `"stage"` (`"transformer"`,
-                `"direct_sr_transformer"` or
-                `"iterative_sr_transformer"`) and the tensors asked for.
+                through the whole picture, `timestep` through the stage, and `kwargs` holds `"stage"`
+                (`"transformer"`, `"direct_sr_transformer"` or `"iterative_sr_transformer"`) and the tensors asked for.
             callback_on_step_end_tensor_inputs (list of `str`): Of `("tokens",)`: `(batch_size, rows, columns)`, -1
-            where still unknown.
+                where still unknown.
 
         Raises:
             ValueError: If an argument cannot be used; the message says which and why.
         """
-        prompts = self._check_inputs(
-            prompt, num_images_per_prompt, output_type, max_batch_size, callback_on_step_end_tensor_inputs
-        )
+        prompts = self._check_inputs(prompt, num_images_per_prompt, num_candidates, max_batch_size)
+        check_output_type(output_type, OUTPUT_TYPES)
+        self._check_tensor_inputs(callback_on_step_end_tensor_inputs)
+        if scorer is not None and num_candidates is None:
+            raise ValueError("`scorer` has nothing to choose from without `num_candidates`. Set it.")
         super_resolve = self._check_size(height, width)
         settings = self._settings(
             style,
+            guidance_scale=guidance_scale,
             text_attention_bias=text_attention_bias,
             temperature=temperature,
             top_k_clusters=top_k_clusters,
@@ -195,31 +154,60 @@ class CogView2Pipeline(DiffusionPipeline):
             num_lopar_steps=num_lopar_steps,
         )
         schedulers = self._schedulers(settings) if super_resolve else []
-        texts = self._encode_prompts(prompts, style, super_resolve)
-        texts = [text for text in texts for _ in range(num_images_per_prompt)]
-        generators = _one_per_image(generator, len(texts))
+        negative = self._encode_negative_prompt(negative_prompt, settings["guidance_scale"])
+        prompts = translate(prompts, prompt_translator)
+        num_drafts = num_images_per_prompt if num_candidates is None else num_candidates
+        texts = [text for text in self._encode_prompts(prompts, style, super_resolve) for _ in range(num_drafts)]
+        generators = one_generator_per_image(generator, len(texts))
 
-        steps = self.layout.image_length + sum(len(scheduler.timesteps) for _, scheduler in schedulers)
         batch_size = max_batch_size or DEFAULT_MAX_BATCH_SIZE
-        batches = [slice(start, start + batch_size) for start in range(0, len(texts), batch_size)]
-        tokens = []
-        with self.progress_bar(total=steps * len(batches)) as progress:
-            for batch in batches:
-                notify = _Notifier(self, progress, callback_on_step_end, callback_on_step_end_tensor_inputs)
-                tokens.append(self._make_tokens(texts[batch], generators[batch], settings, schedulers, notify))
-        tokens = torch.cat(tokens)
-        images = self._decode(tokens, output_type, batch_size)
+        batches = slices(len(texts), batch_size)
+        final_batches = slices(len(prompts) * num_images_per_prompt, batch_size)
+        num_draft_steps = self.layout.image_length
+        num_passes = sum(len(scheduler.timesteps) for _, scheduler in schedulers)
+        notify = functools.partial(
+            Notifier, self, callback=callback_on_step_end, tensor_inputs=callback_on_step_end_tensor_inputs
+        )
+        scores = None
+        with self.progress_bar(total=num_draft_steps * len(batches) + num_passes * len(final_batches)) as progress:
+            tokens = torch.cat(
+                [
+                    self._draft(texts[batch], negative, generators[batch], settings, notify(progress))
+                    for batch in batches
+                ]
+            )
+            if num_candidates is not None:
+                chosen, scores = self._select(tokens, prompts, num_images_per_prompt, scorer, batch_size)
+                tokens = tokens[chosen]
+                texts, generators = ([values[index] for index in chosen] for values in (texts, generators))
+            if schedulers:
+                parts = [
+                    self._super_resolve(
+                        texts[batch],
+                        tokens[batch],
+                        generators[batch],
+                        schedulers,
+                        notify(progress, step=num_draft_steps),
+                    )
+                    for batch in final_batches
+                ]
+                tokens = torch.cat(parts)
+        output = CogView2PipelineOutput(
+            images=self._decode(tokens, output_type, batch_size),
+            tokens=tokens,
+            seeds=[generator.initial_seed() for generator in generators],
+            prompts=[prompt for prompt in prompts for _ in range(num_images_per_prompt)],
+            scores=scores,
+        )
         self.maybe_free_model_hooks()
-        seeds = [generator.initial_seed() for generator in generators]
-        if not return_dict:
-            return images, tokens, seeds
-        return CogView2PipelineOutput(images=images, tokens=tokens, seeds=seeds)
+        return output if return_dict else output.to_tuple()
 
     def check_inputs(
         self,
         prompt: str | Sequence[str],
         *,
         num_images_per_prompt: int = 1,
+        num_candidates: int | None = None,
         style: str | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -230,7 +218,7 @@ class CogView2Pipeline(DiffusionPipeline):
         Raise the error that a call with these arguments would raise, without computing anything.
 
         Args:
-            prompt, num_images_per_prompt, style, height, width, max_batch_size: As for `__call__`.
+            prompt, num_images_per_prompt, num_candidates, style, height, width, max_batch_size: As for `__call__`.
             settings: The call's settings of sampling.
 
         Returns:
@@ -244,7 +232,7 @@ class CogView2Pipeline(DiffusionPipeline):
         unknown = sorted(set(settings) - set(DEFAULT_SETTINGS))
         if unknown:
             raise TypeError(f"There are no settings {unknown}. Known: {list(DEFAULT_SETTINGS)}.")
-        prompts = self._check_inputs(prompt, num_images_per_prompt, "pil", max_batch_size, ())
+        prompts = self._check_inputs(prompt, num_images_per_prompt, num_candidates, max_batch_size)
         super_resolve = self._check_size(height, width)
         used = self._settings(style, **settings)
         if super_resolve:
@@ -260,66 +248,58 @@ class CogView2Pipeline(DiffusionPipeline):
 
     # Stages ----------------------------------------------------------------------------------------------------------
 
-    def _make_tokens(
+    def _draft(
         self,
         texts: list[list[int]],
+        negative: list[int] | None,
         generators: list[torch.Generator],
         settings: dict,
-        schedulers: list[tuple[str, LoPARScheduler]],
-        notify: "_Notifier",
+        notify: Notifier,
     ) -> torch.Tensor:
-        """All stages for one batch of pictures: `(batch_size, rows, columns)` tokens."""
-        layout, device = self.layout, self._execution_device
-        cluster_labels = self.vqvae.cluster_labels.to(device)
-        num_clusters = self.vqvae.config.num_clusters
-        sampler = functools.partial(
-            sample_cluster_tokens,
-            cluster_labels=cluster_labels,
-            num_clusters=num_clusters,
-            temperature=settings["temperature"],
-            top_k_clusters=settings["top_k_clusters"],
-            cluster_temperature=settings["cluster_temperature"],
-        )
-        unique, repeats = _run_lengths(texts)
+        """Low-resolution tokens of one batch of pictures: `(batch_size, rows, columns)`."""
+        layout = self.layout
+        unique, repeats = run_lengths(texts)
+        contexts = unique if negative is None else unique + [negative] * len(unique)
         tokens = generate(
             self.transformer,
-            sequences.text_to_image(unique, layout),
-            sampler,
+            sequences.text_to_image(contexts, layout),
+            self._cluster_sampler(settings),
             torch.full((len(texts), layout.image_length), TO_GENERATE),
             layout.image_positions,
             num_images_per_context=repeats,
             text_attention_bias=settings["text_attention_bias"],
+            guidance_scale=None if negative is None else settings["guidance_scale"],
             generator=generators,
-            device=device,
+            device=self._execution_device,
             callback=lambda step, entries: notify("transformer", step, entries.unflatten(1, layout.image_grid)),
         )
-        tokens = tokens.unflatten(1, layout.image_grid)
-        for stage, scheduler in schedulers:
-            model = getattr(self, stage)
-            slots = model.config.num_text_slots
-            if model.config.super_resolution == "direct":
-                cut = [text[: slots - 1] for text in texts]
-                context, canvas = sequences.direct_super_resolution(cut, tokens.cpu(), slots, layout), None
-            else:
-                context, canvas = sequences.iterative_super_resolution(texts, slots), tokens
-            tokens = refine(
-                model,
-                scheduler,
-                context,
-                canvas,
-                cluster_labels=cluster_labels,
-                generator=generators,
-                device=device,
-                callback=functools.partial(notify, stage),
-            )
-        return tokens
+        return tokens.unflatten(1, layout.image_grid)
 
-    def _decode(self, tokens: torch.Tensor, output_type: str, batch_size: int):
-        if output_type == "latent":
-            return tokens
-        rate = self.config.compression_rate
-        images = torch.cat([self.vqvae.decode(part, rate).sample for part in tokens.split(batch_size)])
-        return self.image_processor.postprocess(images.float().clamp(0, 1), output_type)
+    def _select(
+        self, tokens: torch.Tensor, prompts: list[str], num_kept: int, scorer: Scorer | None, batch_size: int
+    ) -> tuple[list[int], list[float]]:
+        """Indices of the `num_kept` best drafts of each prompt, best first, and their scores."""
+        num_candidates = len(tokens) // len(prompts)
+        repeated = [prompt for prompt in prompts for _ in range(num_candidates)]
+        if scorer is None:
+            scores = -caption_losses(
+                self.transformer,
+                self.tokenizer,
+                tokens,
+                repeated,
+                max_batch_size=batch_size,
+                device=self._execution_device,
+            )
+        else:
+            scores = scorer(self._decode(tokens, "pil", batch_size), repeated)
+            scores = torch.as_tensor(scores, dtype=torch.float32).detach().cpu()
+            if scores.shape != (len(repeated),) or scores.isnan().any():
+                raise ValueError(
+                    f"`scorer` must return a number for each of the {len(repeated)} drafts, but returned {scores}."
+                )
+        order = scores.view(len(prompts), num_candidates).argsort(1, descending=True, stable=True)[:, :num_kept]
+        chosen = (order + num_candidates * torch.arange(len(prompts))[:, None]).flatten()
+        return chosen.tolist(), scores[chosen].tolist()
 
     # Arguments -------------------------------------------------------------------------------------------------------
 
@@ -327,27 +307,20 @@ class CogView2Pipeline(DiffusionPipeline):
         self,
         prompt: str | Sequence[str],
         num_images_per_prompt: int,
-        output_type: str,
+        num_candidates: int | None,
         max_batch_size: int | None,
-        tensor_inputs: Sequence[str],
     ) -> list[str]:
-        """The prompts as a list, if all arguments can be used."""
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(prompts, (list, tuple)) or not all(isinstance(text, str) for text in prompts):
-            raise ValueError(f"`prompt` must be a string or a list of strings, but is {prompt!r}.")
-        if not prompts or not all(text.strip() for text in prompts):
-            raise ValueError(f"`prompt` must not be empty, but is {prompt!r}. Say what the picture shows.")
-        for name, value in (("num_images_per_prompt", num_images_per_prompt), ("max_batch_size", max_batch_size)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"`{name}` must be a whole number of at least 1, but is {value!r}.")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, but is {output_type!r}.")
-        unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
+        """The prompts as a list, if these arguments can be used."""
+        prompts = check_prompts(prompt)
+        check_counts(
+            num_images_per_prompt=num_images_per_prompt, num_candidates=num_candidates, max_batch_size=max_batch_size
+        )
+        if num_candidates is not None and num_candidates < num_images_per_prompt:
             raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` may name {self._callback_tensor_inputs}, but names {unknown}."
+                f"`num_candidates` must be at least `num_images_per_prompt` ({num_images_per_prompt}), the number of "
+                f"pictures that are kept, but is {num_candidates}."
             )
-        return list(prompts)
+        return prompts
 
     def _check_size(self, height: int | None, width: int | None) -> bool:
         """Whether to super-resolve."""
@@ -362,121 +335,6 @@ class CogView2Pipeline(DiffusionPipeline):
                 f"`height` x `width` must be {possible} with this model, but is {wanted[0]} x {wanted[1]}."
             )
         return sizes.index(wanted) == 1
-
-    def _settings(self, style: str | None, **given) -> dict:
-        """Call arguments over the style's settings over the defaults; nothing is kept for the next call."""
-        preset = {name: value for name, value in self._preset(style).items() if name != "suffix"}
-        unknown = set(preset) - set(DEFAULT_SETTINGS)
-        if unknown:
-            raise ValueError(
-                f"The style {style or self.config.default_style!r} has unknown settings: {sorted(unknown)}."
-            )
-        settings = {
-            **DEFAULT_SETTINGS,
-            **preset,
-            **{name: value for name, value in given.items() if value is not None},
-        }
-        for name, value in settings.items():
-            if name.endswith("temperature") and value is not None and not value > 0:
-                raise ValueError(f"`{name}` must be above 0, but is {value}.")
-        if not settings["top_k_clusters"] >= 1:
-            raise ValueError(f"`top_k_clusters` must be at least 1, but is {settings['top_k_clusters']}.")
-        return settings
-
-    def _preset(self, style: str | None) -> dict:
-        style = self.config.default_style if style is None else style
-        if style is None:
-            return {}
-        if style not in self.config.styles:
-            raise ValueError(f"`style` must be one of {sorted(self.config.styles)}, but is {style!r}.")
-        return self.config.styles[style]
-
-    def _schedulers(self, settings: dict) -> list[tuple[str, LoPARScheduler]]:
-        """The super-resolution stages of this call, with its settings in their schedulers."""
-        direct = {
-            "temperature": settings["direct_sr_temperature"],
-            "top_k": settings["direct_sr_top_k_clusters"],
-            "cluster_temperature": settings["direct_sr_cluster_temperature"],
-        }
-        stages = [("direct_sr_transformer", _configure(self.direct_sr_scheduler, direct))]
-        num_steps = settings["num_lopar_steps"]
-        if self.iterative_sr_transformer is not None and num_steps != 0:
-            scheduler = self.iterative_sr_scheduler
-            if num_steps is not None:
-                scheduler = scheduler.with_num_steps(num_steps)
-            iterative = {"temperature": settings["iterative_sr_temperature"], "top_k": settings["iterative_sr_top_k"]}
-            stages.append(("iterative_sr_transformer", _configure(scheduler, iterative)))
-        return stages
-
-    def _encode_prompts(self, prompts: list[str], style: str | None, super_resolve: bool) -> list[list[int]]:
-        """Token ids of each prompt with the suffix of its style."""
-        suffix = self._preset(style).get("suffix", "")
-        texts, longest = [], self.transformer.config.max_text_tokens
-        for prompt in prompts:
-            own_suffix = suffix if isinstance(suffix, str) else suffix[self.tokenizer.language(prompt)]
-            text = self.tokenizer.encode(prompt + own_suffix)
-            if len(text) > longest:
-                raise ValueError(
-                    f"`prompt` may have {longest} tokens with its style, but {prompt!r} has {len(text)}. Shorten it."
-                )
-            texts.append(text)
-        if super_resolve and max(map(len, texts)) >= self.direct_sr_transformer.config.num_text_slots:
-            slots = self.direct_sr_transformer.config.num_text_slots - 1
-            logger.warning(
-                f"Direct super-resolution reads the first {slots} tokens of a prompt; the longest has more."
-            )
-        return texts
-
-
-class _Notifier:
-    """Counts the steps of one batch, for the progress bar and the caller's callback."""
-
-    def __init__(self, pipe: CogView2Pipeline, progress, callback: Callable | None, tensor_inputs: Sequence[str]):
-        self.pipe, self.progress, self.callback, self.tensor_inputs = pipe, progress, callback, tensor_inputs
-        self.step = 0
-
-    def __call__(self, stage: str, timestep: int, tokens: torch.Tensor) -> None:
-        self.progress.update()
-        if self.callback is not None:
-            tensors = {"tokens": tokens} if "tokens" in self.tensor_inputs else {}
-            self.callback(self.pipe, self.step, timestep, {"stage": stage, **tensors})
-        self.step += 1
-
-
-def _one_per_image(generator: Generators, num_images: int) -> list[torch.Generator]:
-    """A generator for each picture: the caller's, or new ones whose seeds come from the caller's, or from chance."""
-    if isinstance(generator, (list, tuple)):
-        if len(generator) != num_images or not all(isinstance(one, torch.Generator) for one in generator):
-            raise ValueError(
-                f"`generator` must be one generator or one per picture ({num_images}), but is {generator}."
-            )
-        return list(generator)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise ValueError(f"`generator` must be a `torch.Generator` or a list of them, but is {generator!r}.")
-    if generator is not None and num_images == 1:
-        return [generator]
-    source = None if generator is None else generator
-    device = "cpu" if source is None else source.device
-    seeds = [int(torch.randint(2**63 - 1, (), generator=source, device=device)) for _ in range(num_images)]
-    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-
-
-def _run_lengths(texts: list[list[int]]) -> tuple[list[list[int]], list[int]]:
-    """Neighbouring equal texts as one, with their numbers: each is encoded once."""
-    unique: list[list[int]] = []
-    repeats: list[int] = []
-    for text in texts:
-        if unique and unique[-1] == text:
-            repeats[-1] += 1
-        else:
-            unique.append(text)
-            repeats.append(1)
-    return unique, repeats
-
-
-def _configure(scheduler: LoPARScheduler, changes: dict) -> LoPARScheduler:
-    changes = {name: value for name, value in changes.items() if value is not None}
-    return LoPARScheduler.from_config(scheduler.config, **changes) if changes else scheduler
 
 
 CogView2Pipeline.__module__ = "cogview_pipelines"

@@ -1,0 +1,381 @@
+"""What the pipelines share: components, settings, text, and the stages of super-resolution."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import logging
+from transformers import PreTrainedModel, PreTrainedTokenizer
+
+from .. import sequences
+from ..generation import Sampler, refine
+from ..sampling import Generators, sample_cluster_tokens
+from ..schedulers.scheduling_lopar import LoPARScheduler
+
+logger = logging.get_logger(__name__)
+
+# The released values; a style preset or a call argument overrides them. Super-resolution defaults are its schedulers'
+# own.
+DEFAULT_SETTINGS = {
+    "text_attention_bias": 1.4,
+    "guidance_scale": 1.0,
+    "temperature": 1.15,
+    "top_k_clusters": 16,
+    "cluster_temperature": 1.0,
+    "direct_sr_temperature": None,
+    "direct_sr_top_k_clusters": None,
+    "direct_sr_cluster_temperature": None,
+    "iterative_sr_temperature": None,
+    "iterative_sr_top_k": None,
+    "num_lopar_steps": None,
+}
+DEFAULT_MAX_BATCH_SIZE = 8
+
+Callback = Callable[[DiffusionPipeline, int, int, dict], None]
+PromptTranslator = Callable[[str], str]
+
+
+class CogView2PipelineBase(DiffusionPipeline):
+    """
+    Components and stages of the pipelines that make pictures; [`CogView2Pipeline`] describes the arguments.
+
+    All of these pipelines can be made from one another by `from_pipe`, which shares the components.
+    """
+
+    model_cpu_offload_seq = "transformer->direct_sr_transformer->iterative_sr_transformer->vqvae"
+    _optional_components = [  # noqa: RUF012 - diffusers adds lists to it
+        "direct_sr_transformer",
+        "iterative_sr_transformer",
+        "direct_sr_scheduler",
+        "iterative_sr_scheduler",
+    ]
+    _callback_tensor_inputs = ("tokens",)
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizer,
+        transformer: PreTrainedModel,
+        vqvae: PreTrainedModel,
+        direct_sr_transformer: PreTrainedModel | None = None,
+        iterative_sr_transformer: PreTrainedModel | None = None,
+        direct_sr_scheduler: LoPARScheduler | None = None,
+        iterative_sr_scheduler: LoPARScheduler | None = None,
+        compression_rate: int = 8,
+        styles: dict[str, dict] | None = None,
+        default_style: str | None = None,
+    ):
+        super().__init__()
+        if direct_sr_transformer is not None and direct_sr_transformer.config.shares_backbone:
+            direct_sr_transformer.share_backbone(transformer)
+        self.register_modules(
+            tokenizer=tokenizer,
+            transformer=transformer,
+            vqvae=vqvae,
+            direct_sr_transformer=direct_sr_transformer,
+            iterative_sr_transformer=iterative_sr_transformer,
+            direct_sr_scheduler=direct_sr_scheduler,
+            iterative_sr_scheduler=iterative_sr_scheduler,
+        )
+        self.register_to_config(compression_rate=compression_rate, styles=styles or {}, default_style=default_style)
+        self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "CogView2PipelineBase":
+        """
+        This pipeline with the components of another one: the same objects, so that nothing is loaded or copied.
+
+        Unlike that of diffusers, which makes everything float32 by default, this leaves the number format of the
+        shared weights alone.
+
+        Args:
+            pipeline (`DiffusionPipeline`): One of this package's pipelines.
+            kwargs: Components and settings to replace.
+
+        Raises:
+            ValueError: If the other pipeline lacks a component that this one needs.
+        """
+        names, settings = cls._get_signature_keys(cls)
+        config = dict(pipeline.config)
+        # what an earlier `from_pipe` had no use for is kept with an underscore, and taken up again
+        found = {name.removeprefix("_"): value for name, value in config.items()}
+        found.update(pipeline.components)
+        given = {name: found[name] for name in (*names, *settings) if name in found} | kwargs
+        missing = [name for name in names if given.get(name) is None and name not in cls._optional_components]
+        if missing:
+            raise ValueError(
+                f"`pipeline` must have {names} for a `{cls.__name__}`, but this `{type(pipeline).__name__}` lacks "
+                f"{missing}. Pass them by name."
+            )
+        new = cls(**given)
+        unused = {name for name in config if name not in given and name not in pipeline.components}
+        new.register_to_config(**{f"_{name.removeprefix('_')}": config[name] for name in unused})
+        return new
+
+    @property
+    def layout(self) -> sequences.SequenceLayout:
+        """Where things stand in the transformer's sequences."""
+        return self.transformer.config.layout
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Height and width in pixels of the pictures this pipeline can make: low resolution, then super-resolved."""
+        rate = self.config.compression_rate
+        grids = [self.transformer.config.image_grid]
+        if self.direct_sr_transformer is not None:
+            grids.append(self.direct_sr_transformer.config.fine_grid)
+        return [(rows * rate, columns * rate) for rows, columns in grids]
+
+    # Stages ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def _cluster_labels(self) -> torch.Tensor:
+        return self.vqvae.cluster_labels.to(self._execution_device)
+
+    def _cluster_sampler(self, settings: dict) -> Sampler:
+        """The sampler of the low-resolution tokens."""
+        return functools.partial(
+            sample_cluster_tokens,
+            cluster_labels=self._cluster_labels,
+            num_clusters=self.vqvae.config.num_clusters,
+            temperature=settings["temperature"],
+            top_k_clusters=settings["top_k_clusters"],
+            cluster_temperature=settings["cluster_temperature"],
+        )
+
+    def _super_resolve(
+        self,
+        texts: list[list[int]],
+        tokens: torch.Tensor,
+        generators: list[torch.Generator],
+        schedulers: list[tuple[str, LoPARScheduler]],
+        notify: "Notifier",
+        known: torch.Tensor | None = None,
+        cell_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Low-resolution tokens to fine ones, `(batch_size, rows, columns)` each.
+
+        With `known` fine tokens and a `cell_mask` of shape `(rows, columns)`, only cells in the mask are new.
+        """
+        for stage, scheduler in schedulers:
+            model = getattr(self, stage)
+            slots = model.config.num_text_slots
+            direct = model.config.super_resolution == "direct"
+            if direct:
+                cut = [text[: slots - 1] for text in texts]
+                context = sequences.direct_super_resolution(cut, tokens.cpu(), slots, model.config.layout)
+            else:
+                context = sequences.iterative_super_resolution(texts, slots)
+            tokens = refine(
+                model,
+                scheduler,
+                context,
+                None if direct else tokens,
+                cluster_labels=self._cluster_labels,
+                cell_mask=None if direct else cell_mask,
+                generator=generators,
+                device=self._execution_device,
+                callback=functools.partial(notify, stage),
+            )
+            if direct and known is not None:  # direct super-resolution reads no fine tokens
+                tokens = torch.where(cell_mask.to(tokens.device), tokens, known.to(tokens.device))
+        return tokens
+
+    def _decode_pixels(self, tokens: torch.Tensor, batch_size: int) -> torch.Tensor:
+        """`(num_images, rows, columns)` tokens to float32 pixels in [0, 1], `(num_images, 3, height, width)`."""
+        rate = self.config.compression_rate
+        images = torch.cat([self.vqvae.decode(part, rate).sample for part in tokens.split(batch_size)])
+        return images.float().clamp(0, 1)
+
+    def _decode(self, tokens: torch.Tensor, output_type: str, batch_size: int):
+        if output_type == "latent":
+            return tokens
+        return self.image_processor.postprocess(self._decode_pixels(tokens, batch_size), output_type)
+
+    def _encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels in [0, 1], `(num_images, 3, height, width)`, to `(num_images, rows, columns)` tokens."""
+        pixels = pixels.to(self._execution_device, self.vqvae.dtype)
+        return self.vqvae.encode(pixels, self.config.compression_rate).tokens
+
+    # Arguments -------------------------------------------------------------------------------------------------------
+
+    def _check_tensor_inputs(self, tensor_inputs: Sequence[str]) -> None:
+        unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` may name {self._callback_tensor_inputs}, but names {unknown}."
+            )
+
+    def _settings(self, style: str | None, **given) -> dict:
+        """Call arguments over the style's settings over the defaults; nothing is kept for the next call."""
+        preset = {name: value for name, value in self._preset(style).items() if name != "suffix"}
+        unknown = set(preset) - set(DEFAULT_SETTINGS)
+        if unknown:
+            raise ValueError(
+                f"The style {style or self.config.default_style!r} has unknown settings: {sorted(unknown)}."
+            )
+        settings = {
+            **DEFAULT_SETTINGS,
+            **preset,
+            **{name: value for name, value in given.items() if value is not None},
+        }
+        for name, value in settings.items():
+            if name.endswith("temperature") and value is not None and not value > 0:
+                raise ValueError(f"`{name}` must be above 0, but is {value}.")
+        if not settings["top_k_clusters"] >= 1:
+            raise ValueError(f"`top_k_clusters` must be at least 1, but is {settings['top_k_clusters']}.")
+        if not settings["guidance_scale"] >= 0:
+            raise ValueError(f"`guidance_scale` must not be negative, but is {settings['guidance_scale']}.")
+        return settings
+
+    def _preset(self, style: str | None) -> dict:
+        style = self.config.default_style if style is None else style
+        if style is None:
+            return {}
+        if style not in self.config.styles:
+            raise ValueError(f"`style` must be one of {sorted(self.config.styles)}, but is {style!r}.")
+        return self.config.styles[style]
+
+    def _schedulers(self, settings: dict) -> list[tuple[str, LoPARScheduler]]:
+        """The super-resolution stages of this call, with its settings in their schedulers."""
+        direct = {
+            "temperature": settings["direct_sr_temperature"],
+            "top_k": settings["direct_sr_top_k_clusters"],
+            "cluster_temperature": settings["direct_sr_cluster_temperature"],
+        }
+        stages = [("direct_sr_transformer", _configure(self.direct_sr_scheduler, direct))]
+        num_steps = settings["num_lopar_steps"]
+        if self.iterative_sr_transformer is not None and num_steps != 0:
+            scheduler = self.iterative_sr_scheduler
+            if num_steps is not None:
+                scheduler = scheduler.with_num_steps(num_steps)
+            iterative = {"temperature": settings["iterative_sr_temperature"], "top_k": settings["iterative_sr_top_k"]}
+            stages.append(("iterative_sr_transformer", _configure(scheduler, iterative)))
+        return stages
+
+    def _encode_prompts(self, prompts: list[str], style: str | None, super_resolve: bool) -> list[list[int]]:
+        """Token ids of each prompt with the suffix of its style."""
+        suffix = self._preset(style).get("suffix", "")
+        model = self.direct_sr_transformer if self.transformer is None else self.transformer
+        texts, longest = [], model.config.max_text_tokens
+        for prompt in prompts:
+            own_suffix = suffix if isinstance(suffix, str) else suffix[self.tokenizer.language(prompt)]
+            text = self.tokenizer.encode(prompt + own_suffix)
+            if len(text) > longest:
+                raise ValueError(
+                    f"`prompt` may have {longest} tokens with its style, but {prompt!r} has {len(text)}. Shorten it."
+                )
+            texts.append(text)
+        if super_resolve and max(map(len, texts)) >= self.direct_sr_transformer.config.num_text_slots:
+            slots = self.direct_sr_transformer.config.num_text_slots - 1
+            logger.warning(
+                f"Direct super-resolution reads the first {slots} tokens of a prompt; the longest has more."
+            )
+        return texts
+
+    def _encode_negative_prompt(self, negative_prompt: str, guidance_scale: float) -> list[int] | None:
+        """Token ids of what guidance leads away from; `None` if there is no guidance."""
+        if not isinstance(negative_prompt, str):
+            raise ValueError(f"`negative_prompt` must be a string, but is {negative_prompt!r}.")
+        if guidance_scale == 1:
+            if negative_prompt.strip():
+                raise ValueError("`negative_prompt` has no effect without `guidance_scale` above 1. Set it.")
+            return None
+        text, longest = self.tokenizer.encode(negative_prompt), self.transformer.config.max_text_tokens
+        if len(text) > longest:
+            raise ValueError(f"`negative_prompt` may have {longest} tokens, but has {len(text)}. Shorten it.")
+        return text
+
+
+class Notifier:
+    """Counts the steps of one batch, for the progress bar and the caller's callback."""
+
+    def __init__(
+        self, pipe: DiffusionPipeline, progress, callback: Callback | None, tensor_inputs: Sequence[str], step: int = 0
+    ):
+        self.pipe, self.progress, self.callback, self.tensor_inputs = pipe, progress, callback, tensor_inputs
+        self.step = step
+
+    def __call__(self, stage: str, timestep: int, tokens: torch.Tensor) -> None:
+        self.progress.update()
+        if self.callback is not None:
+            tensors = {"tokens": tokens} if "tokens" in self.tensor_inputs else {}
+            self.callback(self.pipe, self.step, timestep, {"stage": stage, **tensors})
+        self.step += 1
+
+
+def check_prompts(prompt: str | Sequence[str], allow_empty: bool = False) -> list[str]:
+    """The prompts as a list, if they are strings."""
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, (list, tuple)) or not all(isinstance(text, str) for text in prompts):
+        raise ValueError(f"`prompt` must be a string or a list of strings, but is {prompt!r}.")
+    if not prompts or not (allow_empty or all(text.strip() for text in prompts)):
+        raise ValueError(f"`prompt` must not be empty, but is {prompt!r}. Say what the picture shows.")
+    return list(prompts)
+
+
+def translate(prompts: list[str], prompt_translator: PromptTranslator | None) -> list[str]:
+    """What the caller's translator makes of each prompt."""
+    if prompt_translator is None:
+        return prompts
+    translated = [prompt_translator(prompt) for prompt in prompts]
+    for prompt, text in zip(prompts, translated):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"`prompt_translator` must return a text, but made {text!r} of {prompt!r}.")
+    return translated
+
+
+def check_counts(**counts: int | None) -> None:
+    """Raise an error unless each of the named arguments is `None` or a whole number of at least 1."""
+    for name, value in counts.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"`{name}` must be a whole number of at least 1, but is {value!r}.")
+
+
+def check_output_type(output_type: str, possible: Sequence[str]) -> None:
+    """Raise an error unless the output type is one of those possible."""
+    if output_type not in possible:
+        raise ValueError(f"`output_type` must be one of {tuple(possible)}, but is {output_type!r}.")
+
+
+def one_generator_per_image(generator: Generators, num_images: int) -> list[torch.Generator]:
+    """A generator for each picture: the caller's, or new ones whose seeds come from the caller's, or from chance."""
+    if isinstance(generator, (list, tuple)):
+        if len(generator) != num_images or not all(isinstance(one, torch.Generator) for one in generator):
+            raise ValueError(
+                f"`generator` must be one generator or one per picture ({num_images}), but is {generator}."
+            )
+        return list(generator)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"`generator` must be a `torch.Generator` or a list of them, but is {generator!r}.")
+    if generator is not None and num_images == 1:
+        return [generator]
+    source = None if generator is None else generator
+    device = "cpu" if source is None else source.device
+    seeds = [int(torch.randint(2**63 - 1, (), generator=source, device=device)) for _ in range(num_images)]
+    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+
+def run_lengths(texts: list[list[int]]) -> tuple[list[list[int]], list[int]]:
+    """Neighbouring equal texts as one, with their numbers: each is encoded once."""
+    unique: list[list[int]] = []
+    repeats: list[int] = []
+    for text in texts:
+        if unique and unique[-1] == text:
+            repeats[-1] += 1
+        else:
+            unique.append(text)
+            repeats.append(1)
+    return unique, repeats
+
+
+def slices(length: int, size: int) -> list[slice]:
+    """`range(length)` in parts of at most `size`."""
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _configure(scheduler: LoPARScheduler, changes: dict) -> LoPARScheduler:
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return LoPARScheduler.from_config(scheduler.config, **changes) if changes else scheduler
