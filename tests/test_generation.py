@@ -140,6 +140,60 @@ def test_text_attention_bias_changes_the_image_of_a_seed():
     assert not torch.equal(*images)
 
 
+def write_guided(model, texts, guidance_scale, sampler=cluster_sampler, repeats=1, **arguments):
+    """Text-to-image away from the empty text."""
+    layout = model.config.layout
+    return generate(
+        model,
+        text_to_image([*texts, *([] for _ in texts)], layout),
+        sampler,
+        torch.full((len(texts) * repeats, LENGTH), TO_GENERATE),
+        layout.image_positions,
+        num_images_per_context=repeats,
+        text_attention_bias=1.4,
+        guidance_scale=guidance_scale,
+        **arguments,
+    )
+
+
+@torch.no_grad()
+def test_guidance_leads_from_the_logits_of_the_empty_text_past_those_of_the_text():
+    model, texts = make_coglm(), make_texts([3, 5])
+    seen = []
+
+    def sampler(logits, noise):
+        seen.append(logits)
+        return cluster_sampler(logits, noise)
+
+    tokens = write_guided(model, texts, 2.5, sampler, generator=generators(1, 2))
+
+    def whole_logits(texts):
+        whole = text_to_image(texts, model.config.layout, tokens)
+        arguments = (whole.input_ids, whole.position_ids, whole.attention_mask, whole.text_mask, 1.4)
+        return model(*arguments).logits[:, -LENGTH - 1 : -1]
+
+    with_text, without = whole_logits(texts), whole_logits([[], []])
+    expected = without + 2.5 * (with_text - without)
+    torch.testing.assert_close(torch.stack(seen, 1), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_guidance_of_one_is_none_and_of_zero_ignores_the_text():
+    model, texts = make_coglm(), make_texts([3, 5])
+    plain = write_images(model, texts, generator=generators(1, 2))
+    assert torch.equal(write_guided(model, texts, 1.0, generator=generators(1, 2)), plain)
+    empty = write_images(model, [[], []], generator=generators(1, 2))
+    assert torch.equal(write_guided(model, texts, 0.0, generator=generators(1, 2)), empty)
+    assert not torch.equal(write_guided(model, texts, 3.0, generator=generators(1, 2)), plain)
+
+
+def test_one_guided_image_alone_is_the_one_in_a_batch():
+    model, texts = make_coglm(), make_texts([3, 0, 6])
+    together = write_guided(model, texts, 2.0, repeats=2, generator=generators(*range(6)))
+    for row in range(6):
+        alone = write_guided(model, [texts[row // 2]], 2.0, generator=generators(row))
+        assert torch.equal(alone[0], together[row])
+
+
 def test_generate_leaves_its_arguments_alone():
     model, texts = make_coglm(), make_texts([2])
     context, entries = text_to_image(texts, model.config.layout), torch.full((1, LENGTH), TO_GENERATE)
