@@ -34,15 +34,38 @@ class AssembleConfig:
     compression_rate: int = field(default=8, metadata={"help": "Pixels per token along each side."})
     styles: str = field(default="{}", metadata={"help": "JSON: style presets by name."})
     default_style: str | None = field(default=None, metadata={"help": "The preset used when a call names none."})
-    dtype: str = field(default="float16", metadata={"help": "Type of the stored weights."})
+    dtype: str = field(
+        default="float16",
+        metadata={"help": "Type of the stored weights.", "choices": ["float32", "float16", "bfloat16"]},
+    )
     files: str = field(default="{}", metadata={"help": "JSON: files to copy beside, by their names there."})
     config: str | None = field(
         default=None, metadata={"help": "YAML file with any of these options; the command line wins over it."}
     )
 
 
+def read_json(config: AssembleConfig, name: str) -> dict:
+    """The object that an option holds as JSON."""
+    try:
+        value = json.loads(getattr(config, name))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`{name}` must be JSON, but is {getattr(config, name)!r}: {error}.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"`{name}` must be a JSON object, but is {value!r}.")
+    return value
+
+
 def main(arguments: list[str] | None = None) -> CogView2Pipeline:
     config = parse_config(AssembleConfig, arguments, description=__doc__)
+    options = {name: read_json(config, name) for name in ("direct_sr_scheduler", "iterative_sr_scheduler")}
+    styles, files = read_json(config, "styles"), read_json(config, "files")
+    if config.default_style is not None and config.default_style not in styles:
+        raise ValueError(
+            f"`default_style` must be one of the `styles` {list(styles)}, but is {config.default_style!r}."
+        )
+    for source in files.values():
+        if not Path(source).is_file():
+            raise ValueError(f"`files` names {source}, which is no file.")
     dtype = getattr(torch, config.dtype)
     transformer = CogLMModel.from_pretrained(config.transformer, dtype=dtype)
     parts = {}
@@ -50,18 +73,18 @@ def main(arguments: list[str] | None = None) -> CogView2Pipeline:
         folder = getattr(config, f"{stage}_transformer")
         if folder is not None:
             parts[f"{stage}_transformer"] = CogLMModel.from_pretrained(folder, dtype=dtype)
-            parts[f"{stage}_scheduler"] = LoPARScheduler(**json.loads(getattr(config, f"{stage}_scheduler")))
+            parts[f"{stage}_scheduler"] = LoPARScheduler(**options[f"{stage}_scheduler"])
     pipeline = CogView2Pipeline(
         IcetkTokenizer.from_pretrained(config.tokenizer),
         transformer,
         IcetkVQModel.from_pretrained(config.vqvae, dtype=dtype),
         **parts,
         compression_rate=config.compression_rate,
-        styles=json.loads(config.styles),
+        styles=styles,
         default_style=config.default_style,
     )
     pipeline.save_pretrained(config.output_dir)
-    for name, source in json.loads(config.files).items():
+    for name, source in files.items():
         shutil.copyfile(source, Path(config.output_dir) / name)
     return pipeline
 

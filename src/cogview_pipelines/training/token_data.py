@@ -73,6 +73,9 @@ class TokenData:
                 )
                 weights.append(weight)
         low, fine = tensors.get("low"), tensors.get("fine")
+        if low is None or not sum(weights):
+            what = "tensor `low`" if low is None else "pictures of a `weight` above 0"
+            raise ValueError(f"`data` has no {what} in {folder}.")
         for name, value in (("low", low), ("fine", fine)):
             if value is not None and len(value) != len(captions):
                 raise ValueError(
@@ -80,8 +83,6 @@ class TokenData:
                 )
             if value is not None and not 0 <= int(value.min()) <= int(value.max()) < tokenizer.num_image_tokens:
                 raise ValueError(f"`data` has tokens in `{name}` outside of 0..{tokenizer.num_image_tokens - 1}.")
-        if low is None or not captions:
-            raise ValueError(f"`data` has no {'tensor `low`' if low is None else 'pictures'} in {folder}.")
         return cls(low, fine, captions, torch.tensor(weights))
 
     def require_fit(self, model_config: CogLMConfig, tokenizer: IcetkTokenizer) -> "TokenData":

@@ -1,0 +1,109 @@
+"""`training_scripts/assemble_pipeline.py`: parts as the training scripts leave them become a pipeline that draws."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cogview_pipelines import CogLMModel, CogView2Pipeline
+
+from .conftest import WINDOWS, as_arguments, load_script
+
+
+@pytest.fixture(scope="module")
+def parts(tokenizer_folder, vqvae_folder, coglm_folder, token_folder, tmp_path_factory):
+    """Both super-resolution stages after one step, and what they were made from."""
+    runs = tmp_path_factory.mktemp("runs")
+    for stage, slots in (("direct_sr", 30), ("iterative_sr", 4)):
+        options = {
+            "output_dir": runs / stage,
+            "data": token_folder,
+            "tokenizer": tokenizer_folder,
+            "transformer": coglm_folder,
+            "model": {"num_text_slots": slots, **WINDOWS},
+            "batch_size": 2,
+            "max_steps": 1,
+        }
+        load_script(f"train_{stage}").main(as_arguments(options))
+    return {
+        "tokenizer": tokenizer_folder,
+        "vqvae": vqvae_folder,
+        "transformer": coglm_folder,
+        "direct_sr_transformer": runs / "direct_sr/final",
+        "iterative_sr_transformer": runs / "iterative_sr/final",
+    }
+
+
+def test_the_folder_is_a_pipeline_that_makes_pictures(parts, tmp_path):
+    (tmp_path / "card.md").write_text("# A model\n")
+    script = load_script("assemble_pipeline")
+    (tmp_path / "pipeline.yaml").write_text(
+        "direct_sr_scheduler: {step_grid: [[1]], top_k: [5], cluster_temperature: 0.5}\n"
+        "iterative_sr_scheduler: {top_k: [3, 3, 2, 2, 1, 1]}\n"
+        "styles:\n"
+        "  none: {top_k_clusters: 3, text_attention_bias: 0.0}\n"
+        "  painted: {suffix: {en: ' red', zh: 红色}}\n"
+        "default_style: none\n"
+        f"files: {{README.md: {tmp_path / 'card.md'}}}\n",
+        encoding="utf-8",
+    )
+    options = {"config": tmp_path / "pipeline.yaml", "output_dir": tmp_path / "model", **parts}
+    assembled = script.main(as_arguments(options))
+    index = json.loads((tmp_path / "model/model_index.json").read_text())
+    assert {value[0] for value in index.values() if isinstance(value, list)} == {"cogview_pipelines"}
+    assert (tmp_path / "model/README.md").read_text() == "# A model\n"
+    for folder, is_stored in (("transformer", True), ("direct_sr_transformer", False)):
+        weights = load_file(tmp_path / f"model/{folder}/model.safetensors")
+        assert ("word_embeddings.weight" in weights) is is_stored
+        assert {value.dtype for value in weights.values()} == {torch.float16}
+
+    pipe = CogView2Pipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.sizes == [(32, 32), (96, 96)]
+    assert pipe.config.default_style == "none" and pipe.config.styles["painted"]["suffix"]["zh"] == "红色"
+    assert pipe.direct_sr_scheduler.config.cluster_temperature == 0.5
+    assert pipe.direct_sr_transformer.word_embeddings.weight is pipe.transformer.word_embeddings.weight
+    prompts = ["a tiger on a blue background", "一只老虎,蓝色背景"]
+    output = pipe(prompts, style="painted", generator=torch.Generator().manual_seed(0))
+    assert [image.size for image in output.images] == [(96, 96)] * 2
+    assembled.to(dtype=torch.float32).set_progress_bar_config(disable=True)
+    again = assembled(prompts, style="painted", generator=torch.Generator().manual_seed(0))
+    assert torch.equal(output.tokens, again.tokens)
+
+
+def test_super_resolution_may_be_left_out(parts, tmp_path):
+    kept = {name: parts[name] for name in ("tokenizer", "vqvae", "transformer")}
+    load_script("assemble_pipeline").main(as_arguments({"output_dir": tmp_path / "model", "dtype": "float32", **kept}))
+    pipe = CogView2Pipeline.from_pretrained(tmp_path / "model")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.sizes == [(32, 32)] and pipe.transformer.dtype == torch.float32
+    assert pipe("a cat", generator=torch.Generator().manual_seed(0)).images[0].size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"dtype": "float17"}, r"`dtype` must be one of \['float32', 'float16', 'bfloat16'\]"),
+        ({"files": {"README.md": "/nowhere/card.md"}}, "`files` names /nowhere/card.md, which is no file"),
+        ({"styles": "{none"}, r"`styles` must be JSON"),
+        ({"default_style": "nice"}, r"`default_style` must be one of the `styles` \[\], but is 'nice'"),
+    ],
+)
+def test_wrong_options_are_named_before_anything_is_written(parts, options, message, tmp_path, capsys):
+    arguments = as_arguments({"output_dir": tmp_path / "model", **parts, **options})
+    with pytest.raises((ValueError, SystemExit), match=None if "dtype" in options else message):
+        load_script("assemble_pipeline").main(arguments)
+    assert not (tmp_path / "model").exists()
+    if "dtype" in options:  # argparse says it
+        assert "invalid choice: 'float17'" in capsys.readouterr().err
+
+
+def test_a_direct_stage_of_another_coglm_is_refused(parts, tmp_path):
+    other = CogLMModel.from_pretrained(parts["transformer"])
+    other.config.hidden_size = 16
+    CogLMModel(other.config).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="`transformer` must have `hidden_size` = 32"):
+        load_script("assemble_pipeline").main(
+            as_arguments({**parts, "transformer": tmp_path / "other", "output_dir": tmp_path / "model"})
+        )

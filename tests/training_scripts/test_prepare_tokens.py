@@ -1,0 +1,187 @@
+"""`training_scripts/prepare_tokens.py`: pictures or emoji scenes become a token folder; what it says of bad input."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from cogview_pipelines import IcetkVQModel
+from cogview_pipelines.emoji import Scope, iterate_scenes, render
+from cogview_pipelines.training.token_data import TokenData
+
+from .conftest import as_arguments, load_script
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_script("prepare_tokens")
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Five picture files, of several kinds and shapes, and a line of captions for each."""
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 6, 8, 3), dtype=np.uint8)
+    names = ["a.png", "b.jpg", "c.webp", "more/d.png", "e.png"]
+    for index, name in enumerate(names):
+        image = Image.fromarray(pixels[index]).resize((64, 48), Image.Resampling.BILINEAR)
+        (image.convert("L") if name == "e.png" else image).save(folder / name)
+    rows = [
+        {"file": "a.png", "en": "a tiger", "zh": ["一只老虎", "老虎"]},
+        {"file": "b.jpg", "en": ["a cat"]},
+        {"file": "c.webp", "zh": "一棵树", "weight": 2},
+        {"file": "more/d.png", "en": "an apple", "id": 7},
+        {"file": "e.png", "en": "a car"},
+    ]
+    write_lines(folder, rows)
+    return folder
+
+
+def write_lines(folder, rows):
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    (folder / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@pytest.fixture
+def run(script, pictures, vqvae_folder, tmp_path):
+    def call(**options):
+        options = {
+            "image_folder": pictures,
+            "captions": pictures / "captions.jsonl",
+            "vqvae": vqvae_folder,
+            "low_size": 32,
+            "fine_size": 96,
+            "batch_size": 2,
+            "output_dir": tmp_path / "tokens",
+            **options,
+        }
+        script.main(as_arguments({name: value for name, value in options.items() if value is not None}))
+        return load_file(tmp_path / "tokens" / "tokens.safetensors")
+
+    return call
+
+
+def test_a_folder_of_pictures_becomes_tokens_with_their_captions(run, pictures, vqvae_folder, tokenizer, tmp_path):
+    tensors = run()
+    assert {name: tuple(value.shape) for name, value in tensors.items()} == {"low": (5, 4, 4), "fine": (5, 12, 12)}
+    data = TokenData.load(tmp_path / "tokens", tokenizer)
+    assert [list(texts) for texts in data.captions] == [["en", "zh"], ["en"], ["zh"], ["en"], ["en"]]
+    assert data.captions[0]["zh"] == [tokenizer.encode("一只老虎"), tokenizer.encode("老虎")]
+    assert data.captions[3]["en"] == [tokenizer.encode("an apple")]
+    assert data.weights.tolist() == [1, 1, 2, 1, 1]
+    # each line has the tokens of its own picture: cut to the square in the middle, scaled to the size
+    vqvae = IcetkVQModel.from_pretrained(vqvae_folder).eval()
+    for index, name in enumerate(["a.png", "b.jpg", "c.webp", "more/d.png", "e.png"]):
+        image = Image.open(pictures / name).convert("RGB").crop((8, 0, 56, 48)).resize((32, 32), Image.BICUBIC)
+        pixels = torch.from_numpy(np.array(image)).movedim(-1, 0)[None].float() / 255
+        with torch.no_grad():
+            same = (vqvae.encode(pixels, 8).tokens == data.low).sum((1, 2))
+        assert same.argmax() == index and same[index] >= 15  # of 16: a batch may round a near tie another way
+
+
+def test_low_resolution_alone_and_options_from_a_file(run, tmp_path):
+    (tmp_path / "tokens.yaml").write_text("low_size: 16\nfine_size: 0\n")
+    tensors = run(config=tmp_path / "tokens.yaml", low_size=None, fine_size=None)
+    assert {name: tuple(value.shape) for name, value in tensors.items()} == {"low": (5, 2, 2)}
+
+
+def test_a_float16_image_tokenizer_gives_the_tokens_of_its_weights_in_float32(run, vqvae_folder, tmp_path):
+    half = IcetkVQModel.from_pretrained(vqvae_folder).half()
+    half.save_pretrained(tmp_path / "half")
+    half.float().save_pretrained(tmp_path / "rounded")
+    tokens = [run(vqvae=tmp_path / name)["low"] for name in ("half", "rounded")]
+    assert torch.equal(*tokens)
+
+
+def test_emoji_scenes_of_the_scope_are_encoded_singles_as_likely_as_pairs(run, vqvae_folder, tokenizer, tmp_path):
+    scope = Scope(("1f431", "1f42f", "1f34e"), ("noto",), ("blue", "white"), ("single", "pair"))
+    scope.save(tmp_path / "scope.json")
+    options = {"image_folder": None, "captions": None, "scope": tmp_path / "scope.json", "max_pairs": 3}
+    tensors = run(low_size=80, fine_size=240, batch_size=8, **options)
+    data = TokenData.load(tmp_path / "tokens", tokenizer)
+    singles = list(iterate_scenes(scope, "single", "train"))
+    assert len(tensors["low"]) == len(singles) + 3 == len(data)
+    assert tensors["low"].shape[1:] == (10, 10) and tensors["fine"].shape[1:] == (30, 30)
+    assert data.weights[: len(singles)].sum().item() == pytest.approx(data.weights[len(singles) :].sum().item())
+    lines = [json.loads(line) for line in (tmp_path / "tokens/captions.jsonl").open(encoding="utf-8")]
+    assert all(line["en"] and line["zh"] for line in lines)
+    noun = {"1f431": "cat", "1f42f": "tiger", "1f34e": "apple"}[singles[0].objects[0]]
+    assert noun in lines[0]["en"][0] and singles[0].background in lines[0]["en"][0]
+    pixels = torch.from_numpy(np.array(render(singles[0], 80))).movedim(-1, 0)[None].float() / 255
+    vqvae = IcetkVQModel.from_pretrained(vqvae_folder).eval()
+    with torch.no_grad():
+        assert torch.equal(vqvae.encode(pixels, 8).tokens[0], tensors["low"][0].long())
+
+
+def test_pictures_are_read_as_people_see_them(tmp_path):
+    from cogview_pipelines.training.pictures import read_picture
+
+    image = Image.new("RGB", (4, 2), "red")
+    exif = image.getexif()
+    exif[0x0112] = 6  # taken with the camera turned by 90 degrees
+    image.save(tmp_path / "turned.png", exif=exif)
+    assert read_picture(tmp_path / "turned.png").size == (2, 4)
+    Image.new("RGBA", (2, 2), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert read_picture(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    Image.new("1", (2, 2), 1).save(tmp_path / "bits.png")
+    assert read_picture(tmp_path / "bits.png").mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"file": "a.png"}', r"Line 3 of .*captions\.jsonl must be an object with captions"),
+        ('{"en": "a cat"}', r"Line 3 of .*captions\.jsonl must name a picture in `file`"),
+        ('{"file": "z.png", "en": "a cat"}', r"Line 3 of .*captions\.jsonl names 'z\.png', which is not in"),
+        ('{"file": "a.png", "en": ["a", 1]}', r"Line 3 of .*captions\.jsonl must have a text or a list of texts in"),
+        ('{"file": "a.png", "en": "a", "weight": -1}', r"Line 3 of .* number of at least 0 as `weight`, but has -1"),
+        ("not JSON", r"Line 3 of .*captions\.jsonl is no JSON .*'not JSON'"),
+        ("[1]", r"Line 3 of .*captions\.jsonl must be an object"),
+    ],
+)
+def test_a_bad_line_is_named_before_any_work(run, pictures, line, message, tmp_path):
+    write_lines(pictures, [{"file": "a.png", "en": "a tiger"}, "", line])  # empty lines count, as in an editor
+    with pytest.raises(ValueError, match=message):
+        run()
+    assert not (tmp_path / "tokens/tokens.safetensors").exists()
+
+
+@pytest.mark.parametrize("damage", ["not a picture", "cut off"])
+def test_an_unreadable_picture_is_named_or_left_out(run, pictures, damage, tokenizer, tmp_path, caplog):
+    path = pictures / "b.jpg"
+    path.write_bytes(b"text" if damage == "not a picture" else path.read_bytes()[:-300])
+    with pytest.raises(ValueError, match=r"Line 2 of .*captions\.jsonl: .*b\.jpg cannot be read .*--skip_unreadable"):
+        run()
+    with caplog.at_level(logging.WARNING):
+        tensors = run(skip_unreadable=True)
+    assert "Line 2" in caplog.text and "b.jpg" in caplog.text
+    assert len(tensors["low"]) == 4
+    assert [list(texts) for texts in TokenData.load(tmp_path / "tokens", tokenizer).captions][1] == ["zh"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"captions": "/nowhere/captions.jsonl"}, r"`captions` must be a JSONL file, .* /nowhere/captions\.jsonl"),
+        ({"captions": None}, "`captions` is missing: pictures need captions"),
+        ({"image_folder": None}, "`image_folder` is missing"),
+        ({"image_folder": "/nowhere"}, "`image_folder` must be a folder of pictures, but there is none at /nowhere"),
+        ({"low_size": 30}, "`low_size` must be a multiple of `compression_rate` 8, but is 30"),
+        ({"fine_size": 80}, "`fine_size` must be a multiple of `low_size` 32, but is 80"),
+        ({"compression_rate": 16}, r"`compression_rate` must be one of \[8\], which `vqvae` has, but is 16"),
+    ],
+)
+def test_options_that_cannot_work_are_named(run, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(**options)
+
+
+def test_an_output_folder_that_cannot_be_written_is_found_at_once(run, pictures, monkeypatch):
+    monkeypatch.setattr(IcetkVQModel, "encode", lambda *_: pytest.fail("worked before looking at the output folder"))
+    with pytest.raises(OSError):
+        run(output_dir=pictures / "a.png" / "tokens")

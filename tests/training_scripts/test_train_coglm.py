@@ -1,0 +1,166 @@
+"""`training_scripts/train_coglm.py`: which samples it draws, and what it starts from. Resuming: test_resuming.py."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cogview_pipelines import CogLMModel
+from cogview_pipelines.sequences import IGNORED_LABEL
+from cogview_pipelines.training.token_data import TokenData
+
+from ..utils import captions, make_coglm, token_config
+from .conftest import COGLM, as_arguments, load_script, metrics
+
+IMAGE_LENGTH = 16
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_script("train_coglm")
+
+
+@pytest.fixture(scope="module")
+def data(token_folder, tokenizer):
+    return TokenData.load(token_folder, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def make_batch(script, data, tokenizer):
+    """A batch, given options of the script, of the model, and the draw."""
+
+    def make(draw=(0, 0, 0), max_text_tokens=30, **options):
+        config = script.CogLMTrainConfig(
+            output_dir="unused", data="unused", tokenizer="unused", batch_size=64, patch_size=2, **options
+        )
+        model_config = make_coglm(**token_config(tokenizer), max_text_tokens=max_text_tokens).config
+        return script.make_batch(config, model_config, tokenizer, data, draw)
+
+    return make
+
+
+def test_a_batch_depends_on_the_draw_alone(make_batch):
+    for draw in ((0, 0, 0), (7, 1, 3)):
+        assert torch.equal(make_batch(draw).input_ids, make_batch(draw).input_ids)
+    batches = [make_batch(draw) for draw in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
+    batches.append(make_batch(seed=1))
+    assert len({tuple(batch.input_ids.flatten().tolist()) for batch in batches}) == 5
+
+
+def test_text_to_image_predicts_the_whole_image_and_no_text(make_batch, data, tokenizer):
+    batch = make_batch(caption_probability=0.0)
+    assert (batch.input_ids[:, -IMAGE_LENGTH - 1] == tokenizer.boi_token_id).all()
+    assert torch.equal(batch.labels[:, -IMAGE_LENGTH - 1 : -1], batch.input_ids[:, -IMAGE_LENGTH:])
+    assert (batch.labels[:, : -IMAGE_LENGTH - 1] == IGNORED_LABEL).all()
+    pictures = {tuple(picture.flatten().tolist()) for picture in data.low}
+    assert {tuple(row.tolist()) for row in batch.input_ids[:, -IMAGE_LENGTH:]} <= pictures
+
+
+def test_captioning_predicts_text_after_the_start_token_of_its_language(make_batch, tokenizer):
+    batch = make_batch(caption_probability=1.0)
+    starts = {"en": tokenizer.start_of_english_id, "zh": tokenizer.start_of_chinese_id}
+    known = {tuple(tokenizer.encode(text)): tokenizer.language(text) for text in captions()}
+    seen = set()
+    for ids, labels in zip(batch.input_ids, batch.labels):
+        text = labels[: -IMAGE_LENGTH - 1]
+        text = tuple(text[text != IGNORED_LABEL].tolist())
+        assert tuple(ids[1 : len(text) + 1].tolist()) == text
+        if text in known:  # the fixture has one more wording
+            seen.add(known[text])
+            assert ids[0] == starts[known[text]]
+    assert seen == {"en", "zh"}
+    assert (batch.labels[:, -IMAGE_LENGTH:] != IGNORED_LABEL).any(1).all()  # and masked patches, at once
+
+
+def test_the_share_of_captioning_is_what_was_asked_for(make_batch, tokenizer):
+    shares = []
+    for step in range(16):
+        batch = make_batch((step, 0, 0), caption_probability=0.25)
+        is_generation = batch.input_ids[:, -IMAGE_LENGTH - 1] == tokenizer.boi_token_id
+        shares.append(1 - is_generation.float().mean())
+    assert torch.tensor(shares).mean().item() == pytest.approx(0.25, abs=0.05)  # three sigma: 0.04
+
+
+def test_dropped_texts_are_empty_and_only_text_to_image_drops_them(make_batch, tokenizer):
+    batch = make_batch(caption_probability=0.0, drop_text_probability=1.0)
+    assert (batch.input_ids[:, : -IMAGE_LENGTH - 1] == tokenizer.pad_token_id).all()
+    assert not batch.text_mask.any()
+    assert (make_batch(caption_probability=1.0, drop_text_probability=1.0).text_mask.sum(1) > 1).all()
+    some = make_batch(caption_probability=0.0, drop_text_probability=0.5).text_mask.any(1).float().mean()
+    assert 0.2 < some < 0.8
+    assert make_batch(caption_probability=0.0).text_mask.any(1).all()
+
+
+def test_captions_are_cut_to_what_the_model_takes(make_batch):
+    whole, cut = make_batch(caption_probability=0.0), make_batch(caption_probability=0.0, max_text_tokens=6)
+    assert whole.text_mask.sum(1).max() > 6
+    assert cut.input_ids.shape[1] == 6 + 1 + IMAGE_LENGTH
+    assert torch.equal(cut.text_mask.sum(1), whole.text_mask.sum(1).clamp(max=6))
+    assert torch.equal(cut.input_ids[:, :6], whole.input_ids[:, :6])
+
+
+def test_image_and_text_loss_are_parts_of_the_loss(script, make_batch, tokenizer):
+    model = make_coglm(**token_config(tokenizer))
+    batch = make_batch(caption_probability=0.5)
+    with torch.no_grad():
+        loss, parts = script.compute_loss(model.config.num_image_tokens, model, batch)
+        logits = model(batch.input_ids, batch.position_ids, batch.attention_mask, full_vocabulary=True).logits
+    is_image = batch.labels[batch.labels != IGNORED_LABEL] < model.config.num_image_tokens
+    expected = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED_LABEL)
+    torch.testing.assert_close(loss, expected)
+    share = is_image.float().mean()
+    torch.testing.assert_close(loss, share * parts["image_loss"] + (1 - share) * parts["text_loss"])
+
+
+@pytest.fixture
+def run(script, tokenizer_folder, vqvae_folder, token_folder, tmp_path):
+    def call(**options):
+        return script.main(
+            as_arguments(
+                {
+                    "output_dir": tmp_path / "run",
+                    "data": token_folder,
+                    "tokenizer": tokenizer_folder,
+                    "vqvae": vqvae_folder,
+                    "batch_size": 2,
+                    "max_steps": 2,
+                    "warmup_steps": 0,
+                    "log_every_steps": 1,
+                    "patch_size": 2,
+                    **options,
+                }
+            )
+        )
+
+    return call
+
+
+def test_finetuning_a_float16_model_trains_in_float32(run, coglm_folder, tmp_path):
+    start = CogLMModel.from_pretrained(coglm_folder)
+    assert start.dtype == torch.float16
+    tuned = run(init_from=coglm_folder, learning_rate=1e-4)
+    assert tuned.dtype == torch.float32
+    differences = [
+        (value - start.state_dict()[name].float()).abs().max() for name, value in tuned.state_dict().items()
+    ]
+    assert 0 < max(differences) < 1e-3  # two small steps from there, not a new model
+    assert CogLMModel.from_pretrained(tmp_path / "run/final").dtype == torch.float32
+
+
+def test_sample_pictures_take_captions_that_are_too_long(run, tmp_path):
+    run(model={**COGLM, "max_text_tokens": 5}, sample_every_steps=1)
+    assert sorted(path.name for path in (tmp_path / "run/samples").iterdir()) == ["0000001.png", "0000002.png"]
+
+
+def test_the_models_shape_follows_data_and_tokenizer(run, tokenizer, tmp_path):
+    model = run(model=COGLM)
+    assert model.config.image_grid == (4, 4)
+    for name, value in token_config(tokenizer).items():
+        assert getattr(model.config, name) == value
+    assert {"loss", "image_loss", "text_loss", "learning_rate", "step"} <= metrics(tmp_path / "run")[0].keys()
+
+
+def test_a_tokenizer_of_another_model_is_an_error(run, tokenizer, tmp_path):
+    other = make_coglm(**{**token_config(tokenizer), "boi_token_id": 3})
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"`tokenizer` is not that of the model: its boi_token_id is \d+, .* 3"):
+        run(init_from=tmp_path / "other")

@@ -1,0 +1,131 @@
+"""`training_scripts/train_direct_sr.py`: what trains, what is saved, what it reads. Resuming: test_resuming.py."""
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from cogview_pipelines import CogLMModel
+from cogview_pipelines.sequences import direct_super_resolution
+from cogview_pipelines.training.token_data import TokenData
+
+from .conftest import WINDOWS, as_arguments, load_script
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_script("train_direct_sr")
+
+
+@pytest.fixture
+def run(script, tokenizer_folder, coglm_folder, token_folder, tmp_path):
+    def call(*flags, **options):
+        options = {
+            "output_dir": tmp_path / "run",
+            "data": token_folder,
+            "tokenizer": tokenizer_folder,
+            "transformer": coglm_folder,
+            "model": {"num_text_slots": 30, **WINDOWS},
+            "batch_size": 2,
+            "max_steps": 3,
+            "warmup_steps": 0,
+            "learning_rate": 1e-2,
+            **options,
+        }
+        return script.main([*as_arguments(options), *flags])
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def untrained(coglm_folder):
+    """The CogLM, in float32."""
+    return CogLMModel.from_pretrained(coglm_folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("options", [{}, {"optimizer": "muon", "weight_decay": 0.1}, {"ema_decay": 0.5}])
+def test_only_canvas_weights_train(run, untrained, options):
+    if options.get("optimizer") == "muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch < 2.9")
+    model = run(**options)
+    trained = dict(model.named_parameters())
+    start = CogLMModel.from_transformer(untrained, "direct", (12, 12), num_text_slots=30, **WINDOWS)
+    for name, value in start.named_parameters():
+        assert torch.equal(value, trained[name]) is ("canvas_" not in name), name
+
+
+def test_the_saved_file_holds_canvas_weights_only_and_borrows_the_rest(run, untrained, tmp_path):
+    model = run()
+    path = tmp_path / "run/final/model.safetensors"
+    with safe_open(path, "pt") as file:
+        names = set(file.keys())
+    assert names == {name for name, _ in model.named_parameters() if "canvas_" in name}
+
+    loaded = CogLMModel.from_pretrained(tmp_path / "run/final").eval()
+    texts = [[60, 61, 62], [57, 58]]
+    tokens = torch.zeros(2, 16, dtype=torch.long)
+    context = direct_super_resolution(texts, tokens, 30, loaded.config.layout)
+    canvas = torch.full((2, 144), loaded.config.boi_token_id)
+    inputs = (context.input_ids, context.position_ids, context.attention_mask)
+    with pytest.raises(ValueError, match="Lend it first"):
+        loaded(*inputs, canvas_ids=canvas)
+    loaded.share_backbone(untrained)
+    assert loaded.word_embeddings.weight is untrained.word_embeddings.weight
+    with torch.no_grad():
+        assert torch.equal(loaded(*inputs, canvas_ids=canvas).logits, model.eval()(*inputs, canvas_ids=canvas).logits)
+
+
+def test_with_train_backbone_everything_that_counts_trains_and_is_saved(run, untrained, tmp_path):
+    model = run("--train_backbone")
+    still = {
+        name
+        for name, value in untrained.named_parameters()
+        if torch.equal(value, dict(model.named_parameters())[name])
+    }
+    assert {name for name in still if not name.startswith("position_embeddings")} == {
+        "layers.1.attention.dense.weight",  # of no effect: the canvas reads only keys and values of the last layer
+        "layers.1.attention.dense.bias",
+    }
+    loaded = CogLMModel.from_pretrained(tmp_path / "run/final")
+    assert not loaded.config.shares_backbone
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+
+
+def test_every_trained_weight_gets_a_gradient(script, token_folder, tokenizer_folder, tokenizer, coglm_folder):
+    data = TokenData.load(token_folder, tokenizer)
+    for train_backbone in (False, True):
+        config = script.DirectSRTrainConfig(
+            output_dir="unused",
+            data="unused",
+            tokenizer="unused",
+            transformer=str(coglm_folder),
+            model='{"kernel_size": [5, 3], "cross_kernel_size": [3, 3]}',
+            train_backbone=train_backbone,
+            batch_size=2,
+        )
+        model = script.make_model(config, data)
+        loss, _ = script.canvas_loss(model, script.make_batch(config, model, data, (0, 0, 0)))
+        loss.backward()
+        for name, value in model.named_parameters():  # as distributed training demands
+            assert (value.grad is not None) is value.requires_grad, name
+
+
+def test_the_canvas_is_unknown_and_texts_are_as_long_as_in_generation(script, token_folder, tokenizer, coglm_folder):
+    data = TokenData.load(token_folder, tokenizer)
+    lengths = {}
+    for slots, max_text_tokens in ((30, 30), (8, 30), (96, 6)):
+        options = {"num_text_slots": slots, "max_text_tokens": max_text_tokens, **WINDOWS}
+        config = script.DirectSRTrainConfig(
+            output_dir="unused", data="unused", tokenizer="unused", transformer=str(coglm_folder), batch_size=40
+        )
+        model = CogLMModel.from_transformer(
+            CogLMModel.from_pretrained(coglm_folder, dtype=torch.float32), "direct", (12, 12), **options
+        )
+        batch = script.make_batch(config, model, data, (0, 0, 0))
+        lengths[slots] = int(batch.context.text_mask.sum(1).max())
+        assert (batch.canvas_ids == model.config.boi_token_id).all()
+        fine = {tuple(picture.flatten().tolist()): index for index, picture in enumerate(data.fine)}
+        for row, labels in zip(batch.context.input_ids, batch.labels):
+            index = fine[tuple(labels.tolist())]
+            assert torch.equal(row[slots:], data.low[index].flatten().long())
+    assert lengths[30] > 7 and lengths[8] == 7 and lengths[96] == 6
