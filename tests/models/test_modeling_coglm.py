@@ -31,6 +31,7 @@ from ..utils import (
     IMAGE_GRID,
     MAX_TEXT_TOKENS,
     NUM_IMAGE_TOKENS,
+    START_OF_CHINESE,
     START_OF_ENGLISH,
     VOCAB_SIZE,
     make_coglm,
@@ -145,6 +146,23 @@ def test_ids_and_positions_of_padding_do_not_matter():
     real = F.pad(~padding, (0, ids.shape[1] - padding.shape[1]), value=True)
     assert torch.equal(changed[real], expected[real])
     assert not torch.equal(changed[~real], expected[~real])
+
+
+@torch.no_grad()
+def test_captions_of_a_batch_score_as_each_alone():
+    model, image, texts = make_coglm(), make_image_tokens(3), make_texts([5, 2, 4])
+    starts = [START_OF_ENGLISH, START_OF_CHINESE, START_OF_ENGLISH]
+
+    def losses(rows):
+        sequence = caption(
+            image[rows], [starts[row] for row in rows], model.config.layout, [texts[row] for row in rows]
+        )
+        arguments = (sequence.input_ids, sequence.position_ids, sequence.attention_mask)
+        logits = model(*arguments, full_vocabulary=True).logits
+        return F.cross_entropy(logits.transpose(1, 2), sequence.labels, reduction="none").sum(1)
+
+    alone = torch.cat([losses([row]) for row in range(3)])
+    torch.testing.assert_close(losses([0, 1, 2]), alone, atol=1e-4, rtol=1e-5)
 
 
 @torch.no_grad()
