@@ -11,22 +11,19 @@ language or both, and perhaps a "weight" above or below 1 for pictures that shal
         --vqvae VQVAE --output_dir data/mine
 """
 
-import itertools
 import json
 import logging
-import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from cogview_pipelines import IcetkVQModel
 from cogview_pipelines.training.arguments import parse_config
-from cogview_pipelines.training.pictures import read_picture
+from cogview_pipelines.training.pictures import read_picture, to_bytes
 from cogview_pipelines.training.token_data import TokenData, parse_captions
 
 logger = logging.getLogger(__name__)
@@ -55,6 +52,9 @@ class PrepareConfig:
         metadata={"help": "Leave out pictures that cannot be read, with a warning, instead of stopping."},
     )
     batch_size: int = field(default=32, metadata={"help": "Pictures at a time."})
+    data_workers: int = field(
+        default=0, metadata={"help": "Processes that read or draw pictures ahead; 0: none beside this one."}
+    )
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Where to compute."})
     seed: int = field(default=0, metadata={"help": "Which emoji pairs are taken if not all are."})
     config: str | None = field(
@@ -62,56 +62,70 @@ class PrepareConfig:
     )
 
 
-def emoji_rows(config: PrepareConfig, sizes: list[int]) -> tuple[int, Iterator[tuple[list[Image.Image], dict]]]:
-    """Pictures at all sizes, and captions, of the training scenes; single objects as likely as pairs."""
-    from cogview_pipelines.emoji import LANGUAGES, Scope, SpriteSet, caption_variants, captions, iterate_scenes, render
+class EmojiPictures(Dataset):
+    """The training scenes of a scope, with captions in both languages; single objects as likely as pairs."""
 
-    scope = Scope.load(config.scope) if config.scope else Scope.small()
-    sprites = SpriteSet(config.sprites) if config.sprites else None
-    groups = [list(iterate_scenes(scope, layout, "train")) for layout in scope.layouts]
-    if config.max_pairs is not None:
-        groups = [
-            random.Random(config.seed).sample(group, config.max_pairs)
-            if group[0].layout == "pair" and len(group) > config.max_pairs
-            else group
-            for group in groups
-        ]
+    def __init__(self, config: PrepareConfig, sizes: list[int]):
+        from cogview_pipelines.emoji import Scope, SpriteSet
 
-    def rows():
-        for scene, weight in ((scene, 1 / len(group)) for group in groups for scene in group):
-            texts = {language: captions(scene, language) for language in LANGUAGES}
-            for language in LANGUAGES:  # mostly the templates, and other words for the same now and then
-                variants = caption_variants(scene, language)
-                full_stop = {"en": ".", "zh": "。"}[language]
-                sentences = [text + full_stop for text in (texts[language][0], variants["complete"][0])]
-                texts[language] = texts[language] * TEMPLATE_REPEATS + [
-                    *variants["complete"],
-                    *variants["no_style"],
-                    *sentences,
-                ]
-            yield [render(scene, size, sprites) for size in sizes], {**texts, "weight": weight}
+        self.config, self.sizes = config, sizes
+        self.sprites = SpriteSet(config.sprites) if config.sprites else None
+        scope = Scope.load(config.scope) if config.scope else Scope.small()
+        groups = [self._scenes(scope, layout) for layout in scope.layouts]
+        self.scenes = [(scene, 1 / len(group)) for group in groups for scene in group]
 
-    return sum(map(len, groups)), rows()
+    def _scenes(self, scope, layout):
+        from cogview_pipelines.emoji import iterate_scenes, sample_scenes
 
-
-def folder_rows(config: PrepareConfig, sizes: list[int]) -> tuple[int, Iterator[tuple[list[Image.Image], dict]]]:
-    """Pictures at all sizes, and captions, of the user's files; all lines are checked before the first is used."""
-    rows = read_captions_file(Path(config.captions), Path(config.image_folder))
-
-    def pictures():
-        for place, path, texts in rows:
+        if layout == "pair" and self.config.max_pairs is not None:
             try:
-                image = read_picture(path)
-            except ValueError as error:
-                if not config.skip_unreadable:
-                    raise ValueError(
-                        f"{place}: {error} Repair it, or leave such pictures out with `--skip_unreadable`."
-                    ) from error
-                logger.warning("%s: left out, %s", place, error)
-                continue
-            yield [ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC) for size in sizes], texts
+                return sample_scenes(scope, self.config.max_pairs, self.config.seed, layout, "train")
+            except ValueError:  # there are fewer
+                pass
+        return list(iterate_scenes(scope, layout, "train"))
 
-    return len(rows), pictures()
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> tuple[list[Image.Image], dict]:
+        from cogview_pipelines.emoji import LANGUAGES, caption_variants, captions, render
+
+        scene, weight = self.scenes[index]
+        texts = {language: captions(scene, language) for language in LANGUAGES}
+        for language in LANGUAGES:  # mostly the templates, and other words for the same now and then
+            variants = caption_variants(scene, language)
+            full_stop = {"en": ".", "zh": "。"}[language]
+            sentences = [text + full_stop for text in (texts[language][0], variants["complete"][0])]
+            texts[language] = texts[language] * TEMPLATE_REPEATS + [
+                *variants["complete"],
+                *variants["no_style"],
+                *sentences,
+            ]
+        return [render(scene, size, self.sprites) for size in self.sizes], {**texts, "weight": weight}
+
+
+class FolderPictures(Dataset):
+    """The user's files with their captions; all lines are checked before the first is used."""
+
+    def __init__(self, config: PrepareConfig, sizes: list[int]):
+        self.config, self.sizes = config, sizes
+        self.rows = read_captions_file(Path(config.captions), Path(config.image_folder))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[list[Image.Image], dict] | None:
+        place, path, texts = self.rows[index]
+        try:
+            image = read_picture(path)
+        except ValueError as error:
+            if not self.config.skip_unreadable:
+                raise ValueError(
+                    f"{place}: {error} Repair it, or leave such pictures out with `--skip_unreadable`."
+                ) from error
+            logger.warning("%s: left out, %s", place, error)
+            return None
+        return [ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC) for size in self.sizes], texts
 
 
 def read_captions_file(captions: Path, image_folder: Path) -> list[tuple[str, Path, dict]]:
@@ -161,6 +175,13 @@ def check_config(config: PrepareConfig, vqvae: IcetkVQModel) -> None:
         )
 
 
+def stack_pictures(rows: list[tuple | None]) -> tuple[int, list[torch.Tensor], list[dict]]:
+    """How many rows came, the pictures of each size as one tensor of bytes, and the captions."""
+    read = [row for row in rows if row is not None]
+    columns = zip(*(images for images, _ in read))
+    return len(rows), [torch.stack([to_bytes(image) for image in images]) for images in columns], [t for _, t in read]
+
+
 @torch.no_grad()
 def main(arguments: list[str] | None = None) -> None:
     config = parse_config(PrepareConfig, arguments, description=__doc__)
@@ -168,16 +189,16 @@ def main(arguments: list[str] | None = None) -> None:
     check_config(config, vqvae)
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)  # rather fail now than after hours of encoding
     sizes = {"low": config.low_size, **({"fine": config.fine_size} if config.fine_size else {})}
-    total, rows = (folder_rows if config.image_folder else emoji_rows)(config, list(sizes.values()))
+    pictures = (FolderPictures if config.image_folder else EmojiPictures)(config, list(sizes.values()))
+    batches = DataLoader(pictures, config.batch_size, num_workers=config.data_workers, collate_fn=stack_pictures)
     tokens, captions = {name: [] for name in sizes}, []
-    with tqdm(total=total, unit="picture") as bar:
-        while batch := list(itertools.islice(rows, config.batch_size)):
-            for name, images in zip(sizes, zip(*(pictures for pictures, _ in batch))):
-                pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).movedim(-1, 1)
-                encoded = vqvae.encode(pixels.to(config.device).float() / 255, config.compression_rate).tokens
+    with tqdm(total=len(pictures), unit="picture") as bar:
+        for count, pixels, texts in batches:
+            for name, values in zip(sizes, pixels):
+                encoded = vqvae.encode(values.to(config.device).float() / 255, config.compression_rate).tokens
                 tokens[name].append(encoded.cpu())
-            captions += [texts for _, texts in batch]
-            bar.update(len(batch))
+            captions += texts
+            bar.update(count)
     if not captions:
         raise ValueError("None of the pictures could be read.")
     TokenData.save(config.output_dir, {name: torch.cat(parts) for name, parts in tokens.items()}, captions)

@@ -84,6 +84,15 @@ def test_a_folder_of_pictures_becomes_tokens_with_their_captions(run, pictures, 
         assert same.argmax() == index and same[index] >= 15  # of 16: a batch may round a near tie another way
 
 
+def test_processes_that_read_ahead_change_nothing(run, pictures, tmp_path):
+    alone = run(), (tmp_path / "tokens/captions.jsonl").read_text(encoding="utf-8")
+    helped = run(data_workers=2), (tmp_path / "tokens/captions.jsonl").read_text(encoding="utf-8")
+    assert alone[1] == helped[1] and all(torch.equal(value, helped[0][name]) for name, value in alone[0].items())
+    (pictures / "b.jpg").write_bytes(b"text")
+    with pytest.raises(ValueError, match=r"Line 2 of .*b\.jpg cannot be read"):
+        run(data_workers=1)
+
+
 def test_low_resolution_alone_and_options_from_a_file(run, tmp_path):
     (tmp_path / "tokens.yaml").write_text("low_size: 16\nfine_size: 0\n")
     tensors = run(config=tmp_path / "tokens.yaml", low_size=None, fine_size=None)
