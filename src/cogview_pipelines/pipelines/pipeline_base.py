@@ -68,6 +68,10 @@ class CogView2PipelineBase(DiffusionPipeline):
     ):
         super().__init__()
         if direct_sr_transformer is not None and direct_sr_transformer.config.shares_backbone:
+            if transformer is None:
+                raise ValueError(
+                    "`transformer` must be given: the `direct_sr_transformer` has no backbone of its own."
+                )
             direct_sr_transformer.share_backbone(transformer)
         self.register_modules(
             tokenizer=tokenizer,
@@ -320,9 +324,9 @@ def translate(prompts: list[str], prompt_translator: PromptTranslator | None) ->
     """What the caller's translator makes of each prompt."""
     if prompt_translator is None:
         return prompts
-    translated = [prompt_translator(prompt) for prompt in prompts]
+    translated = [prompt_translator(prompt) if prompt.strip() else prompt for prompt in prompts]
     for prompt, text in zip(prompts, translated):
-        if not isinstance(text, str) or not text.strip():
+        if not isinstance(text, str) or (prompt.strip() and not text.strip()):
             raise ValueError(f"`prompt_translator` must return a text, but made {text!r} of {prompt!r}.")
     return translated
 
@@ -341,21 +345,33 @@ def check_output_type(output_type: str, possible: Sequence[str]) -> None:
 
 
 def one_generator_per_image(generator: Generators, num_images: int) -> list[torch.Generator]:
-    """A generator for each picture: the caller's, or new ones whose seeds come from the caller's, or from chance."""
+    """
+    A generator for each picture, whose seed makes the picture again: the caller's if they are fresh, else new ones whose
+    seeds come from the caller's, or from chance.
+    """
     if isinstance(generator, (list, tuple)):
         if len(generator) != num_images or not all(isinstance(one, torch.Generator) for one in generator):
             raise ValueError(
                 f"`generator` must be one generator or one per picture ({num_images}), but is {generator}."
             )
-        return list(generator)
+        return [one if _is_fresh(one) else _new_generator(one) for one in generator]
     if generator is not None and not isinstance(generator, torch.Generator):
         raise ValueError(f"`generator` must be a `torch.Generator` or a list of them, but is {generator!r}.")
-    if generator is not None and num_images == 1:
+    if generator is not None and num_images == 1 and _is_fresh(generator):
         return [generator]
-    source = None if generator is None else generator
+    return [_new_generator(generator) for _ in range(num_images)]
+
+
+def _is_fresh(generator: torch.Generator) -> bool:
+    """Whether nothing has been drawn since the seed was set."""
+    fresh = torch.Generator(generator.device).manual_seed(generator.initial_seed())
+    return torch.equal(generator.get_state(), fresh.get_state())
+
+
+def _new_generator(source: torch.Generator | None) -> torch.Generator:
     device = "cpu" if source is None else source.device
-    seeds = [int(torch.randint(2**63 - 1, (), generator=source, device=device)) for _ in range(num_images)]
-    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    seed = int(torch.randint(2**63 - 1, (), generator=source, device=device))
+    return torch.Generator("cpu").manual_seed(seed)
 
 
 def run_lengths(texts: list[list[int]]) -> tuple[list[list[int]], list[int]]:
