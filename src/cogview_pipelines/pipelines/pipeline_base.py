@@ -346,8 +346,8 @@ def check_output_type(output_type: str, possible: Sequence[str]) -> None:
 
 def one_generator_per_image(generator: Generators, num_images: int) -> list[torch.Generator]:
     """
-    A generator for each picture, whose seed makes the picture again: the caller's if they are fresh, else new ones whose
-    seeds come from the caller's, or from chance.
+    A generator for each picture, whose seed makes the picture again: the caller's if it is fresh, else a new one whose
+    seed comes from the caller's, or from chance.
     """
     if isinstance(generator, (list, tuple)):
         if len(generator) != num_images or not all(isinstance(one, torch.Generator) for one in generator):
