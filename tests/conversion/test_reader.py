@@ -292,6 +292,32 @@ def test_a_flipped_bit_is_noticed(tmp_path):
         read_all(folder, tmp_path)
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_any_damaged_byte_is_refused_or_without_effect(zipped):
+    module = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.float16)}
+    whole = saved({"module": module}).getvalue() if zipped else compressed(saved({"module": module}))
+    generator = torch.Generator().manual_seed(0)
+    refused = 0
+    for _ in range(500):
+        data = bytearray(whole)
+        place = int(torch.randint(len(data), (), generator=generator))
+        data[place] ^= 1 << int(torch.randint(8, (), generator=generator))
+        try:
+            tensors, _, _ = read_module(io.BytesIO(bytes(data)), "x.pt")
+            assert all(torch.equal(tensors[key].read(), module[key]) for key in module)
+        except ConversionError:
+            refused += 1
+    assert refused > 50
+
+
+def compressed(file) -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(file) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry))
+    return packed.getvalue()
+
+
 def test_a_tensor_that_reaches_beyond_its_data_is_refused(tmp_path):
     file = saved({"module": {"a": torch.zeros(8)}})
     broken = io.BytesIO()

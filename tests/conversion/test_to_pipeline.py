@@ -289,6 +289,17 @@ def test_image_tokenizer_of_another_vocabulary_makes_no_pipeline(release, conver
     assert any("512 codes, but the transformer writes 400" in line for line in lines)
 
 
+def test_transformers_of_another_text_tokenizer_make_no_pipeline(release, convert, tmp_path):
+    """CogLM came before the text tokenizer, so the released <start_of_image> was taken."""
+    tensors = make_state_dict("coglm")
+    tensors["transformer.word_embeddings.weight"] = torch.zeros(150016, 16).half()
+    folder = write_checkpoint(tmp_path / "coglm", "coglm", tensors)
+    convert(coglm=folder, text_tokenizer=None)
+    _, lines = convert(image_tokenizer=release["image_tokenizer"], cluster_labels=release["cluster_labels"])
+    assert not (tmp_path / "out" / "model_index.json").exists()
+    assert any("<start_of_image> is 912 for the text tokenizer" in line for line in lines)
+
+
 # What is refused -----------------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from cogview_pipelines import CogLMModel, IcetkTokenizer, IcetkVQModel, LoPARScheduler
+from cogview_pipelines.conversion.reader import read_module
 
 ROOT = Path(__file__).parents[2]
 LOGITS_TOLERANCE = 1e-3  # absolute; the logits' standard deviation is about 2.4, float32 noise about 6e-5
@@ -64,7 +65,11 @@ def converted(fixture_folder, tmp_path_factory) -> Path:
     }
     argv = [str(word) for pair in parts.items() for word in pair]
     # the labels among the fixtures are for the transformers' vocabulary, which is larger than this narrow codebook
-    assert convert([*argv, "--cluster_labels", "compute", "--output", str(output)]) == 0
+    with (icetk / "ice_image.pt").open("rb") as file:
+        num_codes = read_module(file, "ice_image.pt")[0]["quantize.embed.weight"].shape[0]
+    labels = output.parent / "cluster_label.npy"
+    np.save(labels, np.arange(num_codes) % 20)
+    assert convert([*argv, "--cluster_labels", str(labels), "--output", str(output)]) == 0
     return output
 
 

@@ -312,8 +312,8 @@ MUTATIONS = [
     Mutation(
         "completion: the centre of the crop is of the exclusive box",
         GEOMETRY,
-        "_start(top, bottom - 1, side, size)",
-        "_start(top, bottom, side, size)",
+        "_start(top, bottom - 1, side",
+        "_start(top, bottom, side",
         "test_completion",
     ),
 ]
@@ -373,12 +373,13 @@ def run_suite(source: Path, first: str | None) -> tuple[bool, str]:
     return status == 0, failure.name
 
 
-def try_mutation(mutation: Mutation | None) -> tuple[bool, str]:
-    """Run the suite with one error in it (or none), in a process of its own; whether it passed."""
+def try_mutation(package: Path, mutation: Mutation | None) -> tuple[bool, str]:
+    """
+    Run the suite on a copy of the package with one error in it (or none), in a process of its own; whether it passed.
+    """
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
         source = Path(folder)
-        ignored = shutil.ignore_patterns("__pycache__", "shipped", "*.webp")
-        shutil.copytree(PACKAGE, source / PACKAGE.name, ignore=ignored)
+        shutil.copytree(package, source / PACKAGE.name)
         if mutation is not None:
             path = source / PACKAGE.name / mutation.file
             path.write_text(path.read_text("utf-8").replace(mutation.old, mutation.new), "utf-8")
@@ -410,15 +411,18 @@ def main() -> int:
         return 0
     start = time.monotonic()
     preload()
-    passes, failure = try_mutation(None)
-    if not passes:
-        sys.exit(f"The suite fails without any error: {failure}")
     survivors = []
-    for mutation in chosen:
-        passes, failure = try_mutation(mutation)
-        print(f"SURVIVED  {mutation.what}" if passes else f"caught    {mutation.what}  ({failure})", flush=True)
-        if passes:
-            survivors.append(mutation.what)
+    with tempfile.TemporaryDirectory(prefix="package-") as folder:
+        package = Path(folder) / PACKAGE.name  # as it is now, whoever edits it meanwhile
+        shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__", "shipped", "*.webp"))
+        passes, failure = try_mutation(package, None)
+        if not passes:
+            sys.exit(f"The suite fails without any error: {failure}")
+        for mutation in chosen:
+            passes, failure = try_mutation(package, mutation)
+            print(f"SURVIVED  {mutation.what}" if passes else f"caught    {mutation.what}  ({failure})", flush=True)
+            if passes:
+                survivors.append(mutation.what)
     seconds = round(time.monotonic() - start)
     print(json.dumps({"mutations": len(chosen), "caught": len(chosen) - len(survivors), "seconds": seconds}))
     return 1 if survivors else 0

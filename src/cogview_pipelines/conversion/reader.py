@@ -20,6 +20,7 @@ import shutil
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -300,7 +301,7 @@ class TorchArchive:
         self.name = name
         try:
             self.zip = zipfile.ZipFile(file)
-        except zipfile.BadZipFile as error:
+        except Exception as error:  # zipfile lets several kinds through for damaged directories
             raise ConversionError(
                 f"{name} is no whole torch file: the end of its archive is missing. It was cut off while it was "
                 "copied; fetch it again."
@@ -309,10 +310,9 @@ class TorchArchive:
         if len(pickles) != 1:
             raise ConversionError(f"{name} is a zip archive, but not one of torch: it has {len(pickles)} `data.pkl`.")
         self._prefix = pickles[0].removesuffix("data.pkl")
-        if f"{self._prefix}byteorder" in self.zip.namelist():
-            order = self.zip.read(f"{self._prefix}byteorder")
-            if order != b"little":
-                raise ConversionError(f"{name} was written on a machine of other byte order ({order!r}).")
+        order = f"{self._prefix}byteorder"
+        if order in self.zip.namelist() and (found := b"".join(self._bytes(order, 0, 16))) != b"little":
+            raise ConversionError(f"{name} was written on a machine of another byte order ({found!r}).")
         self.fingerprint = sorted((entry.filename, entry.file_size, entry.CRC) for entry in self.zip.infolist())
 
     def load(self) -> tuple[object, set[str]]:
@@ -331,7 +331,7 @@ class TorchArchive:
             raise ConversionError(
                 f"{self.name}: its pickle is {entry.file_size} bytes long, which no list of tensors is."
             )
-        return self.zip.read(entry)
+        return b"".join(self._bytes(entry.filename, 0, entry.file_size))
 
     def record_size(self, record: str) -> int:
         """Bytes of a storage."""
@@ -342,20 +342,23 @@ class TorchArchive:
 
     def read(self, record: str, start: int, size: int, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         """Bytes of a storage in chunks; checksums are compared where the whole storage is read."""
+        left = size
+        for chunk in self._bytes(f"{self._prefix}data/{record}", start, size, chunk_bytes):
+            left -= len(chunk)
+            yield chunk
+        if left:
+            raise ConversionError(f"{self.name}: record {record} ends too early. The file is damaged.")
+
+    def _bytes(self, entry: str, start: int, size: int, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         try:
-            with self.zip.open(f"{self._prefix}data/{record}") as file:
+            with self.zip.open(entry) as file:
                 if start:
                     file.seek(start)
-                while size > 0:
-                    chunk = file.read(min(size, chunk_bytes))
-                    if not chunk:
-                        raise ConversionError(f"{self.name}: record {record} ends too early. The file is damaged.")
+                while size > 0 and (chunk := file.read(min(size, chunk_bytes))):
                     size -= len(chunk)
                     yield chunk
-        except (zipfile.BadZipFile, EOFError) as error:
-            raise ConversionError(
-                f"{self.name}: record {record} is damaged ({error}). Fetch the file again."
-            ) from error
+        except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError, ValueError) as error:
+            raise ConversionError(f"{self.name}: {entry} is damaged ({error}). Fetch the file again.") from error
 
 
 def read_module(file: BinaryIO, name: str) -> tuple[dict[str, StoredTensor | LoadedTensor], list[str], object]:
@@ -563,7 +566,7 @@ def _open_weights(path: Path, stack: contextlib.ExitStack) -> ReleasedModel:
 def _open_folder(path: Path, stack: contextlib.ExitStack) -> ReleasedModel:
     names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
     root, latest, config = _locate(names, path)
-    weights = path / _weights_name(names, root, (path / latest).read_text(), path)
+    weights = path / _weights_name(names, root, (path / latest).read_text(errors="replace"), path)
     file = stack.enter_context(weights.open("rb"))
     content = (path / config).read_bytes() if config else None
     return _model(path, weights.parent.name, _read_config(content, path), file, weights.stat().st_size)

@@ -431,6 +431,15 @@ def _write_index(job: _Job) -> None:
             f"The folder is no pipeline: the image tokenizer has {codes} codes, but the transformer writes {wanted}."
         )
         return
+    starts = {name: part.config.boi_token_id for name, part in parts.items() if name.endswith("transformer")}
+    start = parts["tokenizer"].boi_token_id
+    if set(starts.values()) != {start}:
+        job.say(
+            f"The folder is no pipeline: <start_of_image> is {start} for the text tokenizer, but the transformers "
+            "were "
+            f"converted with {starts}. Delete them and convert them again with this tokenizer."
+        )
+        return
     lender = components.get("direct_sr_transformer", {}).get("shares_backbone_of")
     if lender not in (None, components["transformer"]["content_hash"]):
         raise ConversionError(
