@@ -3,8 +3,7 @@ r"""
 Turn captioned pictures into a token folder for train_coglm.py, train_direct_sr.py and train_iterative_sr.py.
 
 The emoji scenes of the demo, all that the training split has:
-    python training_scripts/prepare_tokens.py --vqvae runs/vq_small/final --low_size 80 --fine_size 240 \
-        --output_dir data/tokens_small
+    python training_scripts/prepare_tokens.py --config training_scripts/emoji/tokens_small.yaml
 Your own pictures; a line of captions.jsonl is {"file": "cat.jpg", "en": "a cat", "zh": ["一只猫", "猫"]}, with either
 language or both, and perhaps a "weight" above or below 1 for pictures that shall be drawn more or less often:
     python training_scripts/prepare_tokens.py --image_folder PICTURES --captions PICTURES/captions.jsonl \
@@ -28,6 +27,7 @@ from cogview_pipelines.training.token_data import TokenData, parse_captions
 
 logger = logging.getLogger(__name__)
 
+SINGLE_SHARE = 0.25  # chance that a drawn emoji scene has one object
 TEMPLATE_REPEATS = 4  # copies of each template caption beside one of each variant
 
 
@@ -72,7 +72,9 @@ class EmojiPictures(Dataset):
         self.sprites = SpriteSet(config.sprites) if config.sprites else None
         scope = Scope.load(config.scope) if config.scope else Scope.small()
         groups = [self._scenes(scope, layout) for layout in scope.layouts]
-        self.scenes = [(scene, 1 / len(group)) for group in groups for scene in group]
+        # one picture in four shows a single object: there are few of them, and too many repeats are learned by heart
+        shares = {"single": SINGLE_SHARE, "pair": 1 - SINGLE_SHARE}
+        self.scenes = [(scene, shares[scene.layout] / len(group)) for group in groups for scene in group]
 
     def _scenes(self, scope, layout):
         from cogview_pipelines.emoji import iterate_scenes, sample_scenes
@@ -99,6 +101,8 @@ class EmojiPictures(Dataset):
             texts[language] = texts[language] * TEMPLATE_REPEATS + [
                 *variants["complete"],
                 *variants["no_style"],
+                *variants["no_background"],
+                *variants["objects_only"],
                 *sentences,
             ]
         return [render(scene, size, self.sprites) for size in self.sizes], {**texts, "weight": weight}

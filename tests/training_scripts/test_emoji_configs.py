@@ -1,0 +1,143 @@
+"""The config files of the demo: their scripts read them, they fit each other, and their models can be built."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from cogview_pipelines import CogLMConfig, CogLMModel, IcetkTokenizer, IcetkVQConfig, IcetkVQModel, LoPARScheduler
+from cogview_pipelines.emoji import NATIVE_SIZE, STYLES, Scope
+from cogview_pipelines.training.arguments import parse_config
+from cogview_pipelines.training.token_data import TokenData
+
+from .conftest import SCRIPTS, load_script
+
+EMOJI = SCRIPTS / "emoji"
+CONFIG_CLASSES = {
+    "tokenizer": ("train_tokenizer", "TokenizerConfig"),
+    "vq": ("train_vq_model", "VQTrainConfig"),
+    "tokens": ("prepare_tokens", "PrepareConfig"),
+    "coglm": ("train_coglm", "CogLMTrainConfig"),
+    "direct_sr": ("train_direct_sr", "DirectSRTrainConfig"),
+    "iterative_sr": ("train_iterative_sr", "IterativeSRTrainConfig"),
+    "pipeline": ("assemble_pipeline", "AssembleConfig"),
+}
+SETS = {
+    "small": {name: EMOJI / f"{name}_small.yaml" for name in CONFIG_CLASSES},
+    "gpu": {name: EMOJI / "gpu" / f"{name}.yaml" for name in CONFIG_CLASSES},
+}
+GRIDS = {"small": ((10, 10), (30, 30)), "gpu": ((20, 20), (60, 60))}
+
+
+@pytest.fixture(scope="module", params=sorted(SETS))
+def configs(request):
+    """The name of the set, and its configs as the scripts read them; outputs by the names of the README."""
+    prefix = "runs/gpu/{}" if request.param == "gpu" else "runs/{}_small"
+    parsed = {}
+    for name, path in SETS[request.param].items():
+        script, config_class = CONFIG_CLASSES[name]
+        arguments = ["--config", str(path)]
+        if "output_dir" not in yaml.safe_load(path.read_text(encoding="utf-8")):
+            arguments += ["--output_dir", prefix.format(name)]
+        parsed[name] = parse_config(getattr(load_script(script), config_class), arguments)
+    return request.param, parsed
+
+
+def test_each_step_takes_what_the_steps_before_leave(configs):
+    _, configs = configs
+    tokenizer = configs["tokenizer"].output_dir
+    vqvae = f"{configs['vq'].output_dir}/final"
+    coglm = f"{configs['coglm'].output_dir}/final"
+    for stage in ("coglm", "direct_sr", "iterative_sr"):
+        assert (configs[stage].tokenizer, configs[stage].vqvae) == (tokenizer, vqvae)
+        assert configs[stage].data == configs["coglm"].data
+        assert configs[stage].decay_steps + configs[stage].warmup_steps <= configs[stage].max_steps
+        if stage != "coglm":
+            assert configs[stage].transformer == coglm
+            assert getattr(configs["pipeline"], f"{stage}_transformer") == f"{configs[stage].output_dir}/final"
+    assert (configs["tokens"].output_dir, configs["tokens"].vqvae) == (configs["coglm"].data, vqvae)
+    parts = configs["pipeline"].tokenizer, configs["pipeline"].vqvae, configs["pipeline"].transformer
+    assert parts == (tokenizer, vqvae, coglm)
+    assert configs["tokenizer"].num_image_tokens == json.loads(configs["vq"].model)["num_embeddings"]
+
+
+def test_files_that_the_configs_name_are_there(configs):
+    _, configs = configs
+    named = [*json.loads(configs["pipeline"].files).values(), configs["vq"].scope, configs["tokens"].scope]
+    for name in filter(None, named):
+        assert (SCRIPTS.parent / name).is_file(), name
+
+
+def test_the_large_scope_is_everything():
+    assert Scope.load(EMOJI / "gpu/scope.json") == Scope.full()
+
+
+def make_models(name, configs, tokenizer_folder, tmp_path) -> dict[str, torch.nn.Module]:
+    """All four models on the meta device, made by the scripts' own functions where these read no weights."""
+    num_image_tokens = configs["tokenizer"].num_image_tokens
+    tokenizer = IcetkTokenizer(Path(tokenizer_folder) / "ice_text.model", num_image_tokens=num_image_tokens)
+    low, fine = (torch.zeros(1, *grid, dtype=torch.int32) for grid in GRIDS[name])
+    data = TokenData(low, fine, [{"en": [[]]}], torch.ones(1))
+    direct, iterative = configs["direct_sr"], configs["iterative_sr"]
+    with torch.device("meta"):
+        models = {"vqvae": IcetkVQModel(IcetkVQConfig(**json.loads(configs["vq"].model)))}
+        coglm = models["transformer"] = load_script("train_coglm").make_model(configs["coglm"], tokenizer, data)
+        models["direct_sr_transformer"] = CogLMModel.from_transformer(
+            coglm, "direct", GRIDS[name][1], **json.loads(direct.model)
+        )
+        if iterative.from_scratch:
+            coglm.config.save_pretrained(tmp_path)
+            iterative.transformer = str(tmp_path)
+            models["iterative_sr_transformer"] = load_script("train_iterative_sr").make_model(iterative, data)
+        else:
+            models["iterative_sr_transformer"] = CogLMModel.from_transformer(
+                coglm, "iterative", GRIDS[name][1], **json.loads(iterative.model)
+            )
+    return models
+
+
+def test_token_grids_and_drawings_follow_from_the_sizes(configs):
+    name, configs = configs
+    tokens = configs["tokens"]
+    sides = (tokens.low_size // tokens.compression_rate, tokens.fine_size // tokens.compression_rate)
+    assert sides == tuple(grid[0] for grid in GRIDS[name])
+    assert list(configs["vq"].resolutions) == [tokens.low_size, tokens.fine_size]
+    for config in (configs["vq"], tokens):
+        assert (config.sprites is not None) is (tokens.fine_size > NATIVE_SIZE)
+
+
+def test_the_models_can_be_built_and_the_pipeline_is_small_enough_to_ship(configs, tokenizer_folder, tmp_path):
+    name, configs = configs
+    models = make_models(name, configs, tokenizer_folder, tmp_path)
+    coglm: CogLMConfig = models["transformer"].config
+    assert coglm.image_grid == GRIDS[name][0]
+    assert coglm.max_text_tokens >= 28 and coglm.max_text_tokens < coglm.image_position  # 28: the longest caption
+    for stage in ("direct_sr_transformer", "iterative_sr_transformer"):
+        assert models[stage].config.fine_grid == GRIDS[name][1]
+    sizes = {
+        part: sum(
+            value.numel()
+            for key, value in model.named_parameters()
+            if part != "direct_sr_transformer" or "canvas_" in key
+        )
+        for part, model in models.items()
+    }
+    assert 2 * sum(sizes.values()) < 36e6, sizes  # bytes in float16
+    assert (2e6 if name == "small" else 10e6) < sum(sizes.values())
+
+
+def test_the_pipelines_settings_can_be_used(configs):
+    name, configs = configs
+    pipeline = configs["pipeline"]
+    for stage in ("direct_sr", "iterative_sr"):
+        scheduler = LoPARScheduler(**json.loads(getattr(pipeline, f"{stage}_scheduler")))
+        assert scheduler.step_map(*GRIDS[name][1]).shape == GRIDS[name][1]
+    styles = json.loads(pipeline.styles)
+    assert pipeline.default_style in styles
+    scope = Scope.full() if name == "gpu" else Scope.small()
+    assert set(styles) == {"none", *(STYLES[key].english for key in scope.styles)}
+    for style in scope.styles:
+        suffix = styles[STYLES[style].english]["suffix"]
+        assert STYLES[style].english in suffix["en"] and STYLES[style].chinese in suffix["zh"]
