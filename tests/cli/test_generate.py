@@ -119,6 +119,35 @@ def test_a_seed_drawn_by_chance_is_kept_and_makes_the_picture_again(cogview2, tm
     assert np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
 
 
+def test_the_best_candidates_are_kept_and_each_can_be_made_again_from_its_own_seed(cogview2, pipeline, tmp_path):
+    import torch
+
+    arguments = (TIGER, TIGER_ZH, "--seed", 20, "--num-images", 2, "--num-candidates", 4, "--height", LOW_SIZE)
+    result = cogview2("generate", *arguments, "--output", tmp_path / "best.png")
+    assert result.exit_code == 0, result.output
+    expected = pipeline(
+        [TIGER, TIGER_ZH],
+        num_images_per_prompt=2,
+        num_candidates=4,
+        height=LOW_SIZE,
+        generator=[torch.Generator().manual_seed(20 + index) for index in range(4)] * 2,
+    )
+    found = [read_metadata(tmp_path / f"best-{index}.png") for index in range(1, 5)]
+    assert [metadata["seed"] for metadata in found] == expected.seeds
+    assert [metadata["prompt"] for metadata in found] == [TIGER, TIGER, TIGER_ZH, TIGER_ZH]
+    assert found[0]["post_selection"] == {"num_candidates": 4, "seed": 20, "score": pytest.approx(expected.scores[0])}
+    cogview2("generate", "--remake", tmp_path / "best-3.png", "--output", tmp_path / "again.png")
+    assert look_the_same(tmp_path / "best-3.png", tmp_path / "again.png")
+
+
+def test_a_negative_prompt_is_led_away_from(cogview2, tmp_path):
+    arguments = (TIGER, "--seed", 1, "--height", LOW_SIZE, "--guidance-scale", 4)
+    cogview2("generate", *arguments, "--output", tmp_path / "a.png")
+    cogview2("generate", *arguments, "--negative-prompt", "a cat", "--output", tmp_path / "b.png")
+    assert not look_the_same(tmp_path / "a.png", tmp_path / "b.png")
+    assert read_metadata(tmp_path / "b.png")["settings"]["negative_prompt"] == "a cat"
+
+
 @pytest.mark.parametrize(
     "option, value, setting",
     [
@@ -150,7 +179,6 @@ def test_every_setting_reaches_the_pipeline(cogview2, tmp_path, monkeypatch, opt
 
 def test_requests_may_have_every_argument_of_the_call_that_json_can_hold():
     objects = {"self", "prompt", "generator", "output_type", "return_dict", "scorer", "prompt_translator"}
-    objects |= {"num_candidates", "negative_prompt"}  # of a whole call, not of one picture
     parameters = set(inspect.signature(CogView2Pipeline.__call__).parameters) - objects
     assert {name for name in parameters if not name.startswith("callback")} == set(ARGUMENTS)
 
@@ -206,6 +234,8 @@ def test_output_that_cannot_be_written_is_reported_before_the_model_is_loaded(co
         ([TIGER, "--height", "100"], ["100", f"{LOW_SIZE} x {LOW_SIZE}", f"{FULL_SIZE} x {FULL_SIZE}"]),
         ([TIGER, "--height", str(LOW_SIZE), "--width", str(FULL_SIZE)], [f"{LOW_SIZE} x {FULL_SIZE}"]),
         ([TIGER, "--num-lopar-steps", "99"], ["99"]),
+        ([TIGER, "-n", "3", "--num-candidates", "2"], ["`num_candidates`", "3", "2"]),
+        ([TIGER, "--negative-prompt", "a cat"], ["`negative_prompt`", "`guidance_scale`"]),
         ([TIGER, "--iterative-sr-top-k", "9,8"], ["`top_k`", "2"]),
         ([TIGER, "--device", "abacus"], ["`--device`", "abacus"]),
     ],

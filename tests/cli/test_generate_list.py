@@ -117,6 +117,22 @@ def test_a_list_that_was_stopped_goes_on_where_it_stopped(cogview2, write_list, 
     assert len(read_manifest(tmp_path / "out")) == 5
 
 
+def test_the_best_of_several_candidates_are_resumed_together(cogview2, write_list, batches, tmp_path):
+    line = {"id": "a", "prompt": CAT, "num_images_per_prompt": 2, "num_candidates": 3, "seed": 5, "height": LOW_SIZE}
+    arguments = ("generate", "--prompts", write_list(line), "--output", tmp_path)
+    cogview2(*arguments)
+    seeds = [read_metadata(tmp_path / f"a-{index}.png")["seed"] for index in (1, 2)]
+    assert len(set(seeds)) == 2 and set(seeds) <= {5, 6, 7}
+    assert cogview2(*arguments).stdout == ""
+    assert batches == [[CAT]]
+    (tmp_path / "a-2.png").unlink()
+    cogview2(*arguments)
+    assert [read_metadata(tmp_path / f"a-{index}.png")["seed"] for index in (1, 2)] == seeds
+    assert sorted(entry["file"] for entry in read_manifest(tmp_path)) == ["a-1.png", "a-2.png"]
+    other = write_list({**line, "num_candidates": 2})
+    assert cogview2("generate", "--prompts", other, "--output", tmp_path).exit_code == 2
+
+
 def test_a_damaged_picture_is_made_again(cogview2, write_list, tmp_path):
     arguments = ("generate", "--prompts", write_list({"id": "a", "prompt": CAT, "seed": 1}), "--output", tmp_path)
     cogview2(*arguments)

@@ -36,25 +36,34 @@ _LONGEST_NAME = 60  # characters of the prompt in the name of a file
 
 
 @dataclass
-class Picture:
+class Job:
     """
-    One picture to be made.
+    What one set of random numbers makes: a picture, or the best of several candidates.
 
     Args:
-        prompt (`str`): Its text.
-        seed (`int`): Its own seed.
-        settings (`dict`): Style, size and settings: arguments of the pipeline's call, all of them.
-        max_batch_size (`int`, *optional*): At most so many are made at a time.
-        path (`Path`): Where it is saved.
-        id (`str`): The id of its request.
+        prompt (`str`): The text.
+        seed (`int`): Of the picture, or of the first candidate.
+        settings (`dict`): Style, size and settings: arguments of the pipeline's call, all that matter.
+        paths (`list[Path]`): Where the pictures are saved.
+        num_candidates (`int`, *optional*): Draw so many, and keep as many as there are paths.
+        max_batch_size (`int`, *optional*): At most so many pictures are computed at a time.
+        id (`str`): The id of the request.
     """
 
     prompt: str
     seed: int
     settings: dict
-    max_batch_size: int | None
-    path: Path
+    paths: list[Path]
+    num_candidates: int | None = None
+    max_batch_size: int | None = None
     id: str = ""
+
+    def metadata(self, seed: int, score: float | None = None) -> dict:
+        """What the file of a picture says of it, with the picture's own seed."""
+        chosen = {}
+        if self.num_candidates is not None:
+            chosen["post_selection"] = {"num_candidates": self.num_candidates, "seed": self.seed, "score": score}
+        return {"prompt": self.prompt, "seed": seed, "settings": self.settings, **chosen}
 
 
 def _split_numbers(text: str | None) -> int | list[int] | None:
@@ -79,6 +88,7 @@ def generate(
         help="Of the first picture of each prompt; picture i has seed + i.  [default: by chance]",
     ),
     num_images: int = typer.Option(None, "--num-images", "-n", min=1, help="Pictures per prompt.  [default: 1]"),
+    num_candidates: int = typer.Option(None, min=1, help="Draw so many of each prompt, and keep the best."),
     style: str = typer.Option(None, help="A style of the model."),
     grid: bool = typer.Option(False, "--grid", help="Write one picture that shows all of them."),
     model: str = MODEL_OPTION,
@@ -87,6 +97,7 @@ def generate(
     ),
     width: int = typer.Option(None, min=1, help="In pixels, likewise."),
     guidance_scale: float = typer.Option(None, help="Classifier-free guidance, 1 is none; twice the time."),
+    negative_prompt: str = typer.Option(None, help="What guidance leads away from."),
     text_attention_bias: float = typer.Option(None, help="How closely to follow the prompt."),
     temperature: float = typer.Option(None, help="Of the low-resolution tokens: lower is more regular."),
     top_k_clusters: int = typer.Option(None, min=1, help="Of the low-resolution tokens: clusters to draw from."),
@@ -134,21 +145,28 @@ def generate(
             seed = random.SystemRandom().randrange(2**31) if seed is None else seed
             requests = [Request(check_prompt(text), seed, given) for text in prompt]
         for request in requests:
-            check_seed(request.seed, request.num_images)
+            check_seed(request.seed, request.num_seeds)
     paths = _choose_paths(output, requests, grid)
     pipe = load_pipeline(model, device, dtype)
+    jobs, left = [], paths
     with bad_input():
-        pictures = _plan(pipe, requests, paths)
-    metadata = _common_metadata(pipe, model)
+        for request in requests:
+            own, left = (
+                (paths * request.num_images, paths)
+                if grid
+                else (left[: request.num_images], left[request.num_images :])
+            )
+            jobs += _plan(pipe, request, own)
+    common = _common_metadata(pipe, model)
     made = []
     with failures():
-        for picture, image in _make(pipe, pictures, quiet):
+        for _, path, image, metadata in _make(pipe, jobs, quiet):
             if grid:
-                made.append((picture, image))
+                made.append((image, metadata))
             else:
-                _save(picture, image, metadata)
+                _save(image, path, {**metadata, **common})
         if grid:
-            _save_grid(made, requests, paths[0], metadata)
+            _save_grid(made, requests, paths[0], common)
 
 
 # One prompt or a few -------------------------------------------------------------------------------------------------
@@ -207,20 +225,16 @@ def _free(folder: Path, stem: str, taken: set[Path]) -> Path:
     return path
 
 
-def _save_grid(made: list[tuple[Picture, "Image.Image"]], requests: list[Request], path: Path, metadata: dict) -> None:
+def _save_grid(made: list[tuple["Image.Image", dict]], requests: list[Request], path: Path, common: dict) -> None:
     """A row for each prompt; the pictures of a single prompt nearly in a square."""
     from diffusers.utils import make_image_grid
     from PIL import Image
 
-    from ..png import save_png
-
-    images = [image for _, image in made]
+    images = [image for image, _ in made]
     columns = math.ceil(len(images) ** 0.5) if len(requests) == 1 else requests[0].num_images
     rows = math.ceil(len(images) / columns)
     images += [Image.new("RGB", images[0].size, "white")] * (rows * columns - len(images))
-    pictures = [{"prompt": p.prompt, "seed": p.seed, "settings": p.settings} for p, _ in made]
-    save_png(make_image_grid(images, rows, columns), path, {**metadata, "pictures": pictures})
-    typer.echo(path)
+    _save(make_image_grid(images, rows, columns), path, {**common, "pictures": [metadata for _, metadata in made]})
 
 
 # A list of prompts ---------------------------------------------------------------------------------------------------
@@ -247,79 +261,78 @@ def _generate_list(
         fail(f"`--output` must be a folder with --prompts, but {folder} is a file.")
     make_writable_folder(folder)
     pipe = load_pipeline(model, device, dtype)
-    pictures, errors = [], []
+    jobs, errors = [], []
     for request in requests:
         try:
-            pictures += _plan(pipe, [request], [folder / name for name in request.file_names()])
+            jobs += _plan(pipe, request, [folder / name for name in request.file_names()])
         except ValueError as error:
             errors.append(f"{request.where}: {error}")
     if errors:
         fail_all(errors)
 
-    metadata = _common_metadata(pipe, model)
+    common = _common_metadata(pipe, model)
     seeded = {request.id for request in requests if request.seed is not None}
-    kept, missing, others = _sort_existing(pictures, seeded, metadata)
+    kept, missing, others = _sort_existing(jobs, seeded, common)
     if others and not overwrite:
         fail_all(
-            [f"{path} was made from another request. Pass --overwrite, or name another folder." for path in others]
+            [f"{path} was made from another request. Pass --overwrite or name another folder." for path in others]
         )
     with failures():
         manifest = folder / MANIFEST
-        _rewrite_manifest(manifest, pictures, kept)
+        _rewrite_manifest(manifest, {path.name for job in jobs for path in job.paths}, kept)
         if kept:
-            typer.echo(f"{len(kept)} of {len(pictures)} pictures are there already.", err=True)
+            count = sum(len(job.paths) for job in jobs)
+            typer.echo(f"{len(kept)} of {count} pictures are there already.", err=True)
         with open(manifest, "a", encoding="utf-8") as lines:
-            for picture, image in _make(pipe, missing, quiet):
-                _save(picture, image, metadata)
-                lines.write(_manifest_line(picture, metadata))
+            for job, path, image, metadata in _make(pipe, missing, quiet):
+                metadata = {**metadata, **common}
+                _save(image, path, metadata)
+                lines.write(_manifest_line(job.id, path, metadata))
                 lines.flush()
 
 
 def _sort_existing(
-    pictures: list[Picture], seeded: set[str], metadata: dict
-) -> tuple[list[tuple[Picture, dict]], list[Picture], list[Path]]:
+    jobs: list[Job], seeded: set[str], common: dict
+) -> tuple[list[tuple[str, Path, dict]], list[Job], list[Path]]:
     """
-    What is there already and complete, with its metadata; what is to be made; and files of the same name that were
-    made from something else. A damaged file is made again.
+    What is there already and complete (id, file and metadata); what is to be made; and files of the same name that
+    were made from something else. A damaged file is made again.
     """
     from ..png import read_metadata
 
     kept, missing, others = [], [], []
-    for picture in pictures:
-        try:
-            found = read_metadata(picture.path)
-        except ValueError:
-            missing.append(picture)
-            continue
-        wanted = {"prompt": picture.prompt, "settings": picture.settings, "model": metadata["model"]}
-        if picture.id in seeded:
-            wanted["seed"] = picture.seed
-        if all(found.get(name) == value for name, value in wanted.items()):
-            kept.append((picture, found))
+    for job in jobs:
+        wanted = {"prompt": job.prompt, "settings": job.settings, "model": common["model"]}
+        found = []
+        for path in job.paths:
+            try:
+                metadata = read_metadata(path)
+            except ValueError:
+                continue
+            selection = metadata.get("post_selection") or {}
+            same = selection.get("num_candidates") == job.num_candidates
+            if job.id in seeded:
+                same = same and selection.get("seed", metadata.get("seed")) == job.seed
+            if same and all(metadata.get(name) == value for name, value in wanted.items()):
+                found.append((job.id, path, metadata))
+            else:
+                others.append(path)
+        if len(found) == len(job.paths):
+            kept += found
         else:
-            missing.append(picture)
-            others.append(picture.path)
+            missing.append(job)
     return kept, missing, others
 
 
-def _manifest_line(picture: Picture, metadata: dict) -> str:
-    entry = {
-        "id": picture.id,
-        "file": picture.path.name,
-        "prompt": picture.prompt,
-        "seed": picture.seed,
-        "settings": picture.settings,
-        **metadata,
-    }
-    return json.dumps(entry, ensure_ascii=False) + "\n"
+def _manifest_line(id: str, path: Path, metadata: dict) -> str:
+    return json.dumps({"id": id, "file": path.name, **metadata}, ensure_ascii=False) + "\n"
 
 
-def _rewrite_manifest(path: Path, pictures: list[Picture], kept: list[tuple[Picture, dict]]) -> None:
+def _rewrite_manifest(path: Path, files: set[str], kept: list[tuple[str, Path, dict]]) -> None:
     """
     Leave in the manifest what other lists wrote into the folder, and a line for each picture that is kept: a stop may
     have come between a picture and its line, or in the middle of a line.
     """
-    files = {picture.path.name for picture in pictures}
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -329,9 +342,8 @@ def _rewrite_manifest(path: Path, pictures: list[Picture], kept: list[tuple[Pict
             continue
         if is_other:
             lines.append(line + "\n")
-    for picture, found in kept:
-        picture.seed = found["seed"]
-        lines.append(_manifest_line(picture, {name: found.get(name) for name in ("model", "dtype", "versions")}))
+    for id, picture, metadata in kept:
+        lines.append(_manifest_line(id, picture, {name: metadata[name] for name in metadata if name != "Software"}))
     unfinished = path.with_name(f".{path.name}.part")
     unfinished.write_text("".join(lines), encoding="utf-8")
     os.replace(unfinished, path)
@@ -340,51 +352,64 @@ def _rewrite_manifest(path: Path, pictures: list[Picture], kept: list[tuple[Pict
 # Pictures ------------------------------------------------------------------------------------------------------------
 
 
-def _plan(pipe: "CogView2Pipeline", requests: list[Request], paths: list[Path]) -> list[Picture]:
+def _plan(pipe: "CogView2Pipeline", request: Request, paths: list[Path]) -> list[Job]:
     """
-    Every picture of the requests, in order.
+    The jobs that make the pictures of a request.
 
     Raises:
         ValueError: If the model cannot do what is asked.
     """
-    pictures = []
-    for request in requests:
-        settings = pipe.check_inputs(request.prompt, **request.arguments)
-        settings = {name: value for name, value in settings.items() if value is not None}
-        seed = random.SystemRandom().randrange(2**31) if request.seed is None else request.seed
-        batch_size = request.arguments.get("max_batch_size")
-        for index in range(request.num_images):
-            path = paths[min(len(pictures), len(paths) - 1)]
-            pictures.append(Picture(request.prompt, seed + index, settings, batch_size, path, request.id))
-    return pictures
+    settings = pipe.check_inputs(request.prompt, **request.arguments)
+    settings = {name: value for name, value in settings.items() if value not in (None, "")}
+    seed = random.SystemRandom().randrange(2**31) if request.seed is None else request.seed
+    candidates, batch_size = (request.arguments.get(name) for name in ("num_candidates", "max_batch_size"))
+    if candidates is not None:
+        return [Job(request.prompt, seed, settings, paths, candidates, batch_size, request.id)]
+    return [
+        Job(request.prompt, seed + index, settings, [path], None, batch_size, request.id)
+        for index, path in enumerate(paths)
+    ]
 
 
-def _make(pipe: "CogView2Pipeline", pictures: list[Picture], quiet: bool) -> Iterator[tuple[Picture, "Image.Image"]]:
-    """Make pictures with the same settings together, batch by batch, and hand each out as soon as it is there."""
+def _make(pipe: "CogView2Pipeline", jobs: list[Job], quiet: bool) -> Iterator[tuple[Job, Path, "Image.Image", dict]]:
+    """
+    Do jobs with the same settings together, batch by batch, and hand out each picture as soon as it is there: with its
+    job, the path for it, and its metadata.
+    """
     import torch
     from tqdm.auto import tqdm
 
-    from ..pipelines.pipeline_cogview2 import DEFAULT_MAX_BATCH_SIZE
+    from ..pipelines.pipeline_base import DEFAULT_MAX_BATCH_SIZE
 
-    groups: dict[str, list[Picture]] = {}
-    for picture in pictures:
-        groups.setdefault(json.dumps([picture.settings, picture.max_batch_size]), []).append(picture)
+    groups: dict[str, list[Job]] = {}
+    for job in jobs:
+        same = [job.settings, job.num_candidates, len(job.paths), job.max_batch_size]
+        groups.setdefault(json.dumps(same), []).append(job)
     batches = []
     for group in groups.values():
         size = group[0].max_batch_size or DEFAULT_MAX_BATCH_SIZE
+        size = max(1, size // (group[0].num_candidates or 1))
         batches += [group[start : start + size] for start in range(0, len(group), size)]
     hidden = True if quiet else None  # None: hidden where stderr is no terminal
     pipe.set_progress_bar_config(disable=hidden, leave=len(batches) == 1, desc="tokens")
-    with tqdm(total=len(pictures), desc="pictures", disable=True if len(batches) == 1 else hidden) as progress:
+    count = sum(len(job.paths) for job in jobs)
+    with tqdm(total=count, desc="pictures", disable=True if len(batches) == 1 else hidden) as progress:
         for batch in batches:
-            images = pipe(
-                [picture.prompt for picture in batch],
-                generator=[torch.Generator().manual_seed(picture.seed) for picture in batch],
-                max_batch_size=len(batch),
-                **batch[0].settings,
-            ).images
-            yield from zip(batch, images)
-            progress.update(len(batch))
+            first = batch[0]
+            seeds = [job.seed + index for job in batch for index in range(first.num_candidates or 1)]
+            output = pipe(
+                [job.prompt for job in batch],
+                num_images_per_prompt=len(first.paths),
+                num_candidates=first.num_candidates,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                max_batch_size=first.max_batch_size,
+                **first.settings,
+            )
+            slots = [(job, path) for job in batch for path in job.paths]
+            scores = output.scores or [None] * len(slots)
+            for (job, path), image, seed, score in zip(slots, output.images, output.seeds, scores):
+                yield job, path, image, job.metadata(seed, score)
+            progress.update(len(slots))
 
 
 def _common_metadata(pipe: "CogView2Pipeline", model: str) -> dict:
@@ -393,9 +418,8 @@ def _common_metadata(pipe: "CogView2Pipeline", model: str) -> dict:
     return {"model": model, "dtype": str(pipe.transformer.dtype).removeprefix("torch."), "versions": versions()}
 
 
-def _save(picture: Picture, image: "Image.Image", metadata: dict) -> None:
+def _save(image: "Image.Image", path: Path, metadata: dict) -> None:
     from ..png import save_png
 
-    own = {"prompt": picture.prompt, "seed": picture.seed, "settings": picture.settings}
-    save_png(image, picture.path, {**own, **metadata})
-    typer.echo(picture.path)
+    save_png(image, path, metadata)
+    typer.echo(path)

@@ -45,10 +45,12 @@ def _whole_numbers(value) -> int | list[int]:
 # The arguments of the pipeline's call that a request may have, and how each is checked.
 ARGUMENTS: dict[str, Callable] = {
     "num_images_per_prompt": _whole_number,
+    "num_candidates": _whole_number,
     "style": _text,
     "height": _whole_number,
     "width": _whole_number,
     "guidance_scale": _number,
+    "negative_prompt": _text,
     "text_attention_bias": _number,
     "temperature": _positive_number,
     "top_k_clusters": _whole_number,
@@ -87,6 +89,11 @@ class Request:
     def num_images(self) -> int:
         """How many pictures are asked for."""
         return self.arguments.get("num_images_per_prompt", 1)
+
+    @property
+    def num_seeds(self) -> int:
+        """How many pictures are drawn: more, if the best of several are kept."""
+        return max(self.num_images, self.arguments.get("num_candidates", 1))
 
     def file_names(self) -> list[str]:
         """`<id>.png`, or `<id>-1.png`, `<id>-2.png`, ... if there are several pictures."""
@@ -137,14 +144,14 @@ def check_prompt(prompt) -> str:
     return prompt
 
 
-def check_seed(seed, num_images: int) -> int:
+def check_seed(seed, num_seeds: int) -> int:
     """
     The seed, if it and those of the following pictures can be used.
 
     Raises:
         ValueError: If not.
     """
-    largest = LARGEST_SEED - (num_images - 1)
+    largest = LARGEST_SEED - (num_seeds - 1)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= largest:
         raise ValueError(f"`seed` must be a whole number from 0 to {largest}, but is {seed!r}.")
     return seed
@@ -183,7 +190,7 @@ def _parse_line(line: str, defaults: dict, seed: int | None) -> Request:
     request = Request(check_prompt(values["prompt"]), arguments={**defaults, **own}, id=_check_id(values["id"]))
     request.seed = seed if values.get("seed") is None else values["seed"]
     if request.seed is not None:
-        check_seed(request.seed, request.num_images)
+        check_seed(request.seed, request.num_seeds)
     return request
 
 

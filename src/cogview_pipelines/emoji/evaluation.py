@@ -207,8 +207,7 @@ def measure_post_selection(
     """
     What choosing by caption loss gains: the best of several low-resolution candidates against the first one.
 
-    Only the first and the chosen candidate of a case are super-resolved. Candidates of a case have neighbouring seeds,
-    and no two cases share one.
+    Candidates of a case have neighbouring seeds, and no two cases share one.
 
     Returns:
         `dict`: The shares of [`measure_pictures`] for `first` and `best`, and `gain`, their difference in `all`.
@@ -218,25 +217,20 @@ def measure_post_selection(
     """
     if num_candidates < 2:
         raise ValueError(f"`num_candidates` must be at least 2, but is {num_candidates}.")
-    start = cases[0].seed
-    candidates = [
-        Case(case.scene, case.caption, start + index * num_candidates + candidate)
-        for index, case in enumerate(cases)
-        for candidate in range(num_candidates)
-    ]
-    low = {"height": pipe.sizes[0][0], "width": pipe.sizes[0][1], "output_type": "latent"}
-    tokens = generate_pictures(pipe, candidates, batch_size, **{**call, **low})
-    texts = [case.caption for case in candidates]
-    losses = caption_losses(pipe.transformer, pipe.tokenizer, tokens, texts, max_batch_size=batch_size)
-    chosen = losses.view(len(cases), num_candidates).argmin(1).tolist()
+    first_seeds = range(cases[0].seed, cases[0].seed + len(cases) * num_candidates, num_candidates)
+    first = [Case(case.scene, case.caption, seed) for case, seed in zip(cases, first_seeds, strict=True)]
+    seeds = [seed + candidate for seed in first_seeds for candidate in range(num_candidates)]
+    best = pipe(
+        [case.caption for case in cases],
+        num_candidates=num_candidates,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        max_batch_size=batch_size,
+        **call,
+    ).images
+    scorer, scenes = Scorer(), [case.scene for case in cases]
     results = {
-        name: measure_pictures(
-            pipe,
-            [candidates[index * num_candidates + choice] for index, choice in enumerate(choices)],
-            batch_size=batch_size,
-            **call,
-        )
-        for name, choices in (("first", [0] * len(cases)), ("best", chosen))
+        name: {key: round(share, 4) for key, share in scorer.mean(images, scenes).items()}
+        for name, images in (("first", generate_pictures(pipe, first, batch_size, **call)), ("best", best))
     }
     return {**results, "gain": round(results["best"]["all"] - results["first"]["all"], 4)}
 
