@@ -211,6 +211,7 @@ class CogView2Pipeline(CogView2PipelineBase):
         style: str | None = None,
         height: int | None = None,
         width: int | None = None,
+        negative_prompt: str = "",
         max_batch_size: int | None = None,
         **settings,
     ) -> dict:
@@ -218,12 +219,13 @@ class CogView2Pipeline(CogView2PipelineBase):
         Raise the error that a call with these arguments would raise, without computing anything.
 
         Args:
-            prompt, num_images_per_prompt, num_candidates, style, height, width, max_batch_size: As for `__call__`.
+            prompt, num_images_per_prompt, num_candidates, style, height, width, negative_prompt, max_batch_size:
+                As for `__call__`.
             settings: The call's settings of sampling.
 
         Returns:
-            `dict`: Style, size and settings that the call would use: those given, else the style's, else the defaults;
-            `None` for what its scheduler decides. Passed to `__call__`, they give the same pictures.
+            `dict`: Style, size, negative prompt and settings that the call would use: those given, else the style's,
+            else the defaults; `None` for what its scheduler decides. With them, `__call__` makes the same pictures.
 
         Raises:
             TypeError: If there is no such setting.
@@ -237,12 +239,14 @@ class CogView2Pipeline(CogView2PipelineBase):
         used = self._settings(style, **settings)
         if super_resolve:
             self._schedulers(used)
+        self._encode_negative_prompt(negative_prompt, used["guidance_scale"])
         self._encode_prompts(prompts, style, super_resolve)
         height, width = self.sizes[int(super_resolve)]
         return {
             "style": self.config.default_style if style is None else style,
             "height": height,
             "width": width,
+            "negative_prompt": negative_prompt,
             **used,
         }
 
@@ -297,7 +301,8 @@ class CogView2Pipeline(CogView2PipelineBase):
                 raise ValueError(
                     f"`scorer` must return a number for each of the {len(repeated)} drafts, but returned {scores}."
                 )
-        order = scores.view(len(prompts), num_candidates).argsort(1, descending=True, stable=True)[:, :num_kept]
+        order = scores.view(len(prompts), num_candidates).argsort(dim=1, descending=True, stable=True)
+        order = order[:, :num_kept]
         chosen = (order + num_candidates * torch.arange(len(prompts))[:, None]).flatten()
         return chosen.tolist(), scores[chosen].tolist()
 
