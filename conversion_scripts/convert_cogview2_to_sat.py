@@ -9,7 +9,10 @@ bit by bit. See docs/conversion.md.
 """
 
 import argparse
+import json
+import resource
 import sys
+import time
 from collections.abc import Sequence
 
 import torch
@@ -42,11 +45,15 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = make_parser().parse_args(argv)
+    start = time.monotonic()
     try:
         convert_to_release(args.pipeline, args.output, iteration=args.iteration, dtype=DTYPES.get(args.dtype))
     except ConversionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    seconds = round(time.monotonic() - start, 1)
+    print(json.dumps({"output": args.output, "seconds": seconds, "peak_memory_gib": round(peak, 2)}))
     return 0
 
 

@@ -250,6 +250,17 @@ def test_a_component_of_other_files_is_never_replaced(release, convert, tmp_path
         convert(coglm=other)
 
 
+def test_a_component_that_was_deleted_is_converted_anew(release, convert, tmp_path):
+    convert(coglm=release["coglm"])
+    shutil.rmtree(tmp_path / "out" / "transformer")
+    record, _ = convert(coglm=write_checkpoint(tmp_path / "other", "coglm", make_state_dict("coglm", seed=5)))
+    assert (tmp_path / "out" / "transformer" / "model.safetensors").is_file()
+    assert verify(tmp_path / "out", say=lambda line: None) == []
+    shutil.rmtree(tmp_path / "out" / "transformer")
+    record, _ = convert(iterative_sr=release["iterative_sr"])
+    assert "transformer" not in record["components"]
+
+
 def test_image_tokenizer_needs_cluster_labels(release, convert):
     with pytest.raises(ConversionError, match=r"cluster_label.npy"):
         convert(image_tokenizer=release["image_tokenizer"])

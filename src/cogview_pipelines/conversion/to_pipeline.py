@@ -96,7 +96,9 @@ def convert_to_pipeline(
         )
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    job = _Job(output, dtype, max_shard_size, strict, _read_record(output), say)
+    record = _read_record(output)
+    there = {name: entry for name, entry in record["components"].items() if (output / name).is_dir()}
+    job = _Job(output, dtype, max_shard_size, strict, {**record, "components": there}, say)
     if text_tokenizer is not None:
         _convert_text_tokenizer(job, Path(text_tokenizer), num_image_tokens)
     if image_tokenizer is not None:
