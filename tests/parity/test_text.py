@@ -12,12 +12,11 @@ def test_ids_pieces_and_decoding_are_the_originals(text_tokenizer, texts):
         assert text_tokenizer.encode(text, keep_linebreaks=True) == item["ids_keep_linebreak"], text
         assert text_tokenizer.decode(ids) == item["decoded"], text
         assert text_tokenizer.decode(item["ids_keep_linebreak"]) == item["decoded_keep_linebreak"], text
-        pieces = text_tokenizer.convert_ids_to_tokens(ids)
-        known = [piece for piece in item["pieces"] if text_tokenizer.convert_tokens_to_ids(piece) in ids]
-        assert [text_tokenizer.convert_tokens_to_ids(piece) for piece in item["pieces"]] == ids, text
-        assert [piece for piece in pieces if piece != text_tokenizer.unk_token] == [
-            piece for piece in known if text_tokenizer.convert_tokens_to_ids(piece) != text_tokenizer.unk_token_id
-        ], text
+        assert text_tokenizer.tokenize(text) == item["pieces"], text
+        for index, piece in zip(ids, item["pieces"]):
+            if index != text_tokenizer.unk_token_id:
+                assert text_tokenizer.convert_ids_to_tokens(index) == piece
+            assert text_tokenizer.convert_tokens_to_ids(piece) == index
 
 
 def test_special_tokens_and_lookups_are_the_originals(text_tokenizer, texts):
