@@ -12,8 +12,11 @@ from ._version import __version__
 _EXPORTS = {
     "CogLMConfig": ".models.modeling_coglm",
     "CogLMModel": ".models.modeling_coglm",
+    "CogView2InpaintPipeline": ".pipelines.pipeline_cogview2_inpaint",
+    "CogView2InpaintPipelineOutput": ".pipelines.pipeline_output",
     "CogView2Pipeline": ".pipelines.pipeline_cogview2",
     "CogView2PipelineOutput": ".pipelines.pipeline_output",
+    "CogView2UpscalePipeline": ".pipelines.pipeline_cogview2_upscale",
     "IcetkTokenizer": ".tokenization_icetk",
     "IcetkVQConfig": ".models.modeling_icetk_vq",
     "IcetkVQModel": ".models.modeling_icetk_vq",

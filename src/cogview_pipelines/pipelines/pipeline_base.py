@@ -393,5 +393,8 @@ def slices(length: int, size: int) -> list[slice]:
 
 
 def _configure(scheduler: LoPARScheduler, changes: dict) -> LoPARScheduler:
+    """The scheduler with another setting or two."""
     changes = {name: value for name, value in changes.items() if value is not None}
-    return LoPARScheduler.from_config(scheduler.config, **changes) if changes else scheduler
+    # not `from_config`, which takes arguments given by position for defaults and forgets them
+    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    return type(scheduler)(**{**config, **changes}) if changes else scheduler

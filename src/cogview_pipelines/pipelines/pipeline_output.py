@@ -30,4 +30,43 @@ class CogView2PipelineOutput(BaseOutput):
     scores: list[float] | None = None
 
 
-CogView2PipelineOutput.__module__ = "cogview_pipelines"
+@dataclass
+class CogView2InpaintPipelineOutput(BaseOutput):
+    """
+    Args:
+        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
+            The whole pictures, in which only what the mask marks has changed.
+        crops (`list[list]`): Of each picture, the square that was completed, as the model made it and at its
+            resolution; several, in order, if the mask did not fit into one. Of the same type as a single picture.
+        crop_boxes (`list[list[tuple[int, int, int, int]]]`): Where each crop lies: top, left, bottom and right in
+            pixels, the last two exclusive.
+        seeds (`list[int]`): The seed of each picture: a generator with this seed makes it again, alone or in any
+            batch.
+        prompts (`list[str]`): The prompt of each picture, as `prompt_translator` returned it.
+    """
+
+    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
+    crops: list[list]
+    crop_boxes: list[list[tuple[int, int, int, int]]]
+    seeds: list[int]
+    prompts: list[str]
+
+
+@dataclass
+class CogView2CaptionPipelineOutput(BaseOutput):
+    """
+    Args:
+        captions (`list[str]`): Picture by picture, best first.
+        scores (`list[float]`): Of each caption; higher is better. What they are depends on the way of choosing.
+        token_ids (`list[list[int]]`): Of each caption.
+        seeds (`list[int]`, *optional*): If captions were sampled, the seed of each.
+    """
+
+    captions: list[str]
+    scores: list[float]
+    token_ids: list[list[int]]
+    seeds: list[int] | None = None
+
+
+for _public in (CogView2PipelineOutput, CogView2InpaintPipelineOutput, CogView2CaptionPipelineOutput):
+    _public.__module__ = "cogview_pipelines"
