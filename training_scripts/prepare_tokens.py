@@ -27,7 +27,7 @@ from cogview_pipelines.training.token_data import TokenData, parse_captions
 
 logger = logging.getLogger(__name__)
 
-SINGLE_SHARE = 0.25  # chance that a drawn emoji scene has one object
+SINGLE_SHARE = 0.15  # chance that a drawn emoji scene has one object
 TEMPLATE_REPEATS = 4  # copies of each template caption beside one of each variant
 
 
@@ -63,7 +63,7 @@ class PrepareConfig:
 
 
 class EmojiPictures(Dataset):
-    """The training scenes of a scope, with captions in both languages; single objects as likely as pairs."""
+    """The training scenes of a scope, with captions in both languages; singles are drawn by their share."""
 
     def __init__(self, config: PrepareConfig, sizes: list[int]):
         from cogview_pipelines.emoji import Scope, SpriteSet
@@ -72,7 +72,7 @@ class EmojiPictures(Dataset):
         self.sprites = SpriteSet(config.sprites) if config.sprites else None
         scope = Scope.load(config.scope) if config.scope else Scope.small()
         groups = [self._scenes(scope, layout) for layout in scope.layouts]
-        # one picture in four shows a single object: there are few of them, and too many repeats are learned by heart
+        # single objects are drawn less: there are few of them, and too many repeats are learned by heart
         shares = {"single": SINGLE_SHARE, "pair": 1 - SINGLE_SHARE}
         self.scenes = [(scene, shares[scene.layout] / len(group)) for group in groups for scene in group]
 

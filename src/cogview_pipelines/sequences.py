@@ -94,8 +94,7 @@ def stack(sequences: Sequence[TokenSequence]) -> TokenSequence:
 
 def prefix_causal_mask(prefix: torch.Tensor, causal: torch.Tensor) -> torch.Tensor:
     """
-    The mask of text-to-image and captioning: all rows see the prefix, and causal rows also see causal columns up to
-    themselves.
+    The mask of text-to-image and captioning: all see the prefix, causal rows also causal columns up to themselves.
 
     Args:
         prefix, causal (`torch.Tensor` of shape `(..., length)`): Which positions belong to which part; boolean.
@@ -175,8 +174,7 @@ def caption(
     texts: Sequence[Sequence[int]] | None = None,
 ) -> TokenSequence:
     """
-    `image tokens, start token [text, padding]`: all rows see the whole image; start token and text are causal among
-    themselves.
+    `image tokens, start token [text, padding]`: all rows see the image; start token and text are causal in themselves.
 
     With `texts`, the labels are the text tokens, each predicted at the position before it; there is no end token.
 
@@ -250,8 +248,7 @@ def completion(
     texts: Sequence[Sequence[int]], image_tokens: torch.Tensor, mask: torch.Tensor, layout: SequenceLayout
 ) -> CompletionTask:
     """
-    `[padding] text <start_of_image> context cells | entries`: cells to regenerate come last, each hole after its left
-    neighbour.
+    `[padding] text <start_of_image> context cells | entries`: cells to regenerate come last, after left neighbours.
 
     An entry is a masked cell, or a known cell whose right neighbour in the same row is masked: the transformer
     predicts an entry from the one before it, so a hole is best predicted from the cell on its left. All other known
@@ -304,11 +301,10 @@ def direct_super_resolution(
     texts: Sequence[Sequence[int]], image_tokens: torch.Tensor, num_text_slots: int, layout: SequenceLayout
 ) -> TokenSequence:
     """
-    The context of direct super-resolution: `padding text` in fixed slots, then the low-resolution tokens, without a
-    token between.
+    The context of direct super-resolution: `padding text` in fixed slots, then the low-resolution tokens.
 
-    Text sees text; image tokens see text and the whole image; padding sees padding and text. No row sees padding but
-    padding.
+    Nothing stands between text and tokens. Text sees text; image tokens see text and the whole image; padding sees
+    padding and text. No row sees padding but padding.
 
     Args:
         texts (sequence of sequences of `int`): Token ids of each text, without `<start_of_image>`.
@@ -332,10 +328,10 @@ def direct_super_resolution(
 
 def iterative_super_resolution(texts: Sequence[Sequence[int]], num_text_slots: int) -> TokenSequence:
     """
-    The context of iterative super-resolution: the first `num_text_slots` tokens of each text (release: 16),
-    right-aligned.
+    The context of iterative super-resolution: the first `num_text_slots` tokens of each text (release: 16).
 
-    Every row sees all text and no padding; with an empty text every key is masked, and the canvas sees itself only.
+    Texts are right-aligned. Every row sees all text and no padding; with an empty text every key is masked, and the
+    canvas sees itself only.
     """
     ids, positions, is_text = pad_text([list(text)[:num_text_slots] for text in texts], num_text_slots)
     mask = is_text[:, None, :].expand(-1, num_text_slots, -1)
@@ -387,8 +383,7 @@ def generation_sample(
     row: torch.Tensor, layout: SequenceLayout, pad_token_id: int, second_text: bool = False
 ) -> TokenSequence:
     """
-    Text-to-image: the chosen text is the prefix of `<start_of_image>` and the image; another text stays in the row,
-    unseen.
+    Text-to-image: the chosen text is the prefix of `<start_of_image>` and the image; another text stays unseen.
 
     Args:
         row, layout, pad_token_id: As for `split_row`.
@@ -419,8 +414,7 @@ def captioning_sample(
     patch_size: int = 4,
 ) -> TokenSequence:
     """
-    Captioning and mask prediction at once: texts are predicted from the image, and image patches from the rest of the
-    image.
+    Captioning and mask prediction at once: texts are predicted from the image, and image patches from its rest.
 
     Args:
         row, layout, pad_token_id: As for `split_row`.

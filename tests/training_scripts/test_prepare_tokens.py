@@ -107,21 +107,24 @@ def test_a_float16_image_tokenizer_gives_the_tokens_of_its_weights_in_float32(ru
     assert torch.equal(*tokens)
 
 
-def test_emoji_scenes_of_the_scope_are_encoded_singles_as_likely_as_pairs(run, vqvae_folder, tokenizer, tmp_path):
+def test_emoji_scenes_of_the_scope_are_encoded_and_drawn_by_the_share_of_singles(
+    script, run, vqvae_folder, tokenizer, tmp_path
+):
     scope = Scope(("1f431", "1f42f", "1f34e"), ("noto",), ("blue", "white"), ("single", "pair"))
     scope.save(tmp_path / "scope.json")
     options = {"image_folder": None, "captions": None, "scope": tmp_path / "scope.json", "max_pairs": 3}
-    tensors = run(low_size=80, fine_size=240, batch_size=8, **options)
+    tensors = run(low_size=24, fine_size=48, batch_size=8, **options)
     data = TokenData.load(tmp_path / "tokens", tokenizer)
     singles = list(iterate_scenes(scope, "single", "train"))
     assert len(tensors["low"]) == len(singles) + 3 == len(data)
-    assert tensors["low"].shape[1:] == (10, 10) and tensors["fine"].shape[1:] == (30, 30)
-    assert data.weights[: len(singles)].sum().item() == pytest.approx(data.weights[len(singles) :].sum().item())
+    assert tensors["low"].shape[1:] == (3, 3) and tensors["fine"].shape[1:] == (6, 6)
+    assert data.weights[: len(singles)].sum().item() == pytest.approx(script.SINGLE_SHARE)
+    assert data.weights.sum().item() == pytest.approx(1)
     lines = [json.loads(line) for line in (tmp_path / "tokens/captions.jsonl").open(encoding="utf-8")]
     assert all(line["en"] and line["zh"] for line in lines)
     noun = {"1f431": "cat", "1f42f": "tiger", "1f34e": "apple"}[singles[0].objects[0]]
     assert noun in lines[0]["en"][0] and singles[0].background in lines[0]["en"][0]
-    pixels = torch.from_numpy(np.array(render(singles[0], 80))).movedim(-1, 0)[None].float() / 255
+    pixels = torch.from_numpy(np.array(render(singles[0], 24))).movedim(-1, 0)[None].float() / 255
     vqvae = IcetkVQModel.from_pretrained(vqvae_folder).eval()
     with torch.no_grad():
         assert torch.equal(vqvae.encode(pixels, 8).tokens[0], tensors["low"][0].long())

@@ -3,10 +3,9 @@ Tensors out of the files of the CogView2 release: streamed, and without running 
 
 A `.pt` file is a zip archive with one pickle (`data.pkl`) that describes the tensors and one stored record of bytes
 for each storage. The pickle is read by an unpickler that knows tensors and plain containers only. Files written during
-training also hold optimizer and
-scheduler objects; their classes are never imported: an inert placeholder stands in for each. Anything of Python's own
-library that is no container (`os.system`, `builtins.eval`, ...) has no place in a checkpoint, so such a file is
-refused.
+training also hold optimizer and scheduler objects; their classes are never imported: an inert placeholder stands in
+for each. Anything of Python's own library that is no container (`os.system`, `builtins.eval`, ...) has no place in a
+checkpoint, so such a file is refused.
 """
 
 import contextlib

@@ -20,8 +20,7 @@ RELEASED_MODELS = {"coglm": None, "cogview2-dsr": "direct", "cogview2-itersr": "
 
 class CogLMConfig(PreTrainedConfig):
     """
-    Configuration of [`CogLMModel`]. The defaults are the released 6B CogLM; `super_resolution` makes it one of the
-    other two stages.
+    Configuration of [`CogLMModel`]: by default the released 6B CogLM; `super_resolution` makes it another stage.
 
     Args:
         vocab_size (`int`): Rows of the token embedding: image tokens, text tokens, special tokens and rows to spare.
@@ -301,8 +300,7 @@ class CogLMMLP(nn.Module):
 
 class CogLMLayer(GradientCheckpointingLayer):
     """
-    One layer in Sandwich-LN order: each sub-layer has a norm before it and another one between it and the residual
-    addition.
+    One layer in Sandwich-LN order: a norm before each sub-layer, and another between it and the residual addition.
 
     With `context`, the rows are canvas cells: attention is local, over windows and the context's keys. Otherwise it is
     dense.
@@ -369,11 +367,12 @@ class CogLMLayer(GradientCheckpointingLayer):
 
 class CogLMModel(PreTrainedModel):
     """
-    The transformer of CogView2: text-to-image, captioning and completion, and by `config.super_resolution` direct or
-    iterative super-resolution.
+    The transformer of CogView2, for every stage: `config.super_resolution` says which.
 
-    Input is token plus position embedding, output the product with the token embedding. Source: the CogView2 release;
-    https://arxiv.org/abs/2204.14217, sections 3.1 and 3.2.
+    Without it, text-to-image, captioning and completion; else direct or iterative super-resolution. Input is token
+    plus position embedding, output the product with the token embedding.
+
+    Source: the CogView2 release; https://arxiv.org/abs/2204.14217, sections 3.1 and 3.2.
     """
 
     config_class = CogLMConfig
@@ -580,8 +579,7 @@ class CogLMModel(PreTrainedModel):
 
     def share_backbone(self, transformer: "CogLMModel") -> None:
         """
-        Use the parameters of `transformer` for everything but the canvas: one copy in memory, none in this model's
-        files.
+        Use the parameters of `transformer` for all but the canvas: one copy in memory, none in this model's files.
 
         Raises:
             ValueError: If this is no direct super-resolution, or the shapes of the two models differ.
@@ -629,8 +627,7 @@ def attention_bias(
     attention_mask: torch.Tensor | None, text_mask: torch.Tensor | None, text_attention_bias: float, dtype: torch.dtype
 ) -> torch.Tensor | None:
     """
-    Mask and text bias as one tensor `(batch_size, 1, rows, keys)` to add to the scores; `None` where it would be all
-    zero.
+    Mask and text bias as one tensor `(batch_size, 1, rows, keys)` to add to the scores; `None` for all zeros.
 
     Masked scores get a large negative number instead of minus infinity, so that a row with every key masked attends to
     all of them alike, as in the release.

@@ -34,8 +34,7 @@ class LoPARSchedulerOutput(BaseOutput):
 
 class LoPARScheduler(SchedulerMixin, ConfigMixin):
     """
-    A small grid of step numbers, tiled over the canvas: a cell with entry `v` is predicted in pass `v` and final from
-    then on.
+    A small grid of step numbers, tiled over the canvas: a cell with entry `v` becomes final in pass `v`.
 
     In pass `t` the transformer sees every cell with an entry of `t` or more as unknown. An entry below 1 keeps its
     token always. Direct super-resolution is the grid `[[1]]`: all cells in one pass. There is no state between steps,

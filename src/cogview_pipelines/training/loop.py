@@ -1,9 +1,8 @@
 """
 The loop that the transformers' training scripts share.
 
-It is written once because exact resuming, accumulation and clean stops are easy to get subtly wrong in copies; what
-differs between the
-scripts (samples, loss, sample pictures) they pass in as functions.
+It is written once because exact resuming, accumulation and clean stops are easy to get subtly wrong in copies. What
+differs between the scripts (samples, loss, sample pictures) they pass in as functions.
 """
 
 import logging
@@ -39,17 +38,15 @@ def train(
     Args:
         config ([`TrainConfig`]): The knobs.
         model (`nn.Module`): The model, with `save_pretrained`.
-        make_batch (`Callable`): Makes the batch of `(step, micro step, process)`, an object with `.to(device)`; it
-            must depend on nothing
-            else, so that a resumed run sees the batches that it would have seen.
+        make_batch (`Callable`): Makes the batch of `(step, micro step, process)`, an object with `.to(device)`. It
+            must depend on nothing else, so that a resumed run sees the batches that it would have seen.
         compute_loss (`Callable`): Loss and further scalars of the model (as Accelerate prepared it) and a batch.
         make_samples (`Callable`, *optional*): Pictures made by the model in evaluation mode.
         adamw_names (`tuple[str, ...]`): Parts of names of linear layers that Muon leaves to AdamW.
 
     Returns:
         `nn.Module` or `None`: The trained model (the moving average, if there is one), also saved in
-        `<output_dir>/final`; `None` if
-        `max_minutes` ended the run, which then goes on with `resume_from_checkpoint`.
+        `<output_dir>/final`; `None` if `max_minutes` ended the run, which then goes on with `resume_from_checkpoint`.
     """
     accelerator = make_accelerator(config)
     averaged = make_averaged_model(model.to(accelerator.device), config)
