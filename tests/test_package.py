@@ -22,7 +22,7 @@ LAYERS = (
     {"_version"},
     {"sampling", "sequences", "ops", "tokenization_icetk", "environment", "png"},
     {"models", "schedulers"},
-    {"generation", "scoring", "training"},
+    {"captioning", "generation", "scoring", "training"},
     {"pipelines"},
     {"emoji", "conversion"},
     {"cli"},

@@ -12,6 +12,8 @@ from ._version import __version__
 _EXPORTS = {
     "CogLMConfig": ".models.modeling_coglm",
     "CogLMModel": ".models.modeling_coglm",
+    "CogView2CaptionPipeline": ".pipelines.pipeline_cogview2_caption",
+    "CogView2CaptionPipelineOutput": ".pipelines.pipeline_output",
     "CogView2InpaintPipeline": ".pipelines.pipeline_cogview2_inpaint",
     "CogView2InpaintPipelineOutput": ".pipelines.pipeline_output",
     "CogView2Pipeline": ".pipelines.pipeline_cogview2",

@@ -85,3 +85,51 @@ def caption_losses(
         token_losses[labelled] = F.cross_entropy(output.logits, sequence.labels[labelled], reduction="none")
         losses[pairs] = (token_losses.sum(1) / labelled.sum(1)).cpu()
     return losses
+
+
+@torch.no_grad()
+def image_losses(
+    transformer: CogLMModel,
+    tokens: torch.Tensor,
+    texts: Sequence[Sequence[int]],
+    *,
+    text_attention_bias: float = 0.0,
+    max_batch_size: int | None = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """
+    Mean cross-entropy per image token of each picture, given a text: the other direction, as in text to image.
+
+    Args:
+        transformer ([`CogLMModel`]): A model without super-resolution.
+        tokens (`torch.Tensor` of shape `(num_pairs, rows, columns)` or `(num_pairs, image_length)`):
+            Low-resolution image tokens.
+        texts (sequence of sequences of `int`): Token ids of one text per picture.
+        text_attention_bias (`float`): As in text to image.
+        max_batch_size (`int`, defaults to 16), device (*optional*): As for [`caption_losses`].
+
+    Returns:
+        `torch.Tensor` of shape `(num_pairs,)`: float32 on the CPU, in nats.
+    """
+    layout = transformer.config.layout
+    tokens = tokens.flatten(1)
+    device = transformer.device if device is None else device
+    losses = torch.empty(len(texts))
+    order = sorted(range(len(texts)), key=lambda pair: len(texts[pair]))
+    batch_size = max_batch_size or DEFAULT_MAX_BATCH_SIZE
+    for start in range(0, len(order), batch_size):
+        pairs = order[start : start + batch_size]
+        own = tokens[pairs]
+        sequence = sequences.text_to_image([texts[pair] for pair in pairs], layout, own.cpu()).to(device)
+        first = sequence.input_ids.shape[1] - layout.image_length - 1  # `<start_of_image>`
+        output = transformer(
+            sequence.input_ids,
+            sequence.position_ids,
+            sequence.attention_mask,
+            sequence.text_mask,
+            text_attention_bias,
+            logits_positions=torch.arange(first, first + layout.image_length, device=device),
+        )
+        each = F.cross_entropy(output.logits.transpose(1, 2), own.to(device), reduction="none")
+        losses[pairs] = each.mean(1).cpu()
+    return losses
