@@ -5,10 +5,19 @@ import pytest
 import torch
 
 from cogview_pipelines.ops.local_attention import local_attention
+from cogview_pipelines.ops.native import fused_refusals
 
 from .conftest import assert_close
 
 TOLERANCE = 1e-5
+
+
+@pytest.fixture(params=["reference", "fused"])
+def backend(request):
+    """Plain PyTorch, and the compiled kernels where they are built."""
+    if request.param == "fused" and (reasons := fused_refusals(torch.zeros(1, 1, 1, 8))):
+        pytest.skip("; ".join(reasons))
+    return request.param
 
 
 def heads_last(array: np.ndarray) -> torch.Tensor:
@@ -58,17 +67,17 @@ def odd_cases(arrays):
     return [(name, params) for name, params in case_names(arrays) if params[7] % 2 and params[8] % 2]
 
 
-def test_outputs_are_the_originals(arrays):
+def test_outputs_are_the_originals(arrays, backend):
     data = arrays("local_attention")
     for name, params in odd_cases(arrays):
-        _, output = run(data, name, params)
+        _, output = run(data, name, params, backend=backend)
         assert_close(channels_first(output, params[3:5]), data[f"{name}_out"], TOLERANCE, name)
 
 
-def test_scores_are_the_originals(arrays):
+def test_scores_are_the_originals(arrays, backend):
     data = arrays("local_attention")
     for name, params in odd_cases(arrays):
-        _, (_, logsumexp) = run(data, name, params, return_logsumexp=True)
+        _, (_, logsumexp) = run(data, name, params, return_logsumexp=True, backend=backend)
         scores = torch.from_numpy(data[f"{name}_scores"])
         ours = logsumexp[:, 0].unflatten(-1, params[3:5])
         if f"{name}_score_rows" in data:
@@ -76,13 +85,13 @@ def test_scores_are_the_originals(arrays):
         assert_close(ours, scores.logsumexp(-1).numpy(), TOLERANCE, name)
 
 
-def test_gradients_are_the_originals(arrays):
+def test_gradients_are_the_originals(arrays, backend):
     data = arrays("local_attention")
     tested = 0
     for name, params in odd_cases(arrays):
         if f"{name}_grad_out" not in data:
             continue
-        leaves, output = run(data, name, params)
+        leaves, output = run(data, name, params, backend=backend)
         output.backward(heads_last(data[f"{name}_grad_out"]))
         for part, leaf in zip("qkv", leaves):
             grid = params[3:5] if part == "q" else params[5:7]
@@ -91,14 +100,14 @@ def test_gradients_are_the_originals(arrays):
     assert tested
 
 
-def test_double_precision_is_the_naive_computation(arrays):
+def test_double_precision_is_the_naive_computation(arrays, backend):
     data = arrays("local_attention")
     tested = 0
     for name, params in odd_cases(arrays):
         if f"{name}_out_f64" not in data:
             continue
         leaves = [heads_last(data[f"{name}_{part}"]).double() for part in "qkv"]
-        output = attend(*leaves, params)
+        output = attend(*leaves, params, backend=backend)
         assert_close(channels_first(output, params[3:5]), data[f"{name}_out_f64"], 1e-9, name)
         tested += 1
     assert tested
