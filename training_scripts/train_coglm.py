@@ -46,6 +46,10 @@ class CogLMTrainConfig(TrainConfig):
     vqvae: str | None = field(default=None, metadata={"help": "Image tokenizer, for sample pictures."})
     init_from: str | None = field(default=None, metadata={"help": "Trained CogLM to go on from."})
     model: str = field(default="{}", metadata={"help": "Options of CogLMConfig: JSON, or a mapping in the YAML file."})
+    embed_codes: bool = field(
+        default=False,
+        metadata={"help": "Start the image token embeddings of a new model from the code vectors of `vqvae`."},
+    )
     caption_probability: float = field(default=0.3, metadata={"help": "Share of samples trained as captioning."})
     drop_text_probability: float = field(
         default=0.0, metadata={"help": "Share of text-to-image samples with an empty text, for guidance."}
@@ -76,6 +80,22 @@ def make_model(config: CogLMTrainConfig, tokenizer: IcetkTokenizer, data: TokenD
             }
         )
     )
+
+
+@torch.no_grad()
+def embed_codes(model: CogLMModel, vqvae: IcetkVQModel) -> None:
+    """
+    Start image token embeddings from code vectors, turned into the model's width at random.
+
+    Codes of similar patches then begin as similar tokens, so that the model can name a patch that it never met in its
+    place, such as the edge of a known object on a background that it was never shown on.
+    """
+    codes = vqvae.quantize.embed.weight.float()
+    codes = (codes - codes.mean(0)) / codes.std()
+    turn = torch.linalg.qr(torch.randn(model.config.hidden_size, codes.shape[1])).Q
+    weight = codes @ turn.T
+    table = model.word_embeddings.weight[: len(codes)]
+    table.mul_(0.3).add_(weight * (model.config.initializer_range / weight.std()))
 
 
 def make_batch(
@@ -152,6 +172,10 @@ def main(arguments: list[str] | None = None) -> CogLMModel | None:
     vqvae = None
     if config.vqvae is not None:
         vqvae = IcetkVQModel.from_pretrained(config.vqvae, dtype=torch.float32).eval()
+    if config.embed_codes and config.init_from is None:
+        if vqvae is None:
+            raise ValueError("`embed_codes` takes code vectors from `vqvae`, which is not given.")
+        embed_codes(model, vqvae)
     return train(
         config,
         model,

@@ -1,0 +1,80 @@
+#!/usr/bin/env python
+"""
+Everything that a model of emoji scenes is scored by, one JSON line a measurement: every split, language and layout,
+with the ceiling of the image tokenizer, the floor of exchanged pictures, caption losses and post-selection.
+
+    python benchmarks/evaluate_emoji_model.py --num 50 --output benchmarks/results/shipped_model.jsonl
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import typer
+
+from cogview_pipelines import CogView2Pipeline
+from cogview_pipelines.emoji import LANGUAGES, Scope
+from cogview_pipelines.emoji.evaluation import (
+    choose_cases,
+    measure_caption_loss,
+    measure_pictures,
+    measure_post_selection,
+)
+from cogview_pipelines.environment import SHIPPED_MODEL, stamp
+
+SPLITS = ("train", "test_background", "test_pair", "test_order", "test_style")
+
+
+def measurements(pipe: CogView2Pipeline, scope: Scope, num: int, seed: int, batch_size: int):
+    """Yield what was measured, most wanted first; scenes that a scope does not have are left out."""
+
+    def cases(split, language, layout):
+        try:
+            return choose_cases(scope, split, language, num, seed, layout)
+        except ValueError:
+            return []
+
+    cells = [(split, layout) for split in SPLITS for layout in scope.layouts if cases(split, "en", layout)]
+    for split, layout in cells:
+        for language in LANGUAGES:
+            chosen = cases(split, language, layout)
+            what = {"split": split, "layout": layout, "language": language, "n": len(chosen)}
+            yield {**what, "baseline": "none", **measure_pictures(pipe, chosen, batch_size=batch_size)}
+    for split, layout in cells:
+        chosen = cases(split, "en", layout)
+        what = {"split": split, "layout": layout, "language": None, "n": len(chosen)}
+        yield {**what, "baseline": "ceiling", **measure_pictures(pipe, chosen, baseline="ceiling")}
+    for language in LANGUAGES:
+        chosen = choose_cases(scope, "test_background", language, num, seed)
+        what = {"split": "test_background", "language": language, "n": len(chosen)}
+        yield {**what, "measure": "caption_loss", **measure_caption_loss(pipe, chosen)}
+    chosen = choose_cases(scope, "test_background", "en", num, seed)
+    what = {"split": "test_background", "language": "en", "n": len(chosen)}
+    yield {
+        **what,
+        "baseline": "shuffled",
+        **measure_pictures(pipe, chosen, baseline="shuffled", batch_size=batch_size),
+    }
+    yield {**what, "measure": "best_of_8", **measure_post_selection(pipe, chosen, batch_size=batch_size)}
+
+
+def main(
+    model: str = str(SHIPPED_MODEL), output: Path | None = None, num: int = 50, seed: int = 0, batch_size: int = 16
+) -> None:
+    pipe = CogView2Pipeline.from_pretrained(model, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    scope = Scope.load(model)
+    context = stamp(str(pipe.device))
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text("", encoding="utf-8")
+    for result in measurements(pipe, scope, num, seed, batch_size):
+        line = json.dumps({**result, **context})
+        print(line, flush=True)
+        if output is not None:
+            with output.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
