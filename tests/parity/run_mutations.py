@@ -311,10 +311,10 @@ MUTATIONS = [
     ),
     # pictures
     Mutation(
-        "completion: the centre of the crop is of the exclusive box",
+        "completion: crops with less around the mask",
         GEOMETRY,
-        "_start(top, bottom - 1, side",
-        "_start(top, bottom, side",
+        "MASK_SHARE = 14 / 20",
+        "MASK_SHARE = 15 / 20",
         "test_completion",
     ),
 ]
