@@ -3,7 +3,7 @@
 import typer
 
 from .._version import __version__
-from . import doctor, evaluate, generate
+from . import doctor, evaluate, generate, pictures
 
 app = typer.Typer(
     name="cogview2",
@@ -31,5 +31,9 @@ def main(
 
 
 app.command("generate")(generate.generate)
+app.command("inpaint")(pictures.inpaint)
+app.command("upscale")(pictures.upscale)
+app.command("caption")(pictures.caption)
+app.command("score")(pictures.score)
 app.command("evaluate")(evaluate.evaluate)
 app.command("doctor")(doctor.doctor)
