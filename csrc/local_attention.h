@@ -55,7 +55,7 @@ typedef struct {
     LocalAttentionSource source[LOCAL_ATTENTION_SOURCES];
     void* parallel;  /* CPU: `GOMP_parallel` of the OpenMP runtime in use, or null to start threads */
     void* stream;    /* CUDA */
-    void* workspace; /* CUDA backward: see local_attention_cuda_workspace */
+    float* delta;    /* CUDA backward: memory of the shape of logsumexp */
 } LocalAttentionProblem;
 
 #define LOCAL_ATTENTION_API __attribute__((visibility("default")))
@@ -72,6 +72,14 @@ LOCAL_ATTENTION_API int local_attention_cpu_backward(const LocalAttentionProblem
 /* Name of the i-th instruction set compiled in, null after the last; the index of the one that this processor gets. */
 LOCAL_ATTENTION_API const char* local_attention_cpu_isa_name(int index);
 LOCAL_ATTENTION_API int local_attention_cpu_isa_selected(void);
+
+/* Only where the CUDA part is built in. Asynchronous, on `stream`, on the current device; rows of heads are aligned to 16 bytes. */
+LOCAL_ATTENTION_API int local_attention_cuda_forward(const LocalAttentionProblem* problem);
+LOCAL_ATTENTION_API int local_attention_cuda_backward(const LocalAttentionProblem* problem);
+/* Compute capabilities with machine code, such as "80;90"; the last as PTX too. */
+LOCAL_ATTENTION_API const char* local_attention_cuda_architectures(void);
+/* Why the last call of this thread failed. */
+LOCAL_ATTENTION_API const char* local_attention_cuda_error(void);
 
 #ifdef __cplusplus
 }

@@ -17,7 +17,7 @@
  * and half precision into contiguous memory that stays in the cache. Gradients of keys and values gather in a ring beside it, and a row is
  * written when no later query can see it: no atomics, and the result does not depend on the number of threads unless rows are split.
  */
-#include "local_attention.h"
+#include "local_attention_tiles.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -42,10 +42,6 @@ namespace {
 constexpr int LANES = 16;  // queries in a tile
 constexpr int GROUP = 4;   // queries whose outputs are in registers together
 constexpr double LOG2_E = 1.4426950408889634074;
-
-inline int minimum(int a, int b) { return a < b ? a : b; }
-inline int maximum(int a, int b) { return a > b ? a : b; }
-inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // ------------------------------------------------------------------------------------------------------------------ vectors and numbers
 
@@ -449,15 +445,10 @@ struct Plan {
     int failed;
 };
 
-// First and one past the last key row (or column) that queries first..last see.
-inline void visible(int size, int reach, int ratio, bool causal, int first, int last, int* from, int* to) {
-    *from = maximum(0, first / ratio - reach);
-    *to = minimum(size, last / ratio + (causal ? 0 : reach) + 1);
-}
-
-inline void rows_of_band(const Plan& plan, const LocalAttentionSource& s, int band, int* from, int* to) {
+// Rows of keys that a band of tiles sees.
+inline Range rows_of_band(const Plan& plan, const LocalAttentionSource& s, int band) {
     const int step = plan.tiles_per_band * plan.tile_rows;
-    visible(s.rows, s.reach_rows, s.ratio_rows, s.causal, band * step, minimum(plan.problem->rows, (band + 1) * step) - 1, from, to);
+    return keys_seen(s.rows, s.reach_rows, s.ratio_rows, s.causal, band * step, minimum(plan.problem->rows, (band + 1) * step) - 1);
 }
 
 // Keys that all tiles of a shape multiply with, as a measure of time: those of the tile for the scores, those of a group for the output.
@@ -502,9 +493,8 @@ inline Plan make_plan(const LocalAttentionProblem& p, bool backward) {
         plan.partial_at[plan.num_sources] = plan.partial_size;
         int most = 0;
         for (int band = 0; band < plan.bands; band++) {
-            int from, to;
-            rows_of_band(plan, s, band, &from, &to);
-            most = maximum(most, to - from);
+            const Range rows = rows_of_band(plan, s, band);
+            most = maximum(most, rows.to - rows.from);
         }
         plan.partial_size += 2 * (int64_t)most * s.columns * plan.pitch;
         plan.num_sources++;
@@ -605,7 +595,8 @@ class Worker {
             const LocalAttentionSource& s = *side.source;
             for (int tile = 0; tile < plan.tiles_across; tile++) {
                 const int x = tile * plan.tile_columns, last = minimum(p.columns, x + plan.tile_columns) - 1;
-                visible(s.columns, s.reach_columns, s.ratio_columns, false, x, last, side.column + tile, side.column_end + tile);
+                const Range columns = keys_seen(s.columns, s.reach_columns, s.ratio_columns, false, x, last);
+                side.column[tile] = columns.from, side.column_end[tile] = columns.to;
                 for (int k = side.column[tile]; k < side.column_end[tile]; k++) {
                     uint16_t seen = 0, upto = 0;
                     for (int lane = 0; lane < LANES; lane++) {
@@ -624,7 +615,8 @@ class Worker {
     void find_rows(Side& side, int y) {
         const LocalAttentionSource& s = *side.source;
         const int last = minimum(p.rows, y + plan.tile_rows) - 1;
-        visible(s.rows, s.reach_rows, s.ratio_rows, s.causal, y, last, &side.row, &side.end);
+        const Range visible = keys_seen(s.rows, s.reach_rows, s.ratio_rows, s.causal, y, last);
+        side.row = visible.from, side.end = visible.to;
         for (int k = side.row; k < side.end; k++) {
             uint16_t seen = 0, before = 0, same = 0;
             for (int lane = 0; lane < LANES; lane++) {
@@ -828,9 +820,8 @@ class Worker {
         batch = (int)(unit / plan.bands / p.heads);
         for (int i = 0; i < plan.num_sources; i++) {
             Side& side = sides[i];
-            int end;
-            rows_of_band(plan, *side.source, band, &side.packed_from, &end);
-            side.packed_to = side.packed_from;
+            const Range rows = rows_of_band(plan, *side.source, band);
+            side.packed_from = side.packed_to = rows.from;
             side.bias = nullptr;
             if (plan.source[i] == 2 && bias) {
                 const float* from = p.context_bias + batch * p.context_bias_stride;
@@ -841,7 +832,7 @@ class Worker {
             if (plan.partial) {
                 side.partial_row = side.packed_from;
                 side.partial_key = (T*)plan.partial + unit * plan.partial_size + plan.partial_at[i];
-                side.partial_value = side.partial_key + (int64_t)(end - side.packed_from) * side.source->columns * PITCH;
+                side.partial_value = side.partial_key + (int64_t)(rows.to - rows.from) * side.source->columns * PITCH;
             }
         }
         const int last = minimum(plan.tiles_down, (band + 1) * plan.tiles_per_band);
@@ -878,11 +869,10 @@ class Worker {
             for (int row = 0; row < s.rows; row++) {
                 memset(sum, 0, size * sizeof(T));
                 for (int band = 0; band < plan.bands; band++) {
-                    int from, to;
-                    rows_of_band(plan, s, band, &from, &to);
-                    if (row < from || row >= to) continue;
+                    const Range rows = rows_of_band(plan, s, band);
+                    if (row < rows.from || row >= rows.to) continue;
                     const T* add = (const T*)plan.partial + (index * plan.bands + band) * plan.partial_size + plan.partial_at[i];
-                    add += part * (to - from) * size + (row - from) * size;
+                    add += part * (rows.to - rows.from) * size + (row - rows.from) * size;
                     for (int64_t k = 0; k < size; k++) sum[k] += add[k];
                 }
                 S* to = row_of<S>(grad, batch, head) + (int64_t)row * s.columns * grad.position_stride;
@@ -1046,8 +1036,7 @@ int run(const LocalAttentionProblem* p, bool backward) {
     if (p->abi != LOCAL_ATTENTION_ABI || p->head_dim < 1 || p->head_dim > LOCAL_ATTENTION_MAX_HEAD_DIM || p->threads < 1 ||
         shift < 0 || shift > LANES || (shift & (shift - 1)) || p->isa < 0 || p->isa > num_isas)
         return LOCAL_ATTENTION_UNSUPPORTED;
-    static const int selected = select_isa();
-    const int isa = p->isa ? p->isa - 1 : selected;
+    const int isa = p->isa ? p->isa - 1 : select_isa();
     if (!supported(isas[isa].name)) return LOCAL_ATTENTION_UNSUPPORTED;
     return isas[isa].run(p, backward, run_parallel);
 }

@@ -1,4 +1,7 @@
-"""Local attention against one dense softmax over masks built from the geometry function, for every backend that runs here."""
+"""
+Local attention against one dense softmax over masks built from the geometry function, for every backend that runs
+here.
+"""
 
 import math
 
@@ -65,8 +68,9 @@ def make_inputs(case, dtype=torch.float64, batch_size=2, num_heads=2, head_dim=1
 
 
 def dense_attention(
-    query, key=None, value=None, *, query_grid, kernel_size=None, causal=False, cross_key=None, cross_value=None, cross_grid=None,
-    cross_kernel_size=None, cross_causal=False, context_key=None, context_value=None, context_bias=None, scale=None,
+    query, key=None, value=None, *, query_grid, kernel_size=None, causal=False, cross_key=None, cross_value=None,
+    cross_grid=None, cross_kernel_size=None, cross_causal=False, context_key=None, context_value=None,
+    context_bias=None, scale=None,
 ):  # fmt: skip
     """The definition: all keys in one row, everything outside the windows set to minus infinity, one softmax."""
     keys, values, biases = [], [], []
@@ -227,7 +231,7 @@ def test_gradient_of_the_context_bias_comes_from_the_reference():
     torch.testing.assert_close(grad, expected)
 
 
-# ------------------------------------------------------------------------------------------------------------------- the fused kernels
+# --------------------------------------------------------------------------------------------------- the fused kernels
 
 
 def run_with_gradients(inputs, backend):
@@ -236,15 +240,19 @@ def run_with_gradients(inputs, backend):
     inputs = {name: value.detach().requires_grad_() if name in names else value for name, value in inputs.items()}
     output, logsumexp = local_attention(**inputs, backend=backend, return_logsumexp=True)
     generator = torch.Generator().manual_seed(1)
-    grad_output = torch.randn(output.shape, generator=generator).to(output)
-    grad_logsumexp = torch.randn(logsumexp.shape, generator=generator).to(logsumexp)
+    # Rounded to bfloat16, so that the gradients that come in are the same in every dtype.
+    grad_output = torch.randn(output.shape, generator=generator).bfloat16().to(output)
+    grad_logsumexp = torch.randn(logsumexp.shape, generator=generator).bfloat16().to(logsumexp)
     grad_logsumexp = grad_logsumexp.masked_fill(logsumexp == -math.inf, 0.0)
     grads = torch.autograd.grad([output, logsumexp], [inputs[name] for name in names], [grad_output, grad_logsumexp])
     return {"output": output.detach(), "logsumexp": logsumexp.detach(), **dict(zip(names, grads))}
 
 
-def assert_as_accurate_as_pytorch(inputs):
-    """The error against float64 is at most twice that of the reference in the same dtype, for outputs and gradients."""
+def assert_as_accurate_as_pytorch(inputs, factor=2):
+    """
+    The error against float64 is at most `factor` times that of the reference in the same dtype, for outputs and
+    gradients.
+    """
     double = {name: value.double() if torch.is_tensor(value) else value for name, value in inputs.items()}
     exact = run_with_gradients(double, "reference")
     plain = run_with_gradients(inputs, "reference")
@@ -254,7 +262,7 @@ def assert_as_accurate_as_pytorch(inputs):
         assert torch.equal(fused[name].isfinite(), finite), name
         size = value[finite].abs().max()
         error = (fused[name].double() - value)[finite].abs().max()
-        allowed = 2 * (plain[name].double() - value)[finite].abs().max()
+        allowed = factor * (plain[name].double() - value)[finite].abs().max()
         is_double = fused[name].dtype == torch.float64  # then the reference is no judge: allow it the same rounding
         rounding = size * (100 * torch.finfo(torch.float64).eps if is_double else 4 * torch.finfo(torch.float32).eps)
         assert error <= allowed + rounding, f"{name}: {error} > {allowed} + {rounding}"
@@ -352,7 +360,8 @@ def test_rows_split_between_threads_give_the_same(case, pool, monkeypatch):
 
 @needs_kernels
 def test_fused_reads_views_of_one_projection_without_copies(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "contiguous", lambda self: pytest.fail("a copy was made"))
+    for copy in ("contiguous", "clone"):
+        monkeypatch.setattr(torch.Tensor, copy, lambda self, **options: pytest.fail("a copy was made"))
     projection = torch.randn(2, 63, 3, 2, 16)
     query, key, value = projection.unbind(2)
     output = local_attention(query, key, value, query_grid=(7, 9), kernel_size=(5, 3), backend="fused")

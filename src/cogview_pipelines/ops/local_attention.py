@@ -1,13 +1,14 @@
 """
 Local attention on a grid of tokens: every query cell attends to the keys near it, under one softmax.
 
-The keys come from up to three sources: a window on the grid of the queries, a window on a coarser grid that covers the same picture, and
-dense context keys (text) that all queries see. [`local_attention`] takes any of them and normalises over all keys at once.
+The keys come from up to three sources: a window on the grid of the queries, a window on a coarser grid that covers
+the same picture, and dense context keys (text) that all queries see. [`local_attention`] takes any of them and
+normalises over all keys at once.
 
-- [`in_window`] is the geometry, written once: the reference, the tests and the benchmarks build their masks from it, and the kernels are
-  tested against it.
-- [`reference_local_attention`] is plain PyTorch. It attends to each source by itself, which gives an output and the logsumexp of the
-  scores, and [`merge_attention`] joins the parts into what one softmax over all keys would give.
+- [`in_window`] is the geometry, written once: the reference, the tests and the benchmarks build their masks from it,
+  and the kernels are tested against it.
+- [`reference_local_attention`] is plain PyTorch. It attends to each source by itself, which gives an output and the
+  logsumexp of the scores, and [`merge_attention`] joins the parts into what one softmax over all keys would give.
 - The fused kernels (`csrc/`, called through `ops/native.py`) do the same in one launch.
 """
 
@@ -22,9 +23,8 @@ from .native import fused_local_attention, fused_refusals
 
 Grid = tuple[int, int]
 
-_REFERENCE_TILE = (
-    6  # edge of the reference's query tiles in cells: larger ones waste arithmetic, smaller ones copy more keys
-)
+# Edge of the reference's query tiles in cells: larger ones waste arithmetic, smaller ones copy more keys.
+_REFERENCE_TILE = 6
 
 
 def in_window(
@@ -40,8 +40,9 @@ def in_window(
     """
     Whether a key cell lies in the window of a query cell.
 
-    If the query grid is `r` times finer than the key grid, query cell `(y, x)` is centred on key cell `(y // r, x // r)`. The window is
-    cut off at the border of the key grid, not shifted inwards. `causal` keeps the keys up to and including the centre, in raster order.
+    If the query grid is `r` times finer than the key grid, query cell `(y, x)` is centred on key cell
+    `(y // r, x // r)`. The window is cut off at the border of the key grid, not shifted inwards. `causal` keeps the
+    keys up to and including the centre, in raster order.
 
     Args:
         query_row, query_column, key_row, key_column (`torch.Tensor` of integers):
@@ -70,9 +71,11 @@ def window_mask(
     query_grid: Grid, key_grid: Grid, kernel_size: Grid, causal: bool = False, device: torch.device | None = None
 ) -> torch.Tensor:
     """
-    The dense mask `(query_positions, key_positions)` of a window, True where a query attends to a key, both in row-major order.
+    The dense mask `(query_positions, key_positions)` of a window, True where a query attends to a key, both in
+    row-major order.
 
-    It grows with the square of the grid and serves tests and small dense attention only. The arguments are those of [`in_window`].
+    It grows with the square of the grid and serves tests and small dense attention only. The arguments are those of
+    [`in_window`].
     """
     query = torch.arange(query_grid[0] * query_grid[1], device=device)[:, None]
     key = torch.arange(key_grid[0] * key_grid[1], device=device)[None, :]
@@ -86,11 +89,13 @@ def merge_attention(pieces: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[to
 
     Args:
         pieces (`list[tuple[torch.Tensor, torch.Tensor]]`):
-            For each set of keys the output, of shape `(batch_size, positions, num_heads, head_dim)`, and the logsumexp of the scores, of
-            shape `(batch_size, num_heads, positions)`; `-inf` where a query has no key in the set.
+            For each set of keys the output, of shape `(batch_size, positions, num_heads, head_dim)`, and the
+            logsumexp of the scores, of shape `(batch_size, num_heads, positions)`; `-inf` where a query has no key
+            in the set.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: Output and logsumexp of the same shapes. A query without any key gets zeros and `-inf`.
+        `tuple[torch.Tensor, torch.Tensor]`: Output and logsumexp of the same shapes. A query without any key gets
+        zeros and `-inf`.
     """
     if len(pieces) == 1:
         return pieces[0]
@@ -126,8 +131,9 @@ def _window_attention(query, key, value, query_grid, key_grid, kernel_size, caus
     """
     Attention of each query to its window: output and logsumexp.
 
-    The queries are cut into tiles. A tile attends densely to the rectangle of keys that covers the windows of all its queries, and a mask
-    removes what is not in the window of each. Scores therefore grow with the positions times the window and a constant border.
+    The queries are cut into tiles. A tile attends densely to the rectangle of keys that covers the windows of all
+    its queries, and a mask removes what is not in the window of each. Scores therefore grow with the positions times
+    the window and a constant border.
     """
     ratio = [size // coarse for size, coarse in zip(query_grid, key_grid, strict=True)]
     key_tile = [min(-(-_REFERENCE_TILE // r), coarse) for r, coarse in zip(ratio, key_grid, strict=True)]
@@ -205,12 +211,15 @@ def reference_local_attention(
     scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    [`local_attention`] in plain PyTorch: any floating dtype (half precision is computed in float32), any device, differentiable.
+    [`local_attention`] in plain PyTorch: any floating dtype (half precision is computed in float32), any device,
+    differentiable.
 
-    The arguments are those of [`local_attention`] and are not checked again. Its memory grows with the positions times the window.
+    The arguments are those of [`local_attention`] and are not checked again. Its memory grows with the positions
+    times the window.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: The output in the dtype of `query`, and the logsumexp, float32 (float64 for float64).
+        `tuple[torch.Tensor, torch.Tensor]`: The output in the dtype of `query`, and the logsumexp, float32 (float64
+        for float64).
     """
     dtype = query.dtype
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -328,7 +337,8 @@ def _check_inputs(
         if tuple(context_bias.shape) != (query.shape[0], context_key.shape[1]) or not context_bias.is_floating_point():
             raise ValueError(
                 f"`context_bias` must be of a floating dtype and of shape (batch_size, context_positions) = "
-                f"{(query.shape[0], context_key.shape[1])}, but is {context_bias.dtype} of shape {tuple(context_bias.shape)}."
+                f"{(query.shape[0], context_key.shape[1])}, but is {context_bias.dtype} of shape "
+                f"{tuple(context_bias.shape)}."
             )
 
 
@@ -355,10 +365,11 @@ def local_attention(
     """
     Attention of every query cell to the keys near it and to the context, under one softmax.
 
-    The keys are any of three sets, at least one: the window of `kernel_size` around the cell on the grid of the queries, the window of
-    `cross_kernel_size` around the cell that contains it on a coarser grid, and all context keys. Windows are cut off at the border of
-    their grid (see [`in_window`]). Inputs may be strided views, such as the three parts of one fused projection. Under autocast, query,
-    keys and values are cast to the autocast dtype first.
+    The keys are any of three sets, at least one: the window of `kernel_size` around the cell on the grid of the
+    queries, the window of `cross_kernel_size` around the cell that contains it on a coarser grid, and all context
+    keys. Windows are cut off at the border of their grid (see [`in_window`]). Inputs may be strided views, such as
+    the three parts of one fused projection. Under autocast, query, keys and values are cast to the autocast dtype
+    first.
 
     Args:
         query (`torch.Tensor` of shape `(batch_size, query_positions, num_heads, head_dim)`):
@@ -366,13 +377,18 @@ def local_attention(
         key, value (`torch.Tensor` of the shape of `query`, *optional*): Keys and values on the grid of the queries.
         query_grid (`tuple[int, int]`): Rows and columns of the query grid, in cells.
         kernel_size (`tuple[int, int]`, *optional*): Height and width of the window on the query grid; both odd.
-        causal (`bool`, defaults to `False`): Attend only up to the own cell, in raster order, in the window on the query grid.
-        cross_key, cross_value (`torch.Tensor` of shape `(batch_size, cross_positions, num_heads, head_dim)`, *optional*):
+        causal (`bool`, defaults to `False`):
+            Attend only up to the own cell, in raster order, in the window on the query grid.
+        cross_key, cross_value (`torch.Tensor` of shape `(batch_size, cross_positions, num_heads, head_dim)`,
+        *optional*):
             Keys and values on the coarser grid.
-        cross_grid (`tuple[int, int]`, *optional*): Rows and columns of the coarser grid; they divide those of `query_grid`.
-        cross_kernel_size (`tuple[int, int]`, *optional*): Height and width of the window on the coarser grid; both odd.
+        cross_grid (`tuple[int, int]`, *optional*):
+            Rows and columns of the coarser grid; they divide those of `query_grid`.
+        cross_kernel_size (`tuple[int, int]`, *optional*):
+            Height and width of the window on the coarser grid; both odd.
         cross_causal (`bool`, defaults to `False`): As `causal`, up to the coarse cell that contains the query.
-        context_key, context_value (`torch.Tensor` of shape `(batch_size, context_positions, num_heads, head_dim)`, *optional*):
+        context_key, context_value (`torch.Tensor` of shape `(batch_size, context_positions, num_heads, head_dim)`,
+        *optional*):
             Keys and values that every query sees.
         context_bias (`torch.Tensor` of shape `(batch_size, context_positions)`, *optional*):
             Added to the scores of the context keys; `-inf` hides a key.
@@ -381,9 +397,10 @@ def local_attention(
         backend (`str`, *optional*): `"reference"` or `"fused"`; by default fused where it supports the inputs.
 
     Returns:
-        `torch.Tensor` or `tuple[torch.Tensor, torch.Tensor]`: The output, shaped like `query`, and with `return_logsumexp` the logsumexp
-        of the scaled scores, float32 (float64 for float64 inputs), of shape `(batch_size, num_heads, query_positions)`, which
-        [`merge_attention`] needs. A query that sees no key at all (possible without a window) gets zeros and `-inf`.
+        `torch.Tensor` or `tuple[torch.Tensor, torch.Tensor]`: The output, shaped like `query`, and with
+        `return_logsumexp` the logsumexp of the scaled scores, float32 (float64 for float64 inputs), of shape
+        `(batch_size, num_heads, query_positions)`, which [`merge_attention`] needs. A query that sees no key at all
+        (possible without a window) gets zeros and `-inf`.
 
     Raises:
         ValueError: If arguments do not fit each other, or `backend="fused"` cannot run these inputs.
@@ -411,7 +428,8 @@ def local_attention(
     if backend not in (None, "reference", "fused"):
         raise ValueError(f'`backend` must be "reference", "fused" or None, but is {backend!r}.')
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    reasons = [] if backend == "reference" else fused_refusals(query, context_bias)
+    longest_side = max(*query_grid, context_key.shape[1] if context_key is not None else 0)
+    reasons = [] if backend == "reference" else fused_refusals(query, context_bias, longest_side)
     if reasons and backend == "fused":
         listed = "".join(f"\n    {reason}" for reason in reasons)
         raise ValueError(

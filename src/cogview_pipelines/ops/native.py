@@ -1,8 +1,9 @@
 """
 The fused local-attention kernels of `csrc/`: the library is loaded with ctypes and registered with `torch.library`.
 
-The library has a plain C interface (`csrc/local_attention.h`) and links against neither torch nor Python, so one build serves every version
-of both. It is loaded at the first use. [`fused_refusals`] is the one place that decides whether the kernels can run some inputs.
+The library has a plain C interface (`csrc/local_attention.h`) and links against neither torch nor Python, so one
+build serves every version of both. It is loaded at the first use. [`fused_refusals`] is the one place that decides
+whether the kernels can run some inputs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 _ABI = 1
 _LIBRARY = Path(__file__).with_name("_local_attention.so")
 _MAX_HEAD_DIM = 128
+_MAX_CUDA_SIDE = 16384  # the CUDA kernels keep coordinates in 16 bits
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TUNING: dict[str, int] = {}  # overrides of the kernels' own choices, for tests and measurements
@@ -69,7 +71,7 @@ class _Problem(ctypes.Structure):
         *[(name, ctypes.c_void_p) for name in ("logsumexp", "grad_logsumexp", "context_bias")],
         ("context_bias_stride", ctypes.c_int64),
         ("source", _Source * 3),
-        *[(name, ctypes.c_void_p) for name in ("parallel", "stream", "workspace")],
+        *[(name, ctypes.c_void_p) for name in ("parallel", "stream", "delta")],
     ]
 
 
@@ -83,6 +85,8 @@ def library() -> ctypes.CDLL | None:
         kernels.local_attention_problem_size.restype = ctypes.c_int64
         kernels.local_attention_cpu_isa_name.restype = ctypes.c_char_p
         size = kernels.local_attention_problem_size()
+        if hasattr(kernels, "local_attention_cuda_error"):
+            kernels.local_attention_cuda_error.restype = ctypes.c_char_p
     except (OSError, AttributeError) as error:
         warnings.warn(
             f"The local-attention kernels in {_LIBRARY} do not load ({error}): reinstall the package.", stacklevel=2
@@ -127,13 +131,15 @@ def _say_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
 
 
-def fused_refusals(query: torch.Tensor, context_bias: torch.Tensor | None = None) -> list[str]:
+def fused_refusals(query: torch.Tensor, context_bias: torch.Tensor | None = None, longest_side: int = 1) -> list[str]:
     """
     Why the fused kernels cannot run these inputs.
 
     Args:
-        query (`torch.Tensor` of shape `(batch_size, positions, num_heads, head_dim)`): The queries; keys and values are like them.
+        query (`torch.Tensor` of shape `(batch_size, positions, num_heads, head_dim)`):
+            The queries; keys and values are like them.
         context_bias (`torch.Tensor`, *optional*): The bias of the context keys.
+        longest_side (`int`, defaults to 1): The most rows or columns of a grid, or the number of context keys.
 
     Returns:
         `list[str]`: One reason a line; empty where they can run.
@@ -154,6 +160,12 @@ def fused_refusals(query: torch.Tensor, context_bias: torch.Tensor | None = None
     if head_dim > _MAX_HEAD_DIM or (device == "cuda" and head_dim % 8):
         limit = f"multiples of 8 up to {_MAX_HEAD_DIM}" if device == "cuda" else f"up to {_MAX_HEAD_DIM}"
         reasons.append(f"head_dim is {head_dim} (supported on {device}: {limit})")
+    if device == "cuda" and longest_side > _MAX_CUDA_SIDE:
+        reasons.append(
+            f"a grid or the context has {longest_side} cells in a row (supported on cuda: up to {_MAX_CUDA_SIDE})"
+        )
+    if device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(query.device)[0] < 8:
+        reasons.append("the device is older than compute capability 8.0")
     if context_bias is not None and context_bias.requires_grad:
         reasons.append("`context_bias` requires a gradient (detach it, or use the reference)")
     return reasons
@@ -164,9 +176,10 @@ def build_info() -> dict:
     What was built and what will be used, for `cogview2 doctor`.
 
     Returns:
-        `dict`: `library` (path or None), `cpu_instruction_sets` (compiled in), `cpu_instruction_set` (chosen on this processor),
-        `cpu_threads`, `threads_of` ("torch's OpenMP pool" or "own threads"), `cuda_architectures` (compiled in; the last as PTX too),
-        `cuda_devices` (names and compute capabilities), and `used_on`, for `cpu` and `cuda` "fused" or "reference: <why>".
+        `dict`: `library` (path or None), `cpu_instruction_sets` (compiled in), `cpu_instruction_set` (chosen on this
+        processor), `cpu_threads`, `threads_of` ("torch's OpenMP pool" or "own threads"), `cuda_architectures`
+        (compiled in; the last as PTX too), `cuda_devices` (names and compute capabilities), and `used_on`, for `cpu`
+        and `cuda` "fused" or "reference: <why>".
     """
     kernels = library()
     info: dict = {
@@ -206,14 +219,21 @@ def _describe(tensor: torch.Tensor | None) -> _Tensor:
 
 
 def _readable(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """The tensor itself, or a copy where the elements of a head are not contiguous."""
-    if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
-        return tensor
-    return tensor.contiguous()
+    """The tensor itself, or a copy where a head is not contiguous or (CUDA) not aligned to 16 bytes."""
+    if tensor is None:
+        return None
+    readable = tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+    if tensor.device.type == "cuda":
+        pieces = 16 // tensor.element_size()
+        aligned = tensor.data_ptr() % 16 == 0 and all(stride % pieces == 0 for stride in tensor.stride()[:-1])
+        readable = readable and aligned
+    return tensor if readable else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _problem(query, sources, context_bias, grids, causal, scale) -> _Problem:
-    """The description of a call without outputs. `grids` is query grid, kernel, coarse grid, coarse kernel; `sources` key-value pairs."""
+    """
+    A call without outputs: `grids` are query grid, kernel, coarse grid, coarse kernel; `sources` keys with values.
+    """
     query_grid, kernel_size, cross_grid, cross_kernel_size = grids
     problem = _Problem(abi=_ABI, dtype=_DTYPES[query.dtype], batch=query.shape[0], heads=query.shape[2])
     problem.head_dim, problem.scale = query.shape[3], scale
@@ -250,12 +270,15 @@ def _launch(problem: _Problem, direction: str, device: torch.device) -> None:
         with torch.cuda.device(device):
             problem.stream = torch.cuda.current_stream(device).cuda_stream
             failure = getattr(library(), f"local_attention_cuda_{direction}")(ctypes.byref(problem))
+            detail = (library().local_attention_cuda_error() or b"").decode()
     else:
         problem.threads = problem.threads or torch.get_num_threads()
         problem.parallel = _openmp_parallel()
         failure = getattr(library(), f"local_attention_cpu_{direction}")(ctypes.byref(problem))
+        detail = ""
     if failure:
-        raise RuntimeError(f"The local-attention kernel failed on {device}: {_FAILURES.get(failure, failure)}.")
+        reason = detail or _FAILURES.get(failure, f"code {failure}")
+        raise RuntimeError(f"The local-attention kernel failed on {device}: {reason}.")
 
 
 def _prepare(query, key, value, cross_key, cross_value, context_key, context_value, context_bias):
@@ -288,7 +311,7 @@ def fused_local_attention(
     causal: list[bool],
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and logsumexp by the fused kernels; grids are empty lists where a source is absent, `causal` is (own, coarse)."""
+    """Output and logsumexp by the kernels; grids are empty where a source is absent, `causal` is (own, coarse)."""
     query, sources, context_bias = _prepare(
         query, key, value, cross_key, cross_value, context_key, context_value, context_bias
     )
@@ -338,6 +361,9 @@ def fused_local_attention_backward(
     logsumexp, grad_logsumexp = logsumexp.contiguous(), grad_logsumexp.to(logsumexp.dtype).contiguous()
     problem.grad_output, problem.output = _describe(grad_output), _describe(output)
     problem.logsumexp, problem.grad_logsumexp = logsumexp.data_ptr(), grad_logsumexp.data_ptr()
+    if query.device.type == "cuda":
+        delta = torch.empty_like(logsumexp)
+        problem.delta = delta.data_ptr()
     grads = [torch.empty_like(query, memory_format=torch.contiguous_format)]
     problem.grad_query = _describe(grads[0])
     for source, pair in zip(problem.source, sources, strict=True):
