@@ -207,3 +207,8 @@ def test_a_diagonal_schedule_of_nothing_is_an_error():
 def test_a_canvas_that_the_grid_does_not_tile_is_an_error(size):
     with pytest.raises(ValueError, match=rf"6 x 6 step grid, but is {size[0]} x {size[1]}"):
         LoPARScheduler().masked_positions(1, *size)
+
+
+def test_another_number_of_steps_keeps_settings_given_by_position():
+    scheduler = LoPARScheduler(((1, 2),), (5, 4), 0.7, 0.5).with_num_steps(1)
+    assert (scheduler.config.temperature, scheduler.config.cluster_temperature) == (0.7, 0.5)

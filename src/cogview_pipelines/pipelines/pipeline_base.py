@@ -393,8 +393,6 @@ def slices(length: int, size: int) -> list[slice]:
 
 
 def _configure(scheduler: LoPARScheduler, changes: dict) -> LoPARScheduler:
-    """The scheduler with another setting or two."""
+    """The scheduler with the settings that are not `None`."""
     changes = {name: value for name, value in changes.items() if value is not None}
-    # not `from_config`, which takes arguments given by position for defaults and forgets them
-    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-    return type(scheduler)(**{**config, **changes}) if changes else scheduler
+    return scheduler.with_settings(**changes) if changes else scheduler

@@ -115,7 +115,13 @@ class LoPARScheduler(SchedulerMixin, ConfigMixin):
         for (entry, row, column), group in zip(cells, groups):
             grid[row][column] = group
             top_k[group - 1] = max(top_k[group - 1], self._top_k(entry))
-        return type(self).from_config(self.config, step_grid=grid, top_k=top_k)
+        return self.with_settings(step_grid=grid, top_k=top_k)
+
+    def with_settings(self, **changes) -> "LoPARScheduler":
+        """The same scheduler with some arguments changed."""
+        # not `from_config`, which takes arguments that were given by position for defaults
+        config = {name: value for name, value in self.config.items() if not name.startswith("_")}
+        return type(self)(**{**config, **changes})
 
     def step_map(self, height: int, width: int) -> torch.Tensor:
         """
