@@ -1,17 +1,20 @@
 """
-Builds `csrc/` into one shared library beside `cogview_pipelines/ops/local_attention.py`. Metadata is in `pyproject.toml`.
+Builds `csrc/` into one shared library beside `cogview_pipelines/ops/local_attention.py`. Metadata is in
+`pyproject.toml`.
 
-The library has a plain C interface: it needs neither torch nor Python headers, so one wheel serves every version of both, and nothing here
-imports torch. The CPU part takes any GCC or Clang and holds code for several instruction sets. The CUDA part is added where `nvcc` is found,
-for the architectures that this toolkit knows; no GPU is needed. Without a compiler the package installs all the same and computes local
-attention with PyTorch operations.
+The library has a plain C interface: it needs neither torch nor Python headers, so one wheel serves every version of
+both, and nothing here imports torch. The CPU part takes any GCC or Clang and holds code for several instruction
+sets. The CUDA part is added where `nvcc` is found, for the architectures that this toolkit knows; no GPU is needed.
+Without a compiler the package installs all the same and computes local attention with PyTorch operations.
 
-Environment variables: `CXX`, `NVCC` (compilers), `COGVIEW_CUDA=0` (leave the CUDA part out), `COGVIEW_CUDA_ARCHITECTURES` (for example
-`80;90`), `COGVIEW_REQUIRE_KERNELS=1` (fail if the CPU part cannot be built; wheels are built with it).
+Environment variables: `CXX`, `NVCC` (compilers), `COGVIEW_CUDA=0` (leave the CUDA part out),
+`COGVIEW_CUDA_ARCHITECTURES` (for example `80;90`), `COGVIEW_REQUIRE_KERNELS=1` (fail if the CPU part cannot be
+built; wheels are built with it).
 """
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -34,15 +37,17 @@ X86_INSTRUCTION_SETS = {
     "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
 }
 CUDA_ARCHITECTURES = ("80", "86", "89", "90")
+MOST_SPILLED_BYTES = 256  # per thread: a few values that the inner loops do not touch
 
 
-def run(command: list) -> None:
-    """Run a compiler; its complaints are part of the error."""
+def run(command: list, quiet: bool = False) -> str:
+    """Run a compiler and return what it says; its complaints are part of the error."""
     result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{result.stdout}{result.stderr}")
-    if result.stderr.strip():
+    if result.stderr.strip() and not quiet:
         print(result.stderr, file=sys.stderr)
+    return result.stdout + result.stderr
 
 
 def compile_cpu(compiler: str, folder: Path) -> list[Path]:
@@ -82,8 +87,36 @@ def compile_cuda(nvcc: str, folder: Path) -> tuple[Path, list[str]]:
     target = folder / "local_attention_cuda.o"
     flags = ["-std=c++17", "-O3", "--threads", str(os.cpu_count()), "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     flags.append(f'-DLOCAL_ATTENTION_CUDA_ARCHITECTURES="{";".join(known)}"')
-    run([nvcc, *flags, *codes, "-c", SOURCES / "local_attention_cuda.cu", "-o", target])
+    report = run(
+        [nvcc, *flags, *codes, "-Xptxas", "-v", "-c", SOURCES / "local_attention_cuda.cu", "-o", target], quiet=True
+    )
+    (folder / "registers.txt").write_text(report)
+    check_registers(report)
     return target, known
+
+
+def check_registers(report: str) -> None:
+    """
+    Hold the assembler's report of the kernels (`-Xptxas -v`) against the bounds.
+
+    What does not fit into registers is spilled to memory: a change that makes a kernel spill costs much of its speed
+    and shows nowhere else.
+    """
+    kernels = re.findall(
+        r"Compiling entry function '(\S+)' for '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers",
+        report,
+        re.DOTALL,
+    )
+    if not kernels:
+        raise RuntimeError(f"nvcc gave no report of registers:\n{report}")
+    worst = max(kernels, key=lambda kernel: int(kernel[2]))
+    print(
+        f"{len(kernels)} CUDA kernels: at most {max(int(kernel[3]) for kernel in kernels)} registers a thread and "
+        f"{worst[2]} bytes spilled ({worst[0]} for {worst[1]})"
+    )
+    if int(worst[2]) > MOST_SPILLED_BYTES:
+        raise
+        RuntimeError(f"{worst[0]} for {worst[1]} spills {worst[2]} bytes (at most {MOST_SPILLED_BYTES} are allowed)")
 
 
 class BuildKernels(build_ext):
@@ -120,6 +153,8 @@ class BuildKernels(build_ext):
                 objects.append(cuda_object)
                 print(f"CUDA kernels built for {', '.join(architectures)} and PTX")
             except RuntimeError as error:
+                if os.environ.get("COGVIEW_REQUIRE_KERNELS") == "1":
+                    raise
                 print(f"warning: the CUDA part is not built:\n{error}", file=sys.stderr)
         target.parent.mkdir(parents=True, exist_ok=True)
         # A new file, not an overwritten one: a process may have the old library mapped.

@@ -357,8 +357,6 @@ struct Fma {
 
     static __device__ __forceinline__ int lane() { return threadIdx.x & 31; }
     static __device__ __forceinline__ int row_of(int, int pass) { return lane() / SHARE + pass * (32 / SHARE); }
-    // Keeps the compiler from loading all columns ahead, which would not fit into the registers.
-    static __device__ __forceinline__ void hold_loads() { asm volatile("" ::: "memory"); }
     static __device__ __forceinline__ int element(int m) { return (m / 4 * SHARE + lane() % SHARE) * 4 + m % 4; }
 
     static __device__ __forceinline__ void load_rows(Rows& rows, const float* from, int64_t stride, const int (&position)[OWN], int size) {
@@ -394,10 +392,10 @@ struct Fma {
                 sum += rows[m] * x.x + rows[m + 1] * x.y + rows[m + 2] * x.z + rows[m + 3] * x.w;
             }
             scores[c] = share_sum(sum);
-            if (c % 4 == 3) hold_loads();
         }
     }
     static __device__ __forceinline__ void add(Sum& sum, const Scores& weights, const float* columns, int column) {
+        __syncwarp();  // else the assembler keeps columns from `score` on in registers, far more than there are
 #pragma unroll
         for (int c = 0; c < BLOCK; c++) {
             const float* at = columns + (column + c) * PITCH + lane() % SHARE * 4;
@@ -407,7 +405,6 @@ struct Fma {
                 sum[m] += weights[c] * x.x, sum[m + 1] += weights[c] * x.y;
                 sum[m + 2] += weights[c] * x.z, sum[m + 3] += weights[c] * x.w;
             }
-            if (c % 4 == 3) hold_loads();
         }
     }
     template <class F>

@@ -151,6 +151,7 @@ inline float __shfl_xor_sync(uint32_t, float x, int step) {
     memcpy(&result, emulation::exchange(x)[(emulation::current % 32) ^ step], sizeof(result));
     return result;
 }
+inline void __syncwarp() { emulation::exchange(0); }
 inline bool __any_sync(uint32_t, bool x) {
     const auto slots = emulation::exchange(x);
     bool any = false;
