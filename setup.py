@@ -143,14 +143,12 @@ class BuildKernels(build_ext):
             return
         nvcc = find_nvcc()
         link = [compiler, "-shared", "-pthread", "-s"]
-        libraries = []
         if nvcc:
             try:
                 cuda_object, architectures = compile_cuda(nvcc, folder)
-                toolkit = Path(nvcc).resolve().parent.parent
-                folders = [toolkit / "lib64", toolkit / "lib", toolkit / "targets" / "x86_64-linux" / "lib"]
-                libraries = [*(f"-L{path}" for path in folders if path.is_dir()), "-lcudart_static", "-ldl", "-lrt"]
                 objects.append(cuda_object)
+                # nvcc knows where its runtime library lies, and links the static one.
+                link = [nvcc, "-ccbin", compiler, "-shared", "-Xcompiler", "-pthread", "-Xlinker", "-s"]
                 print(f"CUDA kernels built for {', '.join(architectures)} and PTX")
             except RuntimeError as error:
                 if os.environ.get("COGVIEW_REQUIRE_KERNELS") == "1":
@@ -159,7 +157,7 @@ class BuildKernels(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         # A new file, not an overwritten one: a process may have the old library mapped.
         fresh = target.with_suffix(".new")
-        run([*link, *objects, "-o", fresh, *libraries])
+        run([*link, *objects, "-o", fresh], quiet=True)
         fresh.replace(target)
 
     def get_ext_filename(self, fullname: str) -> str:
