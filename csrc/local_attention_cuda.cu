@@ -851,7 +851,7 @@ int shared_memory_limit() {
     int device = 0, most = 0;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    return minimum(most, 112 * 1024);
+    return minimum(most - 1024, 112 * 1024);  // the kernels hold some bytes beside it
 }
 #endif
 

@@ -4,6 +4,7 @@ here.
 """
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -219,6 +220,17 @@ def test_fused_without_kernels_lists_every_reason(monkeypatch):
     ):
         local_attention(**inputs, backend="fused")
     assert local_attention(**inputs).requires_grad
+
+
+def test_without_kernels_the_reference_runs_and_says_so_once(monkeypatch):
+    monkeypatch.setattr(native, "library", lambda: None)
+    native.say_that_kernels_are_missing.cache_clear()
+    inputs = make_inputs("self")
+    with pytest.warns(UserWarning, match="kernels are not built"):
+        output = local_attention(**inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(local_attention(**inputs), output)
 
 
 def test_gradient_of_the_context_bias_comes_from_the_reference():

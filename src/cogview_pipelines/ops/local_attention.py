@@ -19,7 +19,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .native import fused_local_attention, fused_refusals
+from .native import built_for, fused_local_attention, fused_refusals, say_that_kernels_are_missing
 
 Grid = tuple[int, int]
 
@@ -435,6 +435,8 @@ def local_attention(
         raise ValueError(
             f'`backend="fused"` cannot run these inputs:{listed}\nLeave `backend` out to let the package choose.'
         )
+    if reasons and not torch.compiler.is_compiling() and not built_for():
+        say_that_kernels_are_missing()
     if backend != "reference" and not reasons:
         output, logsumexp = fused_local_attention(
             query,

@@ -127,8 +127,13 @@ def _openmp_parallel() -> int | None:
 
 
 @functools.cache
-def _say_once(message: str) -> None:
-    warnings.warn(message, stacklevel=4)
+def say_that_kernels_are_missing() -> None:
+    """Warn, once in a process, that PyTorch operations stand in for the kernels."""
+    warnings.warn(
+        "The local-attention kernels are not built, so PyTorch operations compute it, several times slower: reinstall "
+        "the package where a C++ compiler is found. `cogview2 doctor` shows what is built.",
+        stacklevel=3,
+    )
 
 
 def fused_refusals(query: torch.Tensor, context_bias: torch.Tensor | None = None, longest_side: int = 1) -> list[str]:
