@@ -42,7 +42,8 @@ class IterativeSRTrainConfig(TrainConfig):
     )
     tokenizer: str = field(kw_only=True, metadata={"help": "Folder or Hub id of the tokenizer."})
     transformer: str = field(
-        kw_only=True, metadata={"help": "The trained CogLM to start from, or whose shape to take."}
+        kw_only=True,
+        metadata={"help": "The trained CogLM to start from, or whose shape to take; or this stage itself, to go on."},
     )
     from_scratch: bool = field(
         default=False, metadata={"help": "Take only the shape of `transformer`, not its weights."}
@@ -71,6 +72,8 @@ def make_model(config: IterativeSRTrainConfig, data: TokenData) -> CogLMModel:
         fields.update({"num_text_slots": None, **options}, super_resolution="iterative", fine_grid=fine_grid)
         return CogLMModel(CogLMConfig(**fields))
     transformer = CogLMModel.from_pretrained(config.transformer, dtype=torch.float32)
+    if transformer.config.super_resolution == "iterative":
+        return transformer
     return CogLMModel.from_transformer(transformer, "iterative", fine_grid, **options)
 
 
