@@ -15,7 +15,8 @@ python=${PYTHON:-python3}
 mkdir -p "$out"
 export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH}
 
-steps=(kernel_build kernel_tests kernel_sanitizer kernel_benchmark)
+steps=(kernel_build kernel_tests kernel_sanitizer kernel_benchmark
+    train_vq prepare_tokens train_coglm train_direct_sr train_iterative_sr assemble_model evaluate_model)
 
 # name of the step, seconds that it may take, command
 step() {
@@ -58,6 +59,27 @@ kernel_benchmark() {
     local options=(--device "$device" --json)
     [ "$device" = cpu ] && options+=(--cases shipped_direct_b1_float32 --seconds 0.1)
     step kernel_benchmark 580 bash -c '"$0" benchmarks/bench_local_attention.py "${@:2}" >"$1"' "$python" "$out/local_attention.jsonl" "${options[@]}"
+}
+
+# The model of all emoji scenes at 20 x 20 to 60 x 60 tokens (training_scripts/emoji/README.md). The full-size drawings and the
+# tokenizer are made beforehand; a training that ran out of time goes on where it was when its step is run again.
+emoji=training_scripts/emoji/gpu
+
+train() {
+    local name=$1 limit=$2 script=$3 config=$4 folder=$5
+    step "$name" $((limit + 60)) "$python" "training_scripts/$script" --config "$emoji/$config" --output_dir "$folder" \
+        --resume_from_checkpoint latest --max_minutes $((limit / 60))
+}
+train_vq() { train train_vq 300 train_vq_model.py vq.yaml runs/gpu/vq; }
+prepare_tokens() { step prepare_tokens 300 "$python" training_scripts/prepare_tokens.py --config "$emoji/tokens.yaml"; }
+train_coglm() { train train_coglm 480 train_coglm.py coglm.yaml runs/gpu/coglm; }
+train_direct_sr() { train train_direct_sr 300 train_direct_sr.py direct_sr.yaml runs/gpu/direct_sr; }
+train_iterative_sr() { train train_iterative_sr 300 train_iterative_sr.py iterative_sr.yaml runs/gpu/iterative_sr; }
+assemble_model() {
+    step assemble_model 60 "$python" training_scripts/assemble_pipeline.py --config "$emoji/pipeline.yaml" --output_dir "$out/model"
+}
+evaluate_model() {
+    step evaluate_model 400 "$python" benchmarks/evaluate_emoji_model.py --model "$out/model" --num 50 --output "$out/model.jsonl"
 }
 
 for name in "${@:-${steps[@]}}"; do
