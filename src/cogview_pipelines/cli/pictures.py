@@ -100,7 +100,9 @@ def inpaint(
     quiet: bool = QUIET_OPTION,
 ) -> None:
     """
-    Paint what a mask marks anew, or around a picture; everything else stays as it is, bit for bit.
+    Paint what a mask marks anew, or around a picture.
+
+    Everything else stays as it is, bit for bit.
 
     A mask is black and white, or grey, of which the brighter half counts as white. If it has transparent parts, these
     are painted, whatever its colours are.
@@ -150,7 +152,11 @@ def upscale(
     dtype: DType = DTYPE_OPTION,
     quiet: bool = QUIET_OPTION,
 ) -> None:
-    """Enlarge a picture by super-resolution: three times as high and wide with the released models."""
+    """
+    Enlarge a picture by super-resolution.
+
+    With the released models it becomes three times as high and wide.
+    """
     paths, seed = _prepare(output, 1, seed, prompt or "-")
     picture = read_image(image, "FILE")
     from ..pipelines.pipeline_cogview2_upscale import CogView2UpscalePipeline
@@ -187,7 +193,11 @@ def caption(
     dtype: DType = DTYPE_OPTION,
     quiet: bool = QUIET_OPTION,
 ) -> None:
-    """Describe pictures: a line for each caption, after the name of the file and a tab if there are several files."""
+    """
+    Describe pictures, one line a caption.
+
+    If there are several files, the name of the file and a tab stand before it.
+    """
     pictures = [read_image(path, "FILE") for path in images]
     import torch
 
@@ -225,7 +235,11 @@ def score(
     device: str = DEVICE_OPTION,
     dtype: DType = DTYPE_OPTION,
 ) -> None:
-    """Say how well texts describe a picture: caption loss, a tab and the text on each line, best (lowest) first."""
+    """
+    Say how well texts describe a picture, best first.
+
+    Each line has the caption loss (lower is better), a tab and the text.
+    """
     picture = read_image(image, "FILE")
     with bad_input():
         texts = [check_prompt(prompt) for prompt in prompts]
