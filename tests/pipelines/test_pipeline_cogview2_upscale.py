@@ -128,19 +128,19 @@ def test_tiles_decoded_and_blended_show_no_seam(upscale):
     assert steps.max() <= 4 * steps.median() + 0.05
     assert period < inner.shape[-1]
     one = upscale._decode_tiles(fine[:, :12, :12])
-    assert torch.equal(one, upscale._decode_pixels(fine[:, :12, :12], 1))
+    assert torch.equal(one, upscale._decode_pixels(fine[:, :12, :12]))
 
 
 def test_blending_gives_what_one_decoder_pass_gives_where_the_decoder_is_local(upscale, monkeypatch):
     """With a decoder that looks at single tokens, tiles and whole are the same picture."""
 
-    def decode(tokens, batch_size):
+    def decode(tokens):
         values = (tokens.float() / NUM_IMAGE_TOKENS).repeat_interleave(8, 1).repeat_interleave(8, 2)
         return values[:, None].expand(-1, 3, -1, -1)
 
     monkeypatch.setattr(upscale, "_decode_pixels", decode)
     tokens = grid_of(31, 20, count=2)
-    torch.testing.assert_close(upscale._decode_tiles(tokens), decode(tokens, 2).clone())
+    torch.testing.assert_close(upscale._decode_tiles(tokens), decode(tokens).clone())
 
 
 def test_two_levels_enlarge_twice(upscale):

@@ -187,16 +187,17 @@ class CogView2PipelineBase(DiffusionPipeline):
                 tokens = torch.where(cell_mask.to(tokens.device), tokens, known.to(tokens.device))
         return tokens
 
-    def _decode_pixels(self, tokens: torch.Tensor, batch_size: int) -> torch.Tensor:
+    def _decode_pixels(self, tokens: torch.Tensor) -> torch.Tensor:
         """`(num_images, rows, columns)` tokens to float32 pixels in [0, 1], `(num_images, 3, height, width)`."""
         rate = self.config.compression_rate
-        images = torch.cat([self.vqvae.decode(part, rate).sample for part in tokens.split(batch_size)])
+        # one by one: rounding depends on the size of a batch, and a pixel could differ from that of the picture alone
+        images = torch.cat([self.vqvae.decode(part, rate).sample for part in tokens.split(1)])
         return images.float().clamp(0, 1)
 
-    def _decode(self, tokens: torch.Tensor, output_type: str, batch_size: int):
+    def _decode(self, tokens: torch.Tensor, output_type: str):
         if output_type == "latent":
             return tokens
-        return self.image_processor.postprocess(self._decode_pixels(tokens, batch_size), output_type)
+        return self.image_processor.postprocess(self._decode_pixels(tokens), output_type)
 
     def _encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels in [0, 1], `(num_images, 3, height, width)`, to `(num_images, rows, columns)` tokens."""

@@ -193,7 +193,7 @@ class CogView2Pipeline(CogView2PipelineBase):
                 ]
                 tokens = torch.cat(parts)
         output = CogView2PipelineOutput(
-            images=self._decode(tokens, output_type, batch_size),
+            images=self._decode(tokens, output_type),
             tokens=tokens,
             seeds=[generator.initial_seed() for generator in generators],
             prompts=[prompt for prompt in prompts for _ in range(num_images_per_prompt)],
@@ -295,7 +295,7 @@ class CogView2Pipeline(CogView2PipelineBase):
                 device=self._execution_device,
             )
         else:
-            scores = scorer(self._decode(tokens, "pil", batch_size), repeated)
+            scores = scorer(self._decode(tokens, "pil"), repeated)
             scores = torch.as_tensor(scores, dtype=torch.float32).detach().cpu()
             if scores.shape != (len(repeated),) or scores.isnan().any():
                 raise ValueError(

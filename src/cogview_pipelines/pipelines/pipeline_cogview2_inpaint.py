@@ -333,7 +333,7 @@ class CogView2InpaintPipeline(CogView2PipelineBase):
             tokens = self._super_resolve(
                 [task.text] * num_images, tokens, generators, task.schedulers, task.notify, fine, fine_mask
             )
-        return self._decode_pixels(tokens, task.batch_size)
+        return self._decode_pixels(tokens)
 
     def _fill(
         self, task: _Task, known: torch.Tensor, mask: torch.Tensor, generators: list[torch.Generator]

@@ -263,7 +263,7 @@ class CogView2UpscalePipeline(CogView2PipelineBase):
         rate, grid = self.config.compression_rate, self.direct_sr_transformer.config.fine_grid
         rows, columns = (list(_starts(size, tile, 0.5)) for size, tile in zip(tokens.shape[1:], grid))
         if len(rows) == len(columns) == 1:
-            return self._decode_pixels(tokens, len(tokens))
+            return self._decode_pixels(tokens)
         height, width = (size * rate for size in tokens.shape[1:])
         total = torch.zeros(len(tokens), 3, height, width)
         weights = torch.zeros(height, width)
@@ -271,7 +271,7 @@ class CogView2UpscalePipeline(CogView2PipelineBase):
         window = ramps[0][:, None] * ramps[1][None]
         for row in rows:
             for column in columns:
-                part = self._decode_pixels(tokens[:, row : row + grid[0], column : column + grid[1]], len(tokens))
+                part = self._decode_pixels(tokens[:, row : row + grid[0], column : column + grid[1]])
                 inside = (
                     ...,
                     slice(row * rate, (row + grid[0]) * rate),
