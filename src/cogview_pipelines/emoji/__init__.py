@@ -6,6 +6,7 @@ A [`Scene`] says what a picture shows; `captions`, `render` and `split` are func
 set of scenes that a model was trained on; the [`Scorer`] judges a picture against a scene without a neural network.
 """
 
+from .caption_reader import CaptionReading, read_caption
 from .captions import CAPTION_VARIANT_KINDS, LANGUAGES, caption_variants, captions, sample_caption
 from .rendering import NATIVE_SIZE, SpriteSet, render, slot_boxes
 from .scenes import (
@@ -35,6 +36,7 @@ __all__ = [
     "RELATIONS",
     "SPLITS",
     "STYLES",
+    "CaptionReading",
     "Concept",
     "Reading",
     "Scene",
@@ -46,6 +48,7 @@ __all__ = [
     "is_usable",
     "iterate_scenes",
     "load_concepts",
+    "read_caption",
     "render",
     "sample_caption",
     "sample_scene",

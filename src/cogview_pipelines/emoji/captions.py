@@ -22,7 +22,8 @@ def _counted(concept) -> str:
     return f"一{concept.measure}{concept.noun_zh}"
 
 
-def _check_language(language: str) -> None:
+def check_language(language: str) -> None:
+    """Raise an error unless there are captions in this language."""
     if language not in LANGUAGES:
         raise ValueError(f"`language` must be one of {list(LANGUAGES)}, got {language!r}.")
 
@@ -43,7 +44,7 @@ def captions(scene: Scene, language: str) -> list[str]:
     Raises:
         ValueError: If the language is another one.
     """
-    _check_language(language)
+    check_language(language)
     template = _english if language == "en" else _chinese
     return [caption for reading in _readings(scene) for caption in template(reading)]
 
@@ -94,7 +95,7 @@ def caption_variants(scene: Scene, language: str) -> dict[str, list[str]]:
         `objects_only` leave out what their name says, so that several pictures fit; `no_relation` (pairs only) names
         two objects but not their places.
     """
-    _check_language(language)
+    check_language(language)
     write = _english_variants if language == "en" else _chinese_variants
     variants: dict[str, list[str]] = {}
     for reading in _readings(scene):
