@@ -365,6 +365,25 @@ class CogLMLayer(GradientCheckpointingLayer):
         return attention.dense(output.flatten(2))
 
 
+class CogLMTokenEmbedding(nn.Embedding):
+    """
+    Embeddings of tokens, and scores of tokens, which are products with their embeddings.
+
+    Both are calls of the module, because that is when offload hooks bring the weights.
+    """
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        hidden_states: torch.Tensor | None = None,
+        num_tokens: int | None = None,
+    ) -> torch.Tensor:
+        """Embeddings of `input_ids`, or scores of the first `num_tokens` tokens in the format of `hidden_states`."""
+        if hidden_states is None:
+            return super().forward(input_ids)
+        return F.linear(hidden_states, self.weight[:num_tokens].to(hidden_states.dtype))
+
+
 class CogLMModel(PreTrainedModel):
     """
     The transformer of CogView2, for every stage: `config.super_resolution` says which.
@@ -385,7 +404,7 @@ class CogLMModel(PreTrainedModel):
 
     def __init__(self, config: CogLMConfig):
         super().__init__(config)
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.word_embeddings = CogLMTokenEmbedding(config.vocab_size, config.hidden_size)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         if config.super_resolution:
             self.canvas_position_embeddings = nn.Embedding(config.canvas_length, config.hidden_size)
@@ -488,15 +507,13 @@ class CogLMModel(PreTrainedModel):
         autocast.
         """
         hidden_states = self.final_layernorm(hidden_states)
-        weight = self.word_embeddings.weight
-        if not full_vocabulary:
-            weight = weight[: self.config.num_image_tokens]
         if self.config.super_resolution != "iterative":
-            hidden_states, weight = hidden_states.float(), weight.float()
-        return F.linear(hidden_states, weight.to(hidden_states.dtype)).float()
+            hidden_states = hidden_states.float()
+        num_tokens = None if full_vocabulary else self.config.num_image_tokens
+        return self.word_embeddings(hidden_states=hidden_states, num_tokens=num_tokens).float()
 
     def _run_canvas(self, canvas_ids: torch.Tensor, context: CogLMContext) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        positions = self.canvas_position_embeddings.weight
+        positions = self.canvas_position_embeddings(torch.arange(canvas_ids.shape[1], device=canvas_ids.device))
         hidden_states = self.dropout(self.word_embeddings(canvas_ids) + positions)
         bias = None
         if self.config.super_resolution == "iterative":
