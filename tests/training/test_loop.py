@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
 from torch import nn
 
 from cogview_pipelines.training.arguments import TrainConfig
@@ -64,10 +65,10 @@ class Runner:
         loss = (model(batch.inputs) - batch.targets).square().mean()
         return loss, {"twice": 2 * loss.detach()}
 
-    def __call__(self, name, make_samples=None, model=None, **options):
+    def __call__(self, name, make_samples=None, model=None, hooks=None, **options):
         defaults = {"max_steps": 6, "batch_size": 4, "warmup_steps": 0, "log_every_steps": 1, "learning_rate": 0.01}
         config = TrainConfig(output_dir=str(self.folder / name), **{**defaults, "data_workers": 0, **options})
-        return train(config, model or Regression(), self.make_batch, self.compute_loss, make_samples)
+        return train(config, model or Regression(), self.make_batch, self.compute_loss, make_samples, **(hooks or {}))
 
     def metrics(self, name):
         lines = map(json.loads, (self.folder / name / "metrics.jsonl").read_text().splitlines())
@@ -152,6 +153,26 @@ def test_sample_pictures_leave_no_trace_in_the_run(runner):
     shown = runner("shown", lambda model: torch.rand(2, 3, 4, 4), sample_every_steps=1)
     assert same(quiet, shown) and runner.metrics("quiet") == runner.metrics("shown")
     assert len(list((runner.folder / "shown/samples").iterdir())) == 6
+
+
+def test_sets_of_sample_pictures_become_files_by_their_names(runner):
+    sets = {"small": torch.rand(3, 3, 4, 4), "large": torch.rand(2, 3, 8, 8)}
+    runner("run", lambda model: sets, sample_every_steps=6)
+    sizes = {path.name: Image.open(path).size for path in (runner.folder / "run/samples").iterdir()}
+    assert sizes == {"0000006_small.png": (8, 8), "0000006_large.png": (16, 8)}
+
+
+def test_steps_are_announced_and_the_final_model_is_finished_before_it_is_saved(runner):
+    steps = []
+
+    def finish(model):
+        assert not model.training
+        nn.init.constant_(model.layers[3].bias, 7.0)
+
+    runner("run", hooks={"begin_step": steps.append, "finish": finish}, gradient_accumulation_steps=2, max_steps=2)
+    assert steps == [0, 0, 1, 1]
+    saved = torch.load(runner.folder / "run/final/weights.pt", weights_only=True)
+    assert saved["layers.3.bias"].item() == 7.0
 
 
 def test_weights_that_need_no_gradient_stay_as_they_are(runner):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cogview_pipelines import IcetkVQModel
+from cogview_pipelines import IcetkVQConfig, IcetkVQModel
 
 SCRIPT = Path(__file__).parents[2] / "training_scripts" / "train_vq_model.py"
 MODEL = {
@@ -88,6 +88,26 @@ def test_the_final_model_loads_and_has_clusters(run, tmp_path):
     assert model.decode(model.encode(torch.rand(1, 3, 16, 16), 4).tokens, 4).sample.shape == (1, 3, 16, 16)
     pictures = sorted(path.name for path in (tmp_path / "run/samples").iterdir())
     assert pictures == ["0000004_16px.png", "0000004_32px.png"]
+
+
+def test_codes_stay_where_they_are_late_in_the_run(script):
+    model = IcetkVQModel(IcetkVQConfig(**MODEL))
+    config = script.VQTrainConfig(output_dir="out", max_steps=10, decay_steps=4)
+    thresholds = []
+    for step in range(10):
+        script.begin_step(config, model, step)
+        thresholds.append(model.quantize.dead_code_threshold)
+    assert thresholds == [model.config.dead_code_threshold] * 8 + [0.0] * 2 and thresholds[0] > 0
+
+
+def test_scenes_drawn_by_several_processes_are_the_same(script):
+    def draw(**options):
+        config = script.VQTrainConfig(output_dir="out", num_scenes=40, resolutions=[40, 80], **options)
+        return [source.pictures for source in script.make_sources(config)]
+
+    alone, together = draw(), draw(data_workers=2)
+    assert [pictures.shape for pictures in alone] == [(40, 3, 40, 40), (40, 3, 80, 80)]
+    assert all(torch.equal(one, other) for one, other in zip(alone, together))
 
 
 def test_training_lowers_the_reconstruction_loss(run, tmp_path):

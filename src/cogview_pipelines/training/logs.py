@@ -76,24 +76,29 @@ class MetricsLog:
 
 
 def save_samples(
-    images: torch.Tensor | list[Image.Image], config: TrainConfig, step: int, columns: int | None = None
-) -> Path:
+    images: torch.Tensor | list[Image.Image] | dict[str, torch.Tensor | list[Image.Image]],
+    config: TrainConfig,
+    step: int,
+) -> None:
     """
-    Save pictures as one grid `samples/<step>.png` in the output folder.
+    Save pictures as a grid, as square as possible, `samples/<step>.png` in the output folder.
 
     Args:
-        images (`torch.Tensor` of shape `(num, 3, height, width)` in 0..1, or a list of PIL images): Equally large.
+        images (`torch.Tensor` of shape `(num, 3, height, width)` in 0..1, or a list of PIL images):
+            Equally large; or several such sets by name, each of which becomes `samples/<step>_<name>.png`.
         step (`int`): Updates so far.
-        columns (`int`, *optional*): Pictures a row, by default as square as possible.
     """
+    folder = Path(config.output_dir) / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, pictures in images.items() if isinstance(images, dict) else [("", images)]:
+        _make_grid(pictures).save(folder / f"{step:07d}{'_' * bool(name)}{name}.png")
+
+
+def _make_grid(images) -> Image.Image:
     if torch.is_tensor(images):
         arrays = (images.detach().float().clamp(0, 1) * 255).round().byte().movedim(1, -1).cpu().numpy()
         images = [Image.fromarray(array) for array in arrays]
-    columns = columns or math.ceil(math.sqrt(len(images)))
+    columns = math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     blank = Image.new("RGB", images[0].size, "white")
-    grid = make_image_grid([*images, *[blank] * (rows * columns - len(images))], rows=rows, cols=columns)
-    path = Path(config.output_dir) / "samples" / f"{step:07d}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    grid.save(path)
-    return path
+    return make_image_grid([*images, *[blank] * (rows * columns - len(images))], rows=rows, cols=columns)

@@ -1,8 +1,8 @@
 """
-The loop that the transformers' training scripts share.
+The loop that the training scripts share.
 
 It is written once because exact resuming, accumulation and clean stops are easy to get subtly wrong in copies. What
-differs between the scripts (samples, loss, sample pictures) they pass in as functions.
+differs between the scripts (samples, loss, sample pictures, what happens between steps) they pass in as functions.
 """
 
 import logging
@@ -22,6 +22,7 @@ from .setup import make_accelerator, make_averaged_model, make_optimizer, make_s
 logger = logging.getLogger(__name__)
 
 Draw = tuple[int, int, int]
+Pictures = torch.Tensor | list[Image.Image]
 
 
 def train(
@@ -29,8 +30,10 @@ def train(
     model: nn.Module,
     make_batch: Callable[[Draw], object],
     compute_loss: Callable[[nn.Module, object], tuple[torch.Tensor, dict[str, torch.Tensor]]],
-    make_samples: Callable[[nn.Module], torch.Tensor | list[Image.Image]] | None = None,
+    make_samples: Callable[[nn.Module], Pictures | dict[str, Pictures]] | None = None,
     adamw_names: tuple[str, ...] = (),
+    begin_step: Callable[[int], None] | None = None,
+    finish: Callable[[nn.Module], None] | None = None,
 ) -> nn.Module | None:
     """
     Train all parameters of a model that require a gradient.
@@ -41,8 +44,10 @@ def train(
         make_batch (`Callable`): Makes the batch of `(step, micro step, process)`, an object with `.to(device)`. It
             must depend on nothing else, so that a resumed run sees the batches that it would have seen.
         compute_loss (`Callable`): Loss and further scalars of the model (as Accelerate prepared it) and a batch.
-        make_samples (`Callable`, *optional*): Pictures made by the model in evaluation mode.
+        make_samples (`Callable`, *optional*): Pictures made by the model in evaluation mode, or several sets by name.
         adamw_names (`tuple[str, ...]`): Parts of names of linear layers that Muon leaves to AdamW.
+        begin_step (`Callable`, *optional*): Called with the number of updates so far before each forward pass.
+        finish (`Callable`, *optional*): Called with the trained model, in evaluation mode, before it is saved.
 
     Returns:
         `nn.Module` or `None`: The trained model (the moving average, if there is one), also saved in
@@ -66,6 +71,8 @@ def train(
     trained.train()
     for (step, _, _), batch in prefetch(make_batch, draws, config.data_workers):
         batch = batch.to(accelerator.device)
+        if begin_step is not None:
+            begin_step(step)
         with accelerator.accumulate(trained):
             with accelerator.autocast():
                 loss, metrics = compute_loss(trained, batch)
@@ -99,6 +106,8 @@ def train(
 
     log.close()
     final = (model if averaged is None else averaged.module).eval()
+    if finish is not None:
+        finish(final)
     if accelerator.is_main_process:
         final.save_pretrained(Path(config.output_dir) / "final")
     return final
