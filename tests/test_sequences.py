@@ -11,8 +11,10 @@ from cogview_pipelines.sequences import (
     caption,
     captioning_sample,
     completion,
+    completion_sample,
     direct_super_resolution,
     draw_patch_corners,
+    draw_rectangles,
     draw_text_spans,
     generation_sample,
     iterative_super_resolution,
@@ -340,6 +342,29 @@ def test_captioning_samples_predict_patches_from_what_is_outside_and_before():
     assert sample.attention_mask[0, : 1 + len(FIRST_TEXT), BEFORE_IMAGE:].all()
 
 
+def test_completion_samples_read_what_completion_reads_and_predict_the_hole():
+    row, mask = make_row(FIRST_TEXT, SECOND_TEXT), hole((0, 2), (0, 3), (2, 0))
+    image = row[None, BEFORE_IMAGE:]
+    sample = completion_sample(row, LAYOUT, PAD, mask)
+    task = completion([FIRST_TEXT], image, mask, LAYOUT)
+    task.entries = image[:, task.cells]  # as when all has been generated
+    expected = task.whole_sequence()
+    length = expected.input_ids.shape[1]
+    assert length < sample.input_ids.shape[1] == len(row)
+    assert torch.equal(sample.attention_mask[:, :length, :length], expected.attention_mask)
+    for name in ("input_ids", "position_ids", "text_mask", "key_mask"):
+        assert torch.equal(getattr(sample, name)[:, :length], getattr(expected, name)), name
+    # each masked cell is predicted by the entry before it, and nothing else is trained
+    predicting = (sample.labels[0] != IGNORED_LABEL).nonzero()[:, 0]
+    assert sample.labels[0, predicting].tolist() == [int(image[0, cell]) for cell in (2, 3, 8)]
+    cells = sample.position_ids[0, predicting + 1] - LAYOUT.image_position - 1
+    assert cells.tolist() == [2, 3, 8]
+    # what fills the row up is seen by nothing, and sees something
+    assert not sample.attention_mask[0, :, length:].any()
+    assert sample.attention_mask[0].any(1).all()
+    assert not sample.key_mask[0, length:].any()
+
+
 def test_text_samples_predict_spans_from_all_around_and_before():
     ids = torch.tensor(make_texts([12])[0])
     sample = text_sample(ids, [(3, 2), (8, 1)])
@@ -362,6 +387,7 @@ def test_training_samples_leave_their_row_alone():
     before = row.clone()
     generation_sample(row, LAYOUT, PAD)
     captioning_sample(row, LAYOUT, PAD, [START_OF_ENGLISH], [(0, 0)], patch_size=2)
+    completion_sample(row, LAYOUT, PAD, hole((1, 1)))
     text_sample(row[: len(FIRST_TEXT)], [(0, 1)])
     assert torch.equal(row, before)
 
@@ -398,6 +424,18 @@ def test_patches_are_distinct_fit_the_grid_and_reach_its_borders():
         assert len(corners) == len(set(corners)) == int(MASKED_IMAGE_SHARE * 80 / 16)
         seen.update(corners)
     assert seen == {(row, column) for row in range(7) for column in range(5)}
+
+
+def test_rectangles_fit_completion_and_reach_every_cell():
+    masks = [draw_rectangles(LAYOUT, torch.Generator().manual_seed(seed)) for seed in range(64)]
+    longest = max(IMAGE_GRID) * 7 // 10
+    for mask in masks:
+        assert mask.any() and not mask.all()
+        completion(make_texts([1]), make_image_tokens(1), mask, LAYOUT)
+    one = [mask for mask in masks if mask.any(1).sum() * mask.any(0).sum() == mask.sum()]
+    assert max(int(mask.any(0).sum()) for mask in one) == longest
+    assert torch.stack(masks).any(0).all()
+    assert torch.equal(masks[3], draw_rectangles(LAYOUT, torch.Generator().manual_seed(3)))
 
 
 def test_a_grid_without_room_for_all_patches_gets_those_that_fit():

@@ -27,7 +27,6 @@ from cogview_pipelines.training.token_data import TokenData, parse_captions
 
 logger = logging.getLogger(__name__)
 
-SINGLE_SHARE = 0.15  # chance that a drawn emoji scene has one object
 TEMPLATE_REPEATS = 4  # copies of each template caption beside one of each variant
 
 
@@ -40,6 +39,7 @@ class PrepareConfig:
     scope: str | None = field(
         default=None, metadata={"help": "scope.json of the emoji scenes; default: the small one."}
     )
+    single_share: float = field(default=0.15, metadata={"help": "Chance that a drawn emoji scene has one object."})
     max_pairs: int | None = field(default=None, metadata={"help": "At most so many emoji scenes of two objects."})
     sprites: str | None = field(
         default=None, metadata={"help": "Folder of full-size drawings, for emoji scenes larger than 240 pixels."}
@@ -73,7 +73,7 @@ class EmojiPictures(Dataset):
         scope = Scope.load(config.scope) if config.scope else Scope.small()
         groups = [self._scenes(scope, layout) for layout in scope.layouts]
         # single objects are drawn less: there are few of them, and too many repeats are learned by heart
-        shares = {"single": SINGLE_SHARE, "pair": 1 - SINGLE_SHARE}
+        shares = {"single": config.single_share, "pair": 1 - config.single_share}
         self.scenes = [(scene, shares[scene.layout] / len(group)) for group in groups for scene in group]
 
     def _scenes(self, scope, layout):

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 r"""
 Train CogLM on pictures as tokens and their captions, by both of its mask strategies: text-to-image, and captioning
-with mask prediction.
+with mask prediction; and, where asked, on completion as inpainting reads it.
 
 The small model of the demo, on a CPU (training_scripts/emoji/README.md says what goes before):
     python training_scripts/train_coglm.py --config training_scripts/emoji/coglm_small.yaml \
@@ -28,7 +28,9 @@ from cogview_pipelines.sequences import (
     IGNORED_LABEL,
     TokenSequence,
     captioning_sample,
+    completion_sample,
     draw_patch_corners,
+    draw_rectangles,
     generation_sample,
     stack,
     text_to_image,
@@ -51,6 +53,17 @@ class CogLMTrainConfig(TrainConfig):
         metadata={"help": "Start the image token embeddings of a new model from the code vectors of `vqvae`."},
     )
     caption_probability: float = field(default=0.3, metadata={"help": "Share of samples trained as captioning."})
+    completion_probability: float = field(
+        default=0.0, metadata={"help": "Share of samples that fill rectangular holes, as inpainting does."}
+    )
+    noise_probability: float = field(
+        default=0.0,
+        metadata={"help": "Share of image tokens that text-to-image samples read wrong, so that text counts more."},
+    )
+    auxiliary_data: str | None = field(
+        default=None, metadata={"help": "A second token folder, for what helps but is not what the model is for."}
+    )
+    auxiliary_probability: float = field(default=0.5, metadata={"help": "Share of samples from `auxiliary_data`."})
     drop_text_probability: float = field(
         default=0.0, metadata={"help": "Share of text-to-image samples with an empty text, for guidance."}
     )
@@ -99,26 +112,41 @@ def embed_codes(model: CogLMModel, vqvae: IcetkVQModel) -> None:
 
 
 def make_batch(
-    config: CogLMTrainConfig, model_config: CogLMConfig, tokenizer: IcetkTokenizer, data: TokenData, draw: tuple
+    config: CogLMTrainConfig,
+    model_config: CogLMConfig,
+    tokenizer: IcetkTokenizer,
+    data: TokenData,
+    auxiliary: TokenData | None,
+    draw: tuple,
 ) -> TokenSequence:
     """The samples of one forward pass; `draw` is (step, micro step, process)."""
     generator = step_generator(config.seed, *draw)
-    layout, samples = model_config.layout, []
-    for index in data.draw(config.batch_size, generator):
-        text = data.draw_caption(index, generator)[: model_config.max_text_tokens]
+    layout, pad_token_id, samples = model_config.layout, tokenizer.pad_token_id, []
+    shares = torch.tensor([0.0 if auxiliary is None else config.auxiliary_probability])
+    for is_auxiliary in (torch.rand(config.batch_size, generator=generator) < shares).tolist():
+        source = auxiliary if is_auxiliary else data
+        (index,) = source.draw(1, generator)
+        text = source.draw_caption(index, generator)[: model_config.max_text_tokens]
         task, drop = torch.rand(2, generator=generator).tolist()
         captioning = task < config.caption_probability
+        completing = not captioning and task < config.caption_probability + config.completion_probability
         if not captioning and drop < config.drop_text_probability:
             text = []
         padding = model_config.max_text_tokens + 1 - len(text)
-        row = torch.cat([torch.tensor(text + [tokenizer.pad_token_id] * padding), data.low[index].flatten().long()])
+        row = torch.cat([torch.tensor(text + [pad_token_id] * padding), source.low[index].flatten().long()])
         if captioning:
             chinese = tokenizer.language(text) == "zh"
             start = model_config.start_of_chinese_token_id if chinese else model_config.start_of_english_token_id
             corners = draw_patch_corners(layout, generator, config.patch_size)
-            samples.append(captioning_sample(row, layout, tokenizer.pad_token_id, [start], corners, config.patch_size))
+            samples.append(captioning_sample(row, layout, pad_token_id, [start], corners, config.patch_size))
+        elif completing:
+            samples.append(completion_sample(row, layout, pad_token_id, draw_rectangles(layout, generator)))
         else:
-            samples.append(generation_sample(row, layout, tokenizer.pad_token_id))
+            sample = generation_sample(row, layout, pad_token_id)
+            tokens = sample.input_ids[:, -layout.image_length :]
+            noisy = torch.rand(tokens.shape, generator=generator) < config.noise_probability
+            tokens[noisy] = torch.randint(layout.num_image_tokens, tokens.shape, generator=generator)[noisy]
+            samples.append(sample)
     return stack(samples)
 
 
@@ -167,6 +195,9 @@ def main(arguments: list[str] | None = None) -> CogLMModel | None:
     tokenizer = IcetkTokenizer.from_pretrained(config.tokenizer)
     data = TokenData.load(config.data, tokenizer)
     model = make_model(config, tokenizer, data)
+    auxiliary = None
+    if config.auxiliary_data is not None:
+        auxiliary = TokenData.load(config.auxiliary_data, tokenizer).require_fit(model.config, tokenizer)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     vqvae = None
@@ -179,7 +210,7 @@ def main(arguments: list[str] | None = None) -> CogLMModel | None:
     return train(
         config,
         model,
-        functools.partial(make_batch, config, model.config, tokenizer, data),
+        functools.partial(make_batch, config, model.config, tokenizer, data, auxiliary),
         functools.partial(compute_loss, model.config.num_image_tokens),
         None if vqvae is None else functools.partial(make_samples, config, vqvae, data),
     )

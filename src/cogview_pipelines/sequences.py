@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 IGNORED_LABEL = -100
 
@@ -460,6 +461,39 @@ def captioning_sample(
     return sequence._map(lambda value: value[None])
 
 
+def completion_sample(
+    row: torch.Tensor, layout: SequenceLayout, pad_token_id: int, mask: torch.Tensor
+) -> TokenSequence:
+    """
+    Completion, in the order in which `completion` fills holes: masked cells are predicted from text and known cells.
+
+    The release was not trained in this order; a small model has to be.
+
+    Args:
+        row, layout, pad_token_id: As for `split_row`; the first text is the one that counts.
+        mask (`torch.Tensor` of shape `(rows, columns)`): True = predict this cell.
+    """
+    texts, image = split_row(row, layout, pad_token_id)
+    task = completion([row[texts[0]].tolist()], row[image][None], mask, layout)
+    sequence, tokens = task.whole_sequence(), row[image].long()[task.cells]
+    first = sequence.input_ids.shape[1] - len(tokens)
+    sequence.input_ids[0, first:] = tokens
+    sequence.labels = torch.full_like(sequence.input_ids, IGNORED_LABEL)
+    sequence.labels[0, first - 1 : -1] = tokens.masked_fill(~mask.flatten()[task.cells], IGNORED_LABEL)
+    # what the text leaves free of the row follows the image: it sees what is there, and nothing sees it
+    rest = len(row) - sequence.input_ids.shape[1]
+    keys = _extend(sequence.key_mask, rest, False)
+    attention_mask = torch.cat([F.pad(sequence.attention_mask, (0, rest)), keys[:, None].expand(-1, rest, -1)], 1)
+    return TokenSequence(
+        F.pad(sequence.input_ids, (0, rest), value=pad_token_id),
+        F.pad(sequence.position_ids, (0, rest)),
+        attention_mask,
+        _extend(sequence.text_mask, rest, False),
+        keys,
+        F.pad(sequence.labels, (0, rest), value=IGNORED_LABEL),
+    )
+
+
 def text_sample(row: torch.Tensor, spans: Sequence[tuple[int, int]]) -> TokenSequence:
     """
     Text only: spans are predicted causally from the text around them.
@@ -500,6 +534,23 @@ def draw_patch_corners(
     count = min(int(MASKED_IMAGE_SHARE * layout.image_length / patch_size**2), rows * columns)
     chosen = torch.randperm(rows * columns, generator=generator)[:count].tolist()
     return [(corner // columns, corner % columns) for corner in chosen]
+
+
+def draw_rectangles(layout: SequenceLayout, generator: torch.Generator) -> torch.Tensor:
+    """
+    A mask `(rows, columns)` for `completion_sample`: one or two rectangles, each side up to 7 tenths of the image's.
+
+    Completion crops pictures so that masks are no larger than that.
+    """
+    mask = torch.zeros(layout.image_grid, dtype=torch.bool)
+    for _ in range(1 + int(torch.rand((), generator=generator) < 0.2)):
+        edges = []
+        for side in layout.image_grid:
+            length = int(torch.randint(1, max(side * 7 // 10, 1) + 1, (), generator=generator))
+            start = int(torch.randint(side - length + 1, (), generator=generator))
+            edges.append(slice(start, start + length))
+        mask[edges[0], edges[1]] = True
+    return mask
 
 
 def draw_text_spans(length: int, generator: torch.Generator) -> list[tuple[int, int]]:

@@ -28,6 +28,7 @@ SETS = {
     "small": {name: EMOJI / f"{name}_small.yaml" for name in CONFIG_CLASSES},
     "gpu": {name: EMOJI / "gpu" / f"{name}.yaml" for name in CONFIG_CLASSES},
 }
+SMALL_VQ = "runs/vq_small"
 GRIDS = {"small": ((10, 10), (30, 30)), "gpu": ((20, 20), (60, 60))}
 
 
@@ -72,6 +73,18 @@ def test_files_that_the_configs_name_are_there(configs):
 
 def test_the_large_scope_is_everything():
     assert Scope.load(EMOJI / "gpu/scope.json") == Scope.full()
+
+
+def test_the_auxiliary_scenes_of_the_small_model_are_of_its_styles_and_of_all_concepts():
+    tokens = parse_config(load_script("prepare_tokens").PrepareConfig, ["--config", str(EMOJI / "tokens_wide.yaml")])
+    coglm = parse_config(
+        load_script("train_coglm").CogLMTrainConfig,
+        ["--config", str(SETS["small"]["coglm"]), "--output_dir", "runs/coglm_small"],
+    )
+    assert (tokens.output_dir, tokens.vqvae) == (coglm.auxiliary_data, f"{SMALL_VQ}/final")
+    scope, small, full = Scope.load(tokens.scope), Scope.small(), Scope.full()
+    assert (scope.concepts, scope.styles, scope.backgrounds) == (full.concepts, small.styles, small.backgrounds)
+    assert tokens.low_size // tokens.compression_rate == GRIDS["small"][0][0]
 
 
 def make_models(name, configs, tokenizer_folder, tmp_path) -> dict[str, torch.nn.Module]:

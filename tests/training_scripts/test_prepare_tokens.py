@@ -118,7 +118,7 @@ def test_emoji_scenes_of_the_scope_are_encoded_and_drawn_by_the_share_of_singles
     singles = list(iterate_scenes(scope, "single", "train"))
     assert len(tensors["low"]) == len(singles) + 3 == len(data)
     assert tensors["low"].shape[1:] == (3, 3) and tensors["fine"].shape[1:] == (6, 6)
-    assert data.weights[: len(singles)].sum().item() == pytest.approx(script.SINGLE_SHARE)
+    assert data.weights[: len(singles)].sum().item() == pytest.approx(0.15)
     assert data.weights.sum().item() == pytest.approx(1)
     lines = [json.loads(line) for line in (tmp_path / "tokens/captions.jsonl").open(encoding="utf-8")]
     assert all(line["en"] and line["zh"] for line in lines)

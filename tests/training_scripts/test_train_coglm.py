@@ -28,12 +28,12 @@ def data(token_folder, tokenizer):
 def make_batch(script, data, tokenizer):
     """A batch, given options of the script, of the model, and the draw."""
 
-    def make(draw=(0, 0, 0), max_text_tokens=30, **options):
+    def make(draw=(0, 0, 0), max_text_tokens=30, auxiliary=None, **options):
         config = script.CogLMTrainConfig(
             output_dir="unused", data="unused", tokenizer="unused", batch_size=64, patch_size=2, **options
         )
         model_config = make_coglm(**token_config(tokenizer), max_text_tokens=max_text_tokens).config
-        return script.make_batch(config, model_config, tokenizer, data, draw)
+        return script.make_batch(config, model_config, tokenizer, data, auxiliary, draw)
 
     return make
 
@@ -88,6 +88,38 @@ def test_dropped_texts_are_empty_and_only_text_to_image_drops_them(make_batch, t
     some = make_batch(caption_probability=0.0, drop_text_probability=0.5).text_mask.any(1).float().mean()
     assert 0.2 < some < 0.8
     assert make_batch(caption_probability=0.0).text_mask.any(1).all()
+
+
+def test_completion_predicts_a_hole_from_all_around_it(make_batch, tokenizer):
+    batch = make_batch(caption_probability=0.0, completion_probability=1.0)
+    predicted = (batch.labels != IGNORED_LABEL).sum(1)
+    assert 0 < predicted.min() < predicted.max() < IMAGE_LENGTH
+    text_length = batch.text_mask.sum(1)
+    ids = batch.input_ids[torch.arange(len(batch)), text_length]
+    assert (ids == tokenizer.boi_token_id).all()
+    first = batch.attention_mask[torch.arange(len(batch)), text_length + 1]  # a known cell sees cells behind it
+    assert (first.sum(1) > text_length + 2).any()
+
+
+def test_noise_changes_what_text_to_image_reads_and_not_what_it_predicts(make_batch, tokenizer):
+    options = {"caption_probability": 0.5, "completion_probability": 0.25}
+    clean, noisy = make_batch(**options), make_batch(noise_probability=0.5, **options)
+    is_generation = clean.input_ids[:, -IMAGE_LENGTH - 1] == tokenizer.boi_token_id
+    share = (clean.input_ids != noisy.input_ids)[is_generation, -IMAGE_LENGTH:].float().mean()
+    assert 0.3 < share < 0.5  # some random tokens are the true ones
+    assert noisy.input_ids[is_generation, -IMAGE_LENGTH:].max() < tokenizer.num_image_tokens
+    before = -IMAGE_LENGTH - 1
+    assert torch.equal(clean.labels[is_generation, before:-1], noisy.labels[is_generation, before:-1])
+    assert torch.equal(clean.input_ids[is_generation, :before], noisy.input_ids[is_generation, :before])
+
+
+def test_auxiliary_data_are_drawn_by_their_share(make_batch, data):
+    other = TokenData(torch.full_like(data.low, 1), None, data.captions, data.weights)
+    shares = {}
+    for asked in (0.0, 0.25, 1.0):
+        batch = make_batch(auxiliary=other, auxiliary_probability=asked, caption_probability=0.0)
+        shares[asked] = (batch.input_ids[:, -IMAGE_LENGTH:] == 1).all(1).float().mean().item()
+    assert shares[0.0] == 0.0 and 0.05 < shares[0.25] < 0.5 and shares[1.0] == 1.0
 
 
 def test_captions_are_cut_to_what_the_model_takes(make_batch):
