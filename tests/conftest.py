@@ -15,6 +15,11 @@ def pytest_addoption(parser):
         help="Numbers of the original code for tests/parity (default: tests/parity/fixtures). "
         "`pytest tests/parity --fixtures DIR` does the same.",
     )
+    parser.addoption(
+        "--device",
+        default="cpu",
+        help="Where tests/parity run the models, such as cuda (default: cpu). Float32 is never rounded to TF32.",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)

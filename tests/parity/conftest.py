@@ -2,7 +2,7 @@
 Parity with the original code: its numbers (`fixtures/`) against this package, from the same released-format files.
 
 Another set of fixtures of the same form goes through unchanged: `pytest tests/parity --fixtures DIR`. Nothing here
-knows how many cases a set has, how wide its models are or what they predict.
+knows how many cases a set has, how wide its models are or what they predict. `--device cuda` runs the models there.
 """
 
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import send_to_device
 
 from cogview_pipelines import CogLMModel, IcetkTokenizer, IcetkVQModel, LoPARScheduler
 from cogview_pipelines.conversion.reader import read_module
@@ -28,6 +29,14 @@ def fixture_folder(request) -> Path:
     if not (folder / "MANIFEST.json").is_file():
         pytest.exit(f"{folder} holds no parity fixtures: it has no MANIFEST.json.", returncode=4)
     return folder
+
+
+@pytest.fixture(scope="session")
+def device(request) -> torch.device:
+    """Where the models run."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    return torch.device(request.config.getoption("device"))
 
 
 @pytest.fixture(scope="session")
@@ -74,21 +83,21 @@ def converted(fixture_folder, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def coglm(converted) -> CogLMModel:
-    return CogLMModel.from_pretrained(converted / "transformer", dtype=torch.float32).eval()
+def coglm(converted, device) -> CogLMModel:
+    return CogLMModel.from_pretrained(converted / "transformer", dtype=torch.float32).eval().to(device)
 
 
 @pytest.fixture(scope="session")
-def direct_sr(converted, coglm) -> CogLMModel:
-    model = CogLMModel.from_pretrained(converted / "direct_sr_transformer", dtype=torch.float32).eval()
+def direct_sr(converted, coglm, device) -> CogLMModel:
+    model = CogLMModel.from_pretrained(converted / "direct_sr_transformer", dtype=torch.float32).eval().to(device)
     if model.config.shares_backbone:
         model.share_backbone(coglm)
     return model
 
 
 @pytest.fixture(scope="session")
-def iterative_sr(converted) -> CogLMModel:
-    return CogLMModel.from_pretrained(converted / "iterative_sr_transformer", dtype=torch.float32).eval()
+def iterative_sr(converted, device) -> CogLMModel:
+    return CogLMModel.from_pretrained(converted / "iterative_sr_transformer", dtype=torch.float32).eval().to(device)
 
 
 @pytest.fixture(scope="session")
@@ -102,13 +111,20 @@ def iterative_sr_scheduler(converted) -> LoPARScheduler:
 
 
 @pytest.fixture(scope="session")
-def vqvae(converted) -> IcetkVQModel:
-    return IcetkVQModel.from_pretrained(converted / "vqvae", dtype=torch.float32).eval()
+def vqvae(converted, device) -> IcetkVQModel:
+    return IcetkVQModel.from_pretrained(converted / "vqvae", dtype=torch.float32).eval().to(device)
 
 
 @pytest.fixture(scope="session")
 def text_tokenizer(converted) -> IcetkTokenizer:
     return IcetkTokenizer.from_pretrained(converted / "tokenizer")
+
+
+def run(function, *inputs, **options):
+    """The output, on the CPU, of a model or one of its methods, wherever it runs."""
+    device = getattr(function, "__self__", function).device
+    inputs, options = send_to_device((inputs, options), device)
+    return send_to_device(function(*inputs, **options), "cpu")
 
 
 def longs(array: np.ndarray) -> torch.Tensor:
@@ -123,7 +139,7 @@ def bools(array: np.ndarray) -> torch.Tensor:
 
 def assert_same(ours, theirs, what: str = "") -> None:
     """Equal to the last element."""
-    ours, theirs = torch.as_tensor(ours), torch.as_tensor(theirs)
+    ours, theirs = torch.as_tensor(ours).cpu(), torch.as_tensor(theirs).cpu()
     assert ours.shape == theirs.shape, f"{what}: {tuple(ours.shape)} is not {tuple(theirs.shape)}"
     assert torch.equal(ours.long(), theirs.long()), f"{what}: {int((ours != theirs).sum())} elements differ"
 
@@ -132,7 +148,7 @@ def assert_close(ours: torch.Tensor, theirs: np.ndarray, tolerance: float = LOGI
     """Equal within an absolute tolerance."""
     theirs = torch.from_numpy(np.asarray(theirs))
     assert ours.shape == theirs.shape, f"{what}: {tuple(ours.shape)} is not {tuple(theirs.shape)}"
-    difference = (ours.double() - theirs.double()).abs().max().item()
+    difference = (ours.cpu().double() - theirs.double()).abs().max().item()
     assert difference <= tolerance, f"{what}: differs by {difference}"
 
 
@@ -140,7 +156,7 @@ def assert_same_decisions(ours: torch.Tensor, theirs: np.ndarray, margin: np.nda
     """Equal wherever the original's margin is clear; and most are clear, or this would say nothing."""
     clear = torch.from_numpy(np.asarray(margin, dtype=np.float32) > CLEAR_MARGIN)
     assert clear.float().mean() > 0.9, f"{what}: {int((~clear).sum())} margins are unclear"
-    differ = (ours != longs(theirs)) & clear
+    differ = (ours.cpu() != longs(theirs)) & clear
     assert not differ.any(), f"{what}: {int(differ.sum())} clear decisions differ"
 
 

@@ -94,7 +94,7 @@ def test_greedy_completion_is_the_originals(coglm, arrays):
             text_attention_bias=bias_of(data, case),
         )
         grid = longs(data[f"{case}_image_ids"])
-        grid[task.cells] = entries[0]
+        grid[task.cells] = entries[0].cpu()
         assert_same(grid, data[f"{case}_greedy_grid"], case)
         known = ~bools(data[f"{case}_mask"]).flatten()
         assert_same(grid[known], data[f"{case}_image_ids"][known.numpy()], "known cells")

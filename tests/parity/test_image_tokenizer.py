@@ -6,14 +6,14 @@ import torch
 
 from cogview_pipelines.pipelines.completion_geometry import center_crop, resize_shorter_side
 
-from .conftest import assert_close, assert_same, assert_same_decisions, longs
+from .conftest import assert_close, assert_same, assert_same_decisions, longs, run
 
 LEVELS = {"l0": 4, "l1": 8, "l2": 16}
 
 
 def tokens_of(vqvae, pixels, rate):
     with torch.no_grad():
-        return vqvae.encode(pixels, rate).tokens.flatten(1)
+        return run(vqvae.encode, pixels, rate).tokens.flatten(1)
 
 
 @pytest.mark.parametrize("level, rate", LEVELS.items())
@@ -27,7 +27,7 @@ def test_tokens_are_the_originals(vqvae, arrays, level, rate):
 def test_vectors_before_the_codebook_are_the_originals(vqvae, arrays, level, rate):
     data = arrays("vqvae")
     with torch.no_grad():
-        features = vqvae._encode_features(torch.from_numpy(data["image"]), rate)
+        features = vqvae._encode_features(torch.from_numpy(data["image"]).to(vqvae.device), rate)
         projected = vqvae.quantize.proj(features)
     assert_close(features, data[f"{level}_encoder_out"], what=level)
     assert_close(projected, data[f"{level}_pre_quant"], what=level)
@@ -37,7 +37,7 @@ def test_vectors_before_the_codebook_are_the_originals(vqvae, arrays, level, rat
 def test_decoded_pictures_are_the_originals(vqvae, arrays, level, rate):
     data = arrays("vqvae")
     with torch.no_grad():
-        ours = vqvae.decode(longs(data[f"{level}_ids"]), rate).sample
+        ours = run(vqvae.decode, longs(data[f"{level}_ids"]), rate).sample
     mean, std = (np.array(value, dtype=np.float32)[:, None, None] for value in IMAGE_STATISTICS)
     assert_close(ours, data[f"{level}_decoded_raw"] * std + mean, what=level)
     if f"{level}_decoded" in data:
@@ -70,14 +70,14 @@ def test_tokens_of_a_resized_picture_are_the_originals(vqvae, arrays, kind):
 
 def test_pixels_are_bytes_divided_by_255(vqvae, arrays):
     data = arrays("vqvae")
-    pixels = torch.from_numpy(data["image_u8"]).float() / 255
+    pixels = torch.from_numpy(data["image_u8"]).to(vqvae.device).float() / 255
     assert_close(pixels, data["image"], 1e-6)
     mean, std = vqvae._image_statistics(pixels)
     assert_close((pixels - mean) / std, data["normalised"], 1e-4)
 
 
 def test_flat_codes_of_a_batch_decode_like_grids(vqvae, arrays):
-    codes = longs(arrays("vqvae")["l1_ids"]).repeat(2, 1)
+    codes = longs(arrays("vqvae")["l1_ids"]).repeat(2, 1).to(vqvae.device)
     side = int(codes.shape[1] ** 0.5)
     with torch.no_grad():
         flat, grids = vqvae.decode(codes, 8).sample, vqvae.decode(codes.view(2, side, side), 8).sample

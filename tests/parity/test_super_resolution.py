@@ -8,7 +8,7 @@ from cogview_pipelines import LoPARScheduler, sequences
 from cogview_pipelines.generation import refine
 from cogview_pipelines.ops.local_attention import window_mask
 
-from .conftest import LOGITS_TOLERANCE, assert_close, assert_same, assert_same_decisions, bools, cases, longs
+from .conftest import LOGITS_TOLERANCE, assert_close, assert_same, assert_same_decisions, bools, cases, longs, run
 
 
 def direct_context(model, data, case):
@@ -20,7 +20,8 @@ def direct_context(model, data, case):
 def direct_forward(model, context, logits_positions=None):
     canvas = torch.full((len(context), model.config.canvas_length), model.config.boi_token_id)
     with torch.no_grad():
-        return model(
+        return run(
+            model,
             context.input_ids,
             context.position_ids,
             context.attention_mask,
@@ -115,13 +116,14 @@ def test_schedule_is_the_originals(iterative_sr, iterative_sr_scheduler, arrays)
 def test_every_pass_takes_the_original_decisions(iterative_sr, arrays):
     data = arrays("itersr")
     for case in cases(data, "_inputs"):
-        sequence = iterative_context(iterative_sr, data, case)
+        sequence = iterative_context(iterative_sr, data, case).to(iterative_sr.device)
         with torch.no_grad():
             context = iterative_sr(
                 sequence.input_ids, sequence.position_ids, sequence.attention_mask, key_mask=sequence.key_mask
             ).context
             for step, canvas in enumerate(data[f"{case}_inputs"]):
-                logits = iterative_sr(canvas_ids=longs(canvas)[None], context=context).logits[0]
+                canvas_ids = longs(canvas)[None].to(iterative_sr.device)
+                logits = iterative_sr(canvas_ids=canvas_ids, context=context).logits[0].cpu()
                 assert_same_decisions(
                     logits.argmax(-1), data[f"{case}_argmax"][step], data[f"{case}_margin"][step], f"{case} {step}"
                 )
@@ -144,8 +146,9 @@ def test_refinement_ends_with_the_original_tokens(iterative_sr, iterative_sr_sch
             iterative_context(iterative_sr, data, case),
             longs(data[f"{case}_image_ids"]).view(1, *grid),
             cell_mask=cell_mask(data, case).view(grid),
-            callback=lambda step, canvas, passes=passes: passes.append(canvas.flatten()),
-        ).flatten()
+            callback=lambda step, canvas, passes=passes: passes.append(canvas.flatten().cpu()),
+        )
+        tokens = tokens.flatten().cpu()
         # the smallest margins of the loop are not above float32 noise: a token or two may legitimately differ
         assert (tokens != longs(data[f"{case}_tokens"][-1])).sum() <= 2
         assert_same(tokens, passes[-1])

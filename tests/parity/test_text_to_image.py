@@ -5,12 +5,22 @@ import torch
 from cogview_pipelines import sequences
 from cogview_pipelines.generation import generate
 
-from .conftest import CLEAR_MARGIN, LOGITS_TOLERANCE, assert_close, assert_same, assert_same_decisions, bools, longs
+from .conftest import (
+    CLEAR_MARGIN,
+    LOGITS_TOLERANCE,
+    assert_close,
+    assert_same,
+    assert_same_decisions,
+    bools,
+    longs,
+    run,
+)
 
 
 def forward(model, sequence, text_attention_bias, **kwargs):
     with torch.no_grad():
-        return model(
+        return run(
+            model,
             sequence.input_ids,
             sequence.position_ids,
             sequence.attention_mask,
@@ -33,8 +43,8 @@ class Follow:
 
     def __call__(self, logits, noise):
         token = self.tokens[:, len(self.logits)]
-        self.logits.append(logits)
-        return token
+        self.logits.append(logits.cpu())
+        return token.to(logits.device)
 
 
 def test_sequence_positions_mask_and_bias_are_the_originals(coglm, arrays):
@@ -149,7 +159,8 @@ def test_caption_scores_are_the_originals(coglm, arrays):
         assert_same(scored[:-1], bools(data[f"loss_mask_{pair}"])[1:], "scored tokens")
         assert_close(values, data[f"token_logprob_{pair}"][scored[:-1].numpy()], what="log probabilities")
         assert abs(values.mean().item() - score) <= LOGITS_TOLERANCE
-        loss = coglm(
+        loss = run(
+            coglm,
             sequence.input_ids,
             sequence.position_ids,
             sequence.attention_mask,

@@ -8,7 +8,7 @@ import torch
 from cogview_pipelines import sequences
 from cogview_pipelines.conversion.layout import released_transformer_key, transformer_key
 
-from .conftest import assert_close, assert_same, bools, cases, longs
+from .conftest import assert_close, assert_same, bools, cases, longs, run
 
 PAD_TOKEN_ID = 20003
 FIRST_CHINESE_ID = 83823
@@ -65,7 +65,8 @@ def test_text_samples_are_the_originals(arrays):
 
 def loss_of(model, data, case):
     labels = longs(data[f"{case}_labels"]).masked_fill(~bools(data[f"{case}_loss_mask"]), sequences.IGNORED_LABEL)
-    output = model(
+    output = run(
+        model,
         longs(data[f"{case}_tokens"]),
         longs(data[f"{case}_position_ids"]),
         bools(data[f"{case}_attention_mask"]),
