@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from . import sequences
+from .batching import run_in_batches
 from .models.modeling_coglm import CogLMModel
 from .tokenization_icetk import IcetkTokenizer
 
@@ -36,7 +37,8 @@ def caption_losses(
             Low-resolution image tokens.
         texts (sequence of `str`): One caption per picture.
         languages (sequence of `"en"` or `"zh"`, *optional*): By default what `tokenizer.language` says of each text.
-        max_batch_size (`int`, defaults to 16): Pairs that are computed at a time. It changes memory and speed only.
+        max_batch_size (`int`, defaults to 16): Pairs that are computed at a time; fewer once memory runs out. It
+            changes memory and speed only.
         device (`torch.device`, *optional*): Where to compute if hooks move the model; default: where it is.
 
     Returns:
@@ -67,9 +69,9 @@ def caption_losses(
     losses = torch.empty(len(texts))
     # texts of like length together, so that little is computed for padding
     order = sorted(range(len(texts)), key=lambda pair: len(ids[pair]))
-    batch_size = max_batch_size or DEFAULT_MAX_BATCH_SIZE
-    for start in range(0, len(order), batch_size):
-        pairs = order[start : start + batch_size]
+
+    def score(batch: slice) -> None:
+        pairs = order[batch]
         sequence = sequences.caption(
             tokens[pairs].cpu(), [starts[languages[pair]] for pair in pairs], layout, [ids[pair] for pair in pairs]
         ).to(device)
@@ -84,6 +86,8 @@ def caption_losses(
         token_losses = torch.zeros(labelled.shape, device=device)
         token_losses[labelled] = F.cross_entropy(output.logits, sequence.labels[labelled], reduction="none")
         losses[pairs] = (token_losses.sum(1) / labelled.sum(1)).cpu()
+
+    run_in_batches(score, len(order), max_batch_size or DEFAULT_MAX_BATCH_SIZE)
     return losses
 
 
@@ -116,9 +120,9 @@ def image_losses(
     device = transformer.device if device is None else device
     losses = torch.empty(len(texts))
     order = sorted(range(len(texts)), key=lambda pair: len(texts[pair]))
-    batch_size = max_batch_size or DEFAULT_MAX_BATCH_SIZE
-    for start in range(0, len(order), batch_size):
-        pairs = order[start : start + batch_size]
+
+    def score(batch: slice) -> None:
+        pairs = order[batch]
         own = tokens[pairs]
         sequence = sequences.text_to_image([texts[pair] for pair in pairs], layout, own.cpu()).to(device)
         first = sequence.input_ids.shape[1] - layout.image_length - 1  # `<start_of_image>`
@@ -132,4 +136,6 @@ def image_losses(
         )
         each = F.cross_entropy(output.logits.transpose(1, 2), own.to(device), reduction="none")
         losses[pairs] = each.mean(1).cpu()
+
+    run_in_batches(score, len(order), max_batch_size or DEFAULT_MAX_BATCH_SIZE)
     return losses

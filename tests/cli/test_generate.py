@@ -178,9 +178,9 @@ def test_every_setting_reaches_the_pipeline(cogview2, tmp_path, monkeypatch, opt
 
 
 def test_requests_may_have_every_argument_of_the_call_that_json_can_hold():
-    objects = {"self", "prompt", "generator", "output_type", "return_dict", "scorer", "prompt_translator"}
+    objects = {"self", "prompt", "generator", "output_type", "scorer", "prompt_translator"}
     parameters = set(inspect.signature(CogView2Pipeline.__call__).parameters) - objects
-    assert {name for name in parameters if not name.startswith("callback")} == set(ARGUMENTS)
+    assert {name for name in parameters if not name.startswith(("callback", "return_"))} == set(ARGUMENTS)
 
 
 def test_characters_outside_the_vocabulary_are_no_obstacle(cogview2, tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import random
 import re
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from .console import bad_input, fail, fail_all, failures, make_writable_folder
 from .loading import DEVICE_OPTION, DTYPE_OPTION, MODEL_OPTION, SHIPPED, DType, load_pipeline
 from .requests import (
     ARGUMENTS,
+    GENERATE,
     LARGEST_SEED,
     Request,
     check_arguments,
@@ -24,13 +24,13 @@ from .requests import (
     numbered,
     read_requests,
 )
+from .results import manifest_of, refuse_others, sort_existing
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from ..pipelines.pipeline_cogview2 import CogView2Pipeline
 
-MANIFEST = "manifest.jsonl"
 _OTHER_FORMATS = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 _LONGEST_NAME = 60  # characters of the prompt in the name of a file
 
@@ -76,7 +76,9 @@ def _split_numbers(text: str | None) -> int | list[int] | None:
 
 def generate(
     prompt: list[str] = typer.Argument(None, help="One text or more, Chinese or English.", show_default=False),
-    prompts: Path = typer.Option(None, help="JSONL file: id, prompt, and optionally seed, style, ... on each line."),
+    prompts: Path = typer.Option(
+        None, "--prompts", "--requests", help="JSONL file: id, prompt, and optionally seed, style, ... on each line."
+    ),
     remake: Path = typer.Option(None, help="PNG file of this command: make its picture again; options override."),
     output: Path = typer.Option("outputs", "--output", "-o", help="A .png file, or a folder."),
     seed: int = typer.Option(
@@ -253,7 +255,7 @@ def _generate_list(
 ) -> None:
     """Make what a JSONL file asks for and the folder does not hold yet."""
     with bad_input():
-        requests, errors = read_requests(prompts.expanduser(), given, seed)
+        requests, errors = read_requests(prompts.expanduser(), GENERATE, given, seed, "--prompts")
     if errors:
         fail_all(errors)
     folder = folder.expanduser()
@@ -272,81 +274,23 @@ def _generate_list(
 
     common = _common_metadata(pipe, model)
     seeded = {request.id for request in requests if request.seed is not None}
-    kept, missing, others = _sort_existing(jobs, seeded, common)
-    if others and not overwrite:
-        fail_all(
-            [f"{path} was made from another request. Pass --overwrite or name another folder." for path in others]
-        )
-    with failures():
-        manifest = folder / MANIFEST
-        _rewrite_manifest(manifest, {path.name for job in jobs for path in job.paths}, kept)
-        if kept:
-            count = sum(len(job.paths) for job in jobs)
-            typer.echo(f"{len(kept)} of {count} pictures are there already.", err=True)
-        with open(manifest, "a", encoding="utf-8") as lines:
-            for job, path, image, metadata in _make(pipe, missing, quiet):
-                metadata = {**metadata, **common}
-                _save(image, path, metadata)
-                lines.write(_manifest_line(job.id, path, metadata))
-                lines.flush()
 
-
-def _sort_existing(
-    jobs: list[Job], seeded: set[str], common: dict
-) -> tuple[list[tuple[str, Path, dict]], list[Job], list[Path]]:
-    """
-    What is there already and complete (id, file and metadata); what is to be made; and files of the same name that
-    were made from something else. A damaged file is made again.
-    """
-    from ..png import read_metadata
-
-    kept, missing, others = [], [], []
-    for job in jobs:
+    def made_from(job: Job, metadata: dict) -> bool:
+        selection = metadata.get("post_selection") or {}
         wanted = {"prompt": job.prompt, "settings": job.settings, "model": common["model"]}
-        found = []
-        for path in job.paths:
-            try:
-                metadata = read_metadata(path)
-            except ValueError:
-                continue
-            selection = metadata.get("post_selection") or {}
-            same = selection.get("num_candidates") == job.num_candidates
-            if job.id in seeded:
-                same = same and selection.get("seed", metadata.get("seed")) == job.seed
-            if same and all(metadata.get(name) == value for name, value in wanted.items()):
-                found.append((job.id, path, metadata))
-            else:
-                others.append(path)
-        if len(found) == len(job.paths):
-            kept += found
-        else:
-            missing.append(job)
-    return kept, missing, others
+        return (
+            selection.get("num_candidates") == job.num_candidates
+            and (job.id not in seeded or selection.get("seed", metadata.get("seed")) == job.seed)
+            and all(metadata.get(name) == value for name, value in wanted.items())
+        )
 
-
-def _manifest_line(id: str, path: Path, metadata: dict) -> str:
-    return json.dumps({"id": id, "file": path.name, **metadata}, ensure_ascii=False) + "\n"
-
-
-def _rewrite_manifest(path: Path, files: set[str], kept: list[tuple[str, Path, dict]]) -> None:
-    """
-    Leave in the manifest what other lists wrote into the folder, and a line for each picture that is kept: a stop may
-    have come between a picture and its line, or in the middle of a line.
-    """
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            name = json.loads(line)["file"]
-            is_other = name not in files and (path.parent / name).exists()
-        except (ValueError, KeyError, TypeError):
-            continue
-        if is_other:
-            lines.append(line + "\n")
-    for id, picture, metadata in kept:
-        lines.append(_manifest_line(id, picture, {name: metadata[name] for name in metadata if name != "Software"}))
-    unfinished = path.with_name(f".{path.name}.part")
-    unfinished.write_text("".join(lines), encoding="utf-8")
-    os.replace(unfinished, path)
+    kept, missing, others = sort_existing(jobs, made_from)
+    refuse_others(others, overwrite)
+    with failures(), manifest_of(folder, jobs, kept) as add_line:
+        for job, path, image, metadata in _make(pipe, missing, quiet):
+            metadata = {**metadata, **common}
+            _save(image, path, metadata)
+            add_line(job.id, path, metadata)
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------
@@ -379,7 +323,7 @@ def _make(pipe: "CogView2Pipeline", jobs: list[Job], quiet: bool) -> Iterator[tu
     import torch
     from tqdm.auto import tqdm
 
-    from ..pipelines.pipeline_base import DEFAULT_MAX_BATCH_SIZE
+    from ..pipelines.memory import DEFAULT_MAX_BATCH_SIZE
 
     groups: dict[str, list[Job]] = {}
     for job in jobs:

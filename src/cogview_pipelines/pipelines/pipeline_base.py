@@ -1,7 +1,8 @@
 """What the pipelines share: components, settings, text, and the stages of super-resolution."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from diffusers import DiffusionPipeline
@@ -13,6 +14,10 @@ from .. import sequences
 from ..generation import Sampler, refine
 from ..sampling import Generators, sample_cluster_tokens
 from ..schedulers.scheduling_lopar import LoPARScheduler
+from .measuring import Meter
+from .memory import execution_device, pictures_that_fit
+from .offloading import offload_stages
+from .pipeline_output import StageStatistics
 
 logger = logging.get_logger(__name__)
 
@@ -31,10 +36,13 @@ DEFAULT_SETTINGS = {
     "iterative_sr_top_k": None,
     "num_lopar_steps": None,
 }
-DEFAULT_MAX_BATCH_SIZE = 8
 
 Callback = Callable[[DiffusionPipeline, int, int, dict], None]
 PromptTranslator = Callable[[str], str]
+
+
+class GenerationInterrupted(RuntimeError):
+    """A call was stopped from outside, by `pipe.interrupt = True`; nothing of it is kept."""
 
 
 class CogView2PipelineBase(DiffusionPipeline):
@@ -44,7 +52,7 @@ class CogView2PipelineBase(DiffusionPipeline):
     All of these pipelines can be made from one another by `from_pipe`, which shares the components.
     """
 
-    model_cpu_offload_seq = "transformer->direct_sr_transformer->iterative_sr_transformer->vqvae"
+    model_cpu_offload_seq = "transformer->direct_sr_transformer->iterative_sr_transformer"
     _optional_components = [  # noqa: RUF012 - diffusers adds lists to it
         "direct_sr_transformer",
         "iterative_sr_transformer",
@@ -52,6 +60,10 @@ class CogView2PipelineBase(DiffusionPipeline):
         "iterative_sr_scheduler",
     ]
     _callback_tensor_inputs = ("tokens",)
+    # Offload leaves the image tokenizer on the device: it is small, and previews need it while another model works.
+    _exclude_from_cpu_offload = ["vqvae"]  # noqa: RUF012 - diffusers takes a list
+    _interrupt = False
+    _meter: Meter | None = None
 
     def __init__(
         self,
@@ -117,6 +129,24 @@ class CogView2PipelineBase(DiffusionPipeline):
         new.register_to_config(**{f"_{name.removeprefix('_')}": config[name] for name in unused})
         return new
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "CogView2PipelineBase":
+        """
+        Load a saved pipeline, as [`DiffusionPipeline.from_pretrained`] does.
+
+        Args:
+            pretrained_model_name_or_path (`str` or path): A folder, or an id on the Hub.
+            dtype (`torch.dtype`, `dict` or `"auto"`, defaults to `torch.float32`): Number format of the weights,
+                whatever that of the files: one for all, or one for each component by name. `"auto"` takes that of the
+                files.
+            kwargs: Further arguments of diffusers: `device_map="cuda"` loads straight to the GPU,
+                `quantization_config` makes the weights smaller.
+        """
+        dtype = kwargs.pop("dtype", None)
+        dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
+        dtype = torch.float32 if dtype is None else None if dtype == "auto" else dtype
+        return super().from_pretrained(pretrained_model_name_or_path, dtype=dtype, **kwargs)
+
     @property
     def layout(self) -> sequences.SequenceLayout:
         """Where things stand in the transformer's sequences."""
@@ -131,17 +161,111 @@ class CogView2PipelineBase(DiffusionPipeline):
             grids.append(self.direct_sr_transformer.config.fine_grid)
         return [(rows * rate, columns * rate) for rows, columns in grids]
 
-    # Stages ----------------------------------------------------------------------------------------------------------
+    # Memory ----------------------------------------------------------------------------------------------------------
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+        """
+        Keep the weights in main memory, and those of one stage at a time on the GPU, as diffusers does.
+
+        A backbone that two stages share goes there once for both.
+        """
+        super().enable_model_cpu_offload(gpu_id, device)
+        offload_stages(self._models)
+
+    def enable_group_offload(
+        self,
+        onload_device: torch.device | str,
+        *args,
+        exclude_modules: str | Sequence[str] | None = None,
+        offload_to_disk_path: str | None = None,
+        **kwargs,
+    ) -> None:
+        """
+        Keep the weights in main memory, and a few layers on the GPU at a time, as diffusers does.
+
+        Args:
+            onload_device (`torch.device`): The GPU.
+            exclude_modules (list of `str`, *optional*): Components that stay on the GPU, besides the image tokenizer.
+            args, offload_to_disk_path, kwargs: Further arguments of diffusers.
+
+        Raises:
+            ValueError: If the weights are to be kept on disk: diffusers would give the layers of all stages the same
+                names there.
+        """
+        if offload_to_disk_path is not None:
+            raise ValueError(
+                f"`offload_to_disk_path` must be left out, but is {str(offload_to_disk_path)!r}: one stage would read "
+                "the files of another. Without a backbone that two share, call "
+                "`diffusers.hooks.apply_group_offloading` for each component, with a folder of its own."
+            )
+        excluded = [exclude_modules] if isinstance(exclude_modules, str) else list(exclude_modules or ())
+        excluded += [name for name in self._exclude_from_cpu_offload if name not in excluded]
+        super().enable_group_offload(torch.device(onload_device), *args, exclude_modules=excluded, **kwargs)
+
+    def remove_all_hooks(self) -> None:
+        super().remove_all_hooks()
+        direct = getattr(self, "direct_sr_transformer", None)
+        if direct is not None and direct.config.shares_backbone:
+            direct.share_backbone(
+                self.transformer
+            )  # the hooks of single layers leave each model parameters of its own
+
+    def _device_of(self, model: PreTrainedModel) -> torch.device:
+        """Where a component computes."""
+        return execution_device(model, self._execution_device)
+
+    def _batch_size(self, max_batch_size: int | None, model: PreTrainedModel, copies: int = 1) -> int:
+        """How many pictures a stage works on at a time: what the caller says, else what fits."""
+        if max_batch_size is not None:
+            return max_batch_size
+        return pictures_that_fit(model, self._device_of(model), self._models, copies)
 
     @property
-    def _cluster_labels(self) -> torch.Tensor:
-        return self.vqvae.cluster_labels.to(self._execution_device)
+    def _models(self) -> list[torch.nn.Module]:
+        return [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
+
+    # Calls -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def interrupt(self) -> bool:
+        """
+        Set it to True, from a callback or another thread, to stop a call at its next step: it then raises
+        [`GenerationInterrupted`]. A new call sets it back.
+        """
+        return self._interrupt
+
+    @interrupt.setter
+    def interrupt(self, value: bool) -> None:
+        self._interrupt = bool(value)
+
+    def _stop_if_interrupted(self) -> None:
+        if self._interrupt:
+            raise GenerationInterrupted("The call was stopped, because `interrupt` was set to True.")
+
+    @contextlib.contextmanager
+    def _running(self, return_statistics: bool) -> Iterator[dict[str, StageStatistics] | None]:
+        """The computing part of a call, after which all is as before; gives its statistics if they are asked for."""
+        self._interrupt = False
+        self._meter = Meter() if return_statistics else None
+        try:
+            yield self._meter.stages if return_statistics else None
+        finally:
+            self._meter = None
+            self.maybe_free_model_hooks()
+
+    def _measure(self, stage: str) -> contextlib.AbstractContextManager:
+        """What runs inside belongs to a stage, which bears the name of its component."""
+        if self._meter is None:
+            return contextlib.nullcontext()
+        return self._meter.measure(stage, self._device_of(getattr(self, stage)))
+
+    # Stages ----------------------------------------------------------------------------------------------------------
 
     def _cluster_sampler(self, settings: dict) -> Sampler:
         """The sampler of the low-resolution tokens."""
         return functools.partial(
             sample_cluster_tokens,
-            cluster_labels=self._cluster_labels,
+            cluster_labels=self.vqvae.cluster_labels.to(self._device_of(self.transformer)),
             num_clusters=self.vqvae.config.num_clusters,
             temperature=settings["temperature"],
             top_k_clusters=settings["top_k_clusters"],
@@ -172,27 +296,31 @@ class CogView2PipelineBase(DiffusionPipeline):
                 context = sequences.direct_super_resolution(cut, tokens.cpu(), slots, model.config.layout)
             else:
                 context = sequences.iterative_super_resolution(texts, slots)
-            tokens = refine(
-                model,
-                scheduler,
-                context,
-                None if direct else tokens,
-                cluster_labels=self._cluster_labels,
-                cell_mask=None if direct else cell_mask,
-                generator=generators,
-                device=self._execution_device,
-                callback=functools.partial(notify, stage),
-            )
+            device = self._device_of(model)
+            with self._measure(stage):
+                tokens = refine(
+                    model,
+                    scheduler,
+                    context,
+                    None if direct else tokens,
+                    cluster_labels=self.vqvae.cluster_labels.to(device),
+                    cell_mask=None if direct else cell_mask,
+                    generator=generators,
+                    device=device,
+                    callback=functools.partial(notify, stage),
+                )
             if direct and known is not None:  # direct super-resolution reads no fine tokens
                 tokens = torch.where(cell_mask.to(tokens.device), tokens, known.to(tokens.device))
         return tokens
 
     def _decode_pixels(self, tokens: torch.Tensor) -> torch.Tensor:
         """`(num_images, rows, columns)` tokens to float32 pixels in [0, 1], `(num_images, 3, height, width)`."""
-        rate = self.config.compression_rate
-        # one by one: rounding depends on the size of a batch, and a pixel could differ from that of the picture alone
-        images = torch.cat([self.vqvae.decode(part, rate).sample for part in tokens.split(1)])
-        return images.float().clamp(0, 1)
+        rate, device = self.config.compression_rate, self._device_of(self.vqvae)
+        with self._measure("vqvae"):
+            # one by one: rounding depends on the size of a batch, and a pixel could differ from that of the picture
+            # alone
+            images = torch.cat([self.vqvae.decode(part.to(device), rate).sample for part in tokens.split(1)])
+            return images.float().clamp(0, 1)
 
     def _decode(self, tokens: torch.Tensor, output_type: str):
         if output_type == "latent":
@@ -201,8 +329,9 @@ class CogView2PipelineBase(DiffusionPipeline):
 
     def _encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels in [0, 1], `(num_images, 3, height, width)`, to `(num_images, rows, columns)` tokens."""
-        pixels = pixels.to(self._execution_device, self.vqvae.dtype)
-        return self.vqvae.encode(pixels, self.config.compression_rate).tokens
+        pixels = pixels.to(self._device_of(self.vqvae), self.vqvae.dtype)
+        with self._measure("vqvae"):
+            return self.vqvae.encode(pixels, self.config.compression_rate).tokens
 
     # Arguments -------------------------------------------------------------------------------------------------------
 
@@ -295,20 +424,46 @@ class CogView2PipelineBase(DiffusionPipeline):
 
 
 class Notifier:
-    """Counts the steps of one batch, for the progress bar and the caller's callback."""
+    """
+    Counts the steps of one batch, for the progress bar and the caller's callback, and stops it if asked to.
+
+    Args:
+        pipe, progress, callback, tensor_inputs: Of the call.
+        image_indices (`list[int]`): Which of the call's pictures these are.
+        step (`int`): How many steps they have behind them.
+    """
 
     def __init__(
-        self, pipe: DiffusionPipeline, progress, callback: Callback | None, tensor_inputs: Sequence[str], step: int = 0
+        self,
+        pipe: CogView2PipelineBase,
+        progress,
+        callback: Callback | None,
+        tensor_inputs: Sequence[str],
+        image_indices: list[int],
+        step: int = 0,
     ):
         self.pipe, self.progress, self.callback, self.tensor_inputs = pipe, progress, callback, tensor_inputs
-        self.step = step
+        self.image_indices, self.step = image_indices, step
 
     def __call__(self, stage: str, timestep: int, tokens: torch.Tensor) -> None:
         self.progress.update()
         if self.callback is not None:
             tensors = {"tokens": tokens} if "tokens" in self.tensor_inputs else {}
-            self.callback(self.pipe, self.step, timestep, {"stage": stage, **tensors})
+            about = {"stage": stage, "image_indices": self.image_indices, **tensors}
+            self.callback(self.pipe, self.step, timestep, about)
         self.step += 1
+        self.pipe._stop_if_interrupted()
+
+
+@contextlib.contextmanager
+def progress_of_success(progress) -> Iterator[None]:
+    """A progress bar goes back where it was if what runs inside fails."""
+    done = progress.n
+    try:
+        yield
+    except BaseException:
+        progress.n = done
+        raise
 
 
 def check_prompts(prompt: str | Sequence[str], allow_empty: bool = False) -> list[str]:
@@ -388,12 +543,10 @@ def run_lengths(texts: list[list[int]]) -> tuple[list[list[int]], list[int]]:
     return unique, repeats
 
 
-def slices(length: int, size: int) -> list[slice]:
-    """`range(length)` in parts of at most `size`."""
-    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
-
-
 def _configure(scheduler: LoPARScheduler, changes: dict) -> LoPARScheduler:
     """The scheduler with the settings that are not `None`."""
     changes = {name: value for name, value in changes.items() if value is not None}
     return scheduler.with_settings(**changes) if changes else scheduler
+
+
+GenerationInterrupted.__module__ = "cogview_pipelines"

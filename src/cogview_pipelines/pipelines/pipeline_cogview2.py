@@ -7,11 +7,11 @@ import PIL.Image
 import torch
 
 from .. import sequences
+from ..batching import run_in_batches, slices
 from ..generation import TO_GENERATE, generate
 from ..sampling import Generators
 from ..scoring import caption_losses
 from .pipeline_base import (
-    DEFAULT_MAX_BATCH_SIZE,
     DEFAULT_SETTINGS,
     Callback,
     CogView2PipelineBase,
@@ -21,18 +21,19 @@ from .pipeline_base import (
     check_output_type,
     check_prompts,
     one_generator_per_image,
+    progress_of_success,
     run_lengths,
-    slices,
     translate,
 )
 from .pipeline_output import CogView2PipelineOutput
+from .previews import PreviewMixin
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 Scorer = Callable[[list[PIL.Image.Image], list[str]], Sequence[float]]
 
 
-class CogView2Pipeline(CogView2PipelineBase):
+class CogView2Pipeline(PreviewMixin, CogView2PipelineBase):
     """
     Pictures from Chinese and English prompts: CogLM writes low-resolution tokens, direct super-resolution enlarges
     them in one pass, and iterative super-resolution (LoPAR) refines them in a few.
@@ -81,6 +82,7 @@ class CogView2Pipeline(CogView2PipelineBase):
         max_batch_size: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        return_statistics: bool = False,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("tokens",),
     ) -> CogView2PipelineOutput | tuple:
@@ -119,19 +121,25 @@ class CogView2Pipeline(CogView2PipelineBase):
                 super-resolution.
             num_lopar_steps (`int`, *optional*): Passes of iterative super-resolution: fewer are faster; 0 leaves the
                 stage out.
-            max_batch_size (`int`, defaults to 8): Pictures that are computed at a time. It changes memory and speed
-                only.
+            max_batch_size (`int`, *optional*): Pictures that are computed at a time: on CUDA by default as many as the
+                free memory has room for, else 8. When memory runs out, what is finished is kept, and the rest goes on
+                with fewer at a time. It changes memory and speed only.
             output_type (`str`): `"pil"`, `"np"`, `"pt"`, or `"latent"` for the token ids.
             return_dict (`bool`): Return a [`CogView2PipelineOutput`] rather than a tuple.
+            return_statistics (`bool`): Measure seconds and peak memory of each stage; they are in the output's
+                `statistics`.
             callback_on_step_end (*optional*):
-                Called as `callback(pipe, step, timestep, kwargs)` after every token and every pass: `step` counts
-                through the whole picture, `timestep` through the stage, and `kwargs` holds `"stage"`
-                (`"transformer"`, `"direct_sr_transformer"` or `"iterative_sr_transformer"`) and the tensors asked for.
+                Called as `callback(pipe, step, timestep, kwargs)` after every token and every pass of a batch: `step`
+                counts through the whole picture, `timestep` through the stage, and `kwargs` holds `"stage"`
+                (`"transformer"`, `"direct_sr_transformer"` or `"iterative_sr_transformer"`), `"image_indices"`
+                (which pictures these are; of the candidates, in the first stage, if there are), and the tensors asked
+                for. A batch for which memory runs out begins again.
             callback_on_step_end_tensor_inputs (list of `str`): Of `("tokens",)`: `(batch_size, rows, columns)`, -1
                 where still unknown.
 
         Raises:
             ValueError: If an argument cannot be used; the message says which and why.
+            GenerationInterrupted: If `pipe.interrupt` was set to True meanwhile.
         """
         prompts = self._check_inputs(prompt, num_images_per_prompt, num_candidates, max_batch_size)
         check_output_type(output_type, OUTPUT_TYPES)
@@ -160,46 +168,49 @@ class CogView2Pipeline(CogView2PipelineBase):
         texts = [text for text in self._encode_prompts(prompts, style, super_resolve) for _ in range(num_drafts)]
         generators = one_generator_per_image(generator, len(texts))
 
-        batch_size = max_batch_size or DEFAULT_MAX_BATCH_SIZE
-        batches = slices(len(texts), batch_size)
-        final_batches = slices(len(prompts) * num_images_per_prompt, batch_size)
+        num_images = len(prompts) * num_images_per_prompt
         num_draft_steps = self.layout.image_length
-        num_passes = sum(len(scheduler.timesteps) for _, scheduler in schedulers)
+        draft_size = self._batch_size(max_batch_size, self.transformer, copies=1 if negative is None else 2)
+        sizes = [self._batch_size(max_batch_size, getattr(self, stage)) for stage, _ in schedulers]
+        passes = [len(scheduler.timesteps) for _, scheduler in schedulers]
+        total = num_draft_steps * len(slices(len(texts), draft_size))
+        total += sum(count * len(slices(num_images, size)) for count, size in zip(passes, sizes))
         notify = functools.partial(
             Notifier, self, callback=callback_on_step_end, tensor_inputs=callback_on_step_end_tensor_inputs
         )
         scores = None
-        with self.progress_bar(total=num_draft_steps * len(batches) + num_passes * len(final_batches)) as progress:
-            tokens = torch.cat(
-                [
-                    self._draft(texts[batch], negative, generators[batch], settings, notify(progress))
-                    for batch in batches
-                ]
-            )
+        with self._running(return_statistics) as statistics, self.progress_bar(total=total) as progress:
+
+            def draft(batch: slice) -> torch.Tensor:
+                notifier = notify(progress, image_indices=list(range(batch.start, batch.stop)))
+                with progress_of_success(progress):
+                    return self._draft(texts[batch], negative, generators[batch], settings, notifier)
+
+            tokens = self._batches(draft, draft_size, generators, progress, num_draft_steps)
             if num_candidates is not None:
-                chosen, scores = self._select(tokens, prompts, num_images_per_prompt, scorer, batch_size)
+                with self._measure("transformer"):
+                    chosen, scores = self._select(tokens, prompts, num_images_per_prompt, scorer, draft_size)
                 tokens = tokens[chosen]
                 texts, generators = ([values[index] for index in chosen] for values in (texts, generators))
-            if schedulers:
-                parts = [
-                    self._super_resolve(
-                        texts[batch],
-                        tokens[batch],
-                        generators[batch],
-                        schedulers,
-                        notify(progress, step=num_draft_steps),
-                    )
-                    for batch in final_batches
-                ]
-                tokens = torch.cat(parts)
-        output = CogView2PipelineOutput(
-            images=self._decode(tokens, output_type),
-            tokens=tokens,
-            seeds=[generator.initial_seed() for generator in generators],
-            prompts=[prompt for prompt in prompts for _ in range(num_images_per_prompt)],
-            scores=scores,
-        )
-        self.maybe_free_model_hooks()
+            # stage by stage, so that offloading moves the weights of each only once
+            done = num_draft_steps
+            for stage, size, count in zip(schedulers, sizes, passes):
+
+                def refine(batch: slice, tokens=tokens, stage=stage, done=done) -> torch.Tensor:
+                    notifier = notify(progress, image_indices=list(range(batch.start, batch.stop)), step=done)
+                    with progress_of_success(progress):
+                        return self._super_resolve(texts[batch], tokens[batch], generators[batch], [stage], notifier)
+
+                tokens = self._batches(refine, size, generators, progress, count)
+                done += count
+            output = CogView2PipelineOutput(
+                images=self._decode(tokens, output_type),
+                tokens=tokens,
+                seeds=[generator.initial_seed() for generator in generators],
+                prompts=[prompt for prompt in prompts for _ in range(num_images_per_prompt)],
+                scores=scores,
+                statistics=statistics,
+            )
         return output if return_dict else output.to_tuple()
 
     def check_inputs(
@@ -252,6 +263,23 @@ class CogView2Pipeline(CogView2PipelineBase):
 
     # Stages ----------------------------------------------------------------------------------------------------------
 
+    @staticmethod
+    def _batches(
+        work: Callable[[slice], torch.Tensor],
+        batch_size: int,
+        generators: list[torch.Generator],
+        progress,
+        num_steps: int,
+    ) -> torch.Tensor:
+        """Tokens of all pictures of a stage, each of whose batches takes so many steps."""
+
+        def lengthen(num_batches: int) -> None:
+            progress.total += num_batches * num_steps
+
+        return torch.cat(
+            run_in_batches(work, len(generators), batch_size, generators=generators, on_more_batches=lengthen)
+        )
+
     def _draft(
         self,
         texts: list[list[int]],
@@ -264,19 +292,20 @@ class CogView2Pipeline(CogView2PipelineBase):
         layout = self.layout
         unique, repeats = run_lengths(texts)
         contexts = unique if negative is None else unique + [negative] * len(unique)
-        tokens = generate(
-            self.transformer,
-            sequences.text_to_image(contexts, layout),
-            self._cluster_sampler(settings),
-            torch.full((len(texts), layout.image_length), TO_GENERATE),
-            layout.image_positions,
-            num_images_per_context=repeats,
-            text_attention_bias=settings["text_attention_bias"],
-            guidance_scale=None if negative is None else settings["guidance_scale"],
-            generator=generators,
-            device=self._execution_device,
-            callback=lambda step, entries: notify("transformer", step, entries.unflatten(1, layout.image_grid)),
-        )
+        with self._measure("transformer"):
+            tokens = generate(
+                self.transformer,
+                sequences.text_to_image(contexts, layout),
+                self._cluster_sampler(settings),
+                torch.full((len(texts), layout.image_length), TO_GENERATE),
+                layout.image_positions,
+                num_images_per_context=repeats,
+                text_attention_bias=settings["text_attention_bias"],
+                guidance_scale=None if negative is None else settings["guidance_scale"],
+                generator=generators,
+                device=self._device_of(self.transformer),
+                callback=lambda step, entries: notify("transformer", step, entries.unflatten(1, layout.image_grid)),
+            )
         return tokens.unflatten(1, layout.image_grid)
 
     def _select(
@@ -292,7 +321,7 @@ class CogView2Pipeline(CogView2PipelineBase):
                 tokens,
                 repeated,
                 max_batch_size=batch_size,
-                device=self._execution_device,
+                device=self._device_of(self.transformer),
             )
         else:
             scores = scorer(self._decode(tokens, "pil"), repeated)

@@ -9,12 +9,13 @@ from diffusers.image_processor import VaeImageProcessor
 from transformers import PreTrainedModel, PreTrainedTokenizer
 
 from .. import sequences
+from ..batching import run_in_batches, slices
 from ..captioning import WrittenText, search_texts, write_texts
 from ..sampling import Generators, sample_tokens
 from ..scoring import caption_losses, image_losses
 from .completion_geometry import center_crop, resize, resize_shorter_side
 from .picture_io import Images, Picture, read_pictures
-from .pipeline_base import CogView2PipelineBase, check_counts, check_prompts, one_generator_per_image, slices
+from .pipeline_base import CogView2PipelineBase, check_counts, check_prompts, one_generator_per_image
 from .pipeline_output import CogView2CaptionPipelineOutput
 
 LANGUAGES = ("en", "zh")
@@ -44,7 +45,7 @@ class CogView2CaptionPipeline(CogView2PipelineBase):
     `from_pipe` takes these from any other pipeline of this package. Source: https://arxiv.org/abs/2204.14217.
     """
 
-    model_cpu_offload_seq = "vqvae->transformer"
+    model_cpu_offload_seq = "transformer"
     _optional_components = ()
 
     def __init__(
@@ -84,6 +85,7 @@ class CogView2CaptionPipeline(CogView2PipelineBase):
         generator: Generators = None,
         max_batch_size: int | None = None,
         return_dict: bool = True,
+        return_statistics: bool = False,
     ) -> CogView2CaptionPipelineOutput | tuple:
         """
         Write captions.
@@ -108,10 +110,11 @@ class CogView2CaptionPipeline(CogView2PipelineBase):
                 after which the text makes the picture's tokens most likely. `"length"`: at `max_length`, always.
                 A full stop is not part of the caption.
             generator (`torch.Generator` or list of them, *optional*): One for all, or one per drawn text.
-            max_batch_size (`int`, defaults to 16): Texts that are computed at a time. It changes memory and speed
-                only.
+            max_batch_size (`int`, defaults to 16): Texts that are computed at a time; fewer once memory runs out. It
+                changes memory and speed only.
             return_dict (`bool`): Return a [`CogView2CaptionPipelineOutput`] rather than a tuple. Its `scores` are what
                 ranked the captions, else their mean log-probabilities.
+            return_statistics (`bool`): As for [`CogView2Pipeline`].
 
         Raises:
             TypeError: If a picture is none.
@@ -142,26 +145,29 @@ class CogView2CaptionPipeline(CogView2PipelineBase):
         if max_length > longest:
             raise ValueError(f"`max_length` may be {longest} with this model, but is {max_length}.")
         batch_size = max_batch_size or DEFAULT_MAX_BATCH_SIZE
-        tokens = self._low_tokens(image, tokens, batch_size)
         num_drawn = {"sample": num_captions_per_image, "best_of": num_candidates}.get(strategy, 0)
-        generators = one_generator_per_image(generator, len(tokens) * num_drawn) if num_drawn else []
+        with self._running(return_statistics) as statistics:
+            tokens = self._low_tokens(image, tokens, batch_size)
+            generators = one_generator_per_image(generator, len(tokens) * num_drawn) if num_drawn else []
+            output = CogView2CaptionPipelineOutput([], [], [], seeds=[] if num_drawn else None, statistics=statistics)
+            pictures_at_a_time = max(1, batch_size // max(num_drawn, num_beams if strategy == "beam" else 1))
 
-        output = CogView2CaptionPipelineOutput([], [], [], seeds=[] if num_drawn else None)
-        pictures_at_a_time = max(1, batch_size // max(num_drawn, num_beams if strategy == "beam" else 1))
-        with self.progress_bar(total=len(tokens)) as progress:
-            for batch in slices(len(tokens), pictures_at_a_time):
+            def write(batch: slice) -> list[list[WrittenText]]:
+                self._stop_if_interrupted()
                 own = generators[batch.start * num_drawn : batch.stop * num_drawn]
-                written = self._write(
+                return self._write(
                     tokens[batch], language, strategy, num_drawn, num_beams, temperature, top_k, max_length, end, own
                 )
-                for index, texts in enumerate(written):
-                    picture = tokens[batch.start + index]
-                    seeds = [one.initial_seed() for one in own[index * num_drawn : (index + 1) * num_drawn]]
+
+            with self.progress_bar(total=len(tokens)) as progress, self._measure("transformer"):
+                parts = run_in_batches(write, len(tokens), pictures_at_a_time, generators=generators)
+                for index, texts in enumerate(texts for part in parts for texts in part):
+                    own = generators[index * num_drawn : (index + 1) * num_drawn]
                     self._add(
                         output,
-                        picture,
+                        tokens[index],
                         texts,
-                        seeds,
+                        [one.initial_seed() for one in own],
                         language,
                         strategy,
                         rank_by,
@@ -170,7 +176,6 @@ class CogView2CaptionPipeline(CogView2PipelineBase):
                         batch_size,
                     )
                     progress.update()
-        self.maybe_free_model_hooks()
         return output if return_dict else output.to_tuple()
 
     @torch.no_grad()
@@ -203,6 +208,20 @@ class CogView2CaptionPipeline(CogView2PipelineBase):
         prompts = check_prompts(prompt)
         check_counts(max_batch_size=max_batch_size)
         batch_size = max_batch_size or DEFAULT_MAX_BATCH_SIZE
+        with self._running(return_statistics=False):
+            return self._score(image, prompts, tokens, languages, batch_size)
+
+    # Stages ----------------------------------------------------------------------------------------------------------
+
+    def _score(
+        self,
+        image: Images | None,
+        prompts: list[str],
+        tokens: torch.Tensor | None,
+        languages: Sequence[str] | None,
+        batch_size: int,
+    ) -> torch.Tensor:
+        """Caption losses of pairs."""
         tokens = self._low_tokens(image, tokens, batch_size)
         count = max(len(tokens), len(prompts))
         if not {len(tokens), len(prompts)} <= {1, count}:
@@ -211,19 +230,15 @@ class CogView2CaptionPipeline(CogView2PipelineBase):
             )
         if languages is not None and (len(languages) != count or not set(languages) <= set(LANGUAGES)):
             raise ValueError(f"`languages` must be one of {LANGUAGES} for each of {count} pairs, but are {languages}.")
-        losses = caption_losses(
+        return caption_losses(
             self.transformer,
             self.tokenizer,
             tokens.expand(count, -1, -1),
             prompts * (count // len(prompts)),
             languages=languages,
             max_batch_size=batch_size,
-            device=self._execution_device,
+            device=self._device_of(self.transformer),
         )
-        self.maybe_free_model_hooks()
-        return losses
-
-    # Stages ----------------------------------------------------------------------------------------------------------
 
     def _low_tokens(self, image: Images | None, tokens: torch.Tensor | None, batch_size: int) -> torch.Tensor:
         """Low-resolution tokens of what came: `(num_images, rows, columns)`."""
@@ -268,7 +283,7 @@ class CogView2CaptionPipeline(CogView2PipelineBase):
         allowed, ends = self._allowed(language), self._ends()
         if end != "sentence":
             ends = torch.zeros_like(ends)
-        device = self._execution_device
+        device = self._device_of(self.transformer)
         if strategy == "beam":
             return search_texts(
                 self.transformer, context, allowed, ends, max_length, num_beams=num_beams, device=device
@@ -342,7 +357,7 @@ class CogView2CaptionPipeline(CogView2PipelineBase):
             picture[None].expand(len(texts), -1, -1),
             texts,
             max_batch_size=batch_size,
-            device=self._execution_device,
+            device=self._device_of(self.transformer),
         )
 
     # Vocabulary ------------------------------------------------------------------------------------------------------

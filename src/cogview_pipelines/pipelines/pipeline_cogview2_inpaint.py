@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from .. import sequences
+from ..batching import run_in_batches
 from ..generation import generate
 from ..sampling import Generators
 from ..schedulers.scheduling_lopar import LoPARScheduler
 from .completion_geometry import MASK_SHARE, Box, best_window, covering_token_mask, crop_box, resize, token_mask
 from .picture_io import OUTPUT_TYPES, Images, Picture, read_masks, read_pictures, write_pictures
 from .pipeline_base import (
-    DEFAULT_MAX_BATCH_SIZE,
     Callback,
     CogView2PipelineBase,
     Notifier,
@@ -22,10 +22,10 @@ from .pipeline_base import (
     check_output_type,
     check_prompts,
     one_generator_per_image,
-    slices,
     translate,
 )
 from .pipeline_output import CogView2InpaintPipelineOutput
+from .previews import PreviewMixin
 
 MASK_RULES = {"cover": covering_token_mask, "nearest": token_mask}
 
@@ -45,7 +45,6 @@ class _Task:
     min_side: int
     max_side: int | None
     mask_rule: str
-    batch_size: int
     notify: Notifier | None = None
 
     def next_crop(self, remaining: torch.Tensor, grid: tuple[int, int]) -> Box:
@@ -88,7 +87,7 @@ def _cut(mask: torch.Tensor, box: Box) -> torch.Tensor:
     return mask[top:bottom, left:right]
 
 
-class CogView2InpaintPipeline(CogView2PipelineBase):
+class CogView2InpaintPipeline(PreviewMixin, CogView2PipelineBase):
     """
     Paint what a mask marks anew, as a text says; everything else stays as it is, bit for bit.
 
@@ -134,6 +133,7 @@ class CogView2InpaintPipeline(CogView2PipelineBase):
         max_batch_size: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        return_statistics: bool = False,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("tokens",),
     ) -> CogView2InpaintPipelineOutput | tuple:
@@ -166,18 +166,18 @@ class CogView2InpaintPipeline(CogView2PipelineBase):
             prompt_translator, negative_prompt, guidance_scale, text_attention_bias, temperature, top_k_clusters,
             cluster_temperature, direct_sr_temperature, direct_sr_top_k_clusters, direct_sr_cluster_temperature,
             iterative_sr_temperature, iterative_sr_top_k, num_lopar_steps: As for [`CogView2Pipeline`].
-            max_batch_size (`int`, defaults to 8): Results that are computed at a time. It changes memory and speed
-                only.
+            max_batch_size (`int`, *optional*): Results that are computed at a time; as for [`CogView2Pipeline`].
             output_type (`str`): `"pil"`, `"np"` or `"pt"`; the last two are float32 in [0, 1], one batch, or a list if
                 the pictures differ in size.
             return_dict (`bool`): Return a [`CogView2InpaintPipelineOutput`] rather than a tuple.
-            callback_on_step_end, callback_on_step_end_tensor_inputs (*optional*): As for [`CogView2Pipeline`]; the
-                tokens are those of the square.
+            return_statistics, callback_on_step_end, callback_on_step_end_tensor_inputs (*optional*): As for
+                [`CogView2Pipeline`]; the tokens are those of the square.
 
         Raises:
             TypeError: If a picture or mask is none.
             ValueError: If an argument cannot be used; the message says which and why: a mask of another size than its
                 picture, one that marks nothing, or one that leaves nothing to complete.
+            GenerationInterrupted: If `pipe.interrupt` was set to True meanwhile.
         """
         prompts, pictures, masks = self._check_inputs(prompt, image, mask_image)
         check_counts(
@@ -213,7 +213,6 @@ class CogView2InpaintPipeline(CogView2PipelineBase):
         negative = self._encode_negative_prompt(negative_prompt, settings["guidance_scale"])
         prompts = translate(prompts, prompt_translator)
         texts = self._encode_prompts(prompts, style, has_fine)
-        batch_size = max_batch_size or DEFAULT_MAX_BATCH_SIZE
         common = {
             "negative": negative,
             "settings": settings,
@@ -223,33 +222,47 @@ class CogView2InpaintPipeline(CogView2PipelineBase):
             "min_side": max(self.sizes[0]) // 2 if min_crop_size is None else min_crop_size,
             "max_side": max_crop_size,
             "mask_rule": mask_rule,
-            "batch_size": batch_size,
         }
         tasks = [_Task(*case, **common) for case in zip(pictures, masks, texts)]
         for task in tasks:
             task.next_crop(task.mask, self.layout.image_grid)  # or its error, before anything is computed
         generators = one_generator_per_image(generator, len(tasks) * num_images_per_prompt)
 
+        copies = 1 if negative is None else 2
+        sizes = [self._batch_size(max_batch_size, self.transformer, copies)]
+        sizes += [self._batch_size(max_batch_size, getattr(self, stage)) for stage, _ in schedulers]
         results, crops, boxes = [], [], []
-        for index, task in enumerate(tasks):
-            own = generators[index * num_images_per_prompt : (index + 1) * num_images_per_prompt]
-            for batch in slices(num_images_per_prompt, batch_size):
-                with self.progress_bar(total=0) as progress:
-                    task.notify = Notifier(self, progress, callback_on_step_end, callback_on_step_end_tensor_inputs)
-                    painted, batch_crops, batch_boxes = self._paint(task, own[batch])
-                results += painted
-                crops += [
-                    list(write_pictures([Picture(crop) for crop in steps], output_type)) for steps in zip(*batch_crops)
-                ]
-                boxes += [batch_boxes] * len(painted)
-        output = CogView2InpaintPipelineOutput(
-            images=write_pictures(results, output_type),
-            crops=crops,
-            crop_boxes=boxes,
-            seeds=[generator.initial_seed() for generator in generators],
-            prompts=[prompt for prompt in prompts for _ in range(num_images_per_prompt)],
-        )
-        self.maybe_free_model_hooks()
+        with self._running(return_statistics) as statistics:
+            for index, task in enumerate(tasks):
+                first = index * num_images_per_prompt
+                own = generators[first : first + num_images_per_prompt]
+
+                def paint(batch: slice, task=task, first=first, own=own):
+                    with self.progress_bar(total=0) as progress:
+                        task.notify = Notifier(
+                            self,
+                            progress,
+                            callback_on_step_end,
+                            callback_on_step_end_tensor_inputs,
+                            list(range(first + batch.start, first + batch.stop)),
+                        )
+                        return self._paint(task, own[batch])
+
+                for painted, batch_crops, batch_boxes in run_in_batches(paint, len(own), min(sizes), generators=own):
+                    results += painted
+                    crops += [
+                        list(write_pictures([Picture(crop) for crop in steps], output_type))
+                        for steps in zip(*batch_crops)
+                    ]
+                    boxes += [batch_boxes] * len(painted)
+            output = CogView2InpaintPipelineOutput(
+                images=write_pictures(results, output_type),
+                crops=crops,
+                crop_boxes=boxes,
+                seeds=[generator.initial_seed() for generator in generators],
+                prompts=[prompt for prompt in prompts for _ in range(num_images_per_prompt)],
+                statistics=statistics,
+            )
         return output if return_dict else output.to_tuple()
 
     def outpaint(
@@ -354,19 +367,20 @@ class CogView2InpaintPipeline(CogView2PipelineBase):
             tokens[:, cells] = entries
             return tokens.unflatten(1, self.layout.image_grid)
 
-        entries = generate(
-            self.transformer,
-            completion.context,
-            self._cluster_sampler(task.settings),
-            completion.entries[:num_contexts].expand(num_images, -1),
-            completion.positions,
-            num_images_per_context=num_images // num_contexts,
-            text_attention_bias=task.settings["text_attention_bias"],
-            guidance_scale=None if task.negative is None else task.settings["guidance_scale"],
-            generator=generators,
-            device=self._execution_device,
-            callback=lambda step, entries: task.notify("transformer", step, place(entries)),
-        )
+        with self._measure("transformer"):
+            entries = generate(
+                self.transformer,
+                completion.context,
+                self._cluster_sampler(task.settings),
+                completion.entries[:num_contexts].expand(num_images, -1),
+                completion.positions,
+                num_images_per_context=num_images // num_contexts,
+                text_attention_bias=task.settings["text_attention_bias"],
+                guidance_scale=None if task.negative is None else task.settings["guidance_scale"],
+                generator=generators,
+                device=self._device_of(self.transformer),
+                callback=lambda step, entries: task.notify("transformer", step, place(entries)),
+            )
         return place(entries)
 
     # Arguments -------------------------------------------------------------------------------------------------------

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizer
 
 from .. import sequences
+from ..batching import run_in_batches
 from ..sampling import Generators
 from ..schedulers.scheduling_lopar import LoPARScheduler
 from .picture_io import OUTPUT_TYPES, Images, Picture, read_pictures, write_pictures
 from .pipeline_base import (
-    DEFAULT_MAX_BATCH_SIZE,
     Callback,
     CogView2PipelineBase,
     Notifier,
@@ -20,15 +20,15 @@ from .pipeline_base import (
     check_output_type,
     check_prompts,
     one_generator_per_image,
-    slices,
     translate,
 )
 from .pipeline_output import CogView2PipelineOutput
+from .previews import PreviewMixin
 
 DEFAULT_TILE_OVERLAP = 0.25
 
 
-class CogView2UpscalePipeline(CogView2PipelineBase):
+class CogView2UpscalePipeline(PreviewMixin, CogView2PipelineBase):
     """
     Enlarge pictures as the last two stages of [`CogView2Pipeline`] do, with the released models from 160 to 480
     pixels.
@@ -114,6 +114,7 @@ class CogView2UpscalePipeline(CogView2PipelineBase):
         max_batch_size: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        return_statistics: bool = False,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("tokens",),
     ) -> CogView2PipelineOutput | tuple:
@@ -134,18 +135,19 @@ class CogView2UpscalePipeline(CogView2PipelineBase):
             generator (`torch.Generator` or list of them, *optional*): One for all pictures, or one per picture.
             prompt_translator, direct_sr_temperature, direct_sr_top_k_clusters, direct_sr_cluster_temperature,
             iterative_sr_temperature, iterative_sr_top_k, num_lopar_steps: As for [`CogView2Pipeline`].
-            max_batch_size (`int`, defaults to 8): Pictures of one size that are computed at a time. It changes memory
-                and speed only.
+            max_batch_size (`int`, *optional*): Pictures of one size that are computed at a time; as for
+                [`CogView2Pipeline`].
             output_type (`str`): `"pil"`, `"np"` or `"pt"`; the last two are one batch, or a list if the pictures
                 differ in size. Or `"latent"` for tokens: the images are then lists of `(rows, columns)` tensors.
             return_dict (`bool`): Return a [`CogView2PipelineOutput`] rather than a tuple. Its `tokens` are a list;
                 they cover the picture and what was added to fill its last tile.
-            callback_on_step_end, callback_on_step_end_tensor_inputs (*optional*): As for [`CogView2Pipeline`]; the
-                tokens are those of the current tile.
+            return_statistics, callback_on_step_end, callback_on_step_end_tensor_inputs (*optional*): As for
+                [`CogView2Pipeline`]; the tokens are those of the current tile.
 
         Raises:
             TypeError: If a picture is none.
             ValueError: If an argument cannot be used; the message says which and why.
+            GenerationInterrupted: If `pipe.interrupt` was set to True meanwhile.
         """
         if (image is None) == (tokens is None):
             raise ValueError("Give either `image` or `tokens`.")
@@ -174,33 +176,42 @@ class CogView2UpscalePipeline(CogView2PipelineBase):
         texts = self._encode_prompts(prompts, style, super_resolve=True)
         generators = one_generator_per_image(generator, num_images)
 
-        batch_size = max_batch_size or DEFAULT_MAX_BATCH_SIZE
+        batch_size = min(self._batch_size(max_batch_size, getattr(self, stage)) for stage, _ in schedulers)
+        num_steps = sum(len(scheduler.timesteps) for _, scheduler in schedulers)
         results, fine_tokens = [None] * num_images, [None] * num_images
-        for batch in self._batches(pictures, grids, batch_size):
-            own_texts, own_generators = ([values[index] for index in batch] for values in (texts, generators))
-            pixels = None if pictures is None else torch.stack([pictures[index].on_white() for index in batch])
-            low = None if grids is None else torch.stack([grids[index] for index in batch])
-            for _ in range(num_levels):
-                size = None if pixels is None else tuple(pixels.shape[-2:])
-                low = self._encode_pixels(self._fill_tiles(pixels)) if low is None else low
-                tiles = self._tiles(low.shape[-2:], tile_overlap)
-                total = len(tiles) * sum(len(scheduler.timesteps) for _, scheduler in schedulers)
-                with self.progress_bar(total=total) as progress:
-                    notify = Notifier(self, progress, callback_on_step_end, callback_on_step_end_tensor_inputs)
-                    fine = self._enlarge(low, tiles, own_texts, own_generators, schedulers, notify)
-                pixels = self._decode_tiles(fine)
-                if size is not None:
-                    pixels = pixels[..., : size[0] * self.scale[0], : size[1] * self.scale[1]]
-                low = None
-            for index, one, own_tokens in zip(batch, pixels.cpu(), fine.cpu()):
-                results[index], fine_tokens[index] = Picture(one), own_tokens
-        output = CogView2PipelineOutput(
-            images=fine_tokens if output_type == "latent" else write_pictures(results, output_type),
-            tokens=fine_tokens,
-            seeds=[generator.initial_seed() for generator in generators],
-            prompts=prompts,
-        )
-        self.maybe_free_model_hooks()
+        with self._running(return_statistics) as statistics:
+            for group in _same_size(pictures, num_images):
+
+                def enlarge(batch: slice, group=group) -> None:
+                    indices = group[batch]
+                    own_texts, own_generators = ([each[index] for index in indices] for each in (texts, generators))
+                    pixels = None if pictures is None else torch.stack([pictures[i].on_white() for i in indices])
+                    low = None if grids is None else grids[indices]
+                    for _ in range(num_levels):
+                        size = None if pixels is None else tuple(pixels.shape[-2:])
+                        low = self._encode_pixels(self._fill_tiles(pixels)) if low is None else low
+                        tiles = self._tiles(low.shape[-2:], tile_overlap)
+                        with self.progress_bar(total=len(tiles) * num_steps) as progress:
+                            notify = Notifier(
+                                self, progress, callback_on_step_end, callback_on_step_end_tensor_inputs, indices
+                            )
+                            fine = self._enlarge(low, tiles, own_texts, own_generators, schedulers, notify)
+                        pixels = self._decode_tiles(fine)
+                        if size is not None:
+                            pixels = pixels[..., : size[0] * self.scale[0], : size[1] * self.scale[1]]
+                        low = None
+                    for index, one, own_tokens in zip(indices, pixels.cpu(), fine.cpu()):
+                        results[index], fine_tokens[index] = Picture(one), own_tokens
+
+                own = [generators[index] for index in group]
+                run_in_batches(enlarge, len(group), batch_size, generators=own)
+            output = CogView2PipelineOutput(
+                images=fine_tokens if output_type == "latent" else write_pictures(results, output_type),
+                tokens=fine_tokens,
+                seeds=[generator.initial_seed() for generator in generators],
+                prompts=prompts,
+                statistics=statistics,
+            )
         return output if return_dict else output.to_tuple()
 
     # Stages ----------------------------------------------------------------------------------------------------------
@@ -300,14 +311,13 @@ class CogView2UpscalePipeline(CogView2PipelineBase):
             )
         return tokens.long()
 
-    @staticmethod
-    def _batches(pictures: list[Picture] | None, grids: torch.Tensor | None, batch_size: int) -> Iterator[list[int]]:
-        """Indices of pictures of one size, at most `batch_size` at a time."""
-        groups: dict[tuple[int, int], list[int]] = {}
-        for index in range(len(pictures if grids is None else grids)):
-            groups.setdefault(pictures[index].size if grids is None else (), []).append(index)
-        for group in groups.values():
-            yield from (group[part] for part in slices(len(group), batch_size))
+
+def _same_size(pictures: list[Picture] | None, num_images: int) -> list[list[int]]:
+    """Indices of the pictures of each size; tokens come in one."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index in range(num_images):
+        groups.setdefault(() if pictures is None else pictures[index].size, []).append(index)
+    return list(groups.values())
 
 
 def _starts(size: int, tile: int, overlap: float) -> Iterator[int]:

@@ -9,6 +9,40 @@ from diffusers.utils import BaseOutput
 
 
 @dataclass
+class StageStatistics:
+    """
+    Args:
+        seconds (`float`): Time that a call spent in a stage, its callbacks included.
+        peak_memory_bytes (`int`, *optional*):
+            The most memory that was taken during it: by tensors on the GPU, or by the whole process on the CPU. `None`
+            where that cannot be measured.
+    """
+
+    seconds: float
+    peak_memory_bytes: int | None = None
+
+
+@dataclass
+class CogView2PreviewOutput(BaseOutput):
+    """
+    Args:
+        images (`list[PIL.Image.Image]`): The pictures of one batch as they are so far; grey where nothing is written.
+        tokens (`torch.Tensor` of shape `(batch_size, rows, columns)`): What they were decoded from; -1 where unknown.
+        stage (`str`): `"transformer"`, `"direct_sr_transformer"` or `"iterative_sr_transformer"`.
+        step (`int`): Counts the steps of a picture, of all stages.
+        timestep (`int`): Counts the steps of the stage.
+        image_indices (`list[int]`): Which of the call's pictures these are.
+    """
+
+    images: list[PIL.Image.Image]
+    tokens: torch.Tensor
+    stage: str
+    step: int
+    timestep: int
+    image_indices: list[int]
+
+
+@dataclass
 class CogView2PipelineOutput(BaseOutput):
     """
     Args:
@@ -21,6 +55,7 @@ class CogView2PipelineOutput(BaseOutput):
             batch.
         prompts (`list[str]`, *optional*): The prompt of each picture, as `prompt_translator` returned it.
         scores (`list[float]`, *optional*): What post-selection found of each picture; higher is better.
+        statistics (`dict[str, StageStatistics]`, *optional*): With `return_statistics`, of each stage.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
@@ -28,6 +63,7 @@ class CogView2PipelineOutput(BaseOutput):
     seeds: list[int]
     prompts: list[str] | None = None
     scores: list[float] | None = None
+    statistics: dict[str, StageStatistics] | None = None
 
 
 @dataclass
@@ -43,6 +79,7 @@ class CogView2InpaintPipelineOutput(BaseOutput):
         seeds (`list[int]`): The seed of each picture: a generator with this seed makes it again, alone or in any
             batch.
         prompts (`list[str]`): The prompt of each picture, as `prompt_translator` returned it.
+        statistics (`dict[str, StageStatistics]`, *optional*): With `return_statistics`, of each stage.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
@@ -50,6 +87,7 @@ class CogView2InpaintPipelineOutput(BaseOutput):
     crop_boxes: list[list[tuple[int, int, int, int]]]
     seeds: list[int]
     prompts: list[str]
+    statistics: dict[str, StageStatistics] | None = None
 
 
 @dataclass
@@ -60,13 +98,20 @@ class CogView2CaptionPipelineOutput(BaseOutput):
         scores (`list[float]`): Of each caption; higher is better. What they are depends on the way of choosing.
         token_ids (`list[list[int]]`): Of each caption.
         seeds (`list[int]`, *optional*): If captions were sampled, the seed of each.
+        statistics (`dict[str, StageStatistics]`, *optional*): With `return_statistics`, of each stage.
     """
 
     captions: list[str]
     scores: list[float]
     token_ids: list[list[int]]
     seeds: list[int] | None = None
+    statistics: dict[str, StageStatistics] | None = None
 
 
-for _public in (CogView2PipelineOutput, CogView2InpaintPipelineOutput, CogView2CaptionPipelineOutput):
+for _public in (
+    CogView2PipelineOutput,
+    CogView2PreviewOutput,
+    CogView2InpaintPipelineOutput,
+    CogView2CaptionPipelineOutput,
+):
     _public.__module__ = "cogview_pipelines"
