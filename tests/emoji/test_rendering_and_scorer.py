@@ -79,8 +79,8 @@ def full_size_sprites(tmp_path_factory):
         (folder / style).mkdir()
         for hexcode in load_concepts():
             wanted = style == "noto" and hexcode in PAIR.objects
-            drawing = shipped.get(hexcode, style).resize((480, 480)) if wanted else placeholder
-            drawing.save(folder / style / f"{hexcode}.png", compress_level=1)
+            drawing = shipped.get(hexcode, style).resize((288, 288)) if wanted else placeholder
+            drawing.save(folder / style / f"{hexcode}.webp", lossless=True, method=0)
     return folder
 
 

@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from cogview_pipelines.emoji.rendering import FULL_SIZE, SHEET_COLUMNS, resize_rgba
+from cogview_pipelines.emoji.rendering import FULL_SIZE, FULL_SPRITE_SIZE, SHEET_COLUMNS, resize_rgba
 from cogview_pipelines.emoji.scenes import BACKGROUNDS, DATA_FOLDER, SHAPE_COLOURS, SHAPES, STYLES
 from cogview_pipelines.emoji.scorer import rgb_to_lab
 
@@ -51,12 +51,14 @@ class DataConfig:
         metadata={"help": "Where `concepts.json` and the sheets of drawings of 144 px are written."},
     )
     full_size_folder: str | None = field(
-        default=None, metadata={"help": "Where to write drawings of 480 px too, for pictures of more than 240 px."}
+        default=None,
+        metadata={"help": "Where to write drawings of 288 px too (7 MB), for pictures of more than 240 px."},
     )
     download_folder: str = field(default="data/npm", metadata={"help": "Where the downloaded packages are kept."})
     webp_quality: int = field(
         default=95, metadata={"help": "Quality of the colours in the sheets; transparency is exact."}
     )
+    full_size_quality: int = field(default=90, metadata={"help": "The same of the drawings of 288 px."})
 
 
 class Package:
@@ -204,9 +206,10 @@ def main(config: DataConfig) -> None:
             if hidden:
                 concept["hidden"][style] = hidden
             if config.full_size_folder:
-                path = Path(config.full_size_folder, style, f"{hexcode}.png")
+                path = Path(config.full_size_folder, style, f"{hexcode}.webp")
                 path.parent.mkdir(parents=True, exist_ok=True)
-                drawing.save(path)
+                full = resize_rgba(drawing, FULL_SPRITE_SIZE)
+                full.save(path, quality=config.full_size_quality, alpha_quality=100)
         path = output / f"sprites_{style}.webp"
         make_sheet(drawings).save(path, quality=config.webp_quality, alpha_quality=100, method=6)
     table = {"sources": {**ARTWORK, "names": NAMES}, "concepts": concepts}

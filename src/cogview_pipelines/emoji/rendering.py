@@ -9,6 +9,7 @@ from .scenes import BACKGROUNDS, DATA_FOLDER, STYLES, Scene, load_concepts
 
 NATIVE_SIZE = 240  # pixels; the shipped sprites fill the largest slot of such a picture one to one
 FULL_SIZE = 480  # pixels; pictures beyond the native size need full-size sprites
+FULL_SPRITE_SIZE = 288  # pixels; fills the largest slot of a full-size picture one to one
 SHEET_COLUMNS = 12
 # Left, top and side of each slot, in twentieths of the picture: every corner is on the grid of the 20x20 tokens of a
 # 160 px picture at 8 px a token, so that tokens cut an object in the same way in every scene.
@@ -37,7 +38,7 @@ class SpriteSet:
 
     Args:
         folder (`str` or `Path`, *optional*):
-            Folder of full-size drawings, `<style>/<hexcode>.png`, as `training_scripts/emoji/prepare_data.py
+            Folder of full-size drawings, `<style>/<hexcode>.webp`, of 288 px, as `training_scripts/emoji/prepare_data.py
             --full_size_folder` writes it. By default the drawings of 144 px that come with the package.
 
     Raises:
@@ -50,7 +51,7 @@ class SpriteSet:
         self._positions = {hexcode: divmod(index, SHEET_COLUMNS) for index, hexcode in enumerate(load_concepts())}
         self._resized: dict[tuple[str, str, int], Image.Image] = {}
         if self.folder is not None:
-            names = [f"{style}/{hexcode}.png" for style in STYLES for hexcode in self._positions]
+            names = [f"{style}/{hexcode}.webp" for style in STYLES for hexcode in self._positions]
             missing = [name for name in names if not (self.folder / name).is_file()]
             if missing:
                 raise ValueError(
@@ -74,7 +75,7 @@ class SpriteSet:
 
     def _stored(self, hexcode: str, style: str) -> Image.Image:
         if self.folder is not None:
-            with Image.open(self.folder / style / f"{hexcode}.png") as image:
+            with Image.open(self.folder / style / f"{hexcode}.webp") as image:
                 return image.convert("RGBA")
         if style not in self._sheets:
             with Image.open(DATA_FOLDER / f"sprites_{style}.webp") as image:
