@@ -35,16 +35,14 @@ from cogview_pipelines.sequences import (
     stack,
     text_to_image,
 )
-from cogview_pipelines.training.arguments import TrainConfig, parse_config
+from cogview_pipelines.training.arguments import parse_config
 from cogview_pipelines.training.data import step_generator
 from cogview_pipelines.training.loop import train
-from cogview_pipelines.training.token_data import TokenData
+from cogview_pipelines.training.token_data import TokenData, TokenTrainConfig
 
 
 @dataclass
-class CogLMTrainConfig(TrainConfig):
-    data: str = field(kw_only=True, metadata={"help": "Token folder, as prepare_tokens.py writes it."})
-    tokenizer: str = field(kw_only=True, metadata={"help": "Folder or Hub id of the tokenizer."})
+class CogLMTrainConfig(TokenTrainConfig):
     vqvae: str | None = field(default=None, metadata={"help": "Image tokenizer, for sample pictures."})
     init_from: str | None = field(default=None, metadata={"help": "Trained CogLM to go on from."})
     model: str = field(default="{}", metadata={"help": "Options of CogLMConfig: JSON, or a mapping in the YAML file."})
@@ -60,10 +58,6 @@ class CogLMTrainConfig(TrainConfig):
         default=0.0,
         metadata={"help": "Share of image tokens that text-to-image samples read wrong, so that text counts more."},
     )
-    auxiliary_data: str | None = field(
-        default=None, metadata={"help": "A second token folder, for what helps but is not what the model is for."}
-    )
-    auxiliary_probability: float = field(default=0.5, metadata={"help": "Share of samples from `auxiliary_data`."})
     drop_text_probability: float = field(
         default=0.0, metadata={"help": "Share of text-to-image samples with an empty text, for guidance."}
     )
@@ -112,28 +106,20 @@ def embed_codes(model: CogLMModel, vqvae: IcetkVQModel) -> None:
 
 
 def make_batch(
-    config: CogLMTrainConfig,
-    model_config: CogLMConfig,
-    tokenizer: IcetkTokenizer,
-    data: TokenData,
-    auxiliary: TokenData | None,
-    draw: tuple,
+    config: CogLMTrainConfig, model_config: CogLMConfig, tokenizer: IcetkTokenizer, data: TokenData, draw: tuple
 ) -> TokenSequence:
     """The samples of one forward pass; `draw` is (step, micro step, process)."""
     generator = step_generator(config.seed, *draw)
     layout, pad_token_id, samples = model_config.layout, tokenizer.pad_token_id, []
-    shares = torch.tensor([0.0 if auxiliary is None else config.auxiliary_probability])
-    for is_auxiliary in (torch.rand(config.batch_size, generator=generator) < shares).tolist():
-        source = auxiliary if is_auxiliary else data
-        (index,) = source.draw(1, generator)
-        text = source.draw_caption(index, generator)[: model_config.max_text_tokens]
+    for index in data.draw(config.batch_size, generator):
+        text = data.draw_caption(index, generator)[: model_config.max_text_tokens]
         task, drop = torch.rand(2, generator=generator).tolist()
         captioning = task < config.caption_probability
         completing = not captioning and task < config.caption_probability + config.completion_probability
         if not captioning and drop < config.drop_text_probability:
             text = []
         padding = model_config.max_text_tokens + 1 - len(text)
-        row = torch.cat([torch.tensor(text + [pad_token_id] * padding), source.low[index].flatten().long()])
+        row = torch.cat([torch.tensor(text + [pad_token_id] * padding), data.low[index].flatten().long()])
         if captioning:
             chinese = tokenizer.language(text) == "zh"
             start = model_config.start_of_chinese_token_id if chinese else model_config.start_of_english_token_id
@@ -193,11 +179,8 @@ def main(arguments: list[str] | None = None) -> CogLMModel | None:
     config = parse_config(CogLMTrainConfig, arguments, description=__doc__)
     set_seed(config.seed)
     tokenizer = IcetkTokenizer.from_pretrained(config.tokenizer)
-    data = TokenData.load(config.data, tokenizer)
+    data = config.load_data(tokenizer)
     model = make_model(config, tokenizer, data)
-    auxiliary = None
-    if config.auxiliary_data is not None:
-        auxiliary = TokenData.load(config.auxiliary_data, tokenizer).require_fit(model.config, tokenizer)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     vqvae = None
@@ -210,7 +193,7 @@ def main(arguments: list[str] | None = None) -> CogLMModel | None:
     return train(
         config,
         model,
-        functools.partial(make_batch, config, model.config, tokenizer, data, auxiliary),
+        functools.partial(make_batch, config, model.config, tokenizer, data),
         functools.partial(compute_loss, model.config.num_image_tokens),
         None if vqvae is None else functools.partial(make_samples, config, vqvae, data),
     )

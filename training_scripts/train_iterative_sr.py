@@ -28,19 +28,15 @@ from accelerate.utils import set_seed
 from cogview_pipelines import CogLMConfig, CogLMModel, IcetkTokenizer, IcetkVQModel, LoPARScheduler
 from cogview_pipelines.generation import refine
 from cogview_pipelines.sequences import IGNORED_LABEL, iterative_super_resolution
-from cogview_pipelines.training.arguments import TrainConfig, parse_config
+from cogview_pipelines.training.arguments import parse_config
 from cogview_pipelines.training.data import step_generator
 from cogview_pipelines.training.loop import train
 from cogview_pipelines.training.losses import canvas_loss
-from cogview_pipelines.training.token_data import CanvasBatch, TokenData
+from cogview_pipelines.training.token_data import CanvasBatch, TokenData, TokenTrainConfig
 
 
 @dataclass
-class IterativeSRTrainConfig(TrainConfig):
-    data: str = field(
-        kw_only=True, metadata={"help": "Token folder with fine tokens, as prepare_tokens.py writes it."}
-    )
-    tokenizer: str = field(kw_only=True, metadata={"help": "Folder or Hub id of the tokenizer."})
+class IterativeSRTrainConfig(TokenTrainConfig):
     transformer: str = field(
         kw_only=True,
         metadata={"help": "The trained CogLM to start from, or whose shape to take; or this stage itself, to go on."},
@@ -118,7 +114,7 @@ def main(arguments: list[str] | None = None) -> CogLMModel | None:
     config = parse_config(IterativeSRTrainConfig, arguments, description=__doc__)
     set_seed(config.seed)
     tokenizer = IcetkTokenizer.from_pretrained(config.tokenizer)
-    data = TokenData.load(config.data, tokenizer).require_fine()
+    data = config.load_data(tokenizer).require_fine()
     model = make_model(config, data)
     data.require_fit(model.config, tokenizer)
     if config.gradient_checkpointing:

@@ -52,6 +52,24 @@ def test_pictures_are_drawn_by_weight_and_captions_by_language_first(data, token
     assert data.draw(5, step_generator(0, 3)) == data.draw(5, step_generator(0, 3))
 
 
+def test_auxiliary_pictures_are_drawn_by_their_share_and_keep_their_weights(data):
+    other = TokenData(data.low.flip(0), data.fine, data.captions[::-1], torch.tensor([1.0, 1.0, 2.0]))
+    both = data.with_auxiliary(other, 0.25)
+    assert both.weights.tolist() == pytest.approx([0.75 * 0.25, 0.75 * 0.75, 0, 0.0625, 0.0625, 0.125])
+    for part, source in ((slice(0, 3), data), (slice(3, 6), other)):
+        assert torch.equal(both.low[part], source.low) and torch.equal(both.fine[part], source.fine)
+        assert both.captions[part] == source.captions
+    assert data.with_auxiliary(TokenData(other.low, None, other.captions, other.weights), 1.0).fine is None
+
+
+def test_auxiliary_pictures_of_another_size_or_an_impossible_share_are_errors(data):
+    other = TokenData(data.low[:, :2], data.fine, data.captions, data.weights)
+    with pytest.raises(ValueError, match=r"`auxiliary_data` must have tokens `low` of \(4, 4\) .*, but has \(2, 4\)"):
+        data.with_auxiliary(other, 0.5)
+    with pytest.raises(ValueError, match=r"`auxiliary_probability` must be from 0 to 1, but is 1\.5"):
+        data.with_auxiliary(data, 1.5)
+
+
 @pytest.mark.parametrize("name", [TOKENS_FILE, CAPTIONS_FILE])
 def test_a_missing_file_is_named(folder, tokenizer, name):
     (folder / name).unlink()
@@ -108,7 +126,10 @@ def test_data_without_low_or_fine_tokens_or_pictures_is_named(folder, tokenizer)
     with pytest.raises(ValueError, match="`data` has no tensor `low`"):
         TokenData.load(folder, tokenizer)
     TokenData.save(folder, {"low": torch.zeros(3, 4, 4)}, ROWS)
-    with pytest.raises(ValueError, match=r"`data` has no fine tokens; make it with `prepare_tokens\.py --fine_size`"):
+    with pytest.raises(
+        ValueError,
+        match=r"`data` \(or `auxiliary_data`\) has no fine tokens; make it with `prepare_tokens\.py --fine_size`",
+    ):
         TokenData.load(folder, tokenizer).require_fine()
     TokenData.save(folder, {"low": torch.zeros(0, 4, 4)}, [])
     with pytest.raises(ValueError, match="`data` has no pictures of a `weight` above 0"):

@@ -28,12 +28,12 @@ def data(token_folder, tokenizer):
 def make_batch(script, data, tokenizer):
     """A batch, given options of the script, of the model, and the draw."""
 
-    def make(draw=(0, 0, 0), max_text_tokens=30, auxiliary=None, **options):
+    def make(draw=(0, 0, 0), max_text_tokens=30, **options):
         config = script.CogLMTrainConfig(
             output_dir="unused", data="unused", tokenizer="unused", batch_size=64, patch_size=2, **options
         )
         model_config = make_coglm(**token_config(tokenizer), max_text_tokens=max_text_tokens).config
-        return script.make_batch(config, model_config, tokenizer, data, auxiliary, draw)
+        return script.make_batch(config, model_config, tokenizer, data, draw)
 
     return make
 
@@ -111,15 +111,6 @@ def test_noise_changes_what_text_to_image_reads_and_not_what_it_predicts(make_ba
     before = -IMAGE_LENGTH - 1
     assert torch.equal(clean.labels[is_generation, before:-1], noisy.labels[is_generation, before:-1])
     assert torch.equal(clean.input_ids[is_generation, :before], noisy.input_ids[is_generation, :before])
-
-
-def test_auxiliary_data_are_drawn_by_their_share(make_batch, data):
-    other = TokenData(torch.full_like(data.low, 1), None, data.captions, data.weights)
-    shares = {}
-    for asked in (0.0, 0.25, 1.0):
-        batch = make_batch(auxiliary=other, auxiliary_probability=asked, caption_probability=0.0)
-        shares[asked] = (batch.input_ids[:, -IMAGE_LENGTH:] == 1).all(1).float().mean().item()
-    assert shares[0.0] == 0.0 and 0.05 < shares[0.25] < 0.5 and shares[1.0] == 1.0
 
 
 def test_captions_are_cut_to_what_the_model_takes(make_batch):

@@ -11,7 +11,7 @@ A token folder, as `training_scripts/prepare_tokens.py` writes it, holds two fil
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from ..models.modeling_coglm import CogLMConfig
 from ..sequences import TokenSequence
 from ..tokenization_icetk import IcetkTokenizer
+from .arguments import TrainConfig
 
 TOKENS_FILE = "tokens.safetensors"
 CAPTIONS_FILE = "captions.jsonl"
@@ -85,6 +86,36 @@ class TokenData:
                 raise ValueError(f"`data` has tokens in `{name}` outside of 0..{tokenizer.num_image_tokens - 1}.")
         return cls(low, fine, captions, torch.tensor(weights))
 
+    def with_auxiliary(self, auxiliary: "TokenData", probability: float) -> "TokenData":
+        """
+        These pictures and others, which are drawn with the given probability.
+
+        Fine tokens stay only if both have them.
+
+        Raises:
+            ValueError: If `probability` is outside of 0..1, or the pictures have other sizes.
+        """
+        if not 0 <= probability <= 1:
+            raise ValueError(f"`auxiliary_probability` must be from 0 to 1, but is {probability}.")
+        for name, mine, other in (("low", self.low, auxiliary.low), ("fine", self.fine, auxiliary.fine)):
+            if mine is not None and other is not None and mine.shape[1:] != other.shape[1:]:
+                raise ValueError(
+                    f"`auxiliary_data` must have tokens `{name}` of {tuple(mine.shape[1:])} a picture, as `data` has, "
+                    f"but has {tuple(other.shape[1:])}."
+                )
+        has_fine = self.fine is not None and auxiliary.fine is not None
+        return TokenData(
+            torch.cat([self.low, auxiliary.low]),
+            torch.cat([self.fine, auxiliary.fine]) if has_fine else None,
+            self.captions + auxiliary.captions,
+            torch.cat(
+                [
+                    self.weights * ((1 - probability) / self.weights.sum()),
+                    auxiliary.weights * (probability / auxiliary.weights.sum()),
+                ]
+            ),
+        )
+
     def require_fit(self, model_config: CogLMConfig, tokenizer: IcetkTokenizer) -> "TokenData":
         """
         This data, if the model was made for pictures of this size and for this tokenizer.
@@ -98,22 +129,24 @@ class TokenData:
                 f"`data` has low-resolution pictures of {grid[0]} x {grid[1]} tokens, but the model makes "
                 f"{model_config.image_grid[0]} x {model_config.image_grid[1]}. Make it with another `--low_size`."
             )
-        for field, value in (
+        for name, value in (
             ("num_image_tokens", tokenizer.num_image_tokens),
             ("boi_token_id", tokenizer.boi_token_id),
             ("pad_token_id", tokenizer.pad_token_id),
         ):
-            if getattr(model_config, field) != value:
+            if getattr(model_config, name) != value:
                 raise ValueError(
-                    f"`tokenizer` is not that of the model: its {field} is {value}, the model's "
-                    f"{getattr(model_config, field)}."
+                    f"`tokenizer` is not that of the model: its {name} is {value}, the model's "
+                    f"{getattr(model_config, name)}."
                 )
         return self
 
     def require_fine(self) -> "TokenData":
         """This data, if it has fine tokens."""
         if self.fine is None:
-            raise ValueError("`data` has no fine tokens; make it with `prepare_tokens.py --fine_size`.")
+            raise ValueError(
+                "`data` (or `auxiliary_data`) has no fine tokens; make it with `prepare_tokens.py --fine_size`."
+            )
         return self
 
     @staticmethod
@@ -155,6 +188,25 @@ class CanvasBatch:
     def to(self, device: torch.device | str) -> "CanvasBatch":
         """The same batch on another device."""
         return CanvasBatch(self.context.to(device), self.canvas_ids.to(device), self.labels.to(device))
+
+
+@dataclass
+class TokenTrainConfig(TrainConfig):
+    """What the scripts that train on token folders have in common."""
+
+    data: str = field(kw_only=True, metadata={"help": "Token folder, as prepare_tokens.py writes it."})
+    tokenizer: str = field(kw_only=True, metadata={"help": "Folder or Hub id of the tokenizer."})
+    auxiliary_data: str | None = field(
+        default=None, metadata={"help": "A second token folder, for what helps but is not what the model is for."}
+    )
+    auxiliary_probability: float = field(default=0.5, metadata={"help": "Share of samples from `auxiliary_data`."})
+
+    def load_data(self, tokenizer: IcetkTokenizer) -> TokenData:
+        """The pictures to train on; raises `ValueError` as [`TokenData.load`] does."""
+        data = TokenData.load(self.data, tokenizer)
+        if self.auxiliary_data is None:
+            return data
+        return data.with_auxiliary(TokenData.load(self.auxiliary_data, tokenizer), self.auxiliary_probability)
 
 
 def parse_captions(line: str, place: str) -> tuple[dict[str, list[str]], float]:
