@@ -38,7 +38,7 @@ class SpriteSet:
 
     Args:
         folder (`str` or `Path`, *optional*):
-            Folder of full-size drawings, `<style>/<hexcode>.webp`, of 288 px, as `training_scripts/emoji/prepare_data.py
+            Folder of drawings of 288 px, `<style>/<hexcode>.webp`, as `training_scripts/emoji/prepare_data.py
             --full_size_folder` writes it. By default the drawings of 144 px that come with the package.
 
     Raises:
