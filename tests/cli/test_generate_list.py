@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from cogview_pipelines.cli.generate import MANIFEST
+from cogview_pipelines.cli.results import MANIFEST
 from cogview_pipelines.pipelines.pipeline_cogview2 import CogView2Pipeline
 from cogview_pipelines.png import read_metadata
 

@@ -1,4 +1,4 @@
-"""What is asked of a model: prompts with their settings, checked before anything is computed."""
+"""What is asked of a model: prompts and pictures with their settings, checked before anything is computed."""
 
 import json
 import math
@@ -27,6 +27,39 @@ def _number(value) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError("a number")
     return float(value)
+
+
+def _share(value) -> float:
+    if _number(value) < 0 or value > 1:
+        raise ValueError("a number from 0 to 1")
+    return float(value)
+
+
+def _truth(value) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
+def _choice(*names: str) -> Callable:
+    """One of these names; `-` is as good as `_`, as on the command line."""
+
+    def check(value) -> str:
+        if not isinstance(value, str) or value.replace("-", "_") not in names:
+            raise ValueError(f"one of {', '.join(names)}")
+        return value.replace("-", "_")
+
+    return check
+
+
+def _prompts(value) -> list[str]:
+    if not isinstance(value, list) or not value:
+        raise ValueError("a list of texts")
+    return [check_prompt(text, "prompts") for text in value]
+
+
+def _whole_number_or_none_at_all(value) -> int:
+    return _whole_number(value, least=0)
 
 
 def _positive_number(value) -> float:
@@ -60,16 +93,94 @@ ARGUMENTS: dict[str, Callable] = {
     "direct_sr_cluster_temperature": _positive_number,
     "iterative_sr_temperature": _positive_number,
     "iterative_sr_top_k": _whole_numbers,
-    "num_lopar_steps": lambda value: _whole_number(value, least=0),
+    "num_lopar_steps": _whole_number_or_none_at_all,
     "max_batch_size": _whole_number,
 }
-FIELDS = ("id", "prompt", "seed", *ARGUMENTS)
+_SUPER_RESOLUTION = {
+    name: check
+    for name, check in ARGUMENTS.items()
+    if name.startswith(("direct_sr", "iterative_sr")) or name in ("num_lopar_steps", "style", "max_batch_size")
+}
+MARGINS = ("top", "bottom", "left", "right")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """
+    What the lines of a list may hold for one command.
+
+    Args:
+        own (`tuple[str, ...]`): Fields that name what is to be done.
+        required (`tuple[str, ...]`): Those that no line lacks.
+        arguments (`dict[str, Callable]`): Arguments of the pipeline's call, and how each is checked.
+        writes_pictures (`bool`): Whether results are files named by `id`.
+    """
+
+    own: tuple[str, ...]
+    required: tuple[str, ...]
+    arguments: dict[str, Callable]
+    writes_pictures: bool = True
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """All fields of a line."""
+        return (*self.own, *self.arguments)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The fields that name files."""
+        return tuple(name for name in self.own if name in ("image", "mask"))
+
+
+GENERATE = Kind(("id", "prompt", "seed"), ("id", "prompt"), ARGUMENTS)
+INPAINT = Kind(
+    ("id", "prompt", "image", "mask", "seed"),
+    ("id", "prompt", "image"),
+    {
+        **{name: check for name, check in ARGUMENTS.items() if name not in ("num_candidates", "height", "width")},
+        **dict.fromkeys(MARGINS, _whole_number_or_none_at_all),
+        "super_resolve": _truth,
+        "mask_share": _share,
+        "min_crop_size": _whole_number,
+        "max_crop_size": _whole_number,
+        "mask_rule": _choice("cover", "nearest"),
+    },
+)
+UPSCALE = Kind(
+    ("id", "image", "prompt", "seed"),
+    ("id", "image"),
+    {**_SUPER_RESOLUTION, "num_levels": _whole_number, "tile_overlap": _share},
+)
+CAPTION = Kind(
+    ("id", "image", "seed"),
+    ("id", "image"),
+    {
+        "language": _choice("en", "zh"),
+        "strategy": _choice("greedy", "sample", "beam", "best_of"),
+        "num_captions_per_image": _whole_number,
+        "num_candidates": _whole_number,
+        "num_beams": _whole_number,
+        "rank_by": _choice("image", "caption"),
+        "temperature": _positive_number,
+        "top_k": _whole_number,
+        "max_length": _whole_number,
+        "end": _choice("sentence", "likelihood", "length"),
+        "max_batch_size": _whole_number,
+    },
+    writes_pictures=False,
+)
+SCORE = Kind(
+    ("id", "image"),
+    ("id", "image", "prompts"),
+    {"prompts": _prompts, "max_batch_size": _whole_number},
+    writes_pictures=False,
+)
 
 
 @dataclass
 class Request:
     """
-    One prompt and how its pictures are to be made.
+    One prompt, and how its pictures are to be made; or one picture, and what is to be done with it.
 
     Args:
         prompt (`str`): The text.
@@ -77,6 +188,7 @@ class Request:
         arguments (`dict`): Arguments of the pipeline's call.
         id (`str`): Name of the file, without its ending.
         where (`str`): How messages call it: file and line.
+        files (`dict[str, Path]`): What it starts from: `image`, and `mask`.
     """
 
     prompt: str
@@ -84,6 +196,7 @@ class Request:
     arguments: dict = field(default_factory=dict)
     id: str = ""
     where: str = ""
+    files: dict[str, Path] = field(default_factory=dict)
 
     @property
     def num_images(self) -> int:
@@ -92,8 +205,9 @@ class Request:
 
     @property
     def num_seeds(self) -> int:
-        """How many pictures are drawn: more, if the best of several are kept."""
-        return max(self.num_images, self.arguments.get("num_candidates", 1))
+        """How many pictures or captions are drawn: more, if the best of several are kept."""
+        counts = ("num_images_per_prompt", "num_captions_per_image", "num_candidates")
+        return max(self.arguments.get(name, 1) for name in counts)
 
     def file_names(self) -> list[str]:
         """`<id>.png`, or `<id>-1.png`, `<id>-2.png`, ... if there are several pictures."""
@@ -106,7 +220,7 @@ def numbered(name: str, count: int) -> list[str]:
     return [name] if count == 1 else [f"{path.stem}-{index}{path.suffix}" for index in range(1, count + 1)]
 
 
-def check_arguments(values: dict) -> dict:
+def check_arguments(values: dict, kind: Kind = GENERATE) -> dict:
     """
     The arguments with a value, each checked.
 
@@ -118,29 +232,33 @@ def check_arguments(values: dict) -> dict:
         if value is None:
             continue
         try:
-            checked[name] = ARGUMENTS[name](value)
+            checked[name] = kind.arguments[name](value)
         except ValueError as error:
             raise ValueError(f"`{name}` must be {error}, but is {value!r}.") from None
     return checked
 
 
-def check_prompt(prompt) -> str:
+def check_prompt(prompt, name: str = "prompt") -> str:
     """
     The prompt, if it is a text and says something.
+
+    Args:
+        prompt: What came.
+        name (`str`): What messages call it.
 
     Raises:
         ValueError: If it does not.
     """
     if not isinstance(prompt, str):
-        raise ValueError(f"`prompt` must be a text, but is {prompt!r}.")
+        raise ValueError(f"`{name}` must be a text, but is {prompt!r}.")
     if not prompt.strip():
-        raise ValueError("`prompt` must not be empty. Say what the picture shows.")
+        raise ValueError(f"`{name}` must not be empty. Say what the picture shows.")
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(f"`prompt` must be Unicode text, but {prompt!r} is not.") from None
+        raise ValueError(f"`{name}` must be Unicode text, but {prompt!r} is not.") from None
     if "\0" in prompt:
-        raise ValueError(f"`prompt` must not hold the character NUL, but is {prompt!r}.")
+        raise ValueError(f"`{name}` must not hold the character NUL, but is {prompt!r}.")
     return prompt
 
 
@@ -171,7 +289,7 @@ def _parse_constant(name: str):
     raise ValueError(f"{name} is not JSON")
 
 
-def _parse_line(line: str, defaults: dict, seed: int | None) -> Request:
+def _parse_line(line: str, kind: Kind, folder: Path, defaults: dict, seed: int | None) -> Request:
     try:
         values = json.loads(line, parse_constant=_parse_constant)
     except json.JSONDecodeError as error:
@@ -180,28 +298,57 @@ def _parse_line(line: str, defaults: dict, seed: int | None) -> Request:
         raise ValueError(f"is not JSON ({error}).") from None
     if not isinstance(values, dict):
         raise ValueError(f"must be a JSON object such as {{'id': 'x', 'prompt': 'a tiger'}}, but is {line.strip()!r}.")
-    unknown = [name for name in values if name not in FIELDS]
+    unknown = [name for name in values if name not in kind.fields]
     if unknown:
-        raise ValueError(f"has unknown fields: {', '.join(unknown)}. Known: {', '.join(FIELDS)}.")
-    missing = [name for name in ("id", "prompt") if name not in values]
+        raise ValueError(f"has unknown fields: {', '.join(unknown)}. Known: {', '.join(kind.fields)}.")
+    missing = [name for name in kind.required if name not in values]
     if missing:
         raise ValueError(f"lacks {' and '.join(f'`{name}`' for name in missing)}.")
-    own = check_arguments({name: value for name, value in values.items() if name in ARGUMENTS})
-    request = Request(check_prompt(values["prompt"]), arguments={**defaults, **own}, id=_check_id(values["id"]))
+    own = check_arguments({name: value for name, value in values.items() if name in kind.arguments}, kind)
+    prompt = values.get("prompt") or "" if "prompt" not in kind.required else values["prompt"]
+    request = Request(
+        check_prompt(prompt) if prompt or "prompt" in kind.required else "",
+        arguments={**defaults, **own},
+        id=_check_id(values["id"]),
+        files={name: _check_file(name, values[name], folder) for name in kind.files if values.get(name) is not None},
+    )
     request.seed = seed if values.get("seed") is None else values["seed"]
     if request.seed is not None:
         check_seed(request.seed, request.num_seeds)
+    if kind is INPAINT:
+        check_area(request)
     return request
 
 
-def read_requests(path: Path, defaults: dict, seed: int | None) -> tuple[list[Request], list[str]]:
+def _check_file(name: str, value, folder: Path) -> Path:
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise ValueError(f"`{name}` must be the path of a file, but is {value!r}.")
+    return folder / Path(value).expanduser()
+
+
+def check_area(request: Request) -> None:
     """
-    Read a JSONL file: on each line `id`, `prompt`, and optionally `seed` and arguments of the pipeline's call.
+    See that a request of inpainting says where to paint, and only once.
+
+    Raises:
+        ValueError: If not.
+    """
+    if ("mask" in request.files) == any(request.arguments.get(name) for name in MARGINS):
+        raise ValueError(f"must say where to paint: either by a mask, or by some of {', '.join(MARGINS)}.")
+
+
+def read_requests(
+    path: Path, kind: Kind, defaults: dict, seed: int | None, option: str = "--requests"
+) -> tuple[list[Request], list[str]]:
+    """
+    Read a JSONL file: on each line an object with the fields of its kind.
 
     Args:
-        path (`Path`): The file, UTF-8; empty lines are passed over.
+        path (`Path`): The file, UTF-8; empty lines are passed over. Files that lines name are looked for beside it.
+        kind (`Kind`): For which command.
         defaults (`dict`): Arguments for the lines that do not have them.
         seed (`int`, *optional*): Likewise.
+        option (`str`): What messages call the file.
 
     Returns:
         `tuple[list[Request], list[str]]`: The requests, and what is wrong with the other lines.
@@ -213,13 +360,13 @@ def read_requests(path: Path, defaults: dict, seed: int | None) -> tuple[list[Re
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ValueError(f"`--prompts`: cannot read {path}: {reason}.") from error
+        raise ValueError(f"`{option}`: cannot read {path}: {reason}.") from error
     requests, errors = [], []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            request = _parse_line(line, defaults, seed)
+            request = _parse_line(line, kind, path.parent, defaults, seed)
         except ValueError as error:
             errors.append(f"{path}, line {number}: {error}")
         else:
@@ -227,15 +374,15 @@ def read_requests(path: Path, defaults: dict, seed: int | None) -> tuple[list[Re
             requests.append(request)
     if not requests and not errors:
         errors.append(f"{path} has no lines.")
-    return requests, errors + _clashes(requests)
+    return requests, errors + _clashes(requests, kind)
 
 
-def _clashes(requests: Iterable[Request]) -> list[str]:
+def _clashes(requests: Iterable[Request], kind: Kind) -> list[str]:
     """Requests that would write the same file; also where the file system does not tell upper from lower case."""
     errors, first = [], {}
     for request in requests:
-        for name in request.file_names():
-            other = first.setdefault(name.casefold(), request)
+        for name in request.file_names() if kind.writes_pictures else [request.id]:
+            other = first.setdefault(name.casefold() if kind.writes_pictures else name, request)
             if other is not request:
                 errors.append(f"{request.where}: `id` {request.id!r} would write {name} again, after {other.where}.")
                 break
