@@ -413,8 +413,8 @@ class CogLMModel(PreTrainedModel):
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.gradient_checkpointing = False
         if config.shares_backbone:
-            for module, name, _ in self._backbone_parameters():
-                module._parameters[name] = None  # lent by `share_backbone`
+            self._forget_backbone()
+            self._keys_to_ignore_on_load_missing = [r"^(?!.*canvas_)"]
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -625,10 +625,29 @@ class CogLMModel(PreTrainedModel):
         self.config.shares_backbone = True
 
     def save_pretrained(self, save_directory, state_dict: dict | None = None, **kwargs) -> None:
+        if not self.config.shares_backbone:
+            return super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        if state_dict is not None:
+            state_dict = {key: value for key, value in state_dict.items() if "canvas_" in key}
+        lent = [(module, name, module._parameters[name]) for module, name, _ in self._backbone_parameters()]
+        self._forget_backbone()
+        try:
+            super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+        finally:
+            for module, name, parameter in lent:
+                module._parameters[name] = parameter
+
+    def _forget_backbone(self) -> None:
+        """Hold nothing where [`CogLMModel.share_backbone`] puts the parameters of another model."""
+        for module, name, _ in self._backbone_parameters():
+            module._parameters[name] = None
+
+    def _move_missing_keys_from_meta_to_device(self, missing_keys, *args, **kwargs) -> None:
         if self.config.shares_backbone:
-            own = self.state_dict() if state_dict is None else state_dict
-            state_dict = {key: value for key, value in own.items() if "canvas_" in key}
-        super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+            # quantisation has put new layers there, which must not take memory
+            self._forget_backbone()
+            missing_keys = {key for key in missing_keys if "canvas_" in key}
+        super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)
 
     def _backbone_parameters(self) -> list[tuple[nn.Module, str, str]]:
         """Module, name and path of every parameter that CogLM has too."""

@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 from transformers import PreTrainedModel, PreTrainedTokenizer
@@ -139,9 +139,14 @@ class CogView2PipelineBase(DiffusionPipeline):
             dtype (`torch.dtype`, `dict` or `"auto"`, defaults to `torch.float32`): Number format of the weights,
                 whatever that of the files: one for all, or one for each component by name. `"auto"` takes that of the
                 files.
-            kwargs: Further arguments of diffusers: `device_map="cuda"` loads straight to the GPU,
-                `quantization_config` makes the weights smaller.
+            quantization_config (*optional*): How the weights of the stages are quantised: a `TorchAoConfig` or
+                `BitsAndBytesConfig` of transformers for all of them, or a `PipelineQuantizationConfig` of diffusers.
+            kwargs: Further arguments of diffusers; `device_map="cuda"` loads straight to the GPU.
         """
+        quantization = kwargs.get("quantization_config")
+        if quantization is not None and not isinstance(quantization, PipelineQuantizationConfig):
+            stages = dict.fromkeys(cls.model_cpu_offload_seq.split("->"), quantization)
+            kwargs["quantization_config"] = PipelineQuantizationConfig(quant_mapping=stages)
         dtype = kwargs.pop("dtype", None)
         dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
         dtype = torch.float32 if dtype is None else None if dtype == "auto" else dtype
