@@ -54,9 +54,12 @@ def test_the_same_step_draws_the_same_and_another_draws_anew():
     assert draw(0, 5) not in others and len({tuple(other) for other in others}) == 5
 
 
-@pytest.mark.parametrize("num_workers", [0, 1, 3])
-def test_prefetch_keeps_the_order(num_workers):
-    assert list(prefetch(lambda item: item * item, range(7), num_workers)) == [(i, i * i) for i in range(7)]
+@pytest.mark.parametrize("num_workers, processes", [(0, False), (1, False), (3, False), (0, True), (2, True)])
+def test_prefetch_keeps_the_order_and_the_random_state(num_workers, processes):
+    before = torch.get_rng_state()
+    made = prefetch(lambda item: item * item, iter(range(7)), num_workers, processes)
+    assert list(made) == [(i, i * i) for i in range(7)]
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -92,7 +92,7 @@ def make_models(name, configs, tokenizer_folder, tmp_path) -> dict[str, torch.nn
     num_image_tokens = configs["tokenizer"].num_image_tokens
     tokenizer = IcetkTokenizer(Path(tokenizer_folder) / "ice_text.model", num_image_tokens=num_image_tokens)
     low, fine = (torch.zeros(1, *grid, dtype=torch.int32) for grid in GRIDS[name])
-    data = TokenData(low, fine, [{"en": [[]]}], torch.ones(1))
+    data = TokenData(low, fine, [{"en": [""]}], torch.ones(1), tokenizer.encode)
     direct, iterative = configs["direct_sr"], configs["iterative_sr"]
     with torch.device("meta"):
         models = {"vqvae": IcetkVQModel(IcetkVQConfig(**json.loads(configs["vq"].model)))}

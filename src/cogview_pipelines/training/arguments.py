@@ -65,6 +65,10 @@ class TrainConfig:
         default=None, metadata={"help": "Tracker of Accelerate, such as tensorboard or wandb, beside metrics.jsonl."}
     )
     data_workers: int = field(default=1, metadata={"help": "Threads that prepare batches ahead; 0: none."})
+    data_processes: bool = field(
+        default=False,
+        metadata={"help": "Processes instead of threads for that: where a fast device would wait for batches."},
+    )
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 Item = TypeVar("Item")
 Batch = TypeVar("Batch")
@@ -41,19 +42,30 @@ def draw_indices(dataset_size: int, count: int, generator: torch.Generator) -> t
 
 
 def prefetch(
-    make: Callable[[Item], Batch], items: Iterable[Item], num_workers: int = 1
+    make: Callable[[Item], Batch], items: Iterable[Item], num_workers: int = 1, processes: bool = False
 ) -> Iterator[tuple[Item, Batch]]:
     """
-    Yield `(item, make(item))` in order while threads prepare the next ones.
+    Yield `(item, make(item))` in order while threads or processes prepare the next ones.
 
     Args:
         make (`Callable`): Makes the batch of an item, such as a step; it must not depend on other calls.
         items (`Iterable`): The items.
-        num_workers (`int`, defaults to 1): Threads, and so batches ahead; with 0 all runs in the caller.
+        num_workers (`int`, defaults to 1): Threads or processes, and so batches ahead; with 0 all runs in the caller.
+        processes (`bool`, defaults to `False`):
+            Processes instead of threads, of which only one runs Python at a time. Each holds what `make` needs, and
+            batches come through shared memory.
     """
     if num_workers == 0:
         for item in items:
             yield item, make(item)
+        return
+    if processes:
+        items = list(items)
+        # a generator of its own: the loader would draw from the global one, which dropout follows
+        batches = DataLoader(
+            _Made(make), batch_size=None, sampler=items, num_workers=num_workers, generator=torch.Generator()
+        )
+        yield from zip(items, batches)
         return
     pending = deque()
     with ThreadPoolExecutor(num_workers) as pool:
@@ -68,6 +80,16 @@ def prefetch(
                 yield item, future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Made(Dataset):
+    """What `make` makes of an item, for a `DataLoader`."""
+
+    def __init__(self, make: Callable[[Item], Batch]):
+        self.make = make
+
+    def __getitem__(self, item: Item) -> Batch:
+        return self.make(item)
 
 
 def image_paths(folder: str | Path) -> list[Path]:

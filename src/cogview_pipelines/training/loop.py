@@ -69,7 +69,7 @@ def train(
         for micro_step in range(config.gradient_accumulation_steps)
     )
     trained.train()
-    for (step, _, _), batch in prefetch(make_batch, draws, config.data_workers):
+    for (step, _, _), batch in prefetch(make_batch, draws, config.data_workers, config.data_processes):
         batch = batch.to(accelerator.device)
         if begin_step is not None:
             begin_step(step)

@@ -9,8 +9,10 @@ A token folder, as `training_scripts/prepare_tokens.py` writes it, holds two fil
   missing, and an optional `weight`, the relative chance of the picture.
 """
 
+import functools
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,14 +36,16 @@ class TokenData:
     Args:
         low (`torch.Tensor` of shape `(num_pictures, rows, columns)`): Low-resolution tokens.
         fine (`torch.Tensor`, *optional*): Super-resolved tokens, likewise.
-        captions (`list[dict[str, list[list[int]]]]`): Of each picture, the token ids of its captions by language.
+        captions (`list[dict[str, list[str]]]`): Of each picture, its captions by language.
         weights (`torch.Tensor` of shape `(num_pictures,)`): Relative chance of each picture.
+        encode (`Callable`): Token ids of a caption. Captions are encoded when drawn: they are many, and few are drawn.
     """
 
     low: torch.Tensor
     fine: torch.Tensor | None
-    captions: list[dict[str, list[list[int]]]]
+    captions: list[dict[str, list[str]]]
     weights: torch.Tensor
+    encode: Callable[[str], list[int]]
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -65,13 +69,11 @@ class TokenData:
             tensors = load_file(folder / TOKENS_FILE)
         except SafetensorError as error:
             raise ValueError(f"`data` has a damaged {TOKENS_FILE} ({error}). Make it again.") from error
-        captions, weights, cache = [], [], {}
+        captions, weights = [], []
         with open(folder / CAPTIONS_FILE, encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 texts, weight = parse_captions(line, f"Line {number} of {folder / CAPTIONS_FILE}")
-                captions.append(
-                    {language: [_encode(tokenizer, text, cache) for text in texts[language]] for language in texts}
-                )
+                captions.append(texts)
                 weights.append(weight)
         low, fine = tensors.get("low"), tensors.get("fine")
         if low is None or not sum(weights):
@@ -84,7 +86,7 @@ class TokenData:
                 )
             if value is not None and not 0 <= int(value.min()) <= int(value.max()) < tokenizer.num_image_tokens:
                 raise ValueError(f"`data` has tokens in `{name}` outside of 0..{tokenizer.num_image_tokens - 1}.")
-        return cls(low, fine, captions, torch.tensor(weights))
+        return cls(low, fine, captions, torch.tensor(weights), functools.lru_cache(2**16)(tokenizer.encode))
 
     def with_auxiliary(self, auxiliary: "TokenData", probability: float) -> "TokenData":
         """
@@ -114,6 +116,7 @@ class TokenData:
                     auxiliary.weights * (probability / auxiliary.weights.sum()),
                 ]
             ),
+            self.encode,
         )
 
     def require_fit(self, model_config: CogLMConfig, tokenizer: IcetkTokenizer) -> "TokenData":
@@ -166,7 +169,7 @@ class TokenData:
         """Token ids of a random caption of a picture: first a language, then one of its captions."""
         by_language = list(self.captions[index].values())
         texts = by_language[int(torch.randint(len(by_language), (), generator=generator))]
-        return texts[int(torch.randint(len(texts), (), generator=generator))]
+        return self.encode(texts[int(torch.randint(len(texts), (), generator=generator))])
 
 
 @dataclass
@@ -238,9 +241,3 @@ def parse_captions(line: str, place: str) -> tuple[dict[str, list[str]], float]:
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
         raise ValueError(f"{place} must have a number of at least 0 as `weight`, but has {weight!r}.")
     return texts, float(weight)
-
-
-def _encode(tokenizer: IcetkTokenizer, text: str, cache: dict[str, list[int]]) -> list[int]:
-    if text not in cache:
-        cache[text] = tokenizer.encode(text)
-    return cache[text]
