@@ -1,9 +1,11 @@
 """A tiny random pipeline in a folder, the scope it could have been trained for, and a way to call commands."""
 
+import json
+
 import pytest
 from typer.testing import CliRunner
 
-from cogview_pipelines.cli import app, generate
+from cogview_pipelines.cli import app, generate, pictures, texts
 from cogview_pipelines.emoji import Scope
 from cogview_pipelines.pipelines.pipeline_cogview2 import CogView2Pipeline
 from cogview_pipelines.schedulers.scheduling_lopar import LoPARScheduler
@@ -59,13 +61,27 @@ def cogview2(model_folder):
 
 
 @pytest.fixture
+def write_list(tmp_path):
+    """Write a JSONL file; what is not a dictionary already is a line as it is."""
+
+    def write(*lines):
+        path = tmp_path / "list.jsonl"
+        text = [json.dumps(line, ensure_ascii=False) if isinstance(line, dict) else line for line in lines]
+        path.write_text("\n".join(text) + "\n", encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
 def no_model(monkeypatch):
     """Fail if a model is loaded: what can be found out without one must be."""
 
     def load_pipeline(*arguments):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(generate, "load_pipeline", load_pipeline)
+    for module in (generate, pictures, texts):
+        monkeypatch.setattr(module, "load_pipeline", load_pipeline)
 
 
 def assert_bad_input(result, *parts):

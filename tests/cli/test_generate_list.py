@@ -13,19 +13,6 @@ CAT = "a cat on a red background."
 
 
 @pytest.fixture
-def write_list(tmp_path):
-    """Write a JSONL file; what is not a dictionary already is a line as it is."""
-
-    def write(*lines):
-        path = tmp_path / "list.jsonl"
-        text = [json.dumps(line, ensure_ascii=False) if isinstance(line, dict) else line for line in lines]
-        path.write_text("\n".join(text) + "\n", encoding="utf-8")
-        return path
-
-    return write
-
-
-@pytest.fixture
 def batches(monkeypatch):
     """The prompts of each call of the pipeline."""
     calls = []

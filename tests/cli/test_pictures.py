@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cogview_pipelines.cli import pictures
+from cogview_pipelines.cli import inputs, pictures
 from cogview_pipelines.png import read_metadata
 
 from .conftest import assert_bad_input
@@ -106,14 +106,15 @@ def test_files_that_cannot_be_read_are_bad_input(cogview2, files, monkeypatch):
     frames[0].save(files / "moving.gif", save_all=True, append_images=frames[1:])
     for name, part in (
         ("none.png", "there is no file"),
-        ("text.png", "damaged"),
+        ("text.png", "no picture that can be read"),
         ("cut.png", "damaged"),
         ("moving.gif", "animation"),
     ):
         assert_bad_input(cogview2("caption", files / name), part, name)
         assert_bad_input(cogview2("score", files / name, "a cat"), part, name)
-    monkeypatch.setattr(pictures, "MOST_PIXELS", 1000)
-    assert_bad_input(cogview2("upscale", files / "image.png", "--output", files / "x.png"), "70 x 50 pixels")
+    monkeypatch.setattr(inputs, "MOST_PIXELS", 1000)
+    assert_bad_input(cogview2("upscale", files / "image.png", "--output", files / "x.png"), "70 x 50")
+    monkeypatch.setattr(inputs, "MOST_PIXELS", 4000)
     monkeypatch.setattr(pictures, "MOST_PIXELS", 4000)
     assert_bad_input(cogview2("upscale", files / "image.png", "--output", files / "x.png"), "million pixels")
     assert not (files / "x.png").exists()
@@ -123,6 +124,7 @@ def test_files_that_cannot_be_read_are_bad_input(cogview2, files, monkeypatch):
     "arguments, part",
     [
         ((), "either --mask"),
+        (("--requests", "list.jsonl", "--mask", "mask.png"), "leave out PROMPT, --image, --mask"),
         (("--mask", "mask.png", "--left", 3), "either --mask"),
         (("--mask", "image.png", "--output", "out.jpg"), "must be a .png file"),
         (("--mask", "empty.png"), "marks nothing to paint"),
@@ -134,7 +136,7 @@ def test_files_that_cannot_be_read_are_bad_input(cogview2, files, monkeypatch):
 def test_what_cannot_be_painted_is_bad_input(cogview2, files, arguments, part):
     for name, colour, size in (("empty", 0, (70, 50)), ("full", 255, (70, 50)), ("small", 255, (50, 70))):
         Image.new("L", size, colour).save(files / f"{name}.png")
-    arguments = [files / value if str(value).endswith((".png", ".jpg")) else value for value in arguments]
+    arguments = [files / value if str(value).endswith((".png", ".jpg", ".jsonl")) else value for value in arguments]
     if "--output" not in arguments:
         arguments += ["--output", files / "out.png"]
     assert_bad_input(paint(cogview2, files, *arguments), part)
@@ -146,3 +148,23 @@ def test_captions_and_scores_name_what_does_not_fit(cogview2, files):
     assert_bad_input(cogview2("caption", files / "image.png", "--max-length", 500), "`max_length` may be")
     assert_bad_input(cogview2("score", files / "image.png", " "), "must not be empty")
     assert_bad_input(cogview2("score", files / "image.png", "a cat " * 90), "must have 1 to")
+
+
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        (("inpaint", "--output", "x.png"), "PROMPT and --image"),
+        (("inpaint", "a cat", "--image", "image.png", "--left", 3), "`--output` must say where"),
+        (("upscale", "--output", "x.png"), "FILE, or --requests"),
+        (("upscale", "image.png", "--requests", "x.jsonl"), "leave out FILE"),
+        (("caption",), "FILE, or --requests"),
+        (("caption", "image.png", "--output", "x.jsonl"), "--output is for --requests"),
+        (("caption", "image.png", "--requests", "x.jsonl"), "leave out FILE"),
+        (("score",), "FILE and PROMPT"),
+        (("score", "image.png"), "FILE and PROMPT"),
+        (("score", "image.png", "--requests", "x.jsonl"), "leave out FILE"),
+    ],
+)
+def test_what_is_missing_or_said_twice_is_named(cogview2, files, no_model, arguments, part):
+    arguments = [files / value if str(value).endswith((".png", ".jsonl")) else value for value in arguments]
+    assert_bad_input(cogview2(*arguments), part)

@@ -3,7 +3,7 @@
 import typer
 
 from .._version import __version__
-from . import doctor, evaluate, generate, pictures
+from . import doctor, evaluate, generate, pictures, texts
 
 app = typer.Typer(
     name="cogview2",
@@ -33,7 +33,7 @@ def main(
 app.command("generate")(generate.generate)
 app.command("inpaint")(pictures.inpaint)
 app.command("upscale")(pictures.upscale)
-app.command("caption")(pictures.caption)
-app.command("score")(pictures.score)
+app.command("caption")(texts.caption)
+app.command("score")(texts.score)
 app.command("evaluate")(evaluate.evaluate)
 app.command("doctor")(doctor.doctor)

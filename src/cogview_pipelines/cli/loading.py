@@ -1,4 +1,4 @@
-"""From the options `--model`, `--device` and `--dtype` to a pipeline."""
+"""Options that several commands have; from `--model`, `--device` and `--dtype` to a pipeline."""
 
 import enum
 import json
@@ -34,6 +34,12 @@ DEVICE_OPTION = typer.Option(
 DTYPE_OPTION = typer.Option(
     None, "--dtype", help="Number format.  [default: float32 on CPU and mps, bfloat16 or else float16 on CUDA]"
 )
+REQUESTS_OPTION = typer.Option(None, "--requests", help="JSONL file: what to do, one object on each line.")
+OVERWRITE_OPTION = typer.Option(
+    False, "--overwrite", help="With --requests: replace results of other requests.", show_default=False
+)
+BATCH_OPTION = typer.Option(None, min=1, help="Results computed at a time.")
+QUIET_OPTION = typer.Option(False, "--quiet", "-q", help="No progress bar.")
 
 
 def choose_device(device: str | None) -> str:

@@ -1,0 +1,64 @@
+"""The picture files that commands start from."""
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .console import bad_input
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MOST_PIXELS = 50_000_000
+
+
+def read_file(path: Path, name: str) -> bytes:
+    """
+    The content of a file.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    try:
+        return path.expanduser().read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"{name}: there is no file {path}.") from None
+    except OSError as error:
+        raise ValueError(f"{name}: cannot read {path}: {error.strerror}.") from error
+
+
+def decode(content: bytes, path: Path, name: str) -> "Image.Image":
+    """
+    The picture in the content of a file, upright as its camera says.
+
+    Raises:
+        ValueError: If it is none, damaged, an animation or too large.
+    """
+    from ..picture_files import open_picture
+
+    try:
+        return open_picture(content, MOST_PIXELS)
+    except ValueError as error:
+        raise ValueError(f"{name}: {path} {error}") from error
+
+
+def read_image(path: Path, name: str) -> "Image.Image":
+    """The picture in a file; what is wrong with the file is told in one line."""
+    with bad_input():
+        return decode(read_file(path, name), path, name)
+
+
+def describe_inputs(files: dict[str, Path], contents: dict[str, bytes]) -> dict:
+    """What results say of the files that they were made from, so that a change of one is noticed."""
+    return {
+        name: {"file": path.name, "sha256": hashlib.sha256(contents[name]).hexdigest()} for name, path in files.items()
+    }
+
+
+def same_inputs(files: dict[str, Path], described: object) -> bool:
+    """Whether these are the files that [`describe_inputs`] described; `False` if one cannot be read."""
+    try:
+        contents = {name: read_file(path, name) for name, path in files.items()}
+    except ValueError:
+        return False
+    return describe_inputs(files, contents) == described
