@@ -22,6 +22,7 @@ LAYERS = (
     {"_version"},
     {"sampling", "sequences", "ops", "tokenization_icetk", "environment", "png", "batching"},
     {"models", "schedulers"},
+    {"decoding"},
     {"captioning", "generation", "scoring", "training"},
     {"pipelines"},
     {"emoji", "conversion"},

@@ -58,9 +58,7 @@ class _Decoder:
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Go on with these rows of the batch."""
-        self.cache.keys, self.cache.values = (
-            values.index_select(1, rows) for values in (self.cache.keys, self.cache.values)
-        )
+        self.cache.reorder(rows)
 
 
 @torch.no_grad()

@@ -4,13 +4,16 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .models.modeling_coglm import CogLMCache, CogLMContext, CogLMModel
+from .decoding import encode_context, find_decoder
+from .models.modeling_coglm import CogLMContext, CogLMModel
 from .sampling import Generators, draw_noise
 from .schedulers.scheduling_lopar import LoPARScheduler
 from .sequences import TokenSequence
 
 Sampler = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 TO_GENERATE = -1
+# Super-resolution draws so many bytes of float32 logits at a time; drawing takes a few times as much.
+LOGITS_BYTES = 128 * 2**20
 
 
 @torch.no_grad()
@@ -73,44 +76,22 @@ def generate(
         raise ValueError("`entries` must have -1 in the same columns of every row, but its rows differ.")
     noise = draw_noise((batch_size, num_entries, 2), generator, device)
 
-    context_length = context.input_ids.shape[1]
-    cache = CogLMCache(model.config, len(context), context_length + num_entries, model.dtype, device)
-    output = model(
-        context.input_ids,
-        context.position_ids,
-        context.attention_mask,
-        context.text_mask,
-        text_attention_bias,
-        cache=cache,
-        logits_positions=torch.tensor([context_length - 1], device=device),
-        full_vocabulary=full_vocabulary,
-    )
+    cache, bias, logits = encode_context(model, context, text_attention_bias, full_vocabulary, device)
+    decoder = find_decoder(model, copies * batch_size, cache.length + num_entries, full_vocabulary, device)
     repeats = repeats.repeat(copies).to(device)
-    cache = cache.repeat_interleave(repeats)
-    logits = output.logits[:, -1].repeat_interleave(repeats, 0)
-    key_mask = torch.ones(copies * batch_size, context_length + num_entries, dtype=torch.bool, device=device)
-    key_mask[:, :context_length] = context.key_mask.repeat_interleave(repeats, 0)
-    text_mask = torch.zeros_like(key_mask)
-    text_mask[:, :context_length] = context.text_mask.repeat_interleave(repeats, 0)
+    decoder.begin(cache, bias, repeats)
+    logits = logits.repeat_interleave(repeats, 0)
+    del cache
 
-    for entry in range(num_entries):
-        if is_wanted[entry]:
-            entries[:, entry] = sampler(_guide(logits, guidance_scale), noise[:, entry])
-            if callback is not None:
-                callback(entry + 1, entries)
-        if not any(is_wanted[entry + 1 :]):
-            break
-        end = context_length + entry + 1
-        output = model(
-            entries[:, entry : entry + 1].repeat(copies, 1),
-            entry_positions[entry].expand(copies * batch_size, 1),
-            key_mask[:, None, :end],
-            text_mask[:, :end],
-            text_attention_bias,
-            cache=cache,
-            full_vocabulary=full_vocabulary,
-        )
-        logits = output.logits[:, -1]
+    num_read = 0
+    for entry in (index for index, wanted in enumerate(is_wanted) if wanted):
+        if entry > num_read:  # the entry written last and the known ones after it, at once
+            new = entries[:, num_read:entry]
+            logits = decoder.append(new if copies == 1 else new.repeat(copies, 1), entry_positions[num_read:entry])
+            num_read = entry
+        entries[:, entry] = sampler(_guide(logits, guidance_scale), noise[:, entry])
+        if callback is not None:
+            callback(entry + 1, entries)
     return entries
 
 
@@ -178,17 +159,23 @@ def refine(
             f"`tokens` must be given, because {int(kept.sum())} of {kept.numel()} cells keep theirs with this "
             "`scheduler` and `cell_mask`."
         )
+    num_clusters = None if cluster_labels is None else int(cluster_labels.max()) + 1
+    num_cells = max(1, LOGITS_BYTES // (4 * batch_size * model.config.num_image_tokens))
     for timestep in scheduler.timesteps.tolist():
         masked = (scheduler.masked_positions(timestep, rows, columns) & allowed).to(device)
         drawn = scheduler.final_positions(timestep, rows, columns) & allowed
         cells = drawn.flatten().nonzero()[:, 0].to(device)
-        drawn = drawn.to(device)
         if len(cells):
-            visible = canvas.masked_fill(masked, boi)
-            output = model(canvas_ids=visible.flatten(1), context=context, logits_positions=cells)
-            canvas = scheduler.step(
-                output.logits, timestep, canvas, drawn, noise[:, drawn], cluster_labels
-            ).prev_sample
+            visible = canvas.masked_fill(masked, boi).flatten(1)
+            states = model(
+                canvas_ids=visible, context=context, logits_positions=cells, output_logits=False
+            ).last_hidden_state
+            canvas = canvas.clone()
+            for part, some in zip(cells.split(num_cells), states.split(num_cells, 1)):
+                logits = model(last_hidden_state=some).logits
+                canvas.view(batch_size, -1)[:, part] = scheduler.draw(
+                    logits, timestep, noise.flatten(1, 2)[:, part], cluster_labels, num_clusters
+                )
         if callback is not None:
             callback(timestep, canvas)
     return canvas

@@ -191,6 +191,23 @@ def test_decoding_with_a_cache_equals_one_whole_forward(pb_relaxation_alpha):
 
 
 @torch.no_grad()
+def test_keys_at_a_slot_are_those_of_a_growing_cache():
+    model = make_coglm()
+    whole = text_to_image_arguments(model, [4, 2])
+    length = whole["input_ids"].shape[1]
+    expected = model(**whole).logits
+    cache = CogLMCache(model.config, 2, length + 5, model.dtype, model.device)
+    bias = attention_bias(whole["attention_mask"], whole["text_mask"], 1.4, torch.float32)[:, 0]
+    model(whole["input_ids"][:, :5], whole["position_ids"][:, :5], bias[:, :5, :5], cache=cache)
+    for slot in range(5, length):
+        step = CogLMCache.at_slot(cache.layers, torch.tensor([slot]), length + 2)
+        seen = F.pad(bias[:, slot : slot + 1], (0, 2), value=torch.finfo(torch.float32).min / 2)
+        one = slice(slot, slot + 1)
+        logits = model(whole["input_ids"][:, one], whole["position_ids"][:, one], seen, cache=step).logits
+        torch.testing.assert_close(logits, expected[:, one], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_a_repeated_cache_continues_every_copy_alike():
     model = make_coglm()
     whole = text_to_image_arguments(model, [4, 2])
@@ -298,6 +315,29 @@ def test_logits_at_some_positions_are_slices_of_all_logits(kind):
     own = torch.stack([torch.tensor([row, 2 * row + 1]) for row in range(4)])
     expected = torch.stack([everywhere[row, own[row]] for row in range(4)])
     torch.testing.assert_close(model(**arguments, logits_positions=own).logits, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_last_layer_computes_the_positions_asked_for_only(kind):
+    model = make_coglm(kind)
+    arguments, rows = make_arguments(model), []
+    model.layers[-1].mlp.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[1]))
+    model(**arguments, logits_positions=torch.tensor([0, 5, 3]))
+    # of a context for a canvas, the last layer has but keys and values
+    assert rows == ([3] if kind is None else [0, 3])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_can_be_computed_later_from_the_last_states(kind):
+    model = make_coglm(kind)
+    arguments = make_arguments(model)
+    positions = torch.tensor([7, 2])
+    output = model(**arguments, logits_positions=positions, output_logits=False)
+    assert output.logits is None
+    expected = model(**arguments, logits_positions=positions).logits
+    assert torch.equal(model(last_hidden_state=output.last_hidden_state).logits, expected)
 
 
 @torch.no_grad()

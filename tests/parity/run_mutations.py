@@ -151,9 +151,9 @@ MUTATIONS = [
     ),
     Mutation(
         "bias: forgotten after the prompt",
-        "generation.py",
-        "text_mask[:, :context_length] = context.text_mask",
-        "text_mask[:, :context_length] = 0 * context.text_mask",
+        "decoding.py",
+        "attention_bias(context.key_mask[:, None], context.text_mask, text_attention_bias, cache.dtype)",
+        "attention_bias(context.key_mask[:, None], context.text_mask, 0.0, cache.dtype)",
         "test_text_to_image",
     ),
     # the transformer
@@ -195,15 +195,15 @@ MUTATIONS = [
     Mutation(
         "heads: query, key and value of each head side by side",
         COGLM,
-        "unflatten(-1, (3, self.num_heads, -1)).unbind(2)",
-        "unflatten(-1, (self.num_heads, 3, -1)).unbind(3)",
+        "unflatten(-1, (3, self.num_heads, -1))",
+        "unflatten(-1, (self.num_heads, 3, -1)).transpose(2, 3)",
         "test_text_to_image",
     ),
     Mutation(
         "projections: the canvas uses the layer's own",
         COGLM,
-        "attention = self.canvas_attention if direct else self.attention",
-        "attention = self.attention",
+        'self.canvas_attention if self.config.super_resolution == "direct" else self.attention',
+        "self.attention",
         "test_super_resolution",
     ),
     # windows

@@ -1,8 +1,10 @@
 """CogLM: the Sandwich-LN transformer over text and image tokens that serves every stage of CogView2."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -162,31 +164,60 @@ class CogLMCache:
         config (`CogLMConfig`): Of the model.
         batch_size (`int`): Number of sequences.
         max_length (`int`): The longest that the sequences will get.
-        dtype, device: Of the model.
+        dtype, device: Of the model. Attention is computed in this dtype: on a CPU, float32 is many times faster for
+            16-bit models, too.
     """
 
     def __init__(
         self, config: CogLMConfig, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device | str
     ):
         head_dim = config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, batch_size, config.num_attention_heads, max_length, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (2, batch_size, config.num_attention_heads, max_length, head_dim)
+        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.length = 0
+        self.slot: torch.Tensor | None = None
+        self.visible = max_length
 
-    def update(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append `(batch_size, num_heads, new, head_dim)` keys and values to a layer and return all that it holds."""
-        end = self.length + key.shape[2]
-        self.keys[layer, :, :, self.length : end] = key
-        self.values[layer, :, :, self.length : end] = value
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    @classmethod
+    def at_slot(cls, layers: list[torch.Tensor], slot: torch.Tensor, visible: int) -> "CogLMCache":
+        """
+        The memory of another cache for a step of fixed shapes, whatever it holds: new keys go to `slot`, an index
+        tensor `(new,)`, and the first `visible` ones are attended to, of which a mask hides those not yet written.
+        """
+        cache = object.__new__(cls)
+        cache.layers, cache.slot, cache.visible, cache.length = layers, slot, visible, 0
+        return cache
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layers[0].dtype
+
+    def update(self, layer: int, new: torch.Tensor) -> torch.Tensor:
+        """Add `(2, batch_size, num_heads, new, head_dim)` keys and values to a layer; returns all it attends to."""
+        held = self.layers[layer]
+        if self.slot is not None:
+            held.index_copy_(3, self.slot, new.to(held.dtype))
+            return held[:, :, :, : self.visible]
+        end = self.length + new.shape[3]
+        held[:, :, :, self.length : end] = new
+        return held[:, :, :, :end]
+
+    def load(self, other: "CogLMCache", repeats: int | torch.Tensor) -> None:
+        """Hold what another cache holds, every sequence `repeats` times in a row, and nothing else."""
+        length = self.length = other.length
+        for own, theirs in zip(self.layers, other.layers):
+            own[:, :, :, :length] = theirs[:, :, :, :length].repeat_interleave(repeats, 1)
+            own[:, :, :, length:] = 0
 
     def repeat_interleave(self, repeats: int) -> "CogLMCache":
         """A cache in which every sequence stands `repeats` times in a row: encode a prompt once for several images."""
-        copy = object.__new__(CogLMCache)
-        copy.keys, copy.values = (tensor.repeat_interleave(repeats, 1) for tensor in (self.keys, self.values))
+        copy = CogLMCache.at_slot([layer.repeat_interleave(repeats, 1) for layer in self.layers], None, self.visible)
         copy.length = self.length
         return copy
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Go on with these sequences."""
+        self.layers = [layer.index_select(1, rows) for layer in self.layers]
 
 
 @dataclass
@@ -217,12 +248,15 @@ class CogLMModelOutput(ModelOutput):
         logits (`torch.Tensor`, *optional*):
             Float32 scores over the image vocabulary, or over all of it, of shape `(batch_size, positions, tokens)`.
             While `labels` are given, only of the positions that have one: `(labelled, tokens)`, in order.
+        last_hidden_state (`torch.Tensor`, *optional*): Instead of logits, with `output_logits=False`: the states that
+            they are made of, `(batch_size, positions, hidden_size)`.
         hidden_states (`tuple[torch.Tensor]`, *optional*): The states after each layer.
         context (`CogLMContext`, *optional*): Super-resolution: the encoded context, to be passed to the next pass.
     """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     context: CogLMContext | None = None
 
@@ -240,24 +274,27 @@ class CogLMAttention(nn.Module):
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query, key and value, each `(batch_size, positions, num_heads, head_dim)`: views of one tensor."""
-        return self.query_key_value(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        return self._project(hidden_states).unbind(2)
+
+    def _project(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.query_key_value(hidden_states).unflatten(-1, (3, self.num_heads, -1))
 
     def forward(
         self, hidden_states: torch.Tensor, bias: torch.Tensor | None, cache: CogLMCache | None, layer: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Dense attention; also returns this call's keys and values, heads last."""
-        query, key, value = self.project(hidden_states)
-        all_keys, all_values = key.transpose(1, 2), value.transpose(1, 2)
+        """Dense attention before its output projection; also returns this call's keys and values. All heads last."""
+        projected = self._project(hidden_states)
+        query, key, value = projected.permute(2, 0, 3, 1, 4).unbind()
+        all_keys, all_values = key, value
         if cache is not None:
-            all_keys, all_values = cache.update(layer, all_keys, all_values)
+            all_keys, all_values = cache.update(layer, projected[:, :, 1:].permute(2, 0, 3, 1, 4)).unbind()
+            query = query.to(cache.dtype)
         dropout = self.dropout if self.training else 0.0
         if self.pb_relaxation_alpha is None:
-            output = F.scaled_dot_product_attention(query.transpose(1, 2), all_keys, all_values, bias, dropout)
+            output = F.scaled_dot_product_attention(query, all_keys, all_values, bias, dropout)
         else:
-            output = pb_relaxed_attention(
-                query.transpose(1, 2), all_keys, all_values, bias, dropout, self.pb_relaxation_alpha
-            )
-        return self.dense(output.transpose(1, 2).flatten(2)), key, value
+            output = pb_relaxed_attention(query, all_keys, all_values, bias, dropout, self.pb_relaxation_alpha)
+        return output.transpose(1, 2).to(hidden_states.dtype), key.transpose(1, 2), value.transpose(1, 2)
 
 
 def pb_relaxed_attention(
@@ -298,6 +335,13 @@ class CogLMMLP(nn.Module):
         return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh"))
 
 
+class CogLMDropout(nn.Dropout):
+    """Dropout that costs nothing while there is none."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states) if self.training else hidden_states
+
+
 class CogLMLayer(GradientCheckpointingLayer):
     """
     One layer in Sandwich-LN order: a norm before each sub-layer, and another between it and the residual addition.
@@ -317,7 +361,7 @@ class CogLMLayer(GradientCheckpointingLayer):
         self.mlp_layernorm = nn.LayerNorm(**norm)
         self.mlp = CogLMMLP(config)
         self.mlp_output_layernorm = nn.LayerNorm(**norm)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = CogLMDropout(config.hidden_dropout)
         if config.super_resolution == "direct":
             self.canvas_attention = CogLMAttention(config)
 
@@ -327,30 +371,39 @@ class CogLMLayer(GradientCheckpointingLayer):
         bias: torch.Tensor | None = None,
         cache: CogLMCache | None = None,
         context: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None,
+        positions: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Returns the new states and, of dense rows, their keys and values."""
+        """
+        Returns the new states and, of dense rows, their keys and values.
+
+        With `positions`, an index tensor, only those states are computed; the others serve as keys and values.
+        """
         normed = self.attention_layernorm(hidden_states)
         key = value = None
-        if context is None:
-            attended, key, value = self.attention(normed, bias, cache, self.index)
+        if context is not None:
+            attention = self.canvas_attention if self.config.super_resolution == "direct" else self.attention
+            attended = self._attend_canvas(attention, normed, *context)
         else:
-            attended = self._attend_canvas(normed, *context)
+            attention = self.attention
+            attended, key, value = attention(normed, bias, cache, self.index)
+        if positions is not None:
+            hidden_states, attended = hidden_states[:, positions], attended[:, positions]
+        attended = attention.dense(attended.flatten(2))
         hidden_states = hidden_states + self.attention_output_layernorm(self.dropout(attended))
         fed_forward = self.dropout(self.mlp(self.mlp_layernorm(hidden_states)))
         return hidden_states + self.mlp_output_layernorm(fed_forward), key, value
 
     def _attend_canvas(
         self,
+        attention: CogLMAttention,
         normed: torch.Tensor,
         context_key: torch.Tensor,
         context_value: torch.Tensor,
         context_bias: torch.Tensor | None,
     ) -> torch.Tensor:
         config = self.config
-        direct = config.super_resolution == "direct"
-        attention = self.canvas_attention if direct else self.attention
         query, key, value = attention.project(normed)
-        if direct:
+        if config.super_resolution == "direct":
             seen = {
                 "cross_key": context_key[:, config.num_text_slots :],
                 "cross_value": context_value[:, config.num_text_slots :],
@@ -359,10 +412,7 @@ class CogLMLayer(GradientCheckpointingLayer):
             }
         else:
             seen = {"context_key": context_key, "context_value": context_value, "context_bias": context_bias}
-        output = local_attention(
-            query, key, value, query_grid=config.fine_grid, kernel_size=config.kernel_size, **seen
-        )
-        return attention.dense(output.flatten(2))
+        return local_attention(query, key, value, query_grid=config.fine_grid, kernel_size=config.kernel_size, **seen)
 
 
 class CogLMTokenEmbedding(nn.Embedding):
@@ -377,11 +427,31 @@ class CogLMTokenEmbedding(nn.Embedding):
         input_ids: torch.Tensor | None = None,
         hidden_states: torch.Tensor | None = None,
         num_tokens: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """Embeddings of `input_ids`, or scores of the first `num_tokens` tokens in the format of `hidden_states`."""
+        """Embeddings of `input_ids`, or scores of the first `num_tokens` tokens, computed in `dtype`."""
         if hidden_states is None:
             return super().forward(input_ids)
-        return F.linear(hidden_states, self.weight[:num_tokens].to(hidden_states.dtype))
+        weight = self.weight[:num_tokens]
+        if dtype == torch.float32 and _adds_in_float32(hidden_states, weight):
+            flat = hidden_states.flatten(0, -2)
+            return torch.mm(flat, weight.T, out_dtype=dtype).unflatten(0, hidden_states.shape[:-1])
+        return F.linear(hidden_states.to(dtype), weight.to(dtype))
+
+
+@dataclass
+class CogLMDecoding:
+    """
+    How tokens are appended.
+
+    Args:
+        compile, cuda_graph (`bool`): See [`CogLMModel.set_decoding`].
+        decoder (*optional*): What is kept for the next call.
+    """
+
+    compile: bool = False
+    cuda_graph: bool = False
+    decoder: Any = dataclasses.field(default=None, compare=False, repr=False)
 
 
 class CogLMModel(PreTrainedModel):
@@ -410,8 +480,9 @@ class CogLMModel(PreTrainedModel):
             self.canvas_position_embeddings = nn.Embedding(config.canvas_length, config.hidden_size)
         self.layers = nn.ModuleList(CogLMLayer(config, index) for index in range(config.num_hidden_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = CogLMDropout(config.hidden_dropout)
         self.gradient_checkpointing = False
+        self.decoding = CogLMDecoding()
         if config.shares_backbone:
             self._forget_backbone()
             self._keys_to_ignore_on_load_missing = [r"^(?!.*canvas_)"]
@@ -440,6 +511,8 @@ class CogLMModel(PreTrainedModel):
         logits_positions: torch.Tensor | None = None,
         full_vocabulary: bool = False,
         output_hidden_states: bool = False,
+        output_logits: bool = True,
+        last_hidden_state: torch.Tensor | None = None,
     ) -> CogLMModelOutput:
         """
         Dense rows (`input_ids`), canvas rows (`canvas_ids`), or both; `sequences.py` makes the arguments of each task.
@@ -449,6 +522,7 @@ class CogLMModel(PreTrainedModel):
                 context of the canvas.
             attention_mask (`torch.Tensor` of shape `(batch_size, length, keys)`, *optional*):
                 True = may attend; `keys` counts what the cache holds, too. Without it, every row attends to every key.
+                Numbers instead of truth values are added to the scores, and the bias below is in them already.
             text_mask (`torch.Tensor` of shape `(batch_size, keys)`, *optional*): Which keys get `text_attention_bias`.
             text_attention_bias (`float`): Added to the scores of text keys, in all layers and heads.
             key_mask (`torch.Tensor` of shape `(batch_size, length)`, *optional*): Super-resolution: False at padding
@@ -461,21 +535,36 @@ class CogLMModel(PreTrainedModel):
                 Super-resolution: tokens of the canvas, `<start_of_image>` where unknown.
             context (`CogLMContext`, *optional*): The encoded context of an earlier pass, instead of `input_ids`.
             logits_positions (`torch.Tensor` of shape `(positions,)` or `(batch_size, positions)`, *optional*):
-                Compute logits at these positions only.
+                Compute logits at these positions only. The last layer, too, is left out elsewhere if they are the same
+                for the whole batch.
             full_vocabulary (`bool`): Score text tokens too; by default image tokens only.
             output_hidden_states (`bool`): Return the states after each layer (of the canvas, if there is one).
+            output_logits (`bool`): Without it, the output has the states that logits are made of in their place.
+            last_hidden_state (`torch.Tensor` of shape `(batch_size, positions, hidden_size)`, *optional*):
+                Some of those states, instead of all else: only their logits are computed. Where logits of all
+                positions at once are too much memory.
 
         Raises:
             ValueError: If a canvas comes to a model without super-resolution, or its backbone has not been lent yet.
         """
+        if last_hidden_state is not None:
+            return CogLMModelOutput(logits=self.logits(last_hidden_state, full_vocabulary))
         self._check_call(input_ids, canvas_ids, context)
         hidden_states, states = None, []
+        # what the last layer need not compute, where all that is asked for is the logits of some positions
+        shared = logits_positions is not None and logits_positions.ndim == 1
+        last_positions = logits_positions if shared and labels is None and not output_hidden_states else None
         if input_ids is not None:
-            bias = attention_bias(attention_mask, text_mask, text_attention_bias, self.dtype)
+            dtype = self.dtype if cache is None else cache.dtype
+            bias = attention_bias(attention_mask, text_mask, text_attention_bias, dtype)
             hidden_states = self.dropout(self.word_embeddings(input_ids) + self.position_embeddings(position_ids))
             keys, values = [], []
+            rows = last_positions
+            if self.config.super_resolution and not output_hidden_states:
+                rows = input_ids.new_empty(0)  # the canvas sees keys and values only
             for layer in self.layers:
-                hidden_states, key, value = layer(hidden_states, bias, cache)
+                positions = rows if layer.index == self.config.num_hidden_layers - 1 else None
+                hidden_states, key, value = layer(hidden_states, bias, cache, positions=positions)
                 keys.append(key)
                 values.append(value)
                 states.append(hidden_states)
@@ -485,7 +574,7 @@ class CogLMModel(PreTrainedModel):
                 key_mask = torch.ones_like(input_ids, dtype=torch.bool) if key_mask is None else key_mask
                 context = CogLMContext(keys, values, key_mask)
         if canvas_ids is not None:
-            hidden_states, states = self._run_canvas(canvas_ids, context)
+            hidden_states, states = self._run_canvas(canvas_ids, context, last_positions)
         output = CogLMModelOutput(context=context, hidden_states=tuple(states) if output_hidden_states else None)
         if canvas_ids is None and self.config.super_resolution:
             return output  # the context alone: there is nothing to predict
@@ -493,10 +582,13 @@ class CogLMModel(PreTrainedModel):
             labelled = labels != IGNORED_LABEL
             output.logits = self.logits(hidden_states[labelled], full_vocabulary)
             output.loss = F.cross_entropy(output.logits, labels[labelled])
-        else:
-            if logits_positions is not None:
-                hidden_states = _select_positions(hidden_states, logits_positions)
+            return output
+        if logits_positions is not None and last_positions is None:
+            hidden_states = _select_positions(hidden_states, logits_positions)
+        if output_logits:
             output.logits = self.logits(hidden_states, full_vocabulary)
+        else:
+            output.last_hidden_state = hidden_states
         return output
 
     def logits(self, hidden_states: torch.Tensor, full_vocabulary: bool = False) -> torch.Tensor:
@@ -507,12 +599,13 @@ class CogLMModel(PreTrainedModel):
         autocast.
         """
         hidden_states = self.final_layernorm(hidden_states)
-        if self.config.super_resolution != "iterative":
-            hidden_states = hidden_states.float()
+        dtype = hidden_states.dtype if self.config.super_resolution == "iterative" else torch.float32
         num_tokens = None if full_vocabulary else self.config.num_image_tokens
-        return self.word_embeddings(hidden_states=hidden_states, num_tokens=num_tokens).float()
+        return self.word_embeddings(hidden_states=hidden_states, num_tokens=num_tokens, dtype=dtype).float()
 
-    def _run_canvas(self, canvas_ids: torch.Tensor, context: CogLMContext) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def _run_canvas(
+        self, canvas_ids: torch.Tensor, context: CogLMContext, last_positions: torch.Tensor | None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         positions = self.canvas_position_embeddings(torch.arange(canvas_ids.shape[1], device=canvas_ids.device))
         hidden_states = self.dropout(self.word_embeddings(canvas_ids) + positions)
         bias = None
@@ -522,7 +615,8 @@ class CogLMModel(PreTrainedModel):
             )
         states = []
         for layer, key, value in zip(self.layers, context.keys, context.values):
-            hidden_states, _, _ = layer(hidden_states, context=(key, value, bias))
+            positions = last_positions if layer.index == self.config.num_hidden_layers - 1 else None
+            hidden_states, _, _ = layer(hidden_states, context=(key, value, bias), positions=positions)
             states.append(hidden_states)
         return hidden_states, states
 
@@ -542,6 +636,22 @@ class CogLMModel(PreTrainedModel):
             )
         if (input_ids is None) == (context is None):
             raise ValueError("Give either `input_ids` or the `context` of an earlier pass.")
+
+    def set_decoding(self, compile: bool = False, cuda_graph: bool = False) -> None:
+        """
+        How tokens are written one by one, in text to image and completion: the same tokens in every way.
+
+        A step is small, and what surrounds its matrix products can take longer than they do. Both ways around that
+        give a step fixed shapes and keep its memory (keys and values of the last batch size) until this is called
+        again.
+
+        Args:
+            compile (`bool`): Run the step through `torch.compile`. It takes a C++ compiler, on a GPU Triton, and a
+                minute or so for each new batch size.
+            cuda_graph (`bool`): Capture the step and replay it, with one launch for all of its kernels. It takes a
+                CUDA device, on which all weights stay, and a fraction of a second for each new batch size.
+        """
+        self.decoding = CogLMDecoding(compile, cuda_graph)
 
     # Weights shared between stages -----------------------------------------------------------------------------------
 
@@ -667,7 +777,11 @@ def attention_bias(
 
     Masked scores get a large negative number instead of minus infinity, so that a row with every key masked attends to
     all of them alike, as in the release.
+
+    A mask that holds numbers is such a tensor already.
     """
+    if attention_mask is not None and attention_mask.is_floating_point():
+        return attention_mask[:, None]
     if attention_mask is None and (text_mask is None or not text_attention_bias):
         return None
     if text_mask is not None and text_attention_bias:
@@ -677,6 +791,20 @@ def attention_bias(
     if attention_mask is not None:
         bias = torch.where(attention_mask[:, None], bias, torch.finfo(dtype).min / 2)
     return bias.to(dtype)
+
+
+def _adds_in_float32(hidden_states: torch.Tensor, weight: torch.Tensor) -> bool:
+    """
+    Whether the device multiplies these 16-bit numbers and adds the products in float32, as it does without a copy of
+    the weights in float32; not in training, for which PyTorch has no such product.
+    """
+    return (
+        weight.is_cuda
+        and weight.dtype in (torch.bfloat16, torch.float16)
+        and hidden_states.dtype == weight.dtype
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cuda")
+    )
 
 
 def _select_positions(hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -157,31 +157,50 @@ class LoPARScheduler(SchedulerMixin, ConfigMixin):
         cluster_labels: torch.Tensor | None = None,
     ) -> LoPARSchedulerOutput:
         """
-        Draw the tokens of one pass.
+        Draw the tokens of one pass and put them on the canvas.
 
         Args:
-            model_output (`torch.Tensor` of shape `(batch_size, num_positions, num_tokens)`): Logits at `positions`, in
-                raster order.
-            timestep (`int`): The pass, counted from 1.
+            model_output, timestep, noise, cluster_labels: As for [`draw`], of the positions in raster order.
             sample (`torch.Tensor` of shape `(batch_size, rows, columns)`): The canvas before the pass.
             positions (`torch.Tensor` of shape `(rows, columns)`): True where a token is drawn.
+        """
+        sample = sample.clone()
+        sample[:, positions] = self.draw(model_output, timestep, noise, cluster_labels)
+        return LoPARSchedulerOutput(prev_sample=sample)
+
+    def draw(
+        self,
+        model_output: torch.Tensor,
+        timestep: int,
+        noise: torch.Tensor,
+        cluster_labels: torch.Tensor | None = None,
+        num_clusters: int | None = None,
+    ) -> torch.Tensor:
+        """
+        Draw tokens as a pass does.
+
+        Args:
+            model_output (`torch.Tensor` of shape `(batch_size, num_positions, num_tokens)`): Logits of some or all
+                positions of the pass.
+            timestep (`int`): The pass, counted from 1.
             noise (`torch.Tensor` of shape `(batch_size, num_positions, 2)`): Uniform numbers in [0, 1).
             cluster_labels (`torch.Tensor` of shape `(num_tokens,)`, *optional*): Needed for cluster sampling.
+            num_clusters (`int`, *optional*): Number of clusters; by default read from the labels, which waits for the
+                device.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_positions)`: Tokens.
         """
         temperature, top_k = self.config.temperature, self._top_k(timestep)
         if self.config.cluster_temperature is None:
-            tokens = sample_tokens(model_output, noise, temperature, top_k)
-        else:
-            if cluster_labels is None:
-                raise ValueError(
-                    "`cluster_labels` must be given, because `cluster_temperature` asks for cluster sampling."
-                )
-            tokens = sample_cluster_tokens(
-                model_output, noise, cluster_labels, temperature, top_k, self.config.cluster_temperature
+            return sample_tokens(model_output, noise, temperature, top_k)
+        if cluster_labels is None:
+            raise ValueError(
+                "`cluster_labels` must be given, because `cluster_temperature` asks for cluster sampling."
             )
-        sample = sample.clone()
-        sample[:, positions] = tokens
-        return LoPARSchedulerOutput(prev_sample=sample)
+        return sample_cluster_tokens(
+            model_output, noise, cluster_labels, temperature, top_k, self.config.cluster_temperature, num_clusters
+        )
 
     def _top_k(self, timestep: int) -> int:
         top_k = self.config.top_k
