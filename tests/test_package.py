@@ -20,12 +20,12 @@ HEAVY = ("torch", "transformers", "diffusers", "accelerate", "sentencepiece", "P
 # what stands in one layer may import from the layers above it in this list, and from its own folder
 LAYERS = (
     {"_version"},
-    {"sampling", "sequences", "ops", "tokenization_icetk", "environment", "png", "batching"},
+    {"sampling", "sequences", "ops", "tokenization_icetk", "environment", "png", "picture_files", "batching"},
     {"models", "schedulers"},
     {"decoding"},
     {"captioning", "generation", "scoring", "training"},
     {"pipelines"},
-    {"emoji", "conversion"},
+    {"emoji", "conversion", "serving"},
     {"cli"},
 )
 

@@ -14,6 +14,16 @@ _LAST_CHUNK = b"IEND\xaeB`\x82"
 SOFTWARE = f"cogview_pipelines {__version__}"
 
 
+def encode_png(image: Image.Image, metadata: dict) -> bytes:
+    """The content of a PNG file with metadata as text chunks, as [`save_png`] writes it."""
+    chunks = PngImagePlugin.PngInfo()
+    for name, value in {"Software": SOFTWARE, **metadata}.items():
+        chunks.add_text(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    content = io.BytesIO()
+    image.save(content, format="PNG", pnginfo=chunks)
+    return content.getvalue()
+
+
 def save_png(image: Image.Image, path: str | Path, metadata: dict) -> None:
     """
     Write a picture with its metadata as text chunks; the file appears complete, or what was there stays.
@@ -27,13 +37,10 @@ def save_png(image: Image.Image, path: str | Path, metadata: dict) -> None:
         OSError: If it cannot be written.
     """
     path = Path(path)
-    chunks = PngImagePlugin.PngInfo()
-    for name, value in {"Software": SOFTWARE, **metadata}.items():
-        chunks.add_text(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
     handle, unfinished = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".part", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            image.save(file, format="PNG", pnginfo=chunks)
+            file.write(encode_png(image, metadata))
         os.chmod(unfinished, 0o666 & ~_umask())
         os.replace(unfinished, path)
     except BaseException:

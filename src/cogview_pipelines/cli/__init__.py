@@ -3,7 +3,7 @@
 import typer
 
 from .._version import __version__
-from . import doctor, evaluate, generate, pictures, texts
+from . import doctor, evaluate, generate, pictures, serve, texts
 
 app = typer.Typer(
     name="cogview2",
@@ -36,4 +36,5 @@ app.command("upscale")(pictures.upscale)
 app.command("caption")(texts.caption)
 app.command("score")(texts.score)
 app.command("evaluate")(evaluate.evaluate)
+app.command("serve")(serve.serve)
 app.command("doctor")(doctor.doctor)

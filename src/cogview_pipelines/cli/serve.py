@@ -1,0 +1,87 @@
+"""`cogview2 serve`: a page and an HTTP API for one model."""
+
+import contextlib
+import importlib.util
+
+import typer
+
+from .console import FAILURE, fail
+from .loading import DEVICE_OPTION, DTYPE_OPTION, MODEL_OPTION, DType, find_model, load_pipeline
+
+NEEDED = ("gradio", "prometheus_client")
+
+
+def serve(
+    host: str = typer.Option("127.0.0.1", help="Address to listen on; 0.0.0.0 is all of them, and needs a token."),
+    port: int = typer.Option(7860, min=0, max=65535, help="Port to listen on; 0 is a free one."),
+    token: str = typer.Option(
+        None,
+        envvar="COGVIEW2_TOKEN",
+        show_envvar=True,
+        help="What clients must send. Others can read the command line of a process: prefer the variable.",
+    ),
+    allow_host: list[str] = typer.Option(
+        None, help="A host name by which the server may be called, such as that of a proxy; may be repeated."
+    ),
+    page: bool = typer.Option(True, help="Serve the page, too, not the API only."),
+    queue_limit: int = typer.Option(32, min=1, max=1000, help="Requests that wait or are computed at a time."),
+    job_timeout: float = typer.Option(600, min=1, help="Seconds until the work for a request is stopped."),
+    max_images: int = typer.Option(8, min=1, max=64, help="Pictures in a request."),
+    max_pixels: int = typer.Option(4_200_000, min=1, max=100_000_000, help="Pixels that a request may send in."),
+    model: str = MODEL_OPTION,
+    device: str = DEVICE_OPTION,
+    dtype: DType = DTYPE_OPTION,
+) -> None:
+    """
+    Serve a page and an HTTP API.
+
+    The page is at /, the API at /v1/images/generations, edits, upscales, captions and scores. On this machine only,
+    unless --host says otherwise. Ctrl-C stops it.
+    """
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        fail(f'{" and ".join(missing)} must be installed: `pip install "cogview_pipelines[serve]"`.', FAILURE)
+    from ..serving.settings import ServerSettings
+
+    settings = ServerSettings(
+        host=host,
+        port=port,
+        token=token or None,
+        allowed_hosts=tuple(allow_host or ()),
+        page=page,
+        queue_limit=queue_limit,
+        job_timeout=job_timeout,
+        max_images=max_images,
+        max_pixels=max_pixels,
+    )
+    if not settings.is_local and settings.token is None:
+        fail(
+            f"`--host` {host} lets other machines in, so a token must be set: COGVIEW2_TOKEN=... cogview2 serve. "
+            "Leave --host out to serve this machine only."
+        )
+    source = find_model(model)
+    from ..serving.server import bind
+
+    try:
+        listening = bind(settings)
+    except OSError as error:
+        fail(
+            f"Cannot listen on {host}, port {port}: {error.strerror or error}. Choose another --port or --host.",
+            FAILURE,
+        )
+    with listening:
+        from ..serving.app import create_app
+        from ..serving.server import make_server, set_up_log
+
+        pipe = load_pipeline(source, device, dtype)
+        set_up_log()
+        server = make_server(create_app(pipe, settings, _name(model)), settings)
+        shown = f"[{host}]" if ":" in host else host
+        typer.echo(f"Serving on http://{shown}:{listening.getsockname()[1]}", err=True)
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after an orderly end
+            server.run(sockets=[listening])
+
+
+def _name(model: str) -> str:
+    """What clients call the model: no folder of this machine."""
+    return model.rstrip("/\\").replace("\\", "/").rpartition("/")[2] or "cogview2"

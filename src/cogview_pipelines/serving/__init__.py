@@ -1,0 +1,1 @@
+"""A server for one model: an HTTP API and a page. Needs the extra `serve`."""

@@ -1,0 +1,166 @@
+"""The HTTP API, in the manner of the image endpoints that people use already."""
+
+import asyncio
+import base64
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import anyio.to_thread
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
+
+from ..picture_files import as_mask, opacity_of
+from . import schemas
+from .errors import ApiError, bad_request
+from .forms import read_form, read_json, read_pictures
+from .metrics import Metrics
+from .settings import ServerSettings
+from .studio import Made, Studio
+from .worker import Job, JobCancelled, Place, Worker
+
+CLIENT_CLOSED_REQUEST = 499  # for the log: nobody is there to read it
+
+
+def make_router(studio: Studio, worker: Worker, metrics: Metrics, settings: ServerSettings) -> APIRouter:
+    """The routes of a server."""
+    router = APIRouter()
+
+    @router.get("/health")
+    async def health() -> Response:
+        """Whether the server takes requests: 200 or 503."""
+        status = "ok" if worker.is_alive else "stopping"
+        return JSONResponse({"status": status}, 200 if worker.is_alive else 503)
+
+    @router.get("/metrics")
+    async def numbers() -> Response:
+        """For Prometheus."""
+        return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+    @router.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The one model, its sizes and styles."""
+        return {"object": "list", "data": [studio.describe()]}
+
+    @router.post("/v1/images/generations", openapi_extra=_body(schemas.GenerationRequest))
+    async def generations(request: Request) -> Response:
+        """Pictures of a prompt."""
+        with worker.place() as place:
+            wanted = schemas.parse(schemas.GenerationRequest, await read_json(request), strict=True)
+            studio.check_generation(wanted)
+            made = await _result(request, place, "generation", functools.partial(studio.generate, wanted))
+            return await _pictures("generation", made)
+
+    @router.post("/v1/images/edits", openapi_extra=_body(schemas.EditRequest, "image", "mask"))
+    async def edits(request: Request) -> Response:
+        """A part of a picture painted anew: what the mask marks, or what is transparent."""
+        with worker.place() as place:
+            values, files = await read_form(request, ("image", "mask"))
+            wanted = schemas.parse(schemas.EditRequest, values, strict=False)
+            [image] = await read_pictures(files, "image", settings)
+            if files.get("mask"):
+                mask = as_mask((await read_pictures(files, "mask", settings))[0])
+            elif opacity_of(image) is not None:
+                mask, image = as_mask(image), image.convert("RGBA")
+            else:
+                raise bad_request(
+                    "`mask` must be given, as a file, unless `image` has transparent parts.",
+                    "mask",
+                    "missing_parameter",
+                )
+            studio.check_edit(wanted, image, mask)
+            made = await _result(request, place, "edit", functools.partial(studio.edit, wanted, image, mask))
+            return await _pictures("edit", made)
+
+    @router.post("/v1/images/upscales", openapi_extra=_body(schemas.UpscaleRequest, "image"))
+    async def upscales(request: Request) -> Response:
+        """A picture enlarged."""
+        with worker.place() as place:
+            values, files = await read_form(request, ("image",))
+            wanted = schemas.parse(schemas.UpscaleRequest, values, strict=False)
+            [image] = await read_pictures(files, "image", settings)
+            studio.check_upscale(wanted, image)
+            made = await _result(request, place, "upscale", functools.partial(studio.upscale, wanted, image))
+            return await _pictures("upscale", made)
+
+    @router.post("/v1/images/captions", openapi_extra=_body(schemas.CaptionRequest, "image"))
+    async def captions(request: Request) -> Response:
+        """Captions of pictures."""
+        with worker.place() as place:
+            values, files = await read_form(request, ("image",))
+            wanted = schemas.parse(schemas.CaptionRequest, values, strict=False)
+            studio.check_caption(wanted, len(files.get("image", [])))
+            images = await read_pictures(files, "image", settings, most=settings.max_images)
+            found = await _result(request, place, "caption", functools.partial(studio.caption, wanted, images))
+            data = [{"index": index, "captions": captions} for index, captions in enumerate(found)]
+            return JSONResponse({"object": "list", "model": studio.name, "data": data})
+
+    @router.post("/v1/images/scores", openapi_extra=_body(schemas.ScoreRequest, "image"))
+    async def scores(request: Request) -> Response:
+        """How well texts describe a picture, best first."""
+        with worker.place() as place:
+            values, files = await read_form(request, ("image",), lists=("prompt",))
+            wanted = schemas.parse(schemas.ScoreRequest, values, strict=False)
+            studio.check_scores(wanted)
+            [image] = await read_pictures(files, "image", settings)
+            data = await _result(request, place, "score", functools.partial(studio.score, wanted, image))
+            return JSONResponse({"object": "list", "model": studio.name, "data": data})
+
+    async def _pictures(kind: str, made: list[Made]) -> Response:
+        metrics.pictures.labels(kind).inc(len(made))
+        contents = await anyio.to_thread.run_sync(lambda: [studio.encode(one) for one in made])
+        data = [_entry(one, content) for one, content in zip(made, contents)]
+        width, height = made[0].image.size
+        return JSONResponse(
+            {
+                "created": int(time.time()),
+                "model": studio.name,
+                "size": f"{width}x{height}",
+                "output_format": "png",
+                "data": data,
+            }
+        )
+
+    return router
+
+
+def _entry(made: Made, content: bytes) -> dict[str, Any]:
+    entry = {"b64_json": base64.b64encode(content).decode(), "seed": made.seed, "revised_prompt": made.prompt}
+    return entry if made.score is None else {**entry, "score": made.score}
+
+
+async def _result(request: Request, place: Place, kind: str, work: Callable[[Job], Any]) -> Any:
+    """What the work makes; it is cancelled when the client leaves."""
+    job = place.submit(Job(kind, work, request.state.request_id))
+    future = asyncio.ensure_future(asyncio.wrap_future(job.future))
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({future, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not future.done():
+            raise ApiError(CLIENT_CLOSED_REQUEST, "The client left.", "client_closed_request")
+        return future.result()
+    except JobCancelled:
+        raise ApiError(503, "The server is stopping.", "stopping", retry_after=10) from None
+    finally:
+        gone.cancel()
+        future.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    """Return when the client has left. The body has been read, so that nothing else can come."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _body(kind: type[BaseModel], *files: str) -> dict[str, Any]:
+    """What `/openapi.json` says of the body of a request; the handlers read it themselves, within bounds."""
+    schema = kind.model_json_schema()
+    if files:
+        file = {"type": "string", "format": "binary"}
+        schema["properties"] = {**schema["properties"], **dict.fromkeys(files, file)}
+        schema["required"] = [*schema.get("required", ()), files[0]]
+    content = {"multipart/form-data" if files else "application/json": {"schema": schema}}
+    return {"requestBody": {"required": True, "content": content}}

@@ -1,0 +1,70 @@
+"""The application: API and page behind the same gates."""
+
+import contextlib
+from collections.abc import AsyncIterator
+
+import anyio.to_thread
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from .._version import __version__
+from ..pipelines.pipeline_cogview2 import CogView2Pipeline
+from .api import make_router
+from .errors import ApiError
+from .metrics import Metrics
+from .middleware import BodyLimit, Gate, RequestLog
+from .settings import ServerSettings
+from .studio import Studio
+from .worker import Worker
+
+
+def create_app(pipe: CogView2Pipeline, settings: ServerSettings, name: str = "cogview2") -> FastAPI:
+    """
+    Everything that the server answers.
+
+    Args:
+        pipe ([`CogView2Pipeline`]): The model, on its device. Only the worker's thread may call it from now on.
+        settings ([`ServerSettings`]): Bounds, token, and what is served.
+        name (`str`): What clients call the model.
+
+    Returns:
+        `FastAPI`: The application; `app.state.worker` is the [`Worker`], which starts and stops with it.
+    """
+    metrics = Metrics()
+    worker = Worker(settings.queue_limit, settings.job_timeout, metrics)
+    studio = Studio(pipe, name, settings)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        worker.start()
+        yield
+        await anyio.to_thread.run_sync(worker.stop)
+
+    app = FastAPI(title="cogview2", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.worker = worker
+    app.include_router(make_router(studio, worker, metrics, settings))
+    routes = frozenset(app.openapi()["paths"]) | {"/openapi.json"}
+    app.add_exception_handler(ApiError, _answer)
+    app.add_exception_handler(HTTPException, _answer_http)
+    if settings.page:
+        from .page_mount import mount_page
+
+        mount_page(app, studio, worker, metrics, settings)
+    # the last one is the first that a request meets
+    app.add_middleware(BodyLimit, settings=settings)
+    app.add_middleware(Gate, settings=settings)
+    app.add_middleware(RequestLog, metrics=metrics, routes=routes)
+    return app
+
+
+async def _answer(request: Request, error: ApiError) -> Response:
+    return error.response()
+
+
+async def _answer_http(request: Request, error: HTTPException) -> Response:
+    known = {404: ("There is no such path.", "not_found"), 405: ("This path has other methods.", "method_not_allowed")}
+    message, code = known.get(error.status_code, ("The request cannot be answered.", "invalid_request"))
+    response = ApiError(error.status_code, message, code).response()
+    response.headers.update(error.headers or {})
+    return response

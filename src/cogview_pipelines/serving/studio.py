@@ -1,0 +1,319 @@
+"""What the server can do with a model: called in the worker's thread, stoppable at every step."""
+
+import contextlib
+import dataclasses
+import functools
+import random
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..batching import is_out_of_memory
+from ..environment import versions
+from ..pipelines.pipeline_cogview2 import CogView2Pipeline
+from ..pipelines.pipeline_cogview2_caption import CogView2CaptionPipeline
+from ..pipelines.pipeline_cogview2_inpaint import CogView2InpaintPipeline
+from ..pipelines.pipeline_cogview2_upscale import CogView2UpscalePipeline
+from ..png import encode_png
+from .errors import ApiError, bad_request
+from .schemas import CaptionRequest, EditRequest, GenerationRequest, ScoreRequest, UpscaleRequest
+from .settings import ServerSettings
+from .worker import Job
+
+PREVIEWED = 4  # pictures of a batch that a preview shows
+# The arguments of the pipelines by other names
+PARAMS = {"mask_image": "mask", "num_images_per_prompt": "n", "height": "size", "width": "size"}
+FIELDS = {
+    name
+    for kind in (GenerationRequest, EditRequest, UpscaleRequest, CaptionRequest, ScoreRequest)
+    for name in kind.model_fields
+} | {"image", "mask"}
+
+
+@dataclasses.dataclass
+class Made:
+    """
+    Args:
+        image (`PIL.Image.Image`): The picture.
+        seed (`int`): That makes it again.
+        prompt (`str`): The text that was used.
+        score (`float`, *optional*): Of post-selection; higher is better.
+    """
+
+    image: Image.Image
+    seed: int
+    prompt: str
+    score: float | None = None
+
+
+@dataclasses.dataclass
+class Preview:
+    """
+    Args:
+        stage (`str`): `"transformer"`, `"direct_sr_transformer"` or `"iterative_sr_transformer"`.
+        step (`int`): Of the stage, from 1 on.
+        images (`list[PIL.Image.Image]`): The first pictures as far as they are known; empty for tiles.
+    """
+
+    stage: str
+    step: int
+    images: list[Image.Image]
+
+
+class Studio:
+    """
+    The pipelines of one model, which share its weights.
+
+    Args:
+        pipe ([`CogView2Pipeline`]): The model, on its device.
+        name (`str`): What clients call it.
+        settings ([`ServerSettings`]): Bounds.
+    """
+
+    def __init__(self, pipe: CogView2Pipeline, name: str, settings: ServerSettings):
+        self.name, self.bounds = name, settings
+        self.text_to_image = pipe
+        self.inpainting = CogView2InpaintPipeline.from_pipe(pipe)
+        self.captioning = CogView2CaptionPipeline.from_pipe(pipe)
+        self.upscaling = None
+        if pipe.direct_sr_transformer is not None:
+            self.upscaling = CogView2UpscalePipeline.from_pipe(pipe)
+        for each in (self.text_to_image, self.inpainting, self.captioning, self.upscaling):
+            if each is not None:
+                each.set_progress_bar_config(disable=True)
+
+    @property
+    def sizes(self) -> list[str]:
+        """WIDTHxHEIGHT of the pictures it makes, smallest first."""
+        return [f"{width}x{height}" for height, width in self.text_to_image.sizes]
+
+    @property
+    def columns(self) -> int:
+        """Low-resolution tokens in a row."""
+        return self.text_to_image.layout.image_grid[1]
+
+    @property
+    def styles(self) -> list[str]:
+        """Names of the style presets."""
+        return sorted(self.text_to_image.config.styles)
+
+    def describe(self) -> dict[str, Any]:
+        """The entry of `GET /v1/models`."""
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "cogview_pipelines",
+            "sizes": self.sizes,
+            "styles": self.styles,
+        }
+
+    # Checks, before there is a job -----------------------------------------------------------------------------------
+
+    def check_generation(self, request: GenerationRequest) -> None:
+        """Raise the error that the work would end with, before it is queued."""
+        bounds = self.bounds
+        self._check_common(request.model, [request.prompt, request.negative_prompt or ""], request.n)
+        if request.num_candidates is not None:
+            self._check_count("num_candidates", request.num_candidates, bounds.max_candidates)
+        with _explained():
+            self.text_to_image.check_inputs(
+                request.prompt,
+                num_images_per_prompt=request.n,
+                num_candidates=request.num_candidates,
+                **self._size(request.size),
+                **request.settings(),
+            )
+
+    def check_edit(self, request: EditRequest, image: Image.Image, mask: Image.Image) -> None:
+        """As [`Studio.check_generation`]."""
+        self._check_common(request.model, [request.prompt, request.negative_prompt or ""], request.n)
+        with _explained():
+            self.text_to_image.check_inputs(request.prompt, **request.settings())
+            self.inpainting._check_inputs(request.prompt, image, mask)
+
+    def check_upscale(self, request: UpscaleRequest, image: Image.Image) -> None:
+        """As [`Studio.check_generation`]."""
+        self._check_common(request.model, [request.prompt], 1)
+        if self.upscaling is None:
+            raise bad_request("This model has no super-resolution.", "model", "unsupported")
+        rows, columns = self.upscaling.scale
+        pixels = image.width * image.height * (rows * columns) ** request.num_levels
+        if pixels > self.bounds.max_output_pixels:
+            raise bad_request(
+                f"The enlarged picture may have {self.bounds.max_output_pixels:,} pixels, but would have {pixels:,}. "
+                "Send a smaller one or ask for fewer levels.",
+                "image",
+            )
+        with _explained():
+            self.text_to_image.check_inputs(request.prompt.strip() or "a", **request.settings())
+
+    def check_caption(self, request: CaptionRequest, num_pictures: int) -> None:
+        """As [`Studio.check_generation`]."""
+        self._check_model(request.model)
+        self._check_count("image", num_pictures, self.bounds.max_images)
+        self._check_count("n", request.n, self.bounds.max_candidates)
+        self._check_count("num_candidates", request.num_candidates, self.bounds.max_candidates)
+
+    def check_scores(self, request: ScoreRequest) -> None:
+        """As [`Studio.check_generation`]."""
+        self._check_model(request.model)
+        self._check_count("prompt", len(request.prompt), self.bounds.max_texts)
+        for text in request.prompt:
+            self._check_length(text)
+            with _explained():
+                self.text_to_image.check_inputs(text)
+
+    # Work, in the thread of the worker -------------------------------------------------------------------------------
+
+    def generate(self, request: GenerationRequest, job: Job) -> list[Made]:
+        """Pictures of a prompt, best first if there are candidates."""
+        count = request.num_candidates or request.n
+        pipe = self.text_to_image
+        with _explained(pipe):
+            output = pipe(
+                request.prompt,
+                num_images_per_prompt=request.n,
+                num_candidates=request.num_candidates,
+                **self._size(request.size),
+                **request.settings(),
+                generator=_generators(request.seed, count),
+                callback_on_step_end=functools.partial(self._on_step, job),
+            )
+        scores = output.scores or [None] * len(output.images)
+        return [Made(*each) for each in zip(output.images, output.seeds, output.prompts, scores)]
+
+    def edit(self, request: EditRequest, image: Image.Image, mask: Image.Image, job: Job) -> list[Made]:
+        """Pictures with the masked part painted anew."""
+        with _explained():
+            output = self.inpainting(
+                request.prompt,
+                image,
+                mask,
+                num_images_per_prompt=request.n,
+                **request.settings(),
+                generator=_generators(request.seed, request.n),
+                callback_on_step_end=functools.partial(self._on_step, job),
+            )
+        return [Made(*each) for each in zip(output.images, output.seeds, output.prompts)]
+
+    def upscale(self, request: UpscaleRequest, image: Image.Image, job: Job) -> list[Made]:
+        """The picture, enlarged."""
+        with _explained():
+            output = self.upscaling(
+                image,
+                request.prompt,
+                num_levels=request.num_levels,
+                **request.settings(),
+                generator=_generators(request.seed, 1),
+                callback_on_step_end=functools.partial(self._on_step, job),
+            )
+        return [Made(*each) for each in zip(output.images, output.seeds, output.prompts)]
+
+    def caption(self, request: CaptionRequest, images: list[Image.Image], job: Job) -> list[list[dict]]:
+        """Captions of each picture with their scores, best first."""
+        captions = []
+        drawn = {"sample": request.n, "best_of": request.num_candidates}.get(request.strategy, 0)
+        for index, image in enumerate(images):
+            job.checkpoint()
+            seed = None if request.seed is None else request.seed + index * drawn
+            with _explained():
+                output = self.captioning(
+                    image,
+                    language=request.language,
+                    strategy=request.strategy,
+                    num_captions_per_image=request.n,
+                    num_candidates=request.num_candidates,
+                    temperature=request.temperature,
+                    generator=_generators(seed, drawn) if drawn else None,
+                )
+            captions.append([{"text": text, "score": score} for text, score in zip(output.captions, output.scores)])
+        return captions
+
+    def score(self, request: ScoreRequest, image: Image.Image, job: Job) -> list[dict]:
+        """Each text with its caption loss, best first."""
+        with _explained():
+            losses = self.captioning.score(image, request.prompt).tolist()
+        ranked = sorted(zip(losses, range(len(losses))))
+        return [{"prompt": request.prompt[index], "index": index, "caption_loss": loss} for loss, index in ranked]
+
+    def encode(self, made: Made) -> bytes:
+        """A PNG file that says how its picture was made."""
+        metadata = {"prompt": made.prompt, "seed": made.seed, "model": self.name, "versions": versions()}
+        return encode_png(made.image, metadata)
+
+    # Parts -----------------------------------------------------------------------------------------------------------
+
+    def _on_step(self, job: Job, pipe: Any, step: int, timestep: int, kwargs: dict) -> None:
+        job.checkpoint()
+        if not job.wants_previews:
+            return
+        stage, tokens = kwargs["stage"], kwargs["tokens"]
+        if stage == "transformer" and timestep % tokens.shape[-1]:
+            return  # a row is not complete
+        images = [] if pipe is self.upscaling else pipe.preview(tokens[:PREVIEWED])
+        job.preview = Preview(stage, timestep, images)
+
+    def _size(self, size: str) -> dict[str, int]:
+        if size == "auto":
+            return {}
+        if size not in self.sizes:
+            raise bad_request(f"`size` must be auto, {' or '.join(self.sizes)} with this model.", "size")
+        width, height = map(int, size.split("x"))
+        return {"width": width, "height": height}
+
+    def _check_common(self, model: str | None, texts: list[str], count: int) -> None:
+        self._check_model(model)
+        for text in texts:
+            self._check_length(text)
+        self._check_count("n", count, self.bounds.max_images)
+
+    def _check_model(self, model: str | None) -> None:
+        if model not in (None, self.name):
+            raise ApiError(404, f"There is no such model. This server has `{self.name}`.", "model_not_found", "model")
+
+    def _check_length(self, text: str) -> None:
+        if len(text) > self.bounds.max_prompt_length:
+            raise bad_request(
+                f"`prompt` may have {self.bounds.max_prompt_length} characters, but has {len(text)}. Shorten it.",
+                "prompt",
+                "prompt_too_long",
+            )
+
+    @staticmethod
+    def _check_count(name: str, count: int, most: int) -> None:
+        if count > most:
+            raise bad_request(f"`{name}` may be {most} on this server, but is {count}.", name)
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """
+    Turn what a pipeline says about an argument into an answer.
+
+    The pipelines name the argument in backticks. Other errors are ours, and stay what they are.
+    """
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        message = " ".join(str(error).split())
+        for name, own in PARAMS.items():
+            message = message.replace(f"`{name}`", f"`{own}`")
+        found = re.search(r"`(\w+)(?:\[\d+\])?`", message)
+        if found is None or found[1] not in FIELDS:
+            raise
+        raise bad_request(message, found[1]) from None
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ApiError(
+            503, "There is not enough memory for this. Ask for fewer or smaller pictures.", "out_of_memory"
+        ) from None
+
+
+def _generators(seed: int | None, count: int) -> list[torch.Generator]:
+    first = random.SystemRandom().randrange(2**31) if seed is None else seed
+    return [torch.Generator().manual_seed(first + index) for index in range(count)]

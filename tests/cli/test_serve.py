@@ -1,0 +1,70 @@
+"""`cogview2 serve` up to the point where it listens; tests/serving has the rest."""
+
+import socket
+import types
+
+import pytest
+
+from cogview_pipelines.cli import serve
+
+from .conftest import assert_bad_input
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """What would be served, instead of serving it."""
+    pytest.importorskip("gradio", reason="needs the extra `serve`")
+    from cogview_pipelines.serving import app, server
+
+    seen = {}
+
+    def create_app(pipe, settings, name):
+        seen.update(pipe=pipe, settings=settings, name=name)
+
+    def make_server(app, settings):
+        return types.SimpleNamespace(run=lambda sockets: seen.update(port=sockets[0].getsockname()[1]))
+
+    monkeypatch.setattr(app, "create_app", create_app)
+    monkeypatch.setattr(server, "make_server", make_server)
+    monkeypatch.setattr(server, "set_up_log", lambda: None)
+    return seen
+
+
+def test_options_become_settings_and_the_address_is_told(cogview2, served, model_folder):
+    arguments = ("--port", 0, "--no-page", "--queue-limit", 3, "--max-images", 2, "--allow-host", "a.example")
+    result = cogview2("serve", *arguments)
+    assert result.exit_code == 0, result.output
+    settings = served["settings"]
+    assert (settings.host, settings.page, settings.queue_limit, settings.max_images) == ("127.0.0.1", False, 3, 2)
+    assert settings.allowed_hosts == ("a.example",) and settings.token is None
+    assert served["name"] == model_folder.name and str(model_folder) != served["name"]
+    assert f"Serving on http://127.0.0.1:{served['port']}" in result.stderr
+
+
+def test_the_token_comes_from_the_environment(cogview2, served, monkeypatch):
+    monkeypatch.setenv("COGVIEW2_TOKEN", "secret")
+    assert cogview2("serve", "--port", 0, "--host", "0.0.0.0").exit_code == 0
+    assert served["settings"].token == "secret"
+
+
+def test_other_machines_are_not_let_in_without_a_token(cogview2, monkeypatch):
+    pytest.importorskip("gradio", reason="needs the extra `serve`")
+    monkeypatch.delenv("COGVIEW2_TOKEN", raising=False)
+    assert_bad_input(cogview2("serve", "--host", "0.0.0.0"), "`--host`", "COGVIEW2_TOKEN")
+
+
+def test_a_port_in_use_is_told_before_the_model_is_loaded(cogview2, monkeypatch):
+    pytest.importorskip("gradio", reason="needs the extra `serve`")
+    monkeypatch.setattr(serve, "load_pipeline", lambda *arguments: pytest.fail("the model was loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = cogview2("serve", "--port", port)
+    assert result.exit_code == 1
+    assert f"port {port}" in result.stderr and "Choose another" in result.stderr
+
+
+def test_without_the_extra_it_is_named(cogview2, monkeypatch):
+    monkeypatch.setattr(serve, "NEEDED", ("no_such_package",))
+    result = cogview2("serve")
+    assert result.exit_code == 1
+    assert "cogview_pipelines[serve]" in result.stderr

@@ -1,0 +1,186 @@
+"""The queue, clients that leave, and clients that come all at once."""
+
+import concurrent.futures
+import contextlib
+import gc
+import socket
+import time
+import weakref
+
+import httpx
+
+from cogview_pipelines.serving.worker import Job
+
+from .conftest import LOW, PROMPT, assert_error, picture, png, wait_for
+
+GENERATIONS = "/v1/images/generations"
+SMALL = {"prompt": PROMPT, "size": f"{LOW}x{LOW}"}
+
+
+def post(running, seed):
+    """One request with a connection of its own, as different clients have."""
+    with running.client() as client:
+        return client.post(GENERATIONS, json={**SMALL, "seed": seed})
+
+
+def send(running, seed=0):
+    """A request whose answer nobody reads; closing the socket is leaving."""
+    body = b'{"prompt": "a tiger on a blue background.", "seed": %d}' % seed
+    connection = socket.create_connection(("127.0.0.1", running.port), timeout=30)
+    head = f"POST {GENERATIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    return connection
+
+
+def outcomes(running):
+    """How many jobs ended how."""
+    with running.client() as client:
+        lines = client.get("/metrics").text.splitlines()
+    counts = {}
+    for line in lines:
+        if line.startswith("cogview2_jobs_total"):
+            counts[line.split('outcome="')[1].split('"')[0]] = float(line.split()[-1])
+    return counts
+
+
+def test_twenty_clients_at_once_all_get_their_own_picture(serve):
+    running = serve(queue_limit=20)
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(lambda seed: post(running, seed), range(20)))
+    assert [answer.status_code for answer in answers] == [200] * 20
+    assert [answer.json()["data"][0]["seed"] for answer in answers] == list(range(20))
+    assert len({answer.json()["data"][0]["b64_json"] for answer in answers}) == 20
+    assert outcomes(running) == {"done": 20}
+    assert running.worker.places_taken == 0
+
+
+def test_with_a_small_queue_the_surplus_is_told_to_come_back(serve, hold):
+    running = serve(queue_limit=3)
+    hold.close()
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        futures = [pool.submit(post, running, seed) for seed in range(20)]
+        wait_for(lambda: sum(future.done() for future in futures) == 17)
+        hold.open()
+        answers = [future.result() for future in futures]
+    accepted = [answer for answer in answers if answer.status_code == 200]
+    refused = [answer for answer in answers if answer.status_code != 200]
+    assert len(accepted) == 3
+    for answer in refused:
+        error = assert_error(answer, 429, "queue_full")
+        assert error["type"] == "rate_limit_error"
+        assert 1 <= int(answer.headers["retry-after"]) <= 60
+    assert outcomes(running) == {"done": 3}
+    assert post(running, 0).status_code == 200
+
+
+def test_who_leaves_in_mid_generation_stops_it_and_the_next_one_runs(serve, hold):
+    running = serve()
+    hold.close()
+    leaving = send(running)
+    assert hold.reached.wait(30)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        next_one = pool.submit(post, running, 5)
+        wait_for(lambda: running.worker.places_taken == 2)
+        before = hold.steps
+        leaving.close()
+        wait_for(lambda: running.worker.places_taken == 1)
+        hold.open()
+        assert next_one.result().status_code == 200
+    assert outcomes(running) == {"cancelled": 1, "done": 1}
+    full, small = 16 + 2, 16  # forward passes of the low resolution, and what is left of it for the next one
+    assert hold.steps - before < full + small
+
+
+def test_who_leaves_the_queue_is_never_computed_and_forgotten(serve, hold):
+    running = serve()
+    hold.close()
+    first = send(running)
+    assert hold.reached.wait(30)
+    second = send(running)
+    wait_for(lambda: running.worker.places_taken == 2)
+    second.close()
+    wait_for(lambda: running.worker.places_taken == 1)
+    assert outcomes(running) == {"cancelled": 1}  # while the first one still runs
+    first.close()
+    hold.open()
+    wait_for(lambda: outcomes(running) == {"cancelled": 2})
+
+
+def test_work_that_takes_too_long_is_stopped_and_answered(serve, hold):
+    running = serve(job_timeout=0.2)
+    hold.close()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(post, running, 0)
+        assert hold.reached.wait(30)
+        time.sleep(0.3)
+        hold.open()
+        assert_error(waiting.result(), 504, "timeout")
+
+
+def test_pictures_are_not_kept_after_their_request(server):
+    jobs = weakref.WeakSet()
+    submitted = server.worker.enqueue
+
+    def remember(job):
+        jobs.add(job)
+        submitted(job)
+
+    server.worker.enqueue = remember
+    try:
+        with server.client() as client:
+            for seed in range(3):
+                files = {"image": png(picture(32, 32))}
+                answer = client.post("/v1/images/upscales", data={"seed": str(seed)}, files=files)
+                assert answer.status_code == 200
+        gc.collect()
+        assert len(jobs) <= 1  # the last one may still be on its way out
+    finally:
+        del server.worker.enqueue
+
+
+def test_an_end_of_the_server_answers_or_refuses_everything(serve, hold):
+    running = serve(shutdown_timeout=1)
+    hold.close()
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        futures = [pool.submit(post, running, seed) for seed in range(3)]
+        wait_for(lambda: running.worker.places_taken == 3)
+        running.server.should_exit = True
+        wait_for(lambda: not running.worker.is_alive)
+        hold.open()
+        for future in futures:
+            with contextlib.suppress(httpx.TransportError):  # cut off when the time for running requests is over
+                assert future.result().status_code in (200, 503)
+    running.thread.join(30)
+    assert not running.thread.is_alive()
+    assert not running.worker._thread.is_alive()
+
+
+def test_a_server_that_stops_lets_nobody_in(serve):
+    running = serve()
+    running.worker.close()
+    with running.client() as client:
+        answer = client.post(GENERATIONS, json=SMALL)
+        assert_error(answer, 503, "stopping")
+        assert "retry-after" in answer.headers
+        assert client.get("/health").status_code == 503
+
+
+def test_a_job_that_nobody_asks_for_any_more_is_cancelled():
+    job = Job("generation", lambda job: None, lease=0.0)
+    wait_for(lambda: job.is_cancelled)
+    job.renew()
+    assert job.is_cancelled  # for good
+
+
+def test_twenty_clients_of_forms(serve):
+    running = serve(queue_limit=20)
+
+    def rank(seed):
+        with running.client() as client:
+            return client.post(
+                "/v1/images/scores", data={"prompt": PROMPT}, files={"image": png(picture(32, 32, seed=seed))}
+            )
+
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(rank, range(20)))
+    assert [answer.status_code for answer in answers] == [200] * 20
