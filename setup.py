@@ -115,8 +115,9 @@ def check_registers(report: str) -> None:
         f"{worst[2]} bytes spilled ({worst[0]} for {worst[1]})"
     )
     if int(worst[2]) > MOST_SPILLED_BYTES:
-        raise
-        RuntimeError(f"{worst[0]} for {worst[1]} spills {worst[2]} bytes (at most {MOST_SPILLED_BYTES} are allowed)")
+        raise RuntimeError(
+            f"{worst[0]} for {worst[1]} spills {worst[2]} bytes (at most {MOST_SPILLED_BYTES} are allowed)"
+        )
 
 
 class BuildKernels(build_ext):

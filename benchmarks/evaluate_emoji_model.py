@@ -59,9 +59,14 @@ def measurements(pipe: CogView2Pipeline, scope: Scope, num: int, seed: int, batc
 
 
 def main(
-    model: str = str(SHIPPED_MODEL), output: Path | None = None, num: int = 50, seed: int = 0, batch_size: int = 16
+    model: str = str(SHIPPED_MODEL),
+    output: Path | None = None,
+    num: int = 50,
+    seed: int = 0,
+    batch_size: int = 16,
+    device: str = "cuda" if torch.cuda.is_available() else "cpu",
 ) -> None:
-    pipe = CogView2Pipeline.from_pretrained(model, dtype=torch.float32)
+    pipe = CogView2Pipeline.from_pretrained(model, dtype=torch.float32).to(device)
     pipe.set_progress_bar_config(disable=True)
     scope = Scope.load(model)
     context = stamp(str(pipe.device))

@@ -6,6 +6,7 @@ interrupted run goes on with exactly the batches that it would have seen, and th
 """
 
 import hashlib
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -60,10 +61,10 @@ def prefetch(
             yield item, make(item)
         return
     if processes:
-        items = list(items)
+        items, ahead = itertools.tee(items)
         # a generator of its own: the loader would draw from the global one, which dropout follows
         batches = DataLoader(
-            _Made(make), batch_size=None, sampler=items, num_workers=num_workers, generator=torch.Generator()
+            _Made(make), batch_size=None, sampler=ahead, num_workers=num_workers, generator=torch.Generator()
         )
         yield from zip(items, batches)
         return

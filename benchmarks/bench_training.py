@@ -1,0 +1,266 @@
+#!/usr/bin/env python
+"""
+Training steps: samples a second, and the share of the machine's matrix-product rate that they reach.
+
+    python benchmarks/bench_training.py --device cuda --json      # layers of the 6B model, and the emoji models
+    python benchmarks/bench_training.py --device cpu --cases small_coglm
+
+A step is forward, backward and optimizer as the training scripts do it: float32 weights, bfloat16 autocast, the
+optimizer that the scripts make. `6b_*` have `--layers` layers of the released width, since all of them with their
+optimizer do not fit on one GPU; `emoji_*` are the models of `training_scripts/emoji/gpu`, `small_*` tiny ones.
+
+`model_flops_utilisation` is the floating-point operations that the model needs (recomputation, if any, is not counted)
+over the time, over the matrix-product rate measured in this run.
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+
+from cogview_pipelines import CogLMConfig, CogLMModel
+from cogview_pipelines.environment import stamp
+from cogview_pipelines.sequences import direct_super_resolution, generation_sample, iterative_super_resolution, stack
+from cogview_pipelines.training.arguments import TrainConfig
+from cogview_pipelines.training.losses import canvas_loss
+from cogview_pipelines.training.setup import make_optimizer
+from cogview_pipelines.training.token_data import CanvasBatch
+
+EMOJI = Path(__file__).resolve().parents[1] / "training_scripts" / "emoji" / "gpu"
+SMALL = {
+    "vocab_size": 256,
+    "num_image_tokens": 128,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_grid": (4, 4),
+    "fine_grid": (12, 12),
+    "max_text_tokens": 15,
+    "image_position": 16,
+    "max_position_embeddings": 40,
+    "num_text_slots": 8,
+    "boi_token_id": 250,
+    "start_of_english_token_id": 251,
+    "start_of_chinese_token_id": 252,
+    "pad_token_id": 131,
+}
+
+
+@dataclass
+class Case:
+    """A model, its batch, and which of its weights train. `stage` is None for CogLM."""
+
+    name: str
+    stage: str | None
+    batch_size: int
+    model: dict
+    optimizer: str = "adamw"
+    frozen_backbone: bool = False
+    gradient_checkpointing: bool = False
+    fields: dict = field(init=False)
+
+    def __post_init__(self):
+        self.fields = {"hidden_dropout": 0.0, "attention_dropout": 0.0, **self.model, "super_resolution": self.stage}
+
+
+def all_cases(layers: int) -> list[Case]:
+    released = {"num_hidden_layers": layers}
+    cases = [
+        Case("6b_coglm", None, 16, released),
+        Case("6b_direct_sr", "direct", 2, released, frozen_backbone=True),
+        Case("6b_iterative_sr", "iterative", 2, released),
+        Case("small_coglm", None, 2, SMALL),
+        Case("small_direct_sr", "direct", 2, SMALL, "muon", frozen_backbone=True),
+        Case("small_iterative_sr", "iterative", 2, SMALL, gradient_checkpointing=True),
+    ]
+    # ids of a tokenizer with 2,048 image codes and about 800 pieces, as that of the emoji captions
+    ids = {
+        "vocab_size": 2900,
+        "num_image_tokens": 2048,
+        "boi_token_id": 2890,
+        "start_of_english_token_id": 2891,
+        "start_of_chinese_token_id": 2892,
+        "pad_token_id": 2051,
+    }
+    coglm = yaml.safe_load((EMOJI / "coglm.yaml").read_text(encoding="utf-8"))
+    for name, stage in (("coglm", None), ("direct_sr", "direct"), ("iterative_sr", "iterative")):
+        config = yaml.safe_load((EMOJI / f"{name}.yaml").read_text(encoding="utf-8"))
+        cases.append(
+            Case(
+                f"emoji_{name}",
+                stage,
+                config["batch_size"],
+                {**ids, **coglm["model"], **config["model"]},
+                config["optimizer"],
+                frozen_backbone=stage == "direct",
+                gradient_checkpointing=config.get("gradient_checkpointing", False),
+            )
+        )
+    return cases
+
+
+def make_model(case: Case, device: str) -> CogLMModel:
+    with torch.device(device):
+        model = CogLMModel(CogLMConfig(**case.fields)).train()
+    if case.frozen_backbone:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("canvas_" in name)
+    if case.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def make_batch(case: Case, config: CogLMConfig):
+    """Random samples of the shapes that training has, with texts of half the length that fits."""
+    generator = torch.Generator().manual_seed(0)
+    layout = config.layout
+
+    def draw(*shape):
+        return torch.randint(config.num_image_tokens, shape, generator=generator)
+
+    low = draw(case.batch_size, layout.image_length)
+    length = (config.num_text_slots or config.max_text_tokens) // 2
+    texts = (draw(case.batch_size, length) % 100 + config.pad_token_id + 1).tolist()
+    if case.stage is None:
+        padding = [config.pad_token_id] * (config.max_text_tokens + 1 - len(texts[0]))
+        rows = [torch.cat([torch.tensor(text + padding), image]) for text, image in zip(texts, low)]
+        return stack([generation_sample(row, layout, config.pad_token_id) for row in rows])
+    if case.stage == "direct":
+        context = direct_super_resolution(texts, low, config.num_text_slots, layout)
+    else:
+        context = iterative_super_resolution(texts, config.num_text_slots)
+    labels = draw(case.batch_size, config.canvas_length)
+    return CanvasBatch(context, torch.full_like(labels, config.boi_token_id), labels)
+
+
+def model_flops(case: Case, config: CogLMConfig, batch) -> float:
+    """Floating-point operations of the matrix products of a step; a multiplication and an addition are two."""
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    attention, mlp = 4 * hidden**2, 2 * hidden * config.intermediate_size
+
+    def forward(positions: int, pairs: int) -> float:
+        return 2 * layers * (positions * (attention + mlp) + 2 * hidden * pairs)
+
+    context = batch if case.stage is None else batch.context
+    positions = context.input_ids.numel()
+    per_context = forward(positions, int(context.attention_mask.sum()))
+    if case.stage is None:
+        logits = 2 * int((batch.labels >= 0).sum()) * hidden * config.vocab_size  # with `full_vocabulary`
+        return 3 * (per_context + logits)
+    cells = batch.canvas_ids.numel()
+    window = config.kernel_size[0] * config.kernel_size[1]
+    if case.stage == "direct":
+        window += config.cross_kernel_size[0] * config.cross_kernel_size[1]
+    canvas = forward(cells, cells * (window + config.num_text_slots))
+    logits = 2 * cells * hidden * config.num_image_tokens
+    if not case.frozen_backbone:
+        return 3 * (per_context + canvas + logits)
+    # the context has no gradient; of the rest, only the canvas attention has gradients of weights
+    return per_context + 2 * (canvas + logits) + 2 * layers * cells * (attention + 2 * hidden * window)
+
+
+def matmul_rate(device: str, dtype: torch.dtype, size: int) -> float:
+    """Floating-point operations a second of one large matrix product, the best of ten."""
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / min(measure(lambda: left @ right, device, repeats=10))
+
+
+def measure(function, device: str, repeats: int | None = None, seconds: float = 1.0) -> list[float]:
+    """Seconds of each call after two to warm up: `repeats` calls, or as many as fit, at least three."""
+    times = []
+
+    def timed() -> float:
+        start = time.perf_counter()
+        function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    timed(), timed()
+    end = time.perf_counter() + seconds
+    while len(times) < (repeats or 3) or (repeats is None and time.perf_counter() < end):
+        times.append(timed())
+    return times
+
+
+def run_case(case: Case, options: argparse.Namespace, rate: float) -> dict:
+    device = options.device
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    torch.manual_seed(0)
+    model = make_model(case, device)
+    batch = make_batch(case, model.config).to(device)
+    optimizer = make_optimizer(model, TrainConfig(output_dir="", optimizer=case.optimizer))
+    trained = torch.compile(model) if options.compile else model
+
+    def step():
+        with torch.autocast(device, torch.bfloat16):
+            if case.stage is None:
+                ids = {
+                    name: getattr(batch, name) for name in ("input_ids", "position_ids", "attention_mask", "labels")
+                }
+                loss = trained(**ids, full_vocabulary=True).loss
+            else:
+                loss = canvas_loss(trained, batch)[0]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    seconds = statistics.median(measure(step, device, seconds=options.seconds))
+    flops = model_flops(case, model.config, batch)
+    return {
+        "case": case.name,
+        "batch_size": case.batch_size,
+        "layers": model.config.num_hidden_layers,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "optimizer": case.optimizer,
+        "compiled": options.compile,
+        "seconds_per_step": seconds,
+        "samples_per_second": case.batch_size / seconds,
+        "model_tflops": flops / seconds / 1e12,
+        "matmul_tflops": rate / 1e12,
+        "model_flops_utilisation": flops / seconds / rate,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", action="store_true", help="print one JSON line a case")
+    parser.add_argument("--cases", nargs="*", help="beginnings of names; default: 6b and emoji on cuda, small on cpu")
+    parser.add_argument("--layers", type=int, default=4, help="layers of the 6b cases (default: 4)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time for each case, after warming up")
+    parser.add_argument("--compile", action="store_true", help="run the models through torch.compile")
+    options = parser.parse_args(arguments)
+    chosen = tuple(options.cases or (("6b", "emoji") if options.device == "cuda" else ("small",)))
+    about = stamp(options.device)
+    rate = matmul_rate(options.device, torch.bfloat16, 8192 if options.device == "cuda" else 512)
+    for case in all_cases(options.layers):
+        if not case.name.startswith(chosen):
+            continue
+        line = {}
+        with contextlib.suppress(torch.OutOfMemoryError):
+            line = run_case(case, options, rate)
+        line = line or {"case": case.name, "batch_size": case.batch_size, "failed": "out of memory"}
+        if options.json:
+            print(json.dumps(line | about), flush=True)
+        elif "failed" in line:
+            print(f"{case.name:20} {line['failed']}", flush=True)
+        else:
+            print(
+                f"{case.name:20} {line['seconds_per_step'] * 1000:9.1f} ms {line['samples_per_second']:9.1f} samples/s"
+                f" {line['model_flops_utilisation']:6.1%} of {line['matmul_tflops']:.1f} TFLOP/s",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
