@@ -76,6 +76,7 @@ def test_what_is_not_a_json_object_is_refused(client, body, code):
         ({"prompt": PROMPT, "seed": 2**63}, "seed", "invalid_value"),
         ({"prompt": PROMPT, "temperature": 0}, "temperature", "invalid_value"),
         ({"prompt": PROMPT, "temperature": 1e300}, "temperature", "invalid_value"),
+        ({"prompt": PROMPT, "num_lopar_steps": 1000}, "num_lopar_steps", "invalid_value"),
         ({"prompt": PROMPT, "style": "oil"}, "style", "invalid_value"),
         ({"prompt": PROMPT, "negative_prompt": "a car"}, "negative_prompt", "invalid_value"),
         ({"prompt": PROMPT, "response_format": "url"}, "response_format", "invalid_value"),
@@ -155,6 +156,14 @@ def test_an_edit_without_a_mask_is_refused(client):
 )
 def test_a_bad_form_is_refused(client, data, files, param, code):
     assert_error(client.post("/v1/images/edits", data=data, files=files), 400, code, param)
+
+
+def test_more_captions_than_a_strategy_makes_are_refused(client):
+    for strategy in ("greedy", "beam", "best_of"):
+        answer = client.post(
+            "/v1/images/captions", data={"n": "9", "strategy": strategy}, files={"image": png(picture(32, 32))}
+        )
+        assert_error(answer, 400, "invalid_value", "n")
 
 
 def test_a_form_that_is_none_is_refused(client):

@@ -25,7 +25,14 @@ from .worker import Job
 
 PREVIEWED = 4  # pictures of a batch that a preview shows
 # The arguments of the pipelines by other names
-PARAMS = {"mask_image": "mask", "num_images_per_prompt": "n", "height": "size", "width": "size"}
+PARAMS = {
+    "mask_image": "mask",
+    "num_images_per_prompt": "n",
+    "num_captions_per_image": "n",
+    "num_steps": "num_lopar_steps",
+    "height": "size",
+    "width": "size",
+}
 FIELDS = {
     name
     for kind in (GenerationRequest, EditRequest, UpscaleRequest, CaptionRequest, ScoreRequest)
