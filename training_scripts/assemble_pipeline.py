@@ -34,6 +34,9 @@ class AssembleConfig:
     compression_rate: int = field(default=8, metadata={"help": "Pixels per token along each side."})
     styles: str = field(default="{}", metadata={"help": "JSON: style presets by name."})
     default_style: str | None = field(default=None, metadata={"help": "The preset used when a call names none."})
+    whole_pictures: bool = field(
+        default=False, metadata={"help": "CogLM knows whole pictures only: inpainting shows it as much as it can."}
+    )
     dtype: str = field(
         default="float16",
         metadata={"help": "Type of the stored weights.", "choices": ["float32", "float16", "bfloat16"]},
@@ -82,6 +85,7 @@ def main(arguments: list[str] | None = None) -> CogView2Pipeline:
         compression_rate=config.compression_rate,
         styles=styles,
         default_style=config.default_style,
+        whole_pictures=config.whole_pictures,
     )
     pipeline.save_pretrained(config.output_dir)
     for name, source in files.items():

@@ -226,6 +226,18 @@ def test_mask_share_and_min_crop_size_choose_the_crop(inpaint):
     assert side(min_crop_size=500) == 90
 
 
+def test_a_model_of_whole_pictures_sees_all_of_them(inpaint):
+    whole = CogView2InpaintPipeline.from_pipe(inpaint, whole_pictures=True)
+    whole.set_progress_bar_config(disable=True)
+    image, mask = picture(60, 90), mask_of(60, 90, (30, 30, 34, 34))
+    assert inpaint(PROMPT, image, mask).crop_boxes[0] != [(0, 1, 60, 61)]
+    assert whole(PROMPT, image, mask).crop_boxes[0] == [(0, 1, 60, 61)]
+    ((top, _, bottom, _),) = whole(PROMPT, image, mask, min_crop_size=20).crop_boxes[0]
+    assert bottom - top == 20
+    ((top, _, bottom, _),) = whole(PROMPT, image, mask, max_crop_size=40).crop_boxes[0]
+    assert bottom - top == 40
+
+
 def test_the_rule_of_the_release_leaves_out_tokens_that_are_masked_in_part(inpaint):
     image, mask = picture(LOW, LOW), mask_of(LOW, LOW, (5, 5, 20, 20))
 

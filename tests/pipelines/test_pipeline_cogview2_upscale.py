@@ -50,7 +50,7 @@ def test_a_picture_is_encoded_and_enlarged(upscale):
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
     low = upscale.vqvae.encode(pixels).tokens
     from_tokens = upscale(tokens=low, prompt=PROMPT, generator=seeds(3)).images[0]
-    from_picture = upscale(image, PROMPT, generator=seeds(3)).images[0]
+    from_picture = upscale(image, PROMPT, generator=seeds(3), faithful=False).images[0]
     assert from_picture.size == (FINE, FINE)
     assert np.array_equal(np.asarray(from_tokens), np.asarray(from_picture))
 
@@ -59,6 +59,20 @@ def test_a_picture_is_encoded_and_enlarged(upscale):
 def test_pictures_of_any_size_get_three_times_as_large(upscale, height, width):
     image = upscale(PIL.Image.fromarray(picture(height, width)), PROMPT).images[0]
     assert image.size == (3 * width, 3 * height)
+
+
+@pytest.mark.parametrize("height, width", [(LOW, LOW), (10, 20)])
+def test_a_faithful_result_reduced_again_is_the_picture(upscale, height, width):
+    smooth = PIL.Image.fromarray(picture(5, 4)).resize((width, height), PIL.Image.Resampling.BICUBIC)
+    smooth = np.asarray(smooth) // 2 + 64  # away from black and white, where values are cut off
+
+    def distance(**call):
+        large = upscale(smooth, PROMPT, generator=seeds(1), output_type="np", **call).images[0]
+        small = large.reshape(height, 3, width, 3, 3).mean((1, 3))
+        return np.abs(small - smooth / 255).max()
+
+    assert distance() < 0.02
+    assert distance(faithful=False) > 0.1
 
 
 def test_pictures_of_different_sizes_come_back_in_order(upscale):

@@ -45,12 +45,14 @@ def test_the_folder_is_a_pipeline_that_makes_pictures(parts, tmp_path):
         "  none: {top_k_clusters: 3, text_attention_bias: 0.0}\n"
         "  painted: {suffix: {en: ' red', zh: 红色}}\n"
         "default_style: none\n"
+        "whole_pictures: true\n"
         f"files: {{README.md: {tmp_path / 'card.md'}}}\n",
         encoding="utf-8",
     )
     options = {"config": tmp_path / "pipeline.yaml", "output_dir": tmp_path / "model", **parts}
     assembled = script.main(as_arguments(options))
     index = json.loads((tmp_path / "model/model_index.json").read_text())
+    assert index["whole_pictures"] is True
     assert {value[0] for value in index.values() if isinstance(value, list)} == {"cogview_pipelines"}
     assert (tmp_path / "model/README.md").read_text() == "# A model\n"
     for folder, is_stored in (("transformer", True), ("direct_sr_transformer", False)):

@@ -142,6 +142,9 @@ def upscale(
     tile_overlap: float = typer.Option(
         None, min=0, max=0.75, help="Of tiles of large pictures, as a part of a side.  [default: 0.25]"
     ),
+    faithful: bool = typer.Option(
+        None, "--faithful/--free", help="Whether the result, reduced, is the picture again.  [default: faithful]"
+    ),
     style: str = STYLE_OPTION,
     num_lopar_steps: int = typer.Option(None, min=0, help="Passes of iterative super-resolution; 0 leaves it out."),
     model: str = MODEL_OPTION,
@@ -167,6 +170,7 @@ def upscale(
     given = {
         "num_levels": levels,
         "tile_overlap": tile_overlap,
+        "faithful": faithful,
         "style": style,
         "num_lopar_steps": num_lopar_steps,
     }

@@ -149,7 +149,7 @@ INPAINT = Kind(
 UPSCALE = Kind(
     ("id", "image", "prompt", "seed"),
     ("id", "image"),
-    {**_SUPER_RESOLUTION, "num_levels": _whole_number, "tile_overlap": _share},
+    {**_SUPER_RESOLUTION, "num_levels": _whole_number, "tile_overlap": _share, "faithful": _truth},
 )
 CAPTION = Kind(
     ("id", "image", "seed"),

@@ -77,12 +77,19 @@ class CogView2PipelineBase(DiffusionPipeline):
         compression_rate: int = 8,
         styles: dict[str, dict] | None = None,
         default_style: str | None = None,
+        whole_pictures: bool = False,
     ):
         super().__init__()
         if direct_sr_transformer is not None and direct_sr_transformer.config.shares_backbone:
             if transformer is None:
                 raise ValueError(
                     "`transformer` must be given: the `direct_sr_transformer` has no backbone of its own."
+                )
+            own = direct_sr_transformer.canvas_position_embeddings.weight.device
+            if own != transformer.device:
+                raise ValueError(
+                    f"`transformer` and `direct_sr_transformer` share weights and must be on one device, but are on "
+                    f"{transformer.device} and {own}. Leave `device_map='balanced'` out, or move one of them."
                 )
             direct_sr_transformer.share_backbone(transformer)
         self.register_modules(
@@ -94,7 +101,12 @@ class CogView2PipelineBase(DiffusionPipeline):
             direct_sr_scheduler=direct_sr_scheduler,
             iterative_sr_scheduler=iterative_sr_scheduler,
         )
-        self.register_to_config(compression_rate=compression_rate, styles=styles or {}, default_style=default_style)
+        self.register_to_config(
+            compression_rate=compression_rate,
+            styles=styles or {},
+            default_style=default_style,
+            whole_pictures=whole_pictures,
+        )
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
 
     @classmethod

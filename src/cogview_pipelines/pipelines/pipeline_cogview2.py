@@ -50,6 +50,9 @@ class CogView2Pipeline(PreviewMixin, CogView2PipelineBase):
         styles (`dict[str, dict]`): Presets: the `suffix` that is added to the prompt (a string, or one for each of
             `"en"` and `"zh"`), and any settings of `__call__`.
         default_style (`str`, *optional*): The preset used when a call names none.
+        whole_pictures (`bool`, defaults to `False`): Whether CogLM was trained on whole pictures of one kind only, and
+            makes little of parts of them: inpainting then shows it as much of the picture as fits into a square,
+            rather than the surroundings of the mask.
 
     Source: https://arxiv.org/abs/2204.14217.
     """

@@ -13,7 +13,7 @@ from ..batching import run_in_batches, slices
 from ..captioning import WrittenText, search_texts, write_texts
 from ..sampling import Generators, sample_tokens
 from ..scoring import caption_losses, image_losses
-from .completion_geometry import center_crop, resize, resize_shorter_side
+from .completion_geometry import center_crop, resize
 from .picture_io import Images, Picture, read_pictures
 from .pipeline_base import CogView2PipelineBase, check_counts, check_prompts, one_generator_per_image
 from .pipeline_output import CogView2CaptionPipelineOutput
@@ -260,9 +260,9 @@ class CogView2CaptionPipeline(CogView2PipelineBase):
         """The middle of a picture at low resolution: `(3, height, width)`."""
         height, width = self.sizes[0]
         pixels = picture.on_white()
-        if height != width:
-            return resize(pixels[None], (height, width))[0]
-        return center_crop(resize_shorter_side(pixels, height), height)
+        if height == width:
+            pixels = center_crop(pixels, min(picture.size))
+        return resize(pixels[None], (height, width))[0]
 
     def _write(
         self,

@@ -157,8 +157,9 @@ class CogView2InpaintPipeline(PreviewMixin, CogView2PipelineBase):
             mask_share (`float`, defaults to 14 / 20): The square is so large that the mask takes at most this part of
                 its side, where the picture is large enough.
             min_crop_size, max_crop_size (`int`, *optional*):
-                Bounds of the side of the square in pixels. By default at least half of the low resolution, and at most
-                the shorter side of the picture. A mask that does not fit into the largest square is painted piece by
+                Bounds of the side of the square in pixels. By default at least half of the low resolution (with
+                `whole_pictures` in `pipe.config`: the shorter side of the picture), and at most the shorter side of
+                the picture. A mask that does not fit into the largest square is painted piece by
                 piece; a smaller largest square gives more detail, and sees less of the picture.
             mask_rule (`str`): A token is painted if `"cover"`: any of its pixels is masked; `"nearest"`: its first
                 pixel is, as in the release, which keeps parts of the old content along the edges.
@@ -219,11 +220,13 @@ class CogView2InpaintPipeline(PreviewMixin, CogView2PipelineBase):
             "schedulers": schedulers,
             "super_resolve": has_fine and super_resolve,
             "mask_share": mask_share,
-            "min_side": max(self.sizes[0]) // 2 if min_crop_size is None else min_crop_size,
             "max_side": max_crop_size,
             "mask_rule": mask_rule,
         }
-        tasks = [_Task(*case, **common) for case in zip(pictures, masks, texts)]
+        tasks = [
+            _Task(picture, mask, text, min_side=self._min_side(picture, min_crop_size), **common)
+            for picture, mask, text in zip(pictures, masks, texts)
+        ]
         for task in tasks:
             task.next_crop(task.mask, self.layout.image_grid)  # or its error, before anything is computed
         generators = one_generator_per_image(generator, len(tasks) * num_images_per_prompt)
@@ -384,6 +387,12 @@ class CogView2InpaintPipeline(PreviewMixin, CogView2PipelineBase):
         return place(entries)
 
     # Arguments -------------------------------------------------------------------------------------------------------
+
+    def _min_side(self, picture: Picture, min_crop_size: int | None) -> int:
+        """The least side of the square that is cut out of a picture."""
+        if min_crop_size is not None:
+            return min_crop_size
+        return min(picture.size) if self.config.whole_pictures else max(self.sizes[0]) // 2
 
     def _check_inputs(
         self, prompt: str | Sequence[str], image: Images, mask_image: Images

@@ -10,6 +10,7 @@ from .. import sequences
 from ..batching import run_in_batches
 from ..sampling import Generators
 from ..schedulers.scheduling_lopar import LoPARScheduler
+from .completion_geometry import agree_with
 from .picture_io import OUTPUT_TYPES, Images, Picture, read_pictures, write_pictures
 from .pipeline_base import (
     Callback,
@@ -61,6 +62,7 @@ class CogView2UpscalePipeline(PreviewMixin, CogView2PipelineBase):
         compression_rate: int = 8,
         styles: dict[str, dict] | None = None,
         default_style: str | None = None,
+        whole_pictures: bool = False,
     ):
         super().__init__(
             tokenizer=tokenizer,
@@ -73,6 +75,7 @@ class CogView2UpscalePipeline(PreviewMixin, CogView2PipelineBase):
             compression_rate=compression_rate,
             styles=styles,
             default_style=default_style,
+            whole_pictures=whole_pictures,
         )
 
     @property
@@ -102,6 +105,7 @@ class CogView2UpscalePipeline(PreviewMixin, CogView2PipelineBase):
         tokens: torch.Tensor | None = None,
         num_levels: int = 1,
         tile_overlap: float = DEFAULT_TILE_OVERLAP,
+        faithful: bool = True,
         style: str | None = None,
         generator: Generators = None,
         prompt_translator: PromptTranslator | None = None,
@@ -131,6 +135,9 @@ class CogView2UpscalePipeline(PreviewMixin, CogView2PipelineBase):
             num_levels (`int`): Enlarge again what came out, so many times in all.
             tile_overlap (`float`, defaults to 0.25): How much of a tile's side at least lies in the one before, for
                 pictures larger than a tile; from 0 to 0.75.
+            faithful (`bool`, defaults to `True`): Make up for what the tokens of a picture lost: the result, reduced
+                again, is the picture that came in. It has no effect on what is made of `tokens`, which came from no
+                picture. Without it, noise and small mistakes of the picture are painted over, and fine colours change.
             style (`str`, *optional*): A name in `pipe.config.styles`; default: `pipe.config.default_style`.
             generator (`torch.Generator` or list of them, *optional*): One for all pictures, or one per picture.
             prompt_translator, direct_sr_temperature, direct_sr_top_k_clusters, direct_sr_cluster_temperature,
@@ -196,9 +203,12 @@ class CogView2UpscalePipeline(PreviewMixin, CogView2PipelineBase):
                                 self, progress, callback_on_step_end, callback_on_step_end_tensor_inputs, indices
                             )
                             fine = self._enlarge(low, tiles, own_texts, own_generators, schedulers, notify)
-                        pixels = self._decode_tiles(fine)
+                        enlarged = self._decode_tiles(fine)
                         if size is not None:
-                            pixels = pixels[..., : size[0] * self.scale[0], : size[1] * self.scale[1]]
+                            enlarged = enlarged[..., : size[0] * self.scale[0], : size[1] * self.scale[1]]
+                            if faithful:
+                                enlarged = agree_with(enlarged.cpu(), pixels.cpu())
+                        pixels = enlarged
                         low = None
                     for index, one, own_tokens in zip(indices, pixels.cpu(), fine.cpu()):
                         results[index], fine_tokens[index] = Picture(one), own_tokens
