@@ -40,6 +40,13 @@ class PrepareConfig:
         default=None, metadata={"help": "scope.json of the emoji scenes; default: the small one."}
     )
     single_share: float = field(default=0.15, metadata={"help": "Chance that a drawn emoji scene has one object."})
+    reversed_share: float = field(
+        default=0.5,
+        metadata={
+            "help": "Share of the captions of emoji pairs that name the right or lower object first. With fewer, a "
+            "model soon learns that the first noun comes first in the picture, and then when it does not."
+        },
+    )
     max_pairs: int | None = field(default=None, metadata={"help": "At most so many emoji scenes of two objects."})
     sprites: str | None = field(
         default=None, metadata={"help": "Folder of full-size drawings, for emoji scenes larger than 240 pixels."}
@@ -105,7 +112,22 @@ class EmojiPictures(Dataset):
                 *variants["objects_only"],
                 *sentences,
             ]
+            if scene.layout == "pair":
+                texts[language] = thin_reversed(texts[language], language, self.config.reversed_share)
         return [render(scene, size, self.sprites) for size in self.sizes], {**texts, "weight": weight}
+
+
+def thin_reversed(texts: list[str], language: str, share: float) -> list[str]:
+    """Captions of a pair, with so many that name the right or lower object first that they make up `share` of all."""
+    from cogview_pipelines.emoji.scenes import CANONICAL_RELATIONS, RELATIONS
+
+    relations = [relation for name, relation in RELATIONS.items() if name not in CANONICAL_RELATIONS]
+    words = [relation.english if language == "en" else relation.chinese for relation in relations]
+    is_reversed = [any(word in text for word in words) for text in texts]
+    kept = [text for text, reverse in zip(texts, is_reversed) if not reverse]
+    rest = [text for text, reverse in zip(texts, is_reversed) if reverse]
+    count = min(round(len(kept) * share / (1 - share)), len(rest))
+    return kept + [rest[index * len(rest) // count] for index in range(count)]
 
 
 class FolderPictures(Dataset):
@@ -165,6 +187,8 @@ def check_config(config: PrepareConfig, vqvae: IcetkVQModel) -> None:
     if bool(config.image_folder) != bool(config.captions):
         missing = "captions" if config.image_folder else "image_folder"
         raise ValueError(f"`{missing}` is missing: pictures need captions, and captions need pictures.")
+    if not 0 <= config.reversed_share <= 0.5:
+        raise ValueError(f"`reversed_share` must be from 0 to 0.5, but is {config.reversed_share}.")
     for name, size, unit in (
         ("low_size", config.low_size, config.compression_rate),
         ("fine_size", config.fine_size or 0, config.low_size),

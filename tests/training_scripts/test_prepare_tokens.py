@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from cogview_pipelines import IcetkVQModel
-from cogview_pipelines.emoji import Scope, iterate_scenes, render
+from cogview_pipelines.emoji import Scope, captions, iterate_scenes, render
 from cogview_pipelines.training.token_data import TokenData
 
 from .conftest import as_arguments, load_script
@@ -71,8 +71,8 @@ def test_a_folder_of_pictures_becomes_tokens_with_their_captions(run, pictures, 
     assert {name: tuple(value.shape) for name, value in tensors.items()} == {"low": (5, 4, 4), "fine": (5, 12, 12)}
     data = TokenData.load(tmp_path / "tokens", tokenizer)
     assert [list(texts) for texts in data.captions] == [["en", "zh"], ["en"], ["zh"], ["en"], ["en"]]
-    assert data.captions[0]["zh"] == [tokenizer.encode("一只老虎"), tokenizer.encode("老虎")]
-    assert data.captions[3]["en"] == [tokenizer.encode("an apple")]
+    assert data.captions[0]["zh"] == ["一只老虎", "老虎"]
+    assert data.captions[3]["en"] == ["an apple"]
     assert data.weights.tolist() == [1, 1, 2, 1, 1]
     # each line has the tokens of its own picture: cut to the square in the middle, scaled to the size
     vqvae = IcetkVQModel.from_pretrained(vqvae_folder).eval()
@@ -105,6 +105,19 @@ def test_a_float16_image_tokenizer_gives_the_tokens_of_its_weights_in_float32(ru
     half.float().save_pretrained(tmp_path / "rounded")
     tokens = [run(vqvae=tmp_path / name)["low"] for name in ("half", "rounded")]
     assert torch.equal(*tokens)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5])
+def test_captions_that_name_the_second_object_first_make_up_the_share_that_is_asked_for(script, share):
+    scope = Scope(("1f431", "1f42f"), ("noto",), ("blue",), ("pair",))
+    for scene in list(iterate_scenes(scope, "pair", "train"))[:4]:
+        for language, words in (("en", ("right of", "below")), ("zh", ("右边", "下面"))):
+            texts = captions(scene, language) * 4
+            thinned = script.thin_reversed(texts, language, share)
+            is_reversed = [any(word in text for word in words) for text in thinned]
+            assert sum(is_reversed) / len(thinned) == pytest.approx(share, abs=0.02)
+            assert set(thinned) <= set(texts)
+            assert {text for text in texts if not any(word in text for word in words)} <= set(thinned)
 
 
 def test_emoji_scenes_of_the_scope_are_encoded_and_drawn_by_the_share_of_singles(
@@ -186,6 +199,7 @@ def test_an_unreadable_picture_is_named_or_left_out(run, pictures, damage, token
         ({"low_size": 30}, "`low_size` must be a multiple of `compression_rate` 8, but is 30"),
         ({"fine_size": 80}, "`fine_size` must be a multiple of `low_size` 32, but is 80"),
         ({"compression_rate": 16}, r"`compression_rate` must be one of \[8\], which `vqvae` has, but is 16"),
+        ({"reversed_share": 0.7}, r"`reversed_share` must be from 0 to 0\.5, but is 0\.7"),
     ],
 )
 def test_options_that_cannot_work_are_named(run, options, message):
