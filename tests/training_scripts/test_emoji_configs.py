@@ -28,7 +28,6 @@ SETS = {
     "small": {name: EMOJI / f"{name}_small.yaml" for name in CONFIG_CLASSES},
     "gpu": {name: EMOJI / "gpu" / f"{name}.yaml" for name in CONFIG_CLASSES},
 }
-SMALL_VQ = "runs/vq_small"
 GRIDS = {"small": ((10, 10), (30, 30)), "gpu": ((20, 20), (60, 60))}
 
 
@@ -75,16 +74,32 @@ def test_the_large_scope_is_everything():
     assert Scope.load(EMOJI / "gpu/scope.json") == Scope.full()
 
 
-def test_the_auxiliary_scenes_of_the_small_model_are_of_its_styles_and_of_all_concepts():
-    tokens = parse_config(load_script("prepare_tokens").PrepareConfig, ["--config", str(EMOJI / "tokens_wide.yaml")])
-    coglm = parse_config(
-        load_script("train_coglm").CogLMTrainConfig,
-        ["--config", str(SETS["small"]["coglm"]), "--output_dir", "runs/coglm_small"],
-    )
-    assert (tokens.output_dir, tokens.vqvae) == (coglm.auxiliary_data, f"{SMALL_VQ}/final")
+def small_config(name: str):
+    """A config file beside those of the set: the runs of CogLM before its last, and what they read."""
+    script, config_class = CONFIG_CLASSES["tokens" if name.startswith("tokens") else "coglm"]
+    arguments = ["--config", str(EMOJI / f"{name}.yaml")]
+    if not name.startswith("tokens"):
+        arguments += ["--output_dir", f"runs/{name}"]
+    return parse_config(getattr(load_script(script), config_class), arguments)
+
+
+def test_the_runs_of_the_small_coglm_follow_each_other():
+    runs = [small_config(f"coglm_small{name}") for name in ("_first", "_order", "")]
+    assert [run.init_from for run in runs] == [None, *(f"{run.output_dir}/final" for run in runs[:2])]
+    for run, ending in zip(runs, ("", "_order", "")):
+        main, wide = (small_config(f"tokens_{name}{ending}") for name in ("small", "wide"))
+        assert (run.data, run.auxiliary_data) == (main.output_dir, wide.output_dir)
+        assert (main.reversed_share, wide.reversed_share) == ((0.2, 0.2) if ending else (0.5, 0.5))
+        assert run.decay_steps + run.warmup_steps <= run.max_steps
+
+
+@pytest.mark.parametrize("name", ["tokens_wide", "tokens_wide_order", "tokens_wide_fine"])
+def test_the_auxiliary_scenes_of_the_small_model_are_of_its_styles_and_of_all_concepts(name):
+    tokens = small_config(name)
     scope, small, full = Scope.load(tokens.scope), Scope.small(), Scope.full()
     assert (scope.concepts, scope.styles, scope.backgrounds) == (full.concepts, small.styles, small.backgrounds)
     assert tokens.low_size // tokens.compression_rate == GRIDS["small"][0][0]
+    assert tokens.vqvae == "runs/vq_small/final"
 
 
 def make_models(name, configs, tokenizer_folder, tmp_path) -> dict[str, torch.nn.Module]:
@@ -96,7 +111,8 @@ def make_models(name, configs, tokenizer_folder, tmp_path) -> dict[str, torch.nn
     direct, iterative = configs["direct_sr"], configs["iterative_sr"]
     with torch.device("meta"):
         models = {"vqvae": IcetkVQModel(IcetkVQConfig(**json.loads(configs["vq"].model)))}
-        coglm = models["transformer"] = load_script("train_coglm").make_model(configs["coglm"], tokenizer, data)
+        first = configs["coglm"] if name == "gpu" else small_config("coglm_small_first")
+        coglm = models["transformer"] = load_script("train_coglm").make_model(first, tokenizer, data)
         models["direct_sr_transformer"] = CogLMModel.from_transformer(
             coglm, "direct", GRIDS[name][1], **json.loads(direct.model)
         )
