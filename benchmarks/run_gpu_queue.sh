@@ -213,7 +213,7 @@ train() {
         [ -e "$work/done/$label" ] && [ "$label" != "$name" ] && continue
         # no more than is left, with room for loading and saving
         time=$(awk -v wanted="${minutes[$index]}" -v left=$((end - SECONDS)) \
-            'BEGIN { left = (left - 45) / 60; print wanted < left ? wanted : left > 0.1 ? left : 0.1 }')
+            'BEGIN { left = (left - 45) / 60; if (left > wanted) left = wanted; print (left < 0.02 ? 0.02 : left) }')
         step "$label" "$(awk -v minutes="$time" 'BEGIN { print int(minutes * 78 + 75) }')" \
             "$python" benchmarks/train_for.py "$part" --minutes "$time" "$script" "${options[@]}" || return 1
     done
