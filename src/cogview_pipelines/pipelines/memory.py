@@ -3,6 +3,7 @@
 import torch
 from accelerate.hooks import CpuOffload
 
+from ..generation import LOGITS_BYTES
 from ..models.modeling_coglm import CogLMConfig, CogLMModel
 from .offloading import share_weights
 
@@ -13,8 +14,8 @@ DEFAULT_MAX_BATCH_SIZE = 8
 MOST_PICTURES = {None: 32, "direct": 8, "iterative": 8}
 # The rest is for the fragments between tensors, and for what libraries take.
 USED_SHARE = 0.8
-# Live copies, at the peak, of the widest states and of the scores: see `bytes_per_picture`.
-STATES, SCORES = 12, 5
+# Copies of the states of all cells, and of the logits that are drawn from at a time, that live at the peak.
+STATES, LOGITS = 12, 5
 
 
 def execution_device(model: torch.nn.Module, group_device: torch.device) -> torch.device:
@@ -39,7 +40,7 @@ def bytes_per_picture(config: CogLMConfig, itemsize: int) -> int:
     Memory that a stage needs for each picture, besides its weights.
 
     Without super-resolution it is the cache of keys and values, which grows with the longest text. With it, the states
-    of all cells and their scores, besides the keys and values of the context.
+    of all cells, besides the keys and values of the context.
 
     Args:
         config (`CogLMConfig`): Of the stage.
@@ -54,9 +55,7 @@ def bytes_per_picture(config: CogLMConfig, itemsize: int) -> int:
         length = config.num_text_slots + (config.super_resolution == "direct") * (1 + config.layout.image_length)
         cells = config.canvas_length
     cache = 2 * config.num_hidden_layers * length * config.hidden_size * itemsize
-    states = cells * (STATES * config.hidden_size + 2 * config.intermediate_size) * itemsize
-    scores = SCORES * cells * config.num_image_tokens * torch.float32.itemsize
-    return cache + states + scores
+    return cache + cells * (STATES * config.hidden_size + 2 * config.intermediate_size) * itemsize
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -87,5 +86,6 @@ def pictures_that_fit(model: CogLMModel, device: torch.device, models: list[torc
         leaving = {id(p): p for other in models if not share_weights(model, other) for p in other.parameters()}
         free += sum(parameter.nbytes for parameter in leaving.values() if parameter.device == device)
     most = MOST_PICTURES[model.config.super_resolution]
+    free -= LOGITS * LOGITS_BYTES
     per_picture = copies * bytes_per_picture(model.config, model.dtype.itemsize)
     return max(1, min(most, int(USED_SHARE * free) // per_picture))

@@ -1,0 +1,91 @@
+#!/usr/bin/env python
+"""
+What previews cost: the same pictures made by a call and by `stream`, in turns, and one preview by itself.
+
+    python benchmarks/bench_previews.py --device cpu
+    python benchmarks/bench_previews.py --model FOLDER --device cuda --dtype bfloat16 --num-images 4 --json
+"""
+
+import json
+import statistics
+import time
+from enum import Enum
+from pathlib import Path
+
+import torch
+import typer
+
+from cogview_pipelines import CogView2Pipeline
+from cogview_pipelines.environment import SHIPPED_MODEL, stamp
+
+
+class DType(str, Enum):
+    """Number formats of the weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def seconds(work, device: str) -> float:
+    """How long something takes, all of its work on the device included."""
+    start = time.perf_counter()
+    work()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def main(
+    model: Path = typer.Option(SHIPPED_MODEL, help="A saved pipeline."),
+    device: str = typer.Option("cpu", help="cpu, cuda, cuda:1, ..."),
+    dtype: DType = typer.Option(DType.float32, help="Number format of the weights."),
+    num_images: int = typer.Option(1, min=1, help="Pictures at a time."),
+    rows_per_preview: int = typer.Option(1, min=1, help="Rows of low-resolution tokens from one preview to the next."),
+    repeats: int = typer.Option(5, min=1, help="Times that each is measured, after one that is not."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON line."),
+) -> None:
+    """Measure what previews cost."""
+    pipe = CogView2Pipeline.from_pretrained(model, dtype=getattr(torch, dtype.value)).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_images_per_prompt": num_images, "max_batch_size": num_images, "output_type": "latent"}
+
+    def plain():
+        pipe("a tiger", generator=torch.Generator().manual_seed(1), **call)
+
+    def watched():
+        generator = torch.Generator().manual_seed(1)
+        for _ in pipe.stream("a tiger", generator=generator, rows_per_preview=rows_per_preview, **call):
+            pass
+
+    drafts = torch.zeros(num_images, *pipe.transformer.config.image_grid, dtype=torch.long)
+    times: dict = {plain: [], watched: []}
+    for repeat in range(repeats + 1):  # in turns, so that whatever else the machine does meets both
+        for work, taken in times.items():
+            taken.append(seconds(work, device))
+        if not repeat:
+            for taken in times.values():
+                taken.clear()
+    one = statistics.median(seconds(lambda: pipe.preview(drafts), device) for _ in range(repeats))
+    without, with_previews = (statistics.median(taken) for taken in times.values())
+    result = {
+        "benchmark": "previews",
+        **stamp(device),
+        "dtype": dtype.value,
+        "num_images": num_images,
+        "rows_per_preview": rows_per_preview,
+        "repeats": repeats,
+        "seconds_without_previews": without,
+        "seconds_with_previews": with_previews,
+        "share_of_previews": with_previews / without - 1,
+        "seconds_per_draft_preview": one,
+    }
+    if as_json:
+        print(json.dumps(result))
+    else:
+        for name, value in result.items():
+            print(f"{name:>26}  {value:.4g}" if isinstance(value, float) else f"{name:>26}  {value}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
