@@ -85,6 +85,12 @@ def evaluate(
     background, in a drawing style. A scorer without a neural network reads the pictures: background, style, objects,
     position are the shares of pictures that show each of these as the prompt says; all is the share that shows all
     four; clean is the share with nothing else on the background. Compare with --baseline ceiling and shuffled.
+
+    \b
+    Examples:
+      cogview2 evaluate --split test_pair --language zh --num 200 --json
+      cogview2 evaluate --split test_background --baseline ceiling
+      cogview2 evaluate --measure post-selection --candidates 8 --num 50
     """
     source = Path(find_model(model))
     if not (source / "scope.json").is_file():

@@ -124,6 +124,13 @@ def generate(
     what is there already is not made again, so that a long list can be stopped and resumed.
 
     Prompt, seed, settings and model are kept in the PNG files; --remake FILE.png makes such a picture again.
+
+    \b
+    Examples:
+      cogview2 generate "a tiger on a blue background" --num-images 4 --grid -o tigers.png
+      cogview2 generate "一只老虎，蓝色背景" --num-candidates 8 --seed 7
+      cogview2 generate --requests prompts.jsonl --output pictures
+      cogview2 generate --remake tiger.png --seed 8 -o other.png
     """
     given = {name: value for name, value in locals().items() if name in ARGUMENTS}
     given["num_images_per_prompt"] = num_images

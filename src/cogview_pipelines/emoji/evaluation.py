@@ -6,7 +6,7 @@ Each measure takes a pipeline and returns plain values for JSON. Shares are betw
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,9 +93,14 @@ def _true_tokens(
 
 
 @torch.no_grad()
-def _reconstructions(
-    pipe: CogView2Pipeline, scenes: Sequence[Scene], size: int, batch_size: int, sprites: SpriteSet | None
+def decoded_pictures(
+    pipe: CogView2Pipeline,
+    scenes: Sequence[Scene],
+    size: int,
+    batch_size: int = 8,
+    sprites: SpriteSet | None = None,
 ) -> list[Image.Image]:
+    """The scenes drawn at `size` pixels, encoded and decoded by the image tokenizer: as good as it can show them."""
     tokens = _true_tokens(pipe, scenes, size, batch_size, sprites)
     rate = pipe.config.compression_rate
     pixels = torch.cat([pipe.vqvae.decode(part, rate).sample for part in tokens.split(batch_size)])
@@ -148,7 +153,7 @@ def measure_pictures(
     started = time.perf_counter()
     if baseline == "ceiling":
         size = pipe.check_inputs("a", height=call.get("height"), width=call.get("width"))["height"]
-        images = _reconstructions(pipe, scenes, size, batch_size, sprites)
+        images = decoded_pictures(pipe, scenes, size, batch_size, sprites)
     else:
         images = generate_pictures(pipe, cases, batch_size, **call)
     seconds = (time.perf_counter() - started) / len(cases)
@@ -159,7 +164,7 @@ def measure_pictures(
     for index, (case, image, score) in enumerate(zip(cases, images, scores)):
         if on_picture is not None:
             on_picture(index, case, image, score)
-    means = {name: _share(score[name] for score in scores) for name in scores[0]}
+    means = {name: share(score[name] for score in scores) for name in scores[0]}
     return {**means, "seconds_per_image": round(seconds, 3)}
 
 
@@ -192,7 +197,7 @@ def measure_caption_loss(
     return {
         "true_caption_loss": round(true.mean().item(), 4),
         "shuffled_caption_loss": round(shuffled.mean().item(), 4),
-        "true_is_lower": _share((true < shuffled).tolist()),
+        "true_is_lower": share((true < shuffled).tolist()),
     }
 
 
@@ -210,7 +215,8 @@ def measure_post_selection(
     Candidates of a case have neighbouring seeds, and no two cases share one.
 
     Returns:
-        `dict`: The shares of [`measure_pictures`] for `first` and `best`, and `gain`, their difference in `all`.
+        `dict`: The shares of [`measure_pictures`] for `first` and `best`, `gain`, their difference in `all`, and
+        `gain_error`, its standard error over the cases.
 
     Raises:
         ValueError: If there are fewer than 2 candidates.
@@ -227,14 +233,20 @@ def measure_post_selection(
         max_batch_size=batch_size,
         **call,
     ).images
-    scorer, scenes = Scorer(), [case.scene for case in cases]
-    results = {
-        name: {key: round(share, 4) for key, share in scorer.mean(images, scenes).items()}
+    scorer = Scorer()
+    scores = {
+        name: [scorer(image, case.scene) for image, case in zip(images, cases, strict=True)]
         for name, images in (("first", generate_pictures(pipe, first, batch_size, **call)), ("best", best))
     }
-    return {**results, "gain": round(results["best"]["all"] - results["first"]["all"], 4)}
+    gains = np.array([best["all"] - first["all"] for first, best in zip(scores["first"], scores["best"])], float)
+    return {
+        **{name: {key: share(one[key] for one in found) for key in found[0]} for name, found in scores.items()},
+        "gain": round(gains.mean(), 4),
+        "gain_error": round(gains.std() / len(gains) ** 0.5, 4),
+    }
 
 
-def _share(outcomes) -> float:
+def share(outcomes: Iterable[bool]) -> float:
+    """The part of the outcomes that are true, to four places."""
     outcomes = list(outcomes)
     return round(sum(outcomes) / len(outcomes), 4)
