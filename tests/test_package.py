@@ -25,7 +25,7 @@ LAYERS = (
     {"decoding"},
     {"captioning", "generation", "scoring", "training"},
     {"pipelines"},
-    {"emoji", "conversion", "serving"},
+    {"bench", "emoji", "conversion", "serving"},
     {"cli"},
 )
 

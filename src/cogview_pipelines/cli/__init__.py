@@ -3,7 +3,7 @@
 import typer
 
 from .._version import __version__
-from . import doctor, evaluate, generate, pictures, serve, texts
+from . import bench, doctor, evaluate, generate, pictures, serve, texts
 
 app = typer.Typer(
     name="cogview2",
@@ -37,4 +37,5 @@ app.command("caption")(texts.caption)
 app.command("score")(texts.score)
 app.command("evaluate")(evaluate.evaluate)
 app.command("serve")(serve.serve)
+app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)

@@ -1,0 +1,5 @@
+"""The tiny pipelines of the tests of the pipelines."""
+
+from ..pipelines.conftest import pipe
+
+__all__ = ["pipe"]
