@@ -21,7 +21,7 @@ end=$((SECONDS + ${QUEUE_SECONDS:-$([ "$device" = cpu ] && echo 36000 || echo 58
 
 correctness=(kernel_build kernel_tests kernel_opcheck parity gpu_tests memcheck racecheck train_vq prepare_tokens
     kernel_benchmark)
-speed=(generation_benchmark generation_profile training_benchmark train_coglm)
+speed=(generation_benchmark generation_baseline generation_profile training_benchmark generation_capped train_coglm)
 training=(finish_coglm train_direct_sr train_iterative_sr assemble_model evaluate_model pack_model)
 
 name=gpu
@@ -56,7 +56,7 @@ else
             parity) options+=(-k "text or sampling") ;;
             gpu_tests) options+=(-k sampling -m "not gpu and not slow") ;;
             kernel_benchmark) options+=(--cases shipped_direct_b1_float32 --seconds 0.1) ;;
-            generation_benchmark) options+=(--cases tiny) ;;
+            generation_benchmark | generation_baseline | generation_capped) options+=(--cases tiny_b1 --seconds 1) ;;
             generation_profile) options+=(--small) ;;
             training_benchmark) options+=(--cases small --seconds 0.1) ;;
             evaluate) options+=(--num 2) ;;
@@ -179,12 +179,14 @@ racecheck() { sanitizer racecheck; }
 # ---------------------------------------------------------------------------------------------------------------- speed
 
 benchmark() {
-    local name=$1 limit=$2 script=$3 options=(--device "$device" --json)
+    local name=$1 limit=$2 script=$3 options=(--device "$device" --json "${@:4}")
     tiny "$name"
     json "$name" "$limit" "benchmarks/$script.py" "${options[@]}"
 }
 kernel_benchmark() { benchmark kernel_benchmark 150 bench_local_attention; }
-generation_benchmark() { benchmark generation_benchmark 260 bench_generation; }
+generation_benchmark() { benchmark generation_benchmark 150 bench_generation --seconds 6; }
+generation_baseline() { benchmark generation_baseline 110 bench_generation --baseline --seconds 6 --cases released_b1; }
+generation_capped() { benchmark generation_capped 220 bench_generation --seconds 6 --cases capped --folder "$work/random6b"; }
 training_benchmark() { benchmark training_benchmark 70 bench_training; }
 generation_profile() {
     local options=(--device "$device")
@@ -273,7 +275,13 @@ group_correctness() {
     wait
     lane kernel_benchmark
 }
-group_speed() { lane "${speed[@]}"; }
+group_speed() {
+    lane generation_benchmark generation_baseline generation_profile training_benchmark
+    # with capped memory, transfers take most of the time: CogLM trains beside them
+    lane generation_capped &
+    lane train_coglm
+    wait
+}
 group_training() {
     lane finish_coglm
     lane train_direct_sr &
