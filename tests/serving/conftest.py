@@ -47,7 +47,7 @@ class Running:
         assert not self.thread.is_alive()
 
     def client(self, **arguments):
-        return httpx.Client(base_url=self.url, timeout=60, **arguments)
+        return httpx.Client(base_url=self.url, timeout=300, **arguments)
 
 
 class Hold:

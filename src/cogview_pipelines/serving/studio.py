@@ -180,7 +180,7 @@ class Studio:
         """Pictures of a prompt, best first if there are candidates."""
         count = request.num_candidates or request.n
         pipe = self.text_to_image
-        with _explained(pipe):
+        with _explained():
             output = pipe(
                 request.prompt,
                 num_images_per_prompt=request.n,
