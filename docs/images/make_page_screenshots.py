@@ -60,6 +60,7 @@ def edit(page: Page) -> None:
 def save(page: Page, path: Path) -> None:
     """A screenshot with few colours, and so a small file."""
     page.mouse.move(0, 0)
+    page.evaluate("window.scrollTo(0, 0)")
     page.wait_for_timeout(500)
     page.screenshot(path=path)
     with Image.open(path) as image:
