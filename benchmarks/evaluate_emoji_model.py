@@ -13,7 +13,7 @@ import torch
 import typer
 
 from cogview_pipelines import CogView2Pipeline
-from cogview_pipelines.emoji import LANGUAGES, Scope
+from cogview_pipelines.emoji import LANGUAGES, Scope, SpriteSet
 from cogview_pipelines.emoji.evaluation import (
     choose_cases,
     measure_caption_loss,
@@ -25,7 +25,9 @@ from cogview_pipelines.environment import SHIPPED_MODEL, stamp
 SPLITS = ("train", "test_background", "test_pair", "test_order", "test_style")
 
 
-def measurements(pipe: CogView2Pipeline, scope: Scope, num: int, seed: int, batch_size: int):
+def measurements(
+    pipe: CogView2Pipeline, scope: Scope, num: int, seed: int, batch_size: int, sprites: SpriteSet | None = None
+):
     """Yield what was measured, most wanted first; scenes that a scope does not have are left out."""
 
     def cases(split, language, layout):
@@ -43,11 +45,11 @@ def measurements(pipe: CogView2Pipeline, scope: Scope, num: int, seed: int, batc
     for split, layout in cells:
         chosen = cases(split, "en", layout)
         what = {"split": split, "layout": layout, "language": None, "n": len(chosen)}
-        yield {**what, "baseline": "ceiling", **measure_pictures(pipe, chosen, baseline="ceiling")}
+        yield {**what, "baseline": "ceiling", **measure_pictures(pipe, chosen, baseline="ceiling", sprites=sprites)}
     for language in LANGUAGES:
         chosen = choose_cases(scope, "test_background", language, num, seed)
         what = {"split": "test_background", "language": language, "n": len(chosen)}
-        yield {**what, "measure": "caption_loss", **measure_caption_loss(pipe, chosen)}
+        yield {**what, "measure": "caption_loss", **measure_caption_loss(pipe, chosen, sprites=sprites)}
     chosen = choose_cases(scope, "test_background", "en", num, seed)
     what = {"split": "test_background", "language": "en", "n": len(chosen)}
     yield {
@@ -65,15 +67,18 @@ def main(
     seed: int = 0,
     batch_size: int = 16,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
+    sprites: Path | None = None,
 ) -> None:
+    """`sprites` is a folder of full-size drawings, for models of pictures beyond 240 pixels."""
     pipe = CogView2Pipeline.from_pretrained(model, dtype=torch.float32).to(device)
     pipe.set_progress_bar_config(disable=True)
     scope = Scope.load(model)
+    drawings = None if sprites is None else SpriteSet(sprites)
     context = stamp(str(pipe.device))
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text("", encoding="utf-8")
-    for result in measurements(pipe, scope, num, seed, batch_size):
+    for result in measurements(pipe, scope, num, seed, batch_size, drawings):
         line = json.dumps({**result, **context})
         print(line, flush=True)
         if output is not None:

@@ -248,7 +248,7 @@ assemble_model() {
     step assemble_model 60 "$python" training_scripts/assemble_pipeline.py "${options[@]}"
 }
 evaluate_model() {
-    local options=(--model "$work/model" --output "$work/evaluation.jsonl" --device "$device" --num 16 --batch-size 64)
+    local options=(--model "$work/model" --output "$work/evaluation.jsonl" --device "$device" --num 16 --batch-size 64 --sprites data/sprites)
     tiny evaluate
     step evaluate_model 100 "$python" benchmarks/evaluate_emoji_model.py "${options[@]}"
 }
