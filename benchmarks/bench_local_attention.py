@@ -22,13 +22,13 @@ import ctypes
 import json
 import math
 import os
-import platform
 import time
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from cogview_pipelines.environment import stamp
 from cogview_pipelines.ops.local_attention import in_window, local_attention, window_mask
 from cogview_pipelines.ops.native import build_info
 
@@ -162,7 +162,8 @@ def flex(case, device):
         return result
 
     block_mask = create_block_mask(seen, None, None, own, own + coarse_keys + case.context, device=device)
-    compiled = torch.compile(flex_attention, dynamic=False)
+    torch._dynamo.reset()  # after a failure, such as the missing backward pass on a CPU, it would not compile again
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     return lambda inputs: compiled(*joined(inputs), block_mask=block_mask).transpose(1, 2)
 
 
@@ -412,10 +413,8 @@ def main() -> None:
             memory = torch.cuda.get_device_properties(0).total_memory
         options.max_gigabytes = memory / 2e9
     torch.backends.cuda.matmul.allow_tf32 = False
-    about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": platform.processor()}
-    about |= build_info()
-    if options.device == "cuda":
-        about["gpu"] = torch.cuda.get_device_name()
+    kernels = {key: value for key, value in build_info().items() if key != "library"}  # a path of this machine
+    about = {**stamp(options.device), "kernels": kernels}
     if not options.json:
         print(
             json.dumps(about),
@@ -426,7 +425,7 @@ def main() -> None:
     for case in all_cases():
         if options.device not in case.devices or (options.cases and not case.name.startswith(tuple(options.cases))):
             continue
-        line = run_case(case, options.device, options) | {"about": about}
+        line = run_case(case, options.device, options) | about
         print(json.dumps(line) if options.json else table(line), flush=True)
 
 
