@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """
-What previews cost: the same pictures made by a call and by `stream`, in turns, and one preview by itself.
+What previews cost: the same pictures made by a call, by `stream` with its limit on previews, and by `stream` with
+every preview, in turns; and one preview by itself.
 
     python benchmarks/bench_previews.py --device cpu
     python benchmarks/bench_previews.py --model FOLDER --device cuda --dtype bfloat16 --num-images 4 --json
@@ -42,7 +43,8 @@ def main(
     dtype: DType = typer.Option(DType.float32, help="Number format of the weights."),
     num_images: int = typer.Option(1, min=1, help="Pictures at a time."),
     rows_per_preview: int = typer.Option(1, min=1, help="Rows of low-resolution tokens from one preview to the next."),
-    repeats: int = typer.Option(5, min=1, help="Times that each is measured, after one that is not."),
+    max_preview_share: float = typer.Option(0.05, min=0, max=1, help="By which share previews may slow a call down."),
+    repeats: int = typer.Option(9, min=1, help="Times that each is measured, after one that is not."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON line."),
 ) -> None:
     """Measure what previews cost."""
@@ -53,32 +55,43 @@ def main(
     def plain():
         pipe("a tiger", generator=torch.Generator().manual_seed(1), **call)
 
-    def watched():
+    def watched(share: float | None, counts: list[int]):
         generator = torch.Generator().manual_seed(1)
-        for _ in pipe.stream("a tiger", generator=generator, rows_per_preview=rows_per_preview, **call):
-            pass
+        settings = {"rows_per_preview": rows_per_preview, "max_preview_share": share}
+        *previews, _ = pipe.stream("a tiger", generator=generator, **settings, **call)
+        counts.append(len(previews))
 
+    counts: dict[str, list[int]] = {"limited": [], "all": []}
+    ways = {
+        "none": plain,
+        "limited": lambda: watched(max_preview_share, counts["limited"]),
+        "all": lambda: watched(None, counts["all"]),
+    }
+    for work in ways.values():
+        work()
+    for made in counts.values():
+        made.clear()
+    # in turns, so that whatever else the machine does meets them all, and each turn compared by itself
+    turns = [{name: seconds(work, device) for name, work in ways.items()} for _ in range(repeats)]
     drafts = torch.zeros(num_images, *pipe.transformer.config.image_grid, dtype=torch.long)
-    times: dict = {plain: [], watched: []}
-    for repeat in range(repeats + 1):  # in turns, so that whatever else the machine does meets both
-        for work, taken in times.items():
-            taken.append(seconds(work, device))
-        if not repeat:
-            for taken in times.values():
-                taken.clear()
-    one = statistics.median(seconds(lambda: pipe.preview(drafts), device) for _ in range(repeats))
-    without, with_previews = (statistics.median(taken) for taken in times.values())
     result = {
         "benchmark": "previews",
         **stamp(device),
         "dtype": dtype.value,
         "num_images": num_images,
         "rows_per_preview": rows_per_preview,
+        "max_preview_share": max_preview_share,
         "repeats": repeats,
-        "seconds_without_previews": without,
-        "seconds_with_previews": with_previews,
-        "share_of_previews": with_previews / without - 1,
-        "seconds_per_draft_preview": one,
+        "num_possible_previews": statistics.median(counts["all"]),
+        "num_previews": statistics.median(counts["limited"]),
+        "seconds_without_previews": statistics.median(turn["none"] for turn in turns),
+        "seconds_with_previews": statistics.median(turn["limited"] for turn in turns),
+        "seconds_with_all_previews": statistics.median(turn["all"] for turn in turns),
+        "share_of_previews": statistics.median(turn["limited"] / turn["none"] for turn in turns) - 1,
+        "share_of_all_previews": statistics.median(turn["all"] / turn["none"] for turn in turns) - 1,
+        "seconds_per_draft_preview": statistics.median(
+            seconds(lambda: pipe.preview(drafts), device) for _ in range(repeats)
+        ),
     }
     if as_json:
         print(json.dumps(result))

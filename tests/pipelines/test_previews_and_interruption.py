@@ -213,7 +213,8 @@ def test_a_preview_of_what_is_complete_is_the_picture(pipe):
 
 def test_a_stream_gives_every_row_and_every_pass_and_then_the_pictures_of_the_call(pipe):
     expected = make(pipe).tokens
-    *previews, output = pipe.stream(PROMPTS, num_images_per_prompt=2, generator=seeds(1, 2, 3, 4), max_batch_size=3)
+    call = {"num_images_per_prompt": 2, "generator": seeds(1, 2, 3, 4), "max_batch_size": 3}
+    *previews, output = pipe.stream(PROMPTS, **call, max_preview_share=None)
     assert isinstance(output, CogView2PipelineOutput)
     assert torch.equal(output.tokens, expected)
     assert all(isinstance(preview, CogView2PreviewOutput) for preview in previews)
@@ -234,7 +235,7 @@ def test_a_stream_gives_every_row_and_every_pass_and_then_the_pictures_of_the_ca
 def test_fewer_previews_cost_less(pipe):
     kinds = [
         report.stage if isinstance(report, CogView2PreviewOutput) else "end"
-        for report in pipe.stream("a cat", rows_per_preview=2, num_lopar_steps=1)
+        for report in pipe.stream("a cat", rows_per_preview=2, max_preview_share=None, num_lopar_steps=1)
     ]
     assert kinds == ["transformer"] * 2 + ["direct_sr_transformer", "iterative_sr_transformer", "end"]
 

@@ -1,6 +1,7 @@
 """Pictures while they are being made."""
 
 import contextvars
+import functools
 import queue
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import torch
 
 from .pipeline_base import Callback, GenerationInterrupted, check_counts
 from .pipeline_output import CogView2PreviewOutput
+from .preview_budget import PreviewBudget, check_share
 
 NEUTRAL = 0.5  # grey
 
@@ -54,28 +56,43 @@ class PreviewMixin:
         return quantize.nearest(quantize.embed.weight.mean(0, keepdim=True))[0].cpu()
 
     def stream(
-        self, *args, rows_per_preview: int = 1, callback_on_step_end: Callback | None = None, **call
+        self,
+        *args,
+        rows_per_preview: int = 1,
+        max_preview_share: float | None = 0.05,
+        callback_on_step_end: Callback | None = None,
+        **call,
     ) -> Iterator[CogView2PreviewOutput | Any]:
         """
         Make pictures as a call does, and watch: yields previews, and at last what the call returns.
 
         There is a preview of each batch whenever so many rows of low-resolution tokens are written, and after each
-        pass of super-resolution. A thread makes the pictures and does not wait for whoever looks at the previews.
-        Closing the iterator stops it at its next step. What a call raises, the iterator raises.
+        pass of super-resolution, as far as there is time for it. A thread makes the pictures and does not wait for
+        whoever looks at the previews. Closing the iterator stops it at its next step. What a call raises, the iterator
+        raises.
 
         Args:
             args, call: As for `__call__`.
             rows_per_preview (`int`, defaults to 1): Rows of low-resolution tokens from one preview to the next.
+            max_preview_share (`float`, *optional*, defaults to 0.05): By which share previews may make the call
+                slower, from 0 (no previews) to 1. A preview is left out if it would take more of the time so far,
+                judged by the one before; the first is made. Tokens and pictures do not depend on it. A small model
+                on a CPU leaves many out; with the released one on a GPU, a preview takes so little beside the steps
+                before it that none should be. `None`: every preview is made.
             callback_on_step_end (*optional*): As for `__call__`; called in that thread.
+
+        Raises:
+            ValueError: At once if one of the arguments above cannot be used.
         """
         check_counts(rows_per_preview=rows_per_preview)
+        check_share(max_preview_share)
         tensor_inputs = call.pop("callback_on_step_end_tensor_inputs", self._callback_tensor_inputs)
         self._check_tensor_inputs(tensor_inputs)
         reports: queue.SimpleQueue[CogView2PreviewOutput | _End] = queue.SimpleQueue()
         closed = threading.Event()
         num_unseen = 0
 
-        def watch(pipe, step: int, timestep: int, kwargs: dict) -> None:
+        def watch(budget: PreviewBudget, pipe, step: int, timestep: int, kwargs: dict) -> None:
             nonlocal num_unseen
             if closed.is_set():
                 raise GenerationInterrupted(f"Stopped before step {step}, because the stream was closed.")
@@ -87,13 +104,15 @@ class PreviewMixin:
             num_unseen += 1
             if stage != "transformer" or num_unseen >= rows_per_preview * tokens.shape[-1]:
                 num_unseen = 0
+                if not budget.allows(tokens):
+                    return
                 tokens = tokens.to("cpu", copy=True)  # the loop goes on writing into it
                 about = (stage, step, timestep, kwargs["image_indices"])
-                reports.put(CogView2PreviewOutput(self.preview(tokens), tokens, *about))
+                reports.put(CogView2PreviewOutput(budget.make(self, tokens), tokens, *about))
 
         def work() -> None:
             inputs = {
-                "callback_on_step_end": watch,
+                "callback_on_step_end": functools.partial(watch, PreviewBudget(max_preview_share)),
                 "callback_on_step_end_tensor_inputs": self._callback_tensor_inputs,
             }
             try:
