@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import random
 import re
 from collections.abc import Iterator
@@ -13,10 +12,12 @@ from PIL import Image
 
 from ..batching import is_out_of_memory
 from ..environment import versions
+from ..pipelines.pipeline_base import Callback
 from ..pipelines.pipeline_cogview2 import CogView2Pipeline
 from ..pipelines.pipeline_cogview2_caption import CogView2CaptionPipeline
 from ..pipelines.pipeline_cogview2_inpaint import CogView2InpaintPipeline
 from ..pipelines.pipeline_cogview2_upscale import CogView2UpscalePipeline
+from ..pipelines.preview_budget import PreviewBudget
 from ..png import encode_png
 from .errors import ApiError, bad_request
 from .schemas import CaptionRequest, EditRequest, GenerationRequest, ScoreRequest, UpscaleRequest
@@ -24,6 +25,7 @@ from .settings import ServerSettings
 from .worker import Job
 
 PREVIEWED = 4  # pictures of a batch that a preview shows
+PREVIEW_SHARE = 0.1  # by which previews may make a job slower: more than in scripts, since somebody sits and watches
 # The arguments of the pipelines by other names
 PARAMS = {
     "mask_image": "mask",
@@ -62,7 +64,8 @@ class Preview:
     Args:
         stage (`str`): `"transformer"`, `"direct_sr_transformer"` or `"iterative_sr_transformer"`.
         step (`int`): Of the stage, from 1 on.
-        images (`list[PIL.Image.Image]`): The first pictures as far as they are known; empty for tiles.
+        images (`list[PIL.Image.Image]`): The first pictures, as the latest step that there was time to decode left
+            them; empty for tiles.
     """
 
     stage: str
@@ -188,7 +191,7 @@ class Studio:
                 **self._size(request.size),
                 **request.settings(),
                 generator=_generators(request.seed, count),
-                callback_on_step_end=functools.partial(self._on_step, job),
+                callback_on_step_end=self._watch(job),
             )
         scores = output.scores or [None] * len(output.images)
         return [Made(*each) for each in zip(output.images, output.seeds, output.prompts, scores)]
@@ -203,7 +206,7 @@ class Studio:
                 num_images_per_prompt=request.n,
                 **request.settings(),
                 generator=_generators(request.seed, request.n),
-                callback_on_step_end=functools.partial(self._on_step, job),
+                callback_on_step_end=self._watch(job),
             )
         return [Made(*each) for each in zip(output.images, output.seeds, output.prompts)]
 
@@ -216,7 +219,7 @@ class Studio:
                 num_levels=request.num_levels,
                 **request.settings(),
                 generator=_generators(request.seed, 1),
-                callback_on_step_end=functools.partial(self._on_step, job),
+                callback_on_step_end=self._watch(job),
             )
         return [Made(*each) for each in zip(output.images, output.seeds, output.prompts)]
 
@@ -254,15 +257,23 @@ class Studio:
 
     # Parts -----------------------------------------------------------------------------------------------------------
 
-    def _on_step(self, job: Job, pipe: Any, step: int, timestep: int, kwargs: dict) -> None:
-        job.checkpoint()
-        if not job.wants_previews:
-            return
-        stage, tokens = kwargs["stage"], kwargs["tokens"]
-        if stage == "transformer" and timestep % tokens.shape[-1]:
-            return  # a row is not complete
-        images = [] if pipe is self.upscaling else pipe.preview(tokens[:PREVIEWED])
-        job.preview = Preview(stage, timestep, images)
+    def _watch(self, job: Job) -> Callback:
+        """A callback that ends the work when it is to stop, and says how far it is."""
+        budget = PreviewBudget(PREVIEW_SHARE)
+
+        def on_step(pipe: Any, step: int, timestep: int, kwargs: dict) -> None:
+            job.checkpoint()
+            if not job.wants_previews:
+                return
+            stage, tokens = kwargs["stage"], kwargs["tokens"][:PREVIEWED]
+            if stage == "transformer" and timestep % tokens.shape[-1]:
+                return  # a row is not complete
+            images = job.preview.images if job.preview else []
+            if pipe is not self.upscaling and budget.allows(tokens):
+                images = budget.make(pipe, tokens.cpu())
+            job.preview = Preview(stage, timestep, images)
+
+        return on_step
 
     def _size(self, size: str) -> dict[str, int]:
         if size == "auto":
