@@ -1,7 +1,9 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
+import torch
 
 from cogview_pipelines.emoji import Scope, Scorer, evaluation
 from cogview_pipelines.emoji.captions import captions
@@ -133,8 +135,6 @@ def test_caption_loss_compares_own_with_other_captions(cogview2, pipeline):
 
 
 def test_post_selection_compares_the_best_candidate_with_the_first(cogview2, pipeline):
-    import torch
-
     arguments = ("--measure", "post-selection", "--candidates", 3, "--num", 2, "--height", LOW_SIZE, "--seed", 4)
     report = json.loads(cogview2("evaluate", *arguments, "--json").stdout)
     assert report["candidates"] == 3
@@ -149,6 +149,49 @@ def test_post_selection_compares_the_best_candidate_with_the_first(cogview2, pip
     assert output.seeds[0] in (4, 5, 6) and output.seeds[1] in (7, 8, 9)
     scenes = [case.scene for case in cases]
     assert report["best"] == pytest.approx(Scorer().mean(output.images, scenes))
+
+
+def test_candidates_drawn_with_more_chance_are_compared_with_pictures_of_the_models_own_settings(
+    pipeline, monkeypatch
+):
+    cases = choose_cases(SCOPE, "train", "en", 3, seed=4)
+    prompts, sampling = [case.caption for case in cases], {"temperature": 3.0, "top_k_clusters": 30}
+    seen, finished = [], []
+
+    def record(image, scene):
+        seen.append(np.asarray(image))
+        return {"all": bool(seen[-1].sum(dtype=np.int64) % 2)}
+
+    monkeypatch.setattr(evaluation, "full_scorer", lambda: record)
+    result = evaluation.measure_post_selection(
+        pipeline,
+        cases,
+        num_candidates=3,
+        sampling=sampling,
+        num_lopar_steps=0,
+        callback_on_step_end=lambda pipe, step, timestep, kwargs: finished.extend(
+            kwargs["image_indices"] if kwargs["stage"] == "direct_sr_transformer" else ()
+        ),
+    )
+
+    def call(seeds, **settings):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return pipeline(prompts, generator=generators, num_lopar_steps=0, **settings)
+
+    best = call(range(4, 13), num_candidates=3, **sampling)
+    expected = [*call((4, 7, 10), **sampling).images, *best.images, *call((4, 7, 10)).images]
+    assert len(seen) == len(expected) == 9
+    assert all(np.array_equal(image, np.asarray(other)) for image, other in zip(seen, expected))
+    chosen = sum(seed not in (4, 7, 10) for seed in best.seeds)
+    assert chosen > 0
+    assert len(finished) == 3 + chosen + 3  # nothing twice, and no draft that was not chosen
+    first, best, preset = (np.mean([image.sum(dtype=np.int64) % 2 for image in seen[i : i + 3]]) for i in (0, 3, 6))
+    assert result["gain"] == pytest.approx(best - first, abs=1e-4)
+    assert result["gain_over_preset"] == pytest.approx(best - preset, abs=1e-4)
+    low = {"height": LOW_SIZE, "output_type": "latent", "num_images_per_prompt": 3, **sampling}
+    drafts = call(range(4, 13), **low).tokens.unflatten(0, (3, 3))
+    differences = (drafts[:, 1:] != drafts[:, :1]).float().mean().item()
+    assert result["token_difference"] == pytest.approx(differences, abs=1e-4)
 
 
 @pytest.mark.parametrize(

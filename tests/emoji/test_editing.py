@@ -119,9 +119,11 @@ def test_captions_are_right_as_far_as_they_say_what_is_there(pipeline, monkeypat
         return measure_captions(pipeline, cases, language)
 
     right = measure(lambda scene: scene)
+    assert right.pop("named_by_layout") == {"single": 1.0, "pair": 1.0}
     assert set(right.values()) == {1.0}
     style = {"noto": "twemoji", "twemoji": "noto"}
     other = measure(lambda scene: Scene(style[scene.style], scene.background, scene.objects, scene.relation))
+    assert other.pop("named_by_layout") == {"single": 0.0, "pair": 0.0}
     assert {name for name, share in other.items() if share < 1} == {"style", "named", "all"}
     mirrored = measure(
         lambda scene: (
@@ -130,8 +132,12 @@ def test_captions_are_right_as_far_as_they_say_what_is_there(pipeline, monkeypat
             else Scene(scene.style, scene.background, scene.objects[::-1], scene.relation)
         )
     )
+    assert mirrored.pop("named_by_layout") == {"single": 1.0, "pair": 1.0}
     assert {name for name, share in mirrored.items() if share < 1} == {"relation", "all"}
     assert mirrored["relation"] == 0
+    wrong_pairs = measure(lambda scene: scene if scene.relation is None else scenes[0])
+    assert wrong_pairs["named_by_layout"]["single"] == 1.0
+    assert wrong_pairs["named_by_layout"]["pair"] < 1.0
 
 
 def test_upscaling_is_measured_beside_its_ceiling(pipeline, monkeypatch):  # noqa: F811

@@ -22,7 +22,7 @@ from .caption_reader import read_caption
 from .evaluation import Case, choose_cases, decoded_pictures, share, true_pictures
 from .rendering import render, slot_boxes
 from .scenes import Scene, Scope, is_usable
-from .scorer import Scorer
+from .scorer import Scorer, full_scorer
 
 HELD_OUT_CELLS = (
     ("test_background", "single"),
@@ -140,7 +140,7 @@ def measure_inpainting(
     size = pipe.sizes[-1][0]
     scenes = [edit.before for edit in edits]
     before = [render(scene, size) for scene in scenes] if pictures == "true" else decoded_pictures(pipe, scenes, size)
-    scorer, results = Scorer(), []
+    scorer, results = full_scorer(), []
     for number, (edit, image) in enumerate(zip(edits, before, strict=True)):
         mask = edit.mask(size)
         generator = torch.Generator().manual_seed(edit.seed)
@@ -190,7 +190,8 @@ def measure_captions(
 
     Returns:
         `dict`: The shares `objects`, `relation` (of pictures of two objects; left out if there are none), `background`
-        and `style` that captions name right, `named`: objects, background and style, and `all` of the four.
+        and `style` that captions name right, `named`: objects, background and style, and `all` of the four; and
+        `named_by_layout`, for pictures of a single object and of a pair.
 
     Raises:
         ValueError: If there are no cases.
@@ -205,12 +206,13 @@ def measure_captions(
     results = [read_caption(text, language).compare(case.scene) for text, case in zip(texts, cases, strict=True)]
     pairs = [result["relation"] for result, case in zip(results, cases) if case.scene.relation is not None]
     shares = {name: share(result[name] for result in results) for name in ("objects", "background", "style")}
-    named = share(result["objects"] and result["background"] and result["style"] for result in results)
+    named = [result["objects"] and result["background"] and result["style"] for result in results]
     return {
         **shares,
         **({"relation": share(pairs)} if pairs else {}),
-        "named": named,
+        "named": share(named),
         "all": share(result["all"] for result in results),
+        "named_by_layout": _by_cell([case.scene.layout for case in cases], named),
     }
 
 

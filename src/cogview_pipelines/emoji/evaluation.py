@@ -18,7 +18,7 @@ from ..scoring import caption_losses
 from .captions import LANGUAGES, captions
 from .rendering import SpriteSet, render
 from .scenes import SPLITS, Scene, Scope, iterate_scenes, sample_scenes
-from .scorer import Scorer
+from .scorer import full_scorer
 
 BASELINES = ("none", "ceiling", "shuffled")
 _MAX_LISTED = 10_000  # scenes that are listed, where fewer exist than are asked for
@@ -159,7 +159,7 @@ def measure_pictures(
     seconds = (time.perf_counter() - started) / len(cases)
     if baseline == "shuffled":
         scenes = scenes[1:] + scenes[:1]
-    scorer = Scorer()
+    scorer = full_scorer()
     scores = [scorer(image, scene) for image, scene in zip(images, scenes, strict=True)]
     for index, (case, image, score) in enumerate(zip(cases, images, scores)):
         if on_picture is not None:
@@ -207,43 +207,100 @@ def measure_post_selection(
     *,
     num_candidates: int = 8,
     batch_size: int = 8,
+    sampling: dict | None = None,
     **call,
 ) -> dict:
     """
     What choosing by caption loss gains: the best of several low-resolution candidates against the first one.
 
-    Candidates of a case have neighbouring seeds, and no two cases share one.
+    Candidates of a case have neighbouring seeds, and no two cases share one. Where a model's own settings leave little
+    to chance, candidates hardly differ, and there is nothing to choose from. With `sampling` they are drawn in another
+    way; since that alone makes single pictures better or worse, pictures by the model's own settings are scored, too.
+
+    Args:
+        pipe ([`CogView2Pipeline`]): What is measured.
+        cases (sequence of [`Case`]): From [`choose_cases`].
+        num_candidates (`int`, defaults to 8): Of each case.
+        batch_size (`int`, defaults to 8): Pictures that are computed at a time.
+        sampling (`dict`, *optional*): Settings of the candidates in place of those of `call` and of the style, such as
+            `{"temperature": 1.0, "top_k_clusters": 16}`.
+        call: Further arguments of the pipeline's call, for all pictures.
 
     Returns:
-        `dict`: The shares of [`measure_pictures`] for `first` and `best`, `gain`, their difference in `all`, and
-        `gain_error`, its standard error over the cases.
+        `dict`: The shares of [`measure_pictures`] for `first` and `best` of the candidates; `gain`, their difference
+        in `all`, and `gain_error`, its standard error over the cases; and `token_difference`, the mean share of
+        low-resolution tokens in which the other candidates differ from the first. With `sampling`, also the shares
+        `preset_first` of the first picture without it, and `gain_over_preset` and `gain_over_preset_error` of the best
+        candidate over that.
 
     Raises:
         ValueError: If there are fewer than 2 candidates.
     """
     if num_candidates < 2:
         raise ValueError(f"`num_candidates` must be at least 2, but is {num_candidates}.")
-    first_seeds = range(cases[0].seed, cases[0].seed + len(cases) * num_candidates, num_candidates)
-    first = [Case(case.scene, case.caption, seed) for case, seed in zip(cases, first_seeds, strict=True)]
-    seeds = [seed + candidate for seed in first_seeds for candidate in range(num_candidates)]
-    best = pipe(
-        [case.caption for case in cases],
-        num_candidates=num_candidates,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        max_batch_size=batch_size,
-        **call,
-    ).images
-    scorer = Scorer()
+    seeds = [cases[0].seed + number * num_candidates for number in range(len(cases))]
+    of_candidates = {**call, **(sampling or {})}
+    drafts, best = _choose_drafts(pipe, cases, seeds, num_candidates, batch_size, of_candidates)
+
+    def pictures(places: Sequence[int], offsets: Sequence[int], settings: dict) -> dict[int, Image.Image]:
+        """Of the cases at these places, those whose seeds are so far from the first ones."""
+        chosen = [
+            Case(cases[place].scene, cases[place].caption, seeds[place] + offset)
+            for place, offset in zip(places, offsets, strict=True)
+        ]
+        return dict(zip(places, generate_pictures(pipe, chosen, batch_size, **settings) if chosen else ()))
+
+    everywhere, none = range(len(cases)), [0] * len(cases)
+    images = {"first": pictures(everywhere, none, of_candidates)}
+    # the picture of a seed is the same in every call, so that only what was chosen is finished, and nothing twice
+    others = [place for place in everywhere if best[place]]
+    images["best"] = images["first"] | pictures(others, [best[place] for place in others], of_candidates)
+    if sampling:
+        images["preset_first"] = pictures(everywhere, none, call)
+    scorer = full_scorer()
     scores = {
-        name: [scorer(image, case.scene) for image, case in zip(images, cases, strict=True)]
-        for name, images in (("first", generate_pictures(pipe, first, batch_size, **call)), ("best", best))
+        name: [scorer(made[place], case.scene) for place, case in enumerate(cases)] for name, made in images.items()
     }
-    gains = np.array([best["all"] - first["all"] for first, best in zip(scores["first"], scores["best"])], float)
+    differences = (drafts[:, 1:] != drafts[:, :1]).float().mean().item()
     return {
         **{name: {key: share(one[key] for one in found) for key in found[0]} for name, found in scores.items()},
-        "gain": round(gains.mean(), 4),
-        "gain_error": round(gains.std() / len(gains) ** 0.5, 4),
+        **_gain("gain", scores["first"], scores["best"]),
+        **(_gain("gain_over_preset", scores["preset_first"], scores["best"]) if sampling else {}),
+        "token_difference": round(differences, 4),
     }
+
+
+def _choose_drafts(
+    pipe: CogView2Pipeline,
+    cases: Sequence[Case],
+    seeds: Sequence[int],
+    num_candidates: int,
+    batch_size: int,
+    settings: dict,
+) -> tuple[torch.Tensor, list[int]]:
+    """
+    Low-resolution candidates `(num_cases, num_candidates, rows, columns)`, and which of each case has the lowest
+    caption loss, as `num_candidates` of the pipeline's call chooses.
+    """
+    height, width = pipe.sizes[0]
+    prompts = [case.caption for case in cases]
+    drafts = pipe(
+        prompts,
+        num_images_per_prompt=num_candidates,
+        generator=[torch.Generator().manual_seed(seed + offset) for seed in seeds for offset in range(num_candidates)],
+        max_batch_size=batch_size,
+        **{**settings, "height": height, "width": width, "output_type": "latent"},
+    ).tokens
+    repeated = [prompt for prompt in prompts for _ in range(num_candidates)]
+    losses = caption_losses(pipe.transformer, pipe.tokenizer, drafts, repeated, max_batch_size=batch_size)
+    best = losses.view(len(cases), num_candidates).argsort(dim=1, stable=True)[:, 0]
+    return drafts.unflatten(0, (len(cases), num_candidates)), best.tolist()
+
+
+def _gain(name: str, before: Sequence[dict[str, bool]], after: Sequence[dict[str, bool]]) -> dict[str, float]:
+    """The mean difference in `all`, and its standard error."""
+    gains = np.array([new["all"] - old["all"] for old, new in zip(before, after, strict=True)], float)
+    return {name: round(gains.mean(), 4), f"{name}_error": round(gains.std() / len(gains) ** 0.5, 4)}
 
 
 def share(outcomes: Iterable[bool]) -> float:
