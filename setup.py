@@ -1,11 +1,10 @@
 """
-Builds `csrc/` into one shared library beside `cogview_pipelines/ops/local_attention.py`. Metadata is in
-`pyproject.toml`.
+Builds `csrc/` into one shared library in `cogview_pipelines/ops`. Metadata is in `pyproject.toml`.
 
 The library has a plain C interface: it needs neither torch nor Python headers, so one wheel serves every version of
 both, and nothing here imports torch. The CPU part takes any GCC or Clang and holds code for several instruction
 sets. The CUDA part is added where `nvcc` is found, for the architectures that this toolkit knows; no GPU is needed.
-Without a compiler the package installs all the same and computes local attention with PyTorch operations.
+Without a compiler the package installs all the same and computes with PyTorch operations.
 
 Environment variables: `CXX`, `NVCC` (compilers), `COGVIEW_CUDA=0` (leave the CUDA part out),
 `COGVIEW_CUDA_ARCHITECTURES` (for example `80;90`), `COGVIEW_REQUIRE_KERNELS=1` (fail if the CPU part cannot be
@@ -27,12 +26,13 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc"
-LIBRARY = "_local_attention.so"
+LIBRARY = "_kernels.so"
+CPU_KERNELS = ("local_attention_cpu", "decode_step_cpu")
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions", "-fno-rtti"]
 CXX_FLAGS += ["-fvisibility=hidden", "-Wall"]
 # Levels of the x86-64 psABI, chosen at run time, from the most general to the most particular.
 X86_INSTRUCTION_SETS = {
-    "baseline": ["-DLOCAL_ATTENTION_DISPATCH"],
+    "baseline": [],
     "avx2": ["-march=x86-64-v3"],
     "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
 }
@@ -51,20 +51,20 @@ def run(command: list, quiet: bool = False) -> str:
 
 
 def compile_cpu(compiler: str, folder: Path) -> list[Path]:
-    """Compile the CPU kernels, once per instruction set."""
+    """Compile the CPU kernels, once per instruction set, and what chooses among these at run time."""
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    sets = X86_INSTRUCTION_SETS if is_x86 else {"baseline": ["-DLOCAL_ATTENTION_DISPATCH"]}
-    names = " ".join(f"X({name})" for name in sets)
-    shared = [compiler, *CXX_FLAGS, f"-DLOCAL_ATTENTION_ISAS={names}"]
+    sets = X86_INSTRUCTION_SETS if is_x86 else {"baseline": []}
+    shared = [compiler, *CXX_FLAGS, f"-DCPU_ISAS={' '.join(f'X({name})' for name in sets)}"]
+    jobs = [(kernel, name, [f"-DCPU_ISA={name}", *sets[name]]) for kernel in CPU_KERNELS for name in sets]
 
-    def compile_one(name: str) -> Path:
-        target = folder / f"local_attention_{name}.o"
-        flags = [f"-DLOCAL_ATTENTION_ISA={name}", *sets[name]]
-        run([*shared, *flags, "-c", SOURCES / "local_attention_cpu.cpp", "-o", target])
+    def compile_one(job: tuple[str, str, list[str]]) -> Path:
+        source, name, flags = job
+        target = folder / f"{source}_{name}.o"
+        run([*shared, *flags, "-c", SOURCES / f"{source}.cpp", "-o", target])
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(compile_one, sets))
+        return list(pool.map(compile_one, [*jobs, ("cpu_dispatch", "baseline", [])]))
 
 
 def find_nvcc() -> str | None:
@@ -138,7 +138,7 @@ class BuildKernels(build_ext):
             if os.environ.get("COGVIEW_REQUIRE_KERNELS") == "1":
                 raise
             print(
-                f"warning: the local-attention kernels are not built, PyTorch operations will be used:\n{error}",
+                f"warning: the kernels are not built, PyTorch operations will be used:\n{error}",
                 file=sys.stderr,
             )
             return
@@ -188,7 +188,7 @@ class PlatformDistribution(Distribution):
 
 
 setup(
-    ext_modules=[Extension("cogview_pipelines.ops._local_attention", sources=[], optional=True)],
+    ext_modules=[Extension("cogview_pipelines.ops._kernels", sources=[], optional=True)],
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
     distclass=PlatformDistribution,
 )

@@ -65,7 +65,8 @@ CAPPED = {
     "capped_12_int4": (12, "int4", False),
 }
 DECODING = {
-    "eager": {},
+    "eager": {"fused": False},
+    "fused": {},
     "graph": {"cuda_graph": True},
     "compile": {"compile": True},
     "compiled_graph": {"compile": True, "cuda_graph": True},
@@ -196,7 +197,7 @@ def main() -> None:
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, else bfloat16")
     add("--cases", nargs="*", help="names, or beginnings of names; `tiny` for a rehearsal")
     add("--baseline", action="store_true", help="measure the original way, too")
-    add("--decoding", choices=list(DECODING), help="how tokens are written (default: eager on a CPU, graph on a GPU)")
+    add("--decoding", choices=list(DECODING), help="how tokens are written (default: fused on a CPU, graph on a GPU)")
     add("--seconds", type=float, default=30.0, help="time for each measurement (default: %(default)s)")
     add("--threads", type=int, help="CPU threads (default: torch's)")
     add("--folder", type=Path, help="where capped cases save their weights")
@@ -204,7 +205,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    options.decoding = options.decoding or ("eager" if options.device == "cpu" else "graph")
+    options.decoding = options.decoding or ("fused" if options.device == "cpu" else "graph")
     dtype = getattr(torch, options.dtype or ("float32" if options.device == "cpu" else "bfloat16"))
     every = ["released_b1", "released_b4", "released_b8", "released_b16", "shipped_b1", "shipped_b4", *CAPPED]
     every += ["tiny_b1", "tiny_b2"]

@@ -69,9 +69,6 @@ LOCAL_ATTENTION_API int64_t local_attention_problem_size(void);
 
 LOCAL_ATTENTION_API int local_attention_cpu_forward(const LocalAttentionProblem* problem);
 LOCAL_ATTENTION_API int local_attention_cpu_backward(const LocalAttentionProblem* problem);
-/* Name of the i-th instruction set compiled in, null after the last; the index of the one that this processor gets. */
-LOCAL_ATTENTION_API const char* local_attention_cpu_isa_name(int index);
-LOCAL_ATTENTION_API int local_attention_cpu_isa_selected(void);
 
 /* Only where the CUDA part is built in. Asynchronous, on `stream`, on the current device; rows of heads are aligned to 16 bytes. */
 LOCAL_ATTENTION_API int local_attention_cuda_forward(const LocalAttentionProblem* problem);

@@ -1,9 +1,7 @@
 /*
  * Local attention on the CPU, forward and backward, fused, vectorised and threaded.
  *
- * This file is compiled once per instruction set (LOCAL_ATTENTION_ISA names it; setup.py gives the flags), and the object that also defines
- * LOCAL_ATTENTION_DISPATCH chooses at run time. Everything else is in an anonymous namespace, so that no function compiled for a newer
- * processor can be linked into the code for an older one.
+ * This file is compiled once per instruction set, see cpu_kernels.h.
  *
  * Work is cut into units: one head of one image, or a band of its rows. A unit goes through its rows of tiles from top to bottom. A tile is
  * 16 queries (4x4 cells, or another shape that suits the window), which sit in the lanes of the vectors. The keys that they see form a
@@ -17,62 +15,16 @@
  * and half precision into contiguous memory that stays in the cache. Gradients of keys and values gather in a ring beside it, and a row is
  * written when no later query can see it: no atomics, and the result does not depend on the number of threads unless rows are split.
  */
-#include "local_attention_tiles.h"
-
-#include <math.h>
 #include <stdlib.h>
-#include <string.h>
 
-#ifndef LOCAL_ATTENTION_ISA
-#define LOCAL_ATTENTION_ISA baseline
-#define LOCAL_ATTENTION_DISPATCH
-#define LOCAL_ATTENTION_ISAS X(baseline)
-#endif
+#include "cpu_kernels.h"
+#include "cpu_vectors.h"
+#include "local_attention_tiles.h"
 
 namespace {
 
-#if defined(__AVX512F__)
-#define VECTOR_BYTES 64
-#elif defined(__AVX__)
-#define VECTOR_BYTES 32
-#else
-#define VECTOR_BYTES 16
-#endif
-
 constexpr int LANES = 16;  // queries in a tile
 constexpr int GROUP = 4;   // queries whose outputs are in registers together
-constexpr double LOG2_E = 1.4426950408889634074;
-
-// ------------------------------------------------------------------------------------------------------------------ vectors and numbers
-
-template <class T>
-struct Simd;
-
-template <>
-struct Simd<float> {
-    typedef float V __attribute__((vector_size(VECTOR_BYTES), may_alias));
-    typedef int32_t I __attribute__((vector_size(VECTOR_BYTES), may_alias));
-    typedef int32_t Int;
-    static constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
-    static constexpr int mantissa = 23, bias = 127;
-};
-
-template <>
-struct Simd<double> {
-    typedef double V __attribute__((vector_size(VECTOR_BYTES), may_alias));
-    typedef int64_t I __attribute__((vector_size(VECTOR_BYTES), may_alias));
-    typedef int64_t Int;
-    static constexpr double magic = 6755399441055744.0;
-    static constexpr int mantissa = 52, bias = 1023;
-};
-
-template <class T>
-using Vec = typename Simd<T>::V;
-
-template <class T>
-constexpr int width() {
-    return VECTOR_BYTES / (int)sizeof(T);
-}
 
 // Vectors that hold the lanes of a tile, and how many keys or values fit beside them in the registers.
 template <class T>
@@ -94,94 +46,6 @@ constexpr int values_per_block() {
 #else
     return 2;
 #endif
-}
-
-template <class T>
-inline Vec<T> load(const T* p) {
-    return *(const Vec<T>*)p;
-}
-template <class T>
-inline void store(T* p, Vec<T> v) {
-    *(Vec<T>*)p = v;
-}
-template <class T>
-inline Vec<T> splat(T x) {
-    return x - Vec<T>{};
-}
-
-// 2^x for x <= 0 (slightly above is fine); 0 where x underflows, NaN for NaN.
-template <class T>
-inline Vec<T> exp2(Vec<T> x) {
-    typedef Simd<T> S;
-    const Vec<T> lowest = splat<T>(-(T)S::bias), magic = splat<T>(S::magic);
-    x = x < lowest ? lowest : x;
-    const Vec<T> shifted = x + magic;
-    const Vec<T> f = x - (shifted - magic);
-    Vec<T> p;
-    if (sizeof(T) == 4) {
-        p = splat<T>((T)1.5252733804059841e-5);
-    } else {
-        p = splat<T>((T)1.3691488853904128e-12);
-        p = p * f + splat<T>((T)2.5678435993488206e-11);
-        p = p * f + splat<T>((T)4.4455382718708116e-10);
-        p = p * f + splat<T>((T)7.0549116208011233e-9);
-        p = p * f + splat<T>((T)1.0178086009239699e-7);
-        p = p * f + splat<T>((T)1.3215486790144309e-6);
-        p = p * f + splat<T>((T)1.5252733804059841e-5);
-    }
-    p = p * f + splat<T>((T)1.5403530393381609e-4);
-    p = p * f + splat<T>((T)1.3333558146428443e-3);
-    p = p * f + splat<T>((T)9.6181291076284772e-3);
-    p = p * f + splat<T>((T)5.5504108664821580e-2);
-    p = p * f + splat<T>((T)2.4022650695910071e-1);
-    p = p * f + splat<T>((T)6.9314718055994531e-1);
-    p = p * f + splat<T>((T)1);
-    typename S::I bits = (typename S::I)shifted;
-    bits = (bits << S::mantissa) + ((typename S::Int)S::bias << S::mantissa);
-    return p * (Vec<T>)bits;
-}
-
-struct bfloat16 {
-    uint16_t bits;
-};
-struct float16 {
-    uint16_t bits;
-};
-
-inline float bits_to_float(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
-inline uint32_t float_to_bits(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return bits;
-}
-
-inline float widen(float x) { return x; }
-inline double widen(double x) { return x; }
-inline float widen(bfloat16 x) { return bits_to_float((uint32_t)x.bits << 16); }
-inline float widen(float16 x) {
-    const uint32_t sign = (uint32_t)(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
-    const float small = (float)(int)rest * 5.9604644775390625e-8f;  // 2^-24, for exponent zero
-    const uint32_t normal = rest >= 0x7c00 ? (rest << 13) | 0x7f800000u : (rest << 13) + (112u << 23);
-    return bits_to_float((rest < 0x400 ? float_to_bits(small) : normal) | sign);
-}
-
-inline void narrow(float x, float* to) { *to = x; }
-inline void narrow(double x, double* to) { *to = x; }
-inline void narrow(float x, bfloat16* to) {  // to the nearest, ties to even
-    const uint32_t bits = float_to_bits(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    to->bits = (uint16_t)((bits & 0x7fffffff) > 0x7f800000u ? 0x7fc0 : rounded);
-}
-inline void narrow(float x, float16* to) {
-    const uint32_t bits = float_to_bits(x), sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;
-    // Below the smallest normal number, adding 0.5 leaves the rounded multiple of 2^-24 in the low bits.
-    const uint32_t small = float_to_bits(bits_to_float(rest) + 0.5f) - 0x3f000000u;
-    const uint32_t normal = (rest - (112u << 23) + 0xfff + ((rest >> 13) & 1)) >> 13;
-    const uint32_t large = rest > 0x7f800000u ? 0x7e00 : 0x7c00;
-    to->bits = (uint16_t)(sign | (rest >= 0x477ff000u ? large : rest < 0x38800000u ? small : normal));
 }
 
 // Copies a row of head_dim numbers into the compute type, padded with zeros to padded_dim.
@@ -921,9 +785,6 @@ public:
     }
 };
 
-typedef void (*Task)(void*);
-typedef void (*Parallel)(Task, void*, int threads, void* runtime);
-
 template <class T, class S, int PITCH>
 int run_typed(Plan& plan, Parallel parallel) {
     const LocalAttentionProblem& p = *plan.problem;
@@ -961,93 +822,6 @@ int run_problem(const LocalAttentionProblem& p, bool backward, Parallel parallel
 
 }  // namespace
 
-#define JOIN(a, b) a##b
-#define NAME_OF(isa) JOIN(local_attention_cpu_, isa)
-
-extern "C" int NAME_OF(LOCAL_ATTENTION_ISA)(const LocalAttentionProblem* p, int backward, void (*parallel)(void (*)(void*), void*, int, void*)) {
-    return run_problem(*p, backward != 0, parallel);
+int CPU_KERNEL(local_attention)(const LocalAttentionProblem* p, bool backward, Parallel parallel) {
+    return run_problem(*p, backward, parallel);
 }
-
-// ------------------------------------------------------------------------------------------------------------------------ run-time choice
-#ifdef LOCAL_ATTENTION_DISPATCH
-
-#include <pthread.h>
-
-#define X(isa) extern "C" int NAME_OF(isa)(const LocalAttentionProblem*, int, void (*)(void (*)(void*), void*, int, void*));
-LOCAL_ATTENTION_ISAS
-#undef X
-
-namespace {
-
-struct Isa {
-    const char* name;
-    int (*run)(const LocalAttentionProblem*, int, Parallel);
-};
-
-// From the most general to the most particular.
-const Isa isas[] = {
-#define X(isa) {#isa, NAME_OF(isa)},
-    LOCAL_ATTENTION_ISAS
-#undef X
-};
-constexpr int num_isas = sizeof(isas) / sizeof(isas[0]);
-
-bool supported(const char* name) {
-#if defined(__x86_64__)
-    if (!strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (!strcmp(name, "avx512"))
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
-#endif
-    return !strcmp(name, "baseline");
-}
-
-int select_isa() {
-    for (int i = num_isas - 1; i > 0; i--)
-        if (supported(isas[i].name)) return i;
-    return 0;
-}
-
-struct Start {
-    Task task;
-    void* data;
-};
-void* start_thread(void* start) {
-    ((Start*)start)->task(((Start*)start)->data);
-    return nullptr;
-}
-
-// Runs `task` on `threads` threads: those of the OpenMP runtime that torch uses, so that no second pool competes with it, or new ones.
-void run_parallel(Task task, void* data, int threads, void* runtime) {
-    if (threads <= 1) return task(data);
-    if (runtime) return ((void (*)(Task, void*, unsigned, unsigned))runtime)(task, data, (unsigned)threads, 0);
-    constexpr int most = 256;
-    pthread_t ids[most];
-    Start start = {task, data};
-    int started = 0;
-    for (; started < threads - 1 && started < most; started++)
-        if (pthread_create(&ids[started], nullptr, start_thread, &start)) break;
-    task(data);
-    for (int i = 0; i < started; i++) pthread_join(ids[i], nullptr);
-}
-
-int run(const LocalAttentionProblem* p, bool backward) {
-    const int shift = p->tile_rows;
-    if (p->abi != LOCAL_ATTENTION_ABI || p->head_dim < 1 || p->head_dim > LOCAL_ATTENTION_MAX_HEAD_DIM || p->threads < 1 ||
-        shift < 0 || shift > LANES || (shift & (shift - 1)) || p->isa < 0 || p->isa > num_isas)
-        return LOCAL_ATTENTION_UNSUPPORTED;
-    const int isa = p->isa ? p->isa - 1 : select_isa();
-    if (!supported(isas[isa].name)) return LOCAL_ATTENTION_UNSUPPORTED;
-    return isas[isa].run(p, backward, run_parallel);
-}
-
-}  // namespace
-
-extern "C" {
-int64_t local_attention_problem_size(void) { return sizeof(LocalAttentionProblem); }
-int local_attention_cpu_forward(const LocalAttentionProblem* p) { return run(p, false); }
-int local_attention_cpu_backward(const LocalAttentionProblem* p) { return run(p, true); }
-const char* local_attention_cpu_isa_name(int index) { return index >= 0 && index < num_isas ? isas[index].name : nullptr; }
-int local_attention_cpu_isa_selected(void) { return select_isa(); }
-}
-#endif

@@ -1,20 +1,35 @@
 """
 One more token for every sequence: the step that [`generation.generate`] repeats, in each way that it can run.
 
-[`Decoder`] runs the model as it is. [`StaticDecoder`] runs it on tensors of fixed shapes at fixed addresses, so that
-one compilation and one captured CUDA graph serve all steps and prompts; `CogLMModel.set_decoding` asks for it.
+[`Decoder`] runs the model as it is. On a CPU, [`FusedDecoder`] runs all of a step in one kernel. [`StaticDecoder`]
+runs the model on tensors of fixed shapes at fixed addresses, so that one compilation and one captured CUDA graph serve
+all steps and prompts. `CogLMModel.set_decoding` says which.
 """
 
 from collections.abc import Callable
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .models.modeling_coglm import CogLMCache, CogLMModel, attention_bias
+from .models.modeling_coglm import (
+    CogLMAttention,
+    CogLMCache,
+    CogLMDropout,
+    CogLMLayer,
+    CogLMMLP,
+    CogLMModel,
+    CogLMTokenEmbedding,
+    attention_bias,
+)
+from .ops.decode_step import LAYER_PARTS, DecodeStep, decode_step_refusals
 from .sequences import TokenSequence
 
 # A fixed step reads a whole number of blocks of the cache: few variants, and little that is masked.
 BLOCK = 128
+# All that a CogLM consists of, as the fused step knows it.
+_PLAIN_MODULES = {CogLMModel, CogLMLayer, CogLMAttention, CogLMMLP, CogLMDropout, CogLMTokenEmbedding}
+_PLAIN_MODULES |= {nn.Embedding, nn.LayerNorm, nn.Linear, nn.ModuleList}
 
 
 class Decoder:
@@ -77,6 +92,71 @@ class Decoder:
             logits_positions=last,
             full_vocabulary=self.full_vocabulary,
         ).logits[:, -1]
+
+
+class FusedDecoder(Decoder):
+    """A [`Decoder`] whose steps of one token are one call of a kernel; see [`fused_decoding_refusals`]."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        model = self.model
+        self.step = DecodeStep(
+            model.word_embeddings.weight,
+            model.position_embeddings.weight,
+            model.final_layernorm,
+            [_step_parts(layer) for layer in model.layers],
+            model.config.num_attention_heads,
+            len(model.word_embeddings.weight) if self.full_vocabulary else model.config.num_image_tokens,
+            self.bias[:, 0],
+        )
+
+    def append(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[1] > 1:
+            return super().append(input_ids, position_ids)
+        logits = self.step(input_ids[:, 0], int(position_ids[0]), self.cache.length, self.cache.layers)
+        self.cache.length += 1
+        return logits
+
+
+def _step_parts(layer: CogLMLayer) -> dict[str, nn.Module]:
+    """Where the kernel finds what."""
+    inside = {"query_key_value": layer.attention, "dense": layer.attention}
+    inside |= {"dense_h_to_4h": layer.mlp, "dense_4h_to_h": layer.mlp}
+    return {name: getattr(inside.get(name, layer), name) for name in LAYER_PARTS}
+
+
+def fused_decoding_refusals(
+    model: CogLMModel, num_sequences: int, max_length: int, device: torch.device | str
+) -> list[str]:
+    """
+    Why [`FusedDecoder`] cannot run a model: reasons of the kernel, and all that makes the model more than its weights.
+
+    Args:
+        model (`CogLMModel`): A model without super-resolution.
+        num_sequences (`int`): Number of sequences.
+        max_length (`int`): The longest that they will get.
+        device (`torch.device`): Where to compute.
+
+    Returns:
+        `list[str]`: One reason a line; empty where it can.
+    """
+    reasons = decode_step_refusals(model.dtype, device, num_sequences, max_length)
+    if model.training and (model.config.hidden_dropout or model.config.attention_dropout):
+        reasons.append("the model is in training mode, with dropout")
+    if torch.is_autocast_enabled("cpu"):
+        reasons.append("autocast is on")
+    for name, module in model.named_modules():
+        # a changed class is an adapter, a quantised layer or a parametrised one; a `forward` of its own, offloading
+        if type(module) not in _PLAIN_MODULES:
+            reasons.append(f"`{name}` is a {type(module).__name__}")
+        elif "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+            reasons.append(f"`{name or 'the model'}` has hooks")
+    for name, weight in model.named_parameters():
+        if type(weight.data) is not torch.Tensor or weight.device.type != "cpu":
+            reasons.append(f"`{name}` is a {type(weight.data).__name__} on {weight.device}")
+        elif weight.dtype != model.dtype or not weight.is_contiguous():
+            reasons.append(f"`{name}` is of {weight.dtype}, strides {weight.stride()}")
+    return reasons
 
 
 class StaticDecoder(Decoder):
@@ -223,7 +303,8 @@ def find_decoder(
     """
     decoding = model.decoding
     if not decoding.compile and not decoding.cuda_graph:
-        return Decoder(model, num_sequences, max_length, full_vocabulary, device)
+        fused = decoding.fused and not fused_decoding_refusals(model, num_sequences, max_length, device)
+        return (FusedDecoder if fused else Decoder)(model, num_sequences, max_length, full_vocabulary, device)
     device = torch.device(device)
     if decoding.cuda_graph and device.type != "cuda":
         raise ValueError(f"`cuda_graph=True` needs a CUDA device, but the model computes on {device}.")

@@ -15,6 +15,9 @@ def test_the_report_tells_versions_devices_kernels_and_the_shipped_model(cogview
     assert report["devices"][0]["threads"] == torch.get_num_threads()
     assert len(report["devices"]) == 1 + torch.cuda.device_count() + torch.backends.mps.is_available()
     assert report["kernels"]["used_on"].keys() == {"cpu", "cuda"}
+    assert report["kernels"]["decode_step"].startswith(
+        "used" if report["kernels"]["library"] else "the kernels are not"
+    )
     assert report["shipped_model"]["found"] == (environment.SHIPPED_MODEL / "model_index.json").is_file()
 
 

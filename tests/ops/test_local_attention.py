@@ -362,7 +362,7 @@ def test_every_instruction_set_and_tile_shape_gives_the_same(isa, tile_rows, mon
 @pytest.mark.parametrize("case", ["direct", "causal", "all", "context"])
 def test_rows_split_between_threads_give_the_same(case, pool, monkeypatch):
     if pool == "own":
-        monkeypatch.setattr(native, "_openmp_parallel", lambda: None)
+        monkeypatch.setattr(native, "openmp_parallel", lambda: None)
     inputs = make_inputs({**CASES[case], "query_grid": (24, 24)}, batch_size=1, num_heads=1)
     expected = run_with_gradients(inputs, "reference")
     for threads in (1, 2, 5):

@@ -9,12 +9,15 @@ from ..environment import SHIPPED_MODEL, devices, versions
 
 def doctor(as_json: bool = typer.Option(False, "--json", help="Print one line of JSON.")) -> None:
     """Tell what is installed and will be used."""
+    import torch
+
+    from ..ops.decode_step import decode_step_refusals
     from ..ops.native import build_info
 
     report = {
         "versions": versions(),
         "devices": devices(),
-        "kernels": build_info(),
+        "kernels": build_info() | {"decode_step": "; ".join(decode_step_refusals(torch.float32, "cpu")) or "used"},
         "shipped_model": {"folder": str(SHIPPED_MODEL), "found": (SHIPPED_MODEL / "model_index.json").is_file()},
     }
     if as_json:
@@ -24,7 +27,7 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="Print one line of
         typer.echo(f"{name:20} {version or 'not installed'}")
     for device in report["devices"]:
         typer.echo(f"{device['device']:20} " + ", ".join(f"{key} {device[key]}" for key in device if key != "device"))
-    typer.echo("kernels of local attention")
+    typer.echo("kernels")
     for name, value in report["kernels"].items():
         if isinstance(value, dict):
             value = "; ".join(f"{key}: {entry}" for key, entry in value.items())

@@ -445,12 +445,13 @@ class CogLMDecoding:
     How tokens are appended.
 
     Args:
-        compile, cuda_graph (`bool`): See [`CogLMModel.set_decoding`].
+        compile, cuda_graph, fused (`bool`): See [`CogLMModel.set_decoding`].
         decoder (*optional*): What is kept for the next call.
     """
 
     compile: bool = False
     cuda_graph: bool = False
+    fused: bool = True
     decoder: Any = dataclasses.field(default=None, compare=False, repr=False)
 
 
@@ -637,21 +638,24 @@ class CogLMModel(PreTrainedModel):
         if (input_ids is None) == (context is None):
             raise ValueError("Give either `input_ids` or the `context` of an earlier pass.")
 
-    def set_decoding(self, compile: bool = False, cuda_graph: bool = False) -> None:
+    def set_decoding(self, compile: bool = False, cuda_graph: bool = False, fused: bool = True) -> None:
         """
         How tokens are written one by one, in text to image and completion: the same tokens in every way.
 
-        A step is small, and what surrounds its matrix products can take longer than they do. Both ways around that
-        give a step fixed shapes and keep its memory (keys and values of the last batch size) until this is called
-        again.
+        A step is small, and what surrounds its matrix products can take longer than they do. `compile` and
+        `cuda_graph` give a step fixed shapes and keep its memory (keys and values of the last batch size) until this
+        is called again.
 
         Args:
             compile (`bool`): Run the step through `torch.compile`. It takes a C++ compiler, on a GPU Triton, and a
                 minute or so for each new batch size.
             cuda_graph (`bool`): Capture the step and replay it, with one launch for all of its kernels. It takes a
                 CUDA device, on which all weights stay, and a fraction of a second for each new batch size.
+            fused (`bool`, defaults to `True`): On a CPU, without the other two, run all of a step in one kernel where
+                there is one for it: built, for plain weights without hooks. It sums in float32 whatever the weights
+                are, so that 16-bit models may draw another token where two are nearly tied.
         """
-        self.decoding = CogLMDecoding(compile, cuda_graph)
+        self.decoding = CogLMDecoding(compile, cuda_graph, fused)
 
     # Weights shared between stages -----------------------------------------------------------------------------------
 

@@ -1,9 +1,9 @@
 """
-The fused local-attention kernels of `csrc/`: the library is loaded with ctypes and registered with `torch.library`.
+The kernels of `csrc/`: the library is loaded with ctypes, and local attention is registered with `torch.library`.
 
-The library has a plain C interface (`csrc/local_attention.h`) and links against neither torch nor Python, so one
-build serves every version of both. It is loaded at the first use. [`fused_refusals`] is the one place that decides
-whether the kernels can run some inputs.
+The library has a plain C interface (`csrc/local_attention.h`, `csrc/decode_step.h`) and links against neither torch
+nor Python, so one build serves every version of both. It is loaded at the first use. [`fused_refusals`] is the one
+place that decides whether the local-attention kernels can run some inputs; `decode_step.py` is about the other kernel.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 _ABI = 1
-_LIBRARY = Path(__file__).with_name("_local_attention.so")
+_LIBRARY = Path(__file__).with_name("_kernels.so")
 _MAX_HEAD_DIM = 128
 _MAX_CUDA_SIDE = 16384  # the CUDA kernels keep coordinates in 16 bits
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -83,19 +83,15 @@ def library() -> ctypes.CDLL | None:
     try:
         kernels = ctypes.CDLL(str(_LIBRARY))
         kernels.local_attention_problem_size.restype = ctypes.c_int64
-        kernels.local_attention_cpu_isa_name.restype = ctypes.c_char_p
+        kernels.cpu_isa_name.restype = ctypes.c_char_p
         size = kernels.local_attention_problem_size()
         if hasattr(kernels, "local_attention_cuda_error"):
             kernels.local_attention_cuda_error.restype = ctypes.c_char_p
     except (OSError, AttributeError) as error:
-        warnings.warn(
-            f"The local-attention kernels in {_LIBRARY} do not load ({error}): reinstall the package.", stacklevel=2
-        )
+        warnings.warn(f"The kernels in {_LIBRARY} do not load ({error}): reinstall the package.", stacklevel=2)
         return None
     if size != ctypes.sizeof(_Problem):
-        warnings.warn(
-            f"The local-attention kernels in {_LIBRARY} are of another version: reinstall the package.", stacklevel=2
-        )
+        warnings.warn(f"The kernels in {_LIBRARY} are of another version: reinstall the package.", stacklevel=2)
         return None
     return kernels
 
@@ -109,7 +105,7 @@ def built_for() -> list[str]:
 
 
 @functools.cache
-def _openmp_parallel() -> int | None:
+def openmp_parallel() -> int | None:
     """
     Address of `GOMP_parallel` in the OpenMP runtime that torch uses, if it uses one.
 
@@ -183,8 +179,8 @@ def build_info() -> dict:
     Returns:
         `dict`: `library` (path or None), `cpu_instruction_sets` (compiled in), `cpu_instruction_set` (chosen on this
         processor), `cpu_threads`, `threads_of` ("torch's OpenMP pool" or "own threads"), `cuda_architectures`
-        (compiled in; the last as PTX too), `cuda_devices` (names and compute capabilities), and `used_on`, for `cpu`
-        and `cuda` "fused" or "reference: <why>".
+        (compiled in; the last as PTX too), `cuda_devices` (names and compute capabilities), and `used_on`, for local
+        attention on `cpu` and `cuda` "fused" or "reference: <why>".
     """
     kernels = library()
     info: dict = {
@@ -193,12 +189,12 @@ def build_info() -> dict:
         "cpu_instruction_set": None,
     }
     info |= {"cpu_threads": torch.get_num_threads(), "cuda_architectures": [], "cuda_devices": []}
-    info["threads_of"] = "torch's OpenMP pool" if _openmp_parallel() else "own threads"
+    info["threads_of"] = "torch's OpenMP pool" if openmp_parallel() else "own threads"
     if kernels:
-        names = iter(lambda: kernels.local_attention_cpu_isa_name(len(info["cpu_instruction_sets"])), None)
+        names = iter(lambda: kernels.cpu_isa_name(len(info["cpu_instruction_sets"])), None)
         for name in names:
             info["cpu_instruction_sets"].append(name.decode())
-        info["cpu_instruction_set"] = info["cpu_instruction_sets"][kernels.local_attention_cpu_isa_selected()]
+        info["cpu_instruction_set"] = info["cpu_instruction_sets"][kernels.cpu_isa_selected()]
     if "cuda" in built_for():
         kernels.local_attention_cuda_architectures.restype = ctypes.c_char_p
         info["cuda_architectures"] = kernels.local_attention_cuda_architectures().decode().split(";")
@@ -278,7 +274,7 @@ def _launch(problem: _Problem, direction: str, device: torch.device) -> None:
             detail = (library().local_attention_cuda_error() or b"").decode()
     else:
         problem.threads = problem.threads or torch.get_num_threads()
-        problem.parallel = _openmp_parallel()
+        problem.parallel = openmp_parallel()
         failure = getattr(library(), f"local_attention_cpu_{direction}")(ctypes.byref(problem))
         detail = ""
     if failure:

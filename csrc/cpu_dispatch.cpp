@@ -1,0 +1,103 @@
+/*
+ * The instruction set and the threads of the CPU kernels, chosen at run time, and their interface in C.
+ */
+#include <pthread.h>
+#include <string.h>
+
+#include "cpu_kernels.h"
+
+namespace {
+
+struct Isa {
+    const char* name;
+    int (*local_attention)(const LocalAttentionProblem*, bool, Parallel);
+    int (*decode_step)(const DecodeStep*, Parallel);
+};
+
+// From the most general to the most particular.
+const Isa isas[] = {
+#define X(isa) {#isa, CPU_JOIN(local_attention, isa), CPU_JOIN(decode_step, isa)},
+    CPU_ISAS
+#undef X
+};
+constexpr int num_isas = sizeof(isas) / sizeof(isas[0]);
+
+bool supported(const char* name) {
+#if defined(__x86_64__)
+    if (!strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (!strcmp(name, "avx512"))
+        return supported("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+    return !strcmp(name, "baseline");
+}
+
+int select_isa() {
+    for (int i = num_isas - 1; i > 0; i--)
+        if (supported(isas[i].name)) return i;
+    return 0;
+}
+
+// The instruction set that a call asks for (0: the best), or null if there is none.
+const Isa* find_isa(int asked) {
+    if (asked < 0 || asked > num_isas) return nullptr;
+    const Isa* isa = &isas[asked ? asked - 1 : select_isa()];
+    return supported(isa->name) ? isa : nullptr;
+}
+
+struct Start {
+    Task task;
+    void* data;
+};
+void* start_thread(void* start) {
+    ((Start*)start)->task(((Start*)start)->data);
+    return nullptr;
+}
+
+// Runs `task` on `threads` threads: those of the OpenMP runtime that torch uses, so that no second pool competes with it, or new ones.
+void run_parallel(Task task, void* data, int threads, void* runtime) {
+    if (threads <= 1) return task(data);
+    if (runtime) return ((void (*)(Task, void*, unsigned, unsigned))runtime)(task, data, (unsigned)threads, 0);
+    constexpr int most = 256;
+    pthread_t ids[most];
+    Start start = {task, data};
+    int started = 0;
+    for (; started < threads - 1 && started < most; started++)
+        if (pthread_create(&ids[started], nullptr, start_thread, &start)) break;
+    task(data);
+    for (int i = 0; i < started; i++) pthread_join(ids[i], nullptr);
+}
+
+int run_local_attention(const LocalAttentionProblem* p, bool backward) {
+    const Isa* isa = p->abi == LOCAL_ATTENTION_ABI ? find_isa(p->isa) : nullptr;
+    const int shift = p->tile_rows;
+    if (!isa || p->head_dim < 1 || p->head_dim > LOCAL_ATTENTION_MAX_HEAD_DIM || p->threads < 1 || shift < 0 || shift > 16 ||
+        (shift & (shift - 1)))
+        return LOCAL_ATTENTION_UNSUPPORTED;
+    return isa->local_attention(p, backward, run_parallel);
+}
+
+}  // namespace
+
+extern "C" {
+int64_t local_attention_problem_size(void) { return sizeof(LocalAttentionProblem); }
+int local_attention_cpu_forward(const LocalAttentionProblem* p) { return run_local_attention(p, false); }
+int local_attention_cpu_backward(const LocalAttentionProblem* p) { return run_local_attention(p, true); }
+
+int64_t decode_step_size(void) { return sizeof(DecodeStep); }
+int64_t decode_step_scratch_size(const DecodeStep* s) { return decode_step_scratch_baseline(s); }
+int decode_step_cpu(const DecodeStep* s) {
+    const Isa* isa = s->abi == DECODE_STEP_ABI ? find_isa(s->isa) : nullptr;
+    const bool fits = isa && s->threads > 0 && s->sequences > 0 && s->sequences <= DECODE_STEP_MAX_SEQUENCES && s->length >= 0 &&
+                      s->length < s->capacity && s->length < DECODE_STEP_MAX_KEYS && s->heads > 0 && s->hidden % s->heads == 0;
+    if (!fits) return DECODE_STEP_UNSUPPORTED;
+    for (int i = 0; i < s->sequences; i++) {
+        const int64_t id = s->input_ids[i * s->input_stride];
+        if (id < 0 || id >= s->vocabulary) return DECODE_STEP_BAD_ID;
+    }
+    return isa->decode_step(s, run_parallel);
+}
+
+const char* cpu_isa_name(int index) { return index >= 0 && index < num_isas ? isas[index].name : nullptr; }
+int cpu_isa_selected(void) { return select_isa(); }
+}

@@ -1,0 +1,185 @@
+"""The kernel that runs a whole step on a CPU: the logits of the model, whatever the sizes, threads and processor."""
+
+import copy
+
+import pytest
+import torch
+
+from cogview_pipelines import decoding
+from cogview_pipelines.decoding import Decoder, FusedDecoder, encode_context
+from cogview_pipelines.ops import decode_step, native
+from cogview_pipelines.sequences import text_to_image
+
+from ..utils import NUM_IMAGE_TOKENS, VOCAB_SIZE, make_coglm, make_texts
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="the kernels are not built")
+CPU = torch.device("cpu")
+NUM_STEPS = 5
+
+
+@torch.no_grad()
+def run_steps(decoder_class, model, num_sequences, text_attention_bias=1.4, full_vocabulary=False, prepare=None):
+    """Logits of a few steps after texts of different lengths, `(steps, sequences, tokens)`, and the decoder."""
+    texts = make_texts([1 + index % 9 for index in range(num_sequences)])
+    context = text_to_image(texts, model.config.layout)
+    cache, bias, _ = encode_context(model, context, text_attention_bias, full_vocabulary, CPU)
+    decoder = decoder_class(model, num_sequences, cache.length + NUM_STEPS, full_vocabulary, CPU)
+    decoder.begin(cache, bias, torch.ones(num_sequences, dtype=torch.long))
+    if prepare is not None:
+        prepare(decoder)
+    tokens = torch.randint(NUM_IMAGE_TOKENS, (num_sequences, NUM_STEPS), generator=torch.Generator().manual_seed(1))
+    positions = model.config.layout.image_positions
+    steps = [decoder.append(tokens[:, i : i + 1], positions[i : i + 1]) for i in range(NUM_STEPS)]
+    return torch.stack(steps), decoder
+
+
+@pytest.mark.parametrize("num_sequences", [1, 2, 3, 5, 8, 9, 19])
+def test_logits_are_those_of_the_model_for_any_number_of_sequences(num_sequences):
+    model = make_coglm()
+    expected, _ = run_steps(Decoder, model, num_sequences)
+    result, _ = run_steps(FusedDecoder, model, num_sequences)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"hidden_size": 20},  # heads of 5 numbers, less than a vector
+        {"hidden_size": 68, "intermediate_size": 37},  # rests after whole vectors
+        {"hidden_size": 128, "num_attention_heads": 2, "num_hidden_layers": 3},
+        {"layer_norm_eps": 0.3},
+        {"pb_relaxation_alpha": 32.0},
+    ],
+    ids=str,
+)
+def test_logits_are_those_of_the_model_for_any_shape(config):
+    model = make_coglm(**config)
+    for full_vocabulary in (False, True):
+        expected, _ = run_steps(Decoder, model, 3, full_vocabulary=full_vocabulary)
+        result, _ = run_steps(FusedDecoder, model, 3, full_vocabulary=full_vocabulary)
+        assert result.shape[-1] == (VOCAB_SIZE if full_vocabulary else NUM_IMAGE_TOKENS)
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("isa", range(3))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_instruction_set_reads_every_dtype(dtype, isa):
+    names = native.build_info()["cpu_instruction_sets"]
+    if isa >= len(names) or isa > names.index(native.build_info()["cpu_instruction_set"]):
+        pytest.skip("not compiled in, or not of this processor")
+    model = make_coglm(hidden_size=68).to(dtype)
+    exact, context_of = copy.deepcopy(model).float(), {}
+
+    def choose(decoder):
+        decoder.step.step.isa = 1 + isa
+        context_of["cache"] = [layer.clone() for layer in decoder.cache.layers]
+
+    result, _ = run_steps(FusedDecoder, model, 3, prepare=choose)
+
+    def same_context(decoder):  # the context is encoded in the model's dtype, the steps are not
+        for layer, held in zip(decoder.cache.layers, context_of["cache"]):
+            layer.copy_(held)
+
+    expected, _ = run_steps(Decoder, exact, 3, prepare=same_context)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("pool", ["torch", "own"])
+def test_the_result_does_not_depend_on_the_number_of_threads(pool, monkeypatch):
+    if pool == "own":
+        monkeypatch.setattr(decode_step, "openmp_parallel", lambda: None)
+    model, results = make_coglm(hidden_size=64), []
+    for threads in (1, 2, 5):
+
+        def choose(decoder, threads=threads):
+            decoder.step.step.threads = threads
+
+        results.append(run_steps(FusedDecoder, model, 3, prepare=choose)[0])
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_more_weights_take_more_threads_but_no_more_than_torch(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    used = [run_steps(FusedDecoder, make_coglm(hidden_size=size), 1)[1].step.step.threads for size in (16, 128, 256)]
+    assert used[0] == 1 and used[0] < used[1] <= used[2] == 3
+
+
+def test_keys_and_values_are_those_of_the_model_and_known_tokens_are_read_together():
+    model = make_coglm()
+    tokens, positions = torch.randint(NUM_IMAGE_TOKENS, (2, 6)), model.config.layout.image_positions[:6]
+
+    def read(decoder_class):
+        _, decoder = run_steps(decoder_class, model, 2)
+        longer = decoder_class(model, 2, decoder.cache.length + 6, False, CPU)
+        longer.begin(decoder.cache, decoder.bias[:, :, : decoder.cache.length], torch.ones(2, dtype=torch.long))
+        with torch.no_grad():
+            return longer.append(tokens[:, :4], positions[:4]), longer.append(tokens[:, 4:5], positions[4:5])
+
+    for result, expected in zip(read(FusedDecoder), read(Decoder)):
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("token", "position"), [(VOCAB_SIZE, 40), (-1, 40), (0, 1000), (0, -1)])
+def test_tokens_and_positions_outside_of_their_tables_are_errors(token, position):
+    _, decoder = run_steps(FusedDecoder, make_coglm(), 2)
+    decoder.cache.length -= 1
+    with pytest.raises(IndexError, match=r"position|token id"):
+        decoder.append(torch.tensor([[0], [token]]), torch.tensor([position]))
+
+
+def test_a_full_cache_is_an_error():
+    _, decoder = run_steps(FusedDecoder, make_coglm(), 2)
+    with pytest.raises(RuntimeError, match="not supported"):
+        decoder.append(torch.zeros(2, 1, dtype=torch.long), torch.tensor([40]))
+
+
+# when the model runs as it is
+
+
+def with_a_hook(model):
+    model.layers[1].mlp.register_forward_hook(lambda module, arguments, output: output)
+
+
+def with_its_own_forward(model):  # as offloading sets it
+    model.layers[0].attention.forward = model.layers[0].attention.forward
+
+
+def with_an_adapter(model):
+    class Adapter(torch.nn.Linear):
+        pass
+
+    model.layers[0].mlp.dense_h_to_4h.__class__ = Adapter
+
+
+def in_training(model):
+    model.train()
+
+
+def in_mixed_precision(model):
+    model.layers[0].mlp.to(torch.bfloat16)
+
+
+CHANGES = [with_a_hook, with_its_own_forward, with_an_adapter, in_training, in_mixed_precision]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_model_that_is_more_than_its_weights_runs_as_it_is(change):
+    model = make_coglm(hidden_dropout=0.1)
+    assert isinstance(decoding.find_decoder(model, 1, 9, False, CPU), FusedDecoder)
+    change(model)
+    assert type(decoding.find_decoder(model, 1, 9, False, CPU)) is Decoder
+    assert decoding.fused_decoding_refusals(model, 1, 9, CPU)
+
+
+def test_the_kernel_can_be_refused_and_refuses_what_it_cannot_run():
+    model = make_coglm()
+    model.set_decoding(fused=False)
+    assert type(decoding.find_decoder(model, 1, 9, False, CPU)) is Decoder
+    assert "65 sequences" in decode_step.decode_step_refusals(torch.float32, "cpu", 65)[0]
+    assert "100000 tokens long" in decode_step.decode_step_refusals(torch.float32, "cpu", 1, 100000)[0]
+    assert "torch.float64" in decode_step.decode_step_refusals(torch.float64, "cpu")[0]
+    assert "cuda:1" in decode_step.decode_step_refusals(torch.float32, "cuda:1")[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert decoding.fused_decoding_refusals(model, 1, 9, CPU) == ["autocast is on"]
+    with pytest.raises(ValueError, match=r"cannot run this model: the dtype is torch\.float64"):
+        FusedDecoder(make_coglm().double(), 1, 9, False, CPU)
