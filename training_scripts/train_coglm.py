@@ -51,6 +51,13 @@ class CogLMTrainConfig(TokenTrainConfig):
         metadata={"help": "Start the image token embeddings of a new model from the code vectors of `vqvae`."},
     )
     caption_probability: float = field(default=0.3, metadata={"help": "Share of samples trained as captioning."})
+    whole_image_probability: float = field(
+        default=0.0,
+        metadata={"help": "Share of captioning samples in which no patch is masked, as captions are written."},
+    )
+    text_loss_weight: float = field(
+        default=1.0, metadata={"help": "Weight of a text label; of an image label 1. Captions have few labels."}
+    )
     completion_probability: float = field(
         default=0.0, metadata={"help": "Share of samples that fill rectangular holes, as inpainting does."}
     )
@@ -124,6 +131,8 @@ def make_batch(
             chinese = tokenizer.language(text) == "zh"
             start = model_config.start_of_chinese_token_id if chinese else model_config.start_of_english_token_id
             corners = draw_patch_corners(layout, generator, config.patch_size)
+            if torch.rand((), generator=generator) < config.whole_image_probability:
+                corners = []
             samples.append(captioning_sample(row, layout, pad_token_id, [start], corners, config.patch_size))
         elif completing:
             samples.append(completion_sample(row, layout, pad_token_id, draw_rectangles(layout, generator)))
@@ -137,9 +146,9 @@ def make_batch(
 
 
 def compute_loss(
-    num_image_tokens: int, model: torch.nn.Module, batch: TokenSequence
+    num_image_tokens: int, text_loss_weight: float, model: torch.nn.Module, batch: TokenSequence
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Mean cross-entropy over all labels, and the same over image labels and over text labels."""
+    """Weighted mean cross-entropy over all labels, and the mean over image labels and over text labels."""
     output = model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
@@ -148,13 +157,18 @@ def compute_loss(
         full_vocabulary=True,
     )
     labels = batch.labels[batch.labels != IGNORED_LABEL]
-    losses = F.cross_entropy(output.logits.detach(), labels, reduction="none")
     is_image = labels < num_image_tokens
+    if text_loss_weight == 1:
+        loss, losses = output.loss, F.cross_entropy(output.logits.detach(), labels, reduction="none")
+    else:
+        losses = F.cross_entropy(output.logits, labels, reduction="none")
+        weights = torch.where(is_image, 1.0, text_loss_weight)
+        loss, losses = (losses * weights).sum() / weights.sum(), losses.detach()
     metrics = {
         "image_loss": (losses * is_image).sum() / is_image.sum().clamp(min=1),
         "text_loss": (losses * ~is_image).sum() / (~is_image).sum().clamp(min=1),
     }
-    return output.loss, metrics
+    return loss, metrics
 
 
 def make_samples(
@@ -194,7 +208,7 @@ def main(arguments: list[str] | None = None) -> CogLMModel | None:
         config,
         model,
         functools.partial(make_batch, config, model.config, tokenizer, data),
-        functools.partial(compute_loss, model.config.num_image_tokens),
+        functools.partial(compute_loss, model.config.num_image_tokens, config.text_loss_weight),
         None if vqvae is None else functools.partial(make_samples, config, vqvae, data),
     )
 

@@ -71,6 +71,16 @@ def test_captioning_predicts_text_after_the_start_token_of_its_language(make_bat
     assert (batch.labels[:, -IMAGE_LENGTH:] != IGNORED_LABEL).any(1).all()  # and masked patches, at once
 
 
+def test_captioning_of_whole_images_reads_them_as_captioning_does(make_batch):
+    batch = make_batch(caption_probability=1.0, whole_image_probability=1.0)
+    image = slice(batch.input_ids.shape[1] - IMAGE_LENGTH, None)
+    assert (batch.labels[:, image] == IGNORED_LABEL).all() and (batch.labels != IGNORED_LABEL).any(1).all()
+    assert batch.attention_mask[:, image, image].all()
+    some = make_batch(caption_probability=1.0, whole_image_probability=0.5)
+    whole = (some.labels[:, image] == IGNORED_LABEL).all(1).float().mean()
+    assert 0.2 < whole < 0.8
+
+
 def test_the_share_of_captioning_is_what_was_asked_for(make_batch, tokenizer):
     shares = []
     for step in range(16):
@@ -121,17 +131,23 @@ def test_captions_are_cut_to_what_the_model_takes(make_batch):
     assert torch.equal(cut.input_ids[:, :6], whole.input_ids[:, :6])
 
 
-def test_image_and_text_loss_are_parts_of_the_loss(script, make_batch, tokenizer):
+@pytest.mark.parametrize("text_loss_weight", [1.0, 3.0])
+def test_image_and_text_loss_are_parts_of_the_loss(text_loss_weight, script, make_batch, tokenizer):
     model = make_coglm(**token_config(tokenizer))
     batch = make_batch(caption_probability=0.5)
+    loss, parts = script.compute_loss(model.config.num_image_tokens, text_loss_weight, model, batch)
+    loss.backward()
     with torch.no_grad():
-        loss, parts = script.compute_loss(model.config.num_image_tokens, model, batch)
         logits = model(batch.input_ids, batch.position_ids, batch.attention_mask, full_vocabulary=True).logits
     is_image = batch.labels[batch.labels != IGNORED_LABEL] < model.config.num_image_tokens
-    expected = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED_LABEL)
-    torch.testing.assert_close(loss, expected)
-    share = is_image.float().mean()
-    torch.testing.assert_close(loss, share * parts["image_loss"] + (1 - share) * parts["text_loss"])
+    weights = torch.where(is_image, 1.0, text_loss_weight)
+    losses = F.cross_entropy(
+        logits[batch.labels != IGNORED_LABEL], batch.labels[batch.labels != IGNORED_LABEL], reduction="none"
+    )
+    torch.testing.assert_close(loss.detach(), (losses * weights).sum() / weights.sum())
+    torch.testing.assert_close(parts["image_loss"], losses[is_image].mean())
+    torch.testing.assert_close(parts["text_loss"], losses[~is_image].mean())
+    assert model.word_embeddings.weight.grad.abs().sum() > 0
 
 
 @pytest.fixture
