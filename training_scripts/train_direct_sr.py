@@ -38,11 +38,19 @@ from cogview_pipelines.training.token_data import CanvasBatch, TokenData, TokenT
 @dataclass
 class DirectSRTrainConfig(TokenTrainConfig):
     transformer: str = field(kw_only=True, metadata={"help": "The trained CogLM to start from."})
+    init_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "This stage, trained on another CogLM or data, to go on from; `transformer` is its backbone."
+        },
+    )
     vqvae: str | None = field(default=None, metadata={"help": "Image tokenizer, for sample pictures."})
     compression_rate: int = field(default=8, metadata={"help": "Pixels per token of `vqvae`, for sample pictures."})
     model: str = field(
         default="{}",
-        metadata={"help": "Options of CogLMConfig that differ from the CogLM: JSON, or a mapping in the YAML file."},
+        metadata={
+            "help": "Options of CogLMConfig that differ from the CogLM: JSON, or a mapping in YAML. Not with `init_from`."
+        },
     )
     train_backbone: bool = field(
         default=False, metadata={"help": "Train all weights; the stage is then stored with a backbone of its own."}
@@ -53,13 +61,25 @@ class DirectSRTrainConfig(TokenTrainConfig):
 def make_model(config: DirectSRTrainConfig, data: TokenData) -> CogLMModel:
     """The CogLM with a canvas; unless asked otherwise, its backbone is frozen and saved with the CogLM only."""
     transformer = CogLMModel.from_pretrained(config.transformer, dtype=torch.float32)
-    model = CogLMModel.from_transformer(
-        transformer,
-        "direct",
-        tuple(data.fine.shape[1:]),
-        shares_backbone=not config.train_backbone,
-        **json.loads(config.model),
-    )
+    if config.init_from is not None:
+        model = CogLMModel.from_pretrained(config.init_from, dtype=torch.float32)
+        found = (model.config.super_resolution, model.config.shares_backbone, model.config.fine_grid)
+        wanted = ("direct", not config.train_backbone, tuple(data.fine.shape[1:]))
+        if found != wanted:
+            raise ValueError(
+                "`init_from` must have `super_resolution`, `shares_backbone` (without `train_backbone`) and "
+                f"`fine_grid` {wanted}, but has {found}."
+            )
+        if model.config.shares_backbone:
+            model.share_backbone(transformer)
+    else:
+        model = CogLMModel.from_transformer(
+            transformer,
+            "direct",
+            tuple(data.fine.shape[1:]),
+            shares_backbone=not config.train_backbone,
+            **json.loads(config.model),
+        )
     if not config.train_backbone:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("canvas_" in name)

@@ -74,6 +74,24 @@ def test_the_saved_file_holds_canvas_weights_only_and_borrows_the_rest(run, untr
         assert torch.equal(loaded(*inputs, canvas_ids=canvas).logits, model.eval()(*inputs, canvas_ids=canvas).logits)
 
 
+def test_training_goes_on_from_this_stage_on_another_coglm(run, untrained, tmp_path):
+    first = run()
+    other = tmp_path / "other"
+    changed = CogLMModel.from_pretrained(untrained.name_or_path, dtype=torch.float32)
+    with torch.no_grad():
+        changed.final_layernorm.weight.mul_(2)
+    changed.save_pretrained(other)
+    options = {"init_from": tmp_path / "run/final", "transformer": other, "output_dir": tmp_path / "second"}
+    second = run(learning_rate=0.0, weight_decay=0.0, **options)
+    assert torch.equal(second.final_layernorm.weight, changed.final_layernorm.weight)
+    for (name, before), after in zip(first.named_parameters(), second.parameters()):
+        assert torch.equal(before, after) or "canvas_" not in name
+    with pytest.raises(ValueError, match="`init_from` must have `super_resolution`"):
+        run(**{**options, "init_from": other})
+    with pytest.raises(ValueError, match="`init_from` must have `super_resolution`"):
+        run("--train_backbone", **options)
+
+
 def test_with_train_backbone_everything_that_counts_trains_and_is_saved(run, untrained, tmp_path):
     model = run("--train_backbone")
     still = {
