@@ -1,5 +1,7 @@
 """Where models compute while hooks move them, and how many pictures a device has room for."""
 
+from collections.abc import Callable
+
 import torch
 from accelerate.hooks import CpuOffload
 
@@ -18,20 +20,21 @@ USED_SHARE = 0.8
 STATES, LOGITS = 12, 5
 
 
-def execution_device(model: torch.nn.Module, group_device: torch.device) -> torch.device:
+def execution_device(model: torch.nn.Module, group_device: Callable[[], torch.device]) -> torch.device:
     """
     Where a model computes: the device of its offload hooks, else where its weights are.
 
     Args:
         model (`torch.nn.Module`): A component of a pipeline.
-        group_device (`torch.device`): Where models with group offload compute, whose hooks keep it to themselves.
+        group_device: Tells where models with group offload compute, whose hooks keep it to themselves. Called only for
+            those: it looks through all models.
     """
     for module in model.modules():
         device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
         if device is not None:
             return torch.device(device)
         if hasattr(module, "_diffusers_hook"):
-            return group_device
+            return group_device()
     return model.device
 
 

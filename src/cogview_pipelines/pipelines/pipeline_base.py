@@ -229,7 +229,7 @@ class CogView2PipelineBase(DiffusionPipeline):
 
     def _device_of(self, model: PreTrainedModel) -> torch.device:
         """Where a component computes."""
-        return execution_device(model, self._execution_device)
+        return execution_device(model, lambda: self._execution_device)
 
     def _batch_size(self, max_batch_size: int | None, model: PreTrainedModel, copies: int = 1) -> int:
         """How many pictures a stage works on at a time: what the caller says, else what fits."""

@@ -39,12 +39,11 @@ class PreviewBudget:
         start = perf_counter()
         images = pipe.preview(tokens)
         seconds = perf_counter() - start
-        device = pipe._device_of(pipe.vqvae)
-        if device in _warm_devices:
+        if pipe.vqvae.device in _warm_devices:
             self._spent += seconds
             self._costs[tokens[0].numel()] = seconds / tokens.numel()
         else:
-            _warm_devices.add(device)
+            _warm_devices.add(pipe.vqvae.device)
             self._began += seconds
         return images
 
