@@ -1,4 +1,5 @@
 import io
+import struct
 import subprocess
 import sys
 
@@ -59,6 +60,12 @@ def test_a_mask_is_what_is_bright_or_what_is_transparent():
     image.putalpha(255)
     assert opacity_of(image) is None  # all of it is opaque: then the colours count
     assert list(as_mask(image).tobytes()) == [255, 255]
+
+
+def test_a_mask_of_16_bits_is_white_where_it_is_bright():
+    image = Image.frombytes("I;16", (4, 1), struct.pack("<4H", 0, 300, 32768, 65535))
+    mask = as_mask(open_picture(encode(image), 100))
+    assert (mask.mode, list(mask.tobytes())) == ("L", [0, 1, 128, 255])
 
 
 def test_a_palette_with_a_transparent_colour_has_transparent_parts():

@@ -54,7 +54,11 @@ def as_mask(image: Image.Image) -> Image.Image:
     A mask of mode `"L"`, white where to paint: of a picture with transparent parts these, else what is bright.
     """
     opacity = opacity_of(image)
-    return image.convert("L") if opacity is None else opacity.point(lambda value: 255 - value)
+    if opacity is not None:
+        return opacity.point(lambda value: 255 - value)
+    if image.mode.startswith("I"):  # 16 bits, which `convert` would cut off at 255 instead of scaling them
+        image = image.point(lambda value: value * (1 / 256))
+    return image.convert("L")
 
 
 def opacity_of(image: Image.Image) -> Image.Image | None:

@@ -58,9 +58,9 @@ def caption_losses(
         rows, columns = layout.image_grid
         raise ValueError(f"`tokens` must be {rows} x {columns} per picture, but are {tokens.shape[1]} in all.")
     ids = [tokenizer.encode(text) for text in texts]
-    for text, text_ids in zip(texts, ids):
+    for index, text_ids in enumerate(ids):
         if not 0 < len(text_ids) <= longest:
-            raise ValueError(f"`texts` must have 1 to {longest} tokens each, but {text!r} has {len(text_ids)}.")
+            raise ValueError(f"`texts[{index}]` must have 1 to {longest} tokens, but has {len(text_ids)}.")
     if languages is None:
         languages = [tokenizer.language(text_ids) for text_ids in ids]
     starts = {"en": tokenizer.start_of_english_id, "zh": tokenizer.start_of_chinese_id}

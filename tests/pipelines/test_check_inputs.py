@@ -37,7 +37,8 @@ def test_the_size_is_the_largest_that_the_pipeline_makes(low_pipe):
     [
         ("", {}, "`prompt`"),
         ([PROMPT, 5], {}, "`prompt`"),
-        ("tiger " * 40, {}, "Shorten"),
+        ("\u200b", {}, "`prompt` must not be empty"),
+        ("tiger " * 40, {}, r"'(tiger ){9}tiger…' has \d+\. Shorten it"),
         (PROMPT, {"num_images_per_prompt": 0}, "`num_images_per_prompt`"),
         (PROMPT, {"num_images_per_prompt": 3, "num_candidates": 2}, "`num_candidates`"),
         (PROMPT, {"max_batch_size": -1}, "`max_batch_size`"),

@@ -57,6 +57,7 @@ def test_what_is_not_a_json_object_is_refused(client, body, code):
         ({}, "prompt", "missing_parameter"),
         ({"prompt": ""}, "prompt", "invalid_value"),
         ({"prompt": " \n"}, "prompt", "invalid_value"),
+        ({"prompt": "\u200b"}, "prompt", "invalid_value"),  # not blank, but nothing that the model can read
         ({"prompt": 7}, "prompt", "invalid_value"),
         ({"prompt": "a\0b"}, "prompt", "invalid_value"),
         ({"prompt": "\ud800"}, "prompt", "invalid_value"),
@@ -93,7 +94,8 @@ def test_a_bad_field_is_named(client, fields, param, code):
 @pytest.mark.parametrize(
     ("content", "part"),
     [
-        (huge_png(10_000, 10_000), "10000 x 10000"),  # 100 megapixels
+        (png(Image.new("1", (10_000, 10_000))), "10000 x 10000"),  # 100 megapixels in 12 KB, all of them there
+        (huge_png(10_000, 10_000), "10000 x 10000"),
         (huge_png(60_000, 60_000), "pixels"),
         (huge_png(64, 64), "damaged"),
         (png(picture())[:-60], "damaged"),
@@ -104,7 +106,19 @@ def test_a_bad_field_is_named(client, fields, param, code):
         (animated("PNG"), "animation of 3 frames"),
         (animated("WEBP"), "animation of 3 frames"),
     ],
-    ids=["100 megapixels", "bomb", "empty data", "cut off", "no JPEG", "nothing", "SVG", "GIF", "APNG", "WebP"],
+    ids=[
+        "100 megapixels",
+        "claims 100 megapixels",
+        "bomb",
+        "empty data",
+        "cut off",
+        "no JPEG",
+        "nothing",
+        "SVG",
+        "GIF",
+        "APNG",
+        "WebP",
+    ],
 )
 @pytest.mark.parametrize("path", FORMS)
 def test_a_file_that_is_no_single_sound_picture_is_refused(client, path, content, part):
@@ -112,6 +126,52 @@ def test_a_file_that_is_no_single_sound_picture_is_refused(client, path, content
     files = {"image": content, **({"mask": png(half_mask())} if path.endswith("edits") else {})}
     error = assert_error(client.post(path, data=data, files=files), 400, "invalid_image", "image")
     assert part in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (png(Image.new("1", (10_000, 10_000))), "10000 x 10000"),
+        (png(half_mask())[:-60], "damaged"),
+        (animated("GIF"), "animation of 3 frames"),
+        (b"no picture", "no picture"),
+    ],
+    ids=["100 megapixels", "cut off", "GIF", "text"],
+)
+def test_a_mask_that_is_no_single_sound_picture_is_refused(client, content, part):
+    files = {"image": png(picture()), "mask": content}
+    error = assert_error(
+        client.post("/v1/images/edits", data={"prompt": PROMPT}, files=files), 400, "invalid_image", "mask"
+    )
+    assert part in error["message"]
+
+
+@pytest.mark.parametrize("path", FORMS)
+def test_every_form_refuses_unknown_fields_and_long_texts(client, path):
+    files = {"image": png(picture()), **({"mask": png(half_mask())} if path.endswith("edits") else {})}
+    data = {} if path.endswith("captions") else {"prompt": PROMPT}
+    answer = client.post(path, data={**data, "colour": "blue"}, files=files)
+    assert_error(answer, 400, "unknown_parameter", "colour")
+    if path.endswith("captions"):
+        return
+    answer = client.post(path, data={"prompt": "x" * 1001}, files=files)
+    assert_error(answer, 400, "prompt_too_long", "prompt")
+    answer = client.post(path, data={"prompt": "tiger " * 100}, files=files)
+    error = assert_error(answer, 400, "invalid_value", "prompt")
+    assert "Shorten it" in error["message"] and len(error["message"]) < 200
+    answer = client.post(path, data={"prompt": "\u200b"}, files=files)
+    assert_error(answer, 400, "invalid_value", "prompt")
+
+
+def test_an_edit_has_the_size_of_its_picture(client):
+    files = {"image": png(picture()), "mask": png(half_mask())}
+    for size, status in (("auto", 200), ("64x64", 200), ("1024x1024", 400), ("64", 400)):
+        answer = client.post("/v1/images/edits", data={"prompt": PROMPT, "size": size}, files=files)
+        assert answer.status_code == status, answer.text
+        if status == 200:
+            assert answer.json()["size"] == "64x64"
+        else:
+            assert_error(answer, 400, "invalid_value", "size")
 
 
 def test_a_picture_of_another_kind_of_numbers_is_refused(client):

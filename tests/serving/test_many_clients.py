@@ -11,7 +11,7 @@ import httpx
 
 from cogview_pipelines.serving.worker import Job
 
-from .conftest import LOW, PROMPT, assert_error, picture, png, wait_for
+from .conftest import LOW, PROMPT, assert_error, half_mask, picture, png, wait_for
 
 GENERATIONS = "/v1/images/generations"
 SMALL = {"prompt": PROMPT, "size": f"{LOW}x{LOW}"}
@@ -89,6 +89,27 @@ def test_who_leaves_in_mid_generation_stops_it_and_the_next_one_runs(serve, hold
     assert outcomes(running) == {"cancelled": 1, "done": 1}
     full, small = 16 + 2, 16  # forward passes of the low resolution, and what is left of it for the next one
     assert hold.steps - before < full + small
+
+
+def test_who_leaves_in_mid_edit_stops_it(serve, hold):
+    running = serve()
+    form = httpx.Request(
+        "POST",
+        f"{running.url}/v1/images/edits",
+        data={"prompt": PROMPT, "n": "2"},
+        files={"image": png(picture()), "mask": png(half_mask())},
+    )
+    hold.close()
+    with socket.create_connection(("127.0.0.1", running.port), timeout=30) as leaving:
+        head = "".join(f"{name}: {value}\r\n" for name, value in form.headers.items())
+        leaving.sendall(f"POST /v1/images/edits HTTP/1.1\r\n{head}\r\n".encode() + form.read())
+        assert hold.reached.wait(30)
+    wait_for(lambda: running.worker.places_taken == 0)
+    before = hold.steps
+    hold.open()
+    wait_for(lambda: outcomes(running) == {"cancelled": 1})
+    assert hold.steps - before <= 1
+    assert post(running, 0).status_code == 200
 
 
 def test_who_leaves_the_queue_is_never_computed_and_forgotten(serve, hold):

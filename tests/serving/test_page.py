@@ -302,6 +302,10 @@ def test_gradio_serves_and_fetches_nothing_that_the_page_does_not_need(server, t
     secret = tmp_path / "secret.txt"
     secret.write_text("secret")
     with server.client() as client:
+        refused = client.get("/v1/images/generations")  # the page at `/` must not take what the API has no method for
+        assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+        assert refused.json()["error"]["code"] == "method_not_allowed"
+        assert client.delete("/v1/models").headers["allow"] == "GET"
         config = client.get("/config")
         assert config.status_code == 200 and str(tmp_path.home()) not in config.text
         for method, path in (

@@ -414,9 +414,12 @@ class CogView2PipelineBase(DiffusionPipeline):
         for prompt in prompts:
             own_suffix = suffix if isinstance(suffix, str) else suffix[self.tokenizer.language(prompt)]
             text = self.tokenizer.encode(prompt + own_suffix)
+            if prompt.strip() and not self.tokenizer.encode(prompt):
+                raise ValueError(f"`prompt` must not be empty, but {prompt!r} has no visible character.")
             if len(text) > longest:
                 raise ValueError(
-                    f"`prompt` may have {longest} tokens with its style, but {prompt!r} has {len(text)}. Shorten it."
+                    f"`prompt` may have {longest} tokens with its style, but {quote(prompt)} has {len(text)}. Shorten "
+                    "it."
                 )
             texts.append(text)
         if super_resolve and max(map(len, texts)) >= self.direct_sr_transformer.config.num_text_slots:
@@ -491,6 +494,11 @@ def check_prompts(prompt: str | Sequence[str], allow_empty: bool = False) -> lis
     if not prompts or not (allow_empty or all(text.strip() for text in prompts)):
         raise ValueError(f"`prompt` must not be empty, but is {prompt!r}. Say what the picture shows.")
     return list(prompts)
+
+
+def quote(text: str, longest: int = 60) -> str:
+    """A text in a message, or its beginning."""
+    return repr(text if len(text) <= longest else f"{text[:longest].rstrip()}…")
 
 
 def translate(prompts: list[str], prompt_translator: PromptTranslator | None) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi.responses import Response
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError, bad_request
@@ -44,6 +45,8 @@ def mount_page(app: FastAPI, studio: Studio, worker: Worker, metrics: Metrics, s
         f"Object.assign(window.cogview2.texts, {json.dumps(texts, ensure_ascii=False)});\n"
     )
 
+    methods = {path: ", ".join(sorted(map(str.upper, kinds))) for path, kinds in app.openapi()["paths"].items()}
+
     @app.get(SCRIPT, include_in_schema=False)
     async def page_script() -> Response:
         return Response(script, media_type="text/javascript")
@@ -66,18 +69,26 @@ def mount_page(app: FastAPI, studio: Studio, worker: Worker, metrics: Metrics, s
         head=f'<script src=".{SCRIPT}" defer></script>',
     )
     mounted = app.routes[-1]
-    mounted.app = PageGuard(mounted.app)
+    mounted.app = PageGuard(mounted.app, methods)
 
 
 class PageGuard:
-    """Lets through to Gradio only what the page needs."""
+    """
+    Lets through to Gradio only what the page needs.
 
-    def __init__(self, app: ASGIApp):
-        self.app = app
+    Args:
+        app: Gradio.
+        methods (`dict[str, str]`): Those of the paths of the API: at `/`, Gradio gets what comes there by other ones.
+    """
+
+    def __init__(self, app: ASGIApp, methods: dict[str, str]):
+        self.app, self.methods = app, methods
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             path = scope["path"]
+            if path in self.methods:
+                raise HTTPException(405, headers={"Allow": self.methods[path]})
             method = "GET" if scope["method"] == "HEAD" else scope["method"]
             if not ALLOWED.fullmatch(f"{method} {path}") or ".." in path:
                 raise ApiError(404, "There is no such path.", "not_found")

@@ -86,6 +86,8 @@ class GenerationRequest(DrawsTokens):
 class EditRequest(DrawsTokens):
     """`POST /v1/images/edits`, a form with the files `image` and `mask`."""
 
+    size: str = Field("auto", description="WIDTHxHEIGHT of the picture, which its results have, too; or `auto`.")
+
 
 class UpscaleRequest(MakesPictures):
     """`POST /v1/images/upscales`, a form with the file `image`."""

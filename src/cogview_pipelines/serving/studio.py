@@ -141,6 +141,9 @@ class Studio:
     def check_edit(self, request: EditRequest, image: Image.Image, mask: Image.Image) -> None:
         """As [`Studio.check_generation`]."""
         self._check_common(request.model, [request.prompt, request.negative_prompt or ""], request.n)
+        size = f"{image.width}x{image.height}"
+        if request.size not in ("auto", size):
+            raise bad_request(f"`size` must be auto or that of the picture, {size}: results are as large.", "size")
         with _explained():
             self.text_to_image.check_inputs(request.prompt, **request.settings())
             self.inpainting._check_inputs(request.prompt, image, mask)
