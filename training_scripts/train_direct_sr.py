@@ -49,7 +49,7 @@ class DirectSRTrainConfig(TokenTrainConfig):
     model: str = field(
         default="{}",
         metadata={
-            "help": "Options of CogLMConfig that differ from the CogLM: JSON, or a mapping in YAML. Not with `init_from`."
+            "help": "What differs from the CogLM's config, as JSON or a YAML mapping. Not used with `init_from`."
         },
     )
     train_backbone: bool = field(
