@@ -26,6 +26,7 @@ from cogview_pipelines.generation import TO_GENERATE, generate
 from cogview_pipelines.sampling import sample_tokens
 from cogview_pipelines.sequences import (
     IGNORED_LABEL,
+    SequenceLayout,
     TokenSequence,
     captioning_sample,
     completion_sample,
@@ -54,6 +55,9 @@ class CogLMTrainConfig(TokenTrainConfig):
     whole_image_probability: float = field(
         default=0.0,
         metadata={"help": "Share of captioning samples in which no patch is masked, as captions are written."},
+    )
+    caption_noise_probability: float = field(
+        default=0.0, metadata={"help": "Share of image tokens that captioning samples read wrong."}
     )
     text_loss_weight: float = field(
         default=1.0, metadata={"help": "Weight of a text label; of an image label 1. Captions have few labels."}
@@ -133,16 +137,22 @@ def make_batch(
             corners = draw_patch_corners(layout, generator, config.patch_size)
             if torch.rand((), generator=generator) < config.whole_image_probability:
                 corners = []
-            samples.append(captioning_sample(row, layout, pad_token_id, [start], corners, config.patch_size))
+            sample = captioning_sample(row, layout, pad_token_id, [start], corners, config.patch_size)
+            add_noise(sample, layout, config.caption_noise_probability, generator)
         elif completing:
-            samples.append(completion_sample(row, layout, pad_token_id, draw_rectangles(layout, generator)))
+            sample = completion_sample(row, layout, pad_token_id, draw_rectangles(layout, generator))
         else:
             sample = generation_sample(row, layout, pad_token_id)
-            tokens = sample.input_ids[:, -layout.image_length :]
-            noisy = torch.rand(tokens.shape, generator=generator) < config.noise_probability
-            tokens[noisy] = torch.randint(layout.num_image_tokens, tokens.shape, generator=generator)[noisy]
-            samples.append(sample)
+            add_noise(sample, layout, config.noise_probability, generator)
+        samples.append(sample)
     return stack(samples)
+
+
+def add_noise(sample: TokenSequence, layout: SequenceLayout, probability: float, generator: torch.Generator) -> None:
+    """Exchange image tokens that are read, and stand last, for random ones; what is predicted stays."""
+    tokens = sample.input_ids[:, -layout.image_length :]
+    noisy = torch.rand(tokens.shape, generator=generator) < probability
+    tokens[noisy] = torch.randint(layout.num_image_tokens, tokens.shape, generator=generator)[noisy]
 
 
 def compute_loss(

@@ -123,6 +123,16 @@ def test_noise_changes_what_text_to_image_reads_and_not_what_it_predicts(make_ba
     assert torch.equal(clean.input_ids[is_generation, :before], noisy.input_ids[is_generation, :before])
 
 
+def test_noise_changes_what_captioning_reads_and_not_what_it_predicts(make_batch, tokenizer):
+    options = {"caption_probability": 0.5, "whole_image_probability": 0.5}
+    clean, noisy = make_batch(**options), make_batch(caption_noise_probability=0.5, **options)
+    is_caption = clean.input_ids[:, -IMAGE_LENGTH - 1] != tokenizer.boi_token_id
+    changed = clean.input_ids != noisy.input_ids
+    assert 0.3 < changed[is_caption, -IMAGE_LENGTH:].float().mean() < 0.5
+    assert not changed[:, :-IMAGE_LENGTH].any() and not changed[~is_caption].any()
+    assert torch.equal(clean.labels, noisy.labels)
+
+
 def test_captions_are_cut_to_what_the_model_takes(make_batch):
     whole, cut = make_batch(caption_probability=0.0), make_batch(caption_probability=0.0, max_text_tokens=6)
     assert whole.text_mask.sum(1).max() > 6
