@@ -112,6 +112,11 @@ def test_files_that_cannot_be_read_are_bad_input(cogview2, files, monkeypatch):
     ):
         assert_bad_input(cogview2("caption", files / name), part, name)
         assert_bad_input(cogview2("score", files / name, "a cat"), part, name)
+        assert_bad_input(cogview2("upscale", files / name, "--output", files / "x.png"), part, name)
+        arguments = ("--image", files / name, "--mask", files / "mask.png", "--output", files / "x.png")
+        assert_bad_input(cogview2("inpaint", PROMPT, *arguments), part, name, "--image")
+        arguments = ("--mask", files / name, "--output", files / "x.png")
+        assert_bad_input(paint(cogview2, files, *arguments), part, name, "--mask")
     monkeypatch.setattr(inputs, "MOST_PIXELS", 1000)
     assert_bad_input(cogview2("upscale", files / "image.png", "--output", files / "x.png"), "70 x 50")
     monkeypatch.setattr(inputs, "MOST_PIXELS", 4000)
@@ -141,6 +146,17 @@ def test_what_cannot_be_painted_is_bad_input(cogview2, files, arguments, part):
         arguments += ["--output", files / "out.png"]
     assert_bad_input(paint(cogview2, files, *arguments), part)
     assert not (files / "out.png").exists()
+
+
+def test_a_prompt_over_the_limit_is_bad_input(cogview2, files):
+    arguments = ("--mask", files / "mask.png", "--output", files / "x.png")
+    prompt = "a cat " * 90
+    result = cogview2("inpaint", prompt, "--image", files / "image.png", *arguments)
+    assert_bad_input(result, "`prompt` may have", "Shorten it")
+    assert len(result.stderr) < 300
+    result = cogview2("upscale", files / "image.png", "--prompt", prompt, "--output", files / "x.png")
+    assert_bad_input(result, "`prompt` may have", "Shorten it")
+    assert not (files / "x.png").exists()
 
 
 def test_captions_and_scores_name_what_does_not_fit(cogview2, files):
