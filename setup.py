@@ -27,7 +27,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc"
 LIBRARY = "_kernels.so"
-CPU_KERNELS = ("local_attention_cpu", "decode_step_cpu")
+CPU_KERNELS = ("local_attention_cpu", "decode_step_cpu", "gelu_cpu")
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions", "-fno-rtti"]
 CXX_FLAGS += ["-fvisibility=hidden", "-Wall"]
 # Levels of the x86-64 psABI, chosen at run time, from the most general to the most particular.

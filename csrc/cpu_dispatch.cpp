@@ -12,11 +12,12 @@ struct Isa {
     const char* name;
     int (*local_attention)(const LocalAttentionProblem*, bool, Parallel);
     int (*decode_step)(const DecodeStep*, Parallel);
+    int (*gelu)(const void*, void*, int64_t, int, int, Parallel, void*);
 };
 
 // From the most general to the most particular.
 const Isa isas[] = {
-#define X(isa) {#isa, CPU_JOIN(local_attention, isa), CPU_JOIN(decode_step, isa)},
+#define X(isa) {#isa, CPU_JOIN(local_attention, isa), CPU_JOIN(decode_step, isa), CPU_JOIN(gelu, isa)},
     CPU_ISAS
 #undef X
 };
@@ -96,6 +97,11 @@ int decode_step_cpu(const DecodeStep* s) {
         if (id < 0 || id >= s->vocabulary) return DECODE_STEP_BAD_ID;
     }
     return isa->decode_step(s, run_parallel);
+}
+
+int gelu_cpu(const void* values, void* results, int64_t count, int32_t dtype, int32_t threads, int32_t isa, void* parallel) {
+    const Isa* chosen = threads > 0 && count >= 0 ? find_isa(isa) : nullptr;
+    return chosen ? chosen->gelu(values, results, count, dtype, threads, run_parallel, parallel) : GELU_UNSUPPORTED;
 }
 
 const char* cpu_isa_name(int index) { return index >= 0 && index < num_isas ? isas[index].name : nullptr; }

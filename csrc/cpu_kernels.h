@@ -9,6 +9,7 @@
 #define CPU_KERNELS_H
 
 #include "decode_step.h"
+#include "gelu.h"
 #include "local_attention.h"
 
 #define CPU_JOIN_(a, b) a##_##b
@@ -23,7 +24,8 @@ typedef void (*Parallel)(Task, void* data, int threads, void* runtime);
 #define X(isa) \
     int CPU_JOIN(local_attention, isa)(const LocalAttentionProblem*, bool backward, Parallel); \
     int CPU_JOIN(decode_step, isa)(const DecodeStep*, Parallel); \
-    int64_t CPU_JOIN(decode_step_scratch, isa)(const DecodeStep*);
+    int64_t CPU_JOIN(decode_step_scratch, isa)(const DecodeStep*); \
+    int CPU_JOIN(gelu, isa)(const void*, void*, int64_t count, int dtype, int threads, Parallel, void* runtime);
 CPU_ISAS
 #undef X
 

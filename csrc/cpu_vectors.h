@@ -10,6 +10,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -139,6 +143,52 @@ inline void narrow(float x, float16* to) {
     const uint32_t normal = (rest - (112u << 23) + 0xfff + ((rest >> 13) & 1)) >> 13;
     const uint32_t large = rest > 0x7f800000u ? 0x7e00 : 0x7c00;
     to->bits = (uint16_t)(sign | (rest >= 0x477ff000u ? large : rest < 0x38800000u ? small : normal));
+}
+
+// ---------------------------------------------------------------------------------------------- floats from and to numbers at any address
+
+typedef Vec<float> V;
+constexpr int W = width<float>();
+
+typedef float UnalignedFloats __attribute__((vector_size(VECTOR_BYTES), may_alias, aligned(4)));
+typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2), may_alias, aligned(2)));
+typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES), may_alias));
+
+inline V read(const float* p) { return *(const UnalignedFloats*)p; }
+inline V read(const bfloat16* p) { return (V)(__builtin_convertvector(*(const Halves*)p, Words) << 16); }
+inline V read(const float16* p) {
+#if defined(__F16C__) && VECTOR_BYTES == 64
+    return (V)_mm512_maskz_cvtph_ps((__mmask16)-1, _mm256_loadu_si256((const __m256i*)p));  // GCC warns of the plain one
+#elif defined(__F16C__) && VECTOR_BYTES == 32
+    return (V)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+    V v;
+    for (int i = 0; i < W; i++) v[i] = widen(p[i]);
+    return v;
+#endif
+}
+
+inline void write(float* p, V v) { *(UnalignedFloats*)p = v; }
+inline void write(bfloat16* p, V v) {  // to the nearest, ties to even
+    const Words bits = (Words)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Words quiet = Words{} + 0x7fc0;
+    *(Halves*)p = __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000u ? quiet : rounded, Halves);
+}
+inline void write(float16* p, V v) {
+#if defined(__F16C__) && VECTOR_BYTES == 64
+    _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph((__mmask16)-1, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__) && VECTOR_BYTES == 32
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int i = 0; i < W; i++) narrow(v[i], p + i);
+#endif
+}
+
+// x * sigmoid(2 u) with u = sqrt(2 / pi) * (x + 0.044715 x^3): the tanh approximation of GELU.
+inline V gelu(V x) {
+    const V t = x * ((float)(-2 * 0.7978845608028654 * LOG2_E) + (float)(-2 * 0.7978845608028654 * 0.044715 * LOG2_E) * x * x);
+    const V e = exp2<float>(t > 0 ? -t : t);  // of a number that is not positive, so that nothing overflows
+    return x * (t > 0 ? e : splat(1.0f)) / (1 + e);
 }
 
 }  // namespace

@@ -10,36 +10,9 @@
 #include "cpu_kernels.h"
 #include "cpu_vectors.h"
 
-#ifdef __F16C__
-#include <immintrin.h>
-#endif
-
 namespace {
 
-typedef Vec<float> V;
-constexpr int W = width<float>();
 constexpr int MOST_TOGETHER = 8;  // sequences whose sums are in registers at once
-
-// ---------------------------------------------------------------------------------------------------------------- numbers from any address
-
-typedef float UnalignedFloats __attribute__((vector_size(VECTOR_BYTES), may_alias, aligned(4)));
-typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2), may_alias, aligned(2)));
-typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES), may_alias));
-
-inline V read(const float* p) { return *(const UnalignedFloats*)p; }
-inline V read(const bfloat16* p) { return (V)(__builtin_convertvector(*(const Halves*)p, Words) << 16); }
-inline V read(const float16* p) {
-#if defined(__F16C__) && VECTOR_BYTES == 64
-    return (V)_mm512_maskz_cvtph_ps((__mmask16)-1, _mm256_loadu_si256((const __m256i*)p));  // GCC warns of the plain one
-#elif defined(__F16C__) && VECTOR_BYTES == 32
-    return (V)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-#else
-    V v;
-    for (int i = 0; i < W; i++) v[i] = widen(p[i]);
-    return v;
-#endif
-}
-inline void write(float* p, V v) { *(UnalignedFloats*)p = v; }
 
 inline float sum(V v) {
     typedef float Four __attribute__((vector_size(16)));
@@ -48,13 +21,6 @@ inline float sum(V v) {
     Four s = part[0];
     for (int i = 1; i < VECTOR_BYTES / 16; i++) s += part[i];
     return (s[0] + s[1]) + (s[2] + s[3]);
-}
-
-// x * sigmoid(2 u) with u = sqrt(2 / pi) * (x + 0.044715 x^3): the tanh approximation of GELU.
-inline V gelu(V x) {
-    const V t = x * ((float)(-2 * 0.7978845608028654 * LOG2_E) + (float)(-2 * 0.7978845608028654 * 0.044715 * LOG2_E) * x * x);
-    const V e = exp2<float>(t > 0 ? -t : t);  // of a number that is not positive, so that nothing overflows
-    return x * (t > 0 ? e : splat(1.0f)) / (1 + e);
 }
 
 // ------------------------------------------------------------------------------------------------------------------------------- products
@@ -290,15 +256,13 @@ public:
                 layer_norm(layer.mlp_layernorm, row(scratch.states, m), row(scratch.normed, m), false);
             });
             product(layer.dense_h_to_4h, scratch.normed, scratch.fed, hidden, s.intermediate, [](float* y, int number) {
-                for (int k = 0; k < number; k += W) {
-                    if (k + W <= number) {
-                        write(y + k, gelu(read(y + k)));
-                    } else {
-                        V rest = V{};
-                        memcpy(&rest, y + k, (number - k) * sizeof(float));
-                        rest = gelu(rest);
-                        memcpy(y + k, &rest, (number - k) * sizeof(float));
-                    }
+                int k = 0;
+                for (; k + W <= number; k += W) write(y + k, gelu(read(y + k)));
+                if (k < number) {
+                    float rest[W] = {};
+                    memcpy(rest, y + k, (number - k) * sizeof(float));
+                    write(rest, gelu(read(rest)));
+                    memcpy(y + k, rest, (number - k) * sizeof(float));
                 }
             });
             product(layer.dense_4h_to_h, scratch.fed, scratch.projected, s.intermediate, hidden);

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
+from ..ops.gelu import gelu
 from ..ops.local_attention import local_attention
 from ..sequences import IGNORED_LABEL, SequenceLayout
 
@@ -332,7 +333,7 @@ class CogLMMLP(nn.Module):
         self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh"))
+        return self.dense_4h_to_h(gelu(self.dense_h_to_4h(hidden_states)))
 
 
 class CogLMDropout(nn.Dropout):

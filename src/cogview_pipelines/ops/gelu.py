@@ -1,0 +1,59 @@
+"""GELU in its tanh approximation, of which super-resolution on a CPU computes millions: `csrc/gelu_cpu.cpp`."""
+
+import ctypes
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from .native import library, openmp_parallel
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
+# below so many numbers, PyTorch's own is as fast as calling the kernel
+SMALLEST = 2**15
+
+
+@functools.cache
+def _kernel() -> Callable[..., int] | None:
+    """The function of the library, if there is one."""
+    kernel = getattr(library(), "gelu_cpu", None)
+    if kernel is not None:
+        kernel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_int32] * 3, ctypes.c_void_p]
+    return kernel
+
+
+@torch.library.custom_op("cogview_pipelines::gelu", mutates_args=(), device_types="cpu")
+def _fused_gelu(values: torch.Tensor) -> torch.Tensor:
+    results = torch.empty_like(values)
+    arguments = (values.numel(), _DTYPES[values.dtype], torch.get_num_threads(), 0, openmp_parallel())
+    if _kernel()(values.data_ptr(), results.data_ptr(), *arguments):
+        raise RuntimeError(f"The GELU kernel refused {values.numel()} numbers of {values.dtype}.")
+    return results
+
+
+@_fused_gelu.register_fake
+def _(values):
+    return torch.empty_like(values)
+
+
+def gelu(hidden_states: torch.Tensor) -> torch.Tensor:
+    """
+    GELU, tanh approximation.
+
+    Where no gradient is wanted, many numbers on a CPU go through a kernel that computes in float32; all else goes
+    through PyTorch.
+
+    Args:
+        hidden_states (`torch.Tensor`): Of any shape.
+    """
+    fused = (
+        hidden_states.device.type == "cpu"
+        and hidden_states.numel() >= SMALLEST
+        and hidden_states.dtype in _DTYPES
+        and hidden_states.is_contiguous()
+        and not (torch.is_grad_enabled() and hidden_states.requires_grad)
+        and not torch.compiler.is_compiling()  # a compiler fuses it with what is around it
+        and _kernel() is not None
+    )
+    return _fused_gelu(hidden_states) if fused else F.gelu(hidden_states, approximate="tanh")
