@@ -228,6 +228,17 @@ def test_a_chinese_browser_sees_chinese_first(browser, server):
     visit.context.close()
 
 
+def test_files_are_chosen_by_buttons_in_the_language_of_the_page_and_not_of_the_browser(visit):
+    page = visit.page
+    page.locator("#cv-language").get_by_text("中文").click()
+    visit.open("edit")
+    for words in ("choose_file", "mask_file"):
+        field = page.locator("#cv-tab-edit").get_by_label(text(words, "zh"))
+        assert field.evaluate("field => getComputedStyle(field).opacity") == "0"  # with the browser's own words
+        with page.expect_file_chooser():
+            field.click()
+
+
 def test_what_is_wrong_is_said_on_the_page(visit):
     page = visit.page
     page.locator("#cv-create-start").click()
