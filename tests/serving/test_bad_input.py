@@ -1,9 +1,12 @@
 """What the API refuses, and how: with a JSON error that names the field, and nothing of the server's insides."""
 
+import concurrent.futures
+import contextlib
 import io
 import json
 import socket
 import struct
+import time
 import zlib
 
 import pytest
@@ -281,6 +284,25 @@ def test_a_body_that_does_not_come_gives_its_place_back(serve):
         assert connection.recv(1000).startswith(b"HTTP/1.1 408")
     with running.client() as client:
         assert client.post(GENERATIONS, json={"prompt": PROMPT}).status_code == 200
+
+
+def test_a_connection_on_which_no_request_comes_is_closed_and_one_at_work_is_not(serve, hold):
+    running = serve(head_timeout=0.3, max_connections=4)
+    address = ("127.0.0.1", running.port)
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_connection(address, timeout=30)) for _ in range(3)]
+        silent[0].sendall(f"POST {GENERATIONS} HTTP/1.1\r\nHost: loc".encode())
+        silent[1].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /health HTTP/1.1\r\n")  # and no more
+        said = [b"".join(iter(lambda one=one: one.recv(1000), b"")) for one in silent]
+        assert [answers.count(b"HTTP/1.1 ") for answers in said] == [0, 1, 0]
+        assert said[1].startswith(b"HTTP/1.1 200")
+    with running.client() as client, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        hold.close()
+        slow = pool.submit(client.post, GENERATIONS, json={"prompt": PROMPT})
+        assert hold.reached.wait(30)
+        time.sleep(1)
+        hold.open()
+        assert slow.result().status_code == 200
 
 
 def test_a_failure_of_ours_tells_nothing(serve, pipe, monkeypatch, caplog):

@@ -29,7 +29,8 @@ def picture_field(name: str, has_mask: bool = False) -> str:
             f'<label><input type="checkbox" data-tool="eraser"> {both("eraser")}</label>'
             f'<button type="button" data-tool="clear">{both("clear")}</button>'
             f'<button type="button" data-tool="invert">{both("invert")}</button>'
-            f'<label class="cv-file">{both("mask_file")} <input type="file" accept="image/*" data-tool="mask"></label></div>'
+            f'<label class="cv-file">{both("mask_file")} '
+            '<input type="file" accept="image/*" data-tool="mask"></label></div>'
         )
     return (
         f'<div class="cv-picture" data-picture="{name}" data-mask="{int(has_mask)}">'

@@ -1,11 +1,13 @@
 """The process: a socket, uvicorn, the log, and an orderly end."""
 
+import asyncio
 import logging
 import socket
 import sys
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from .settings import ServerSettings
 
@@ -16,6 +18,26 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.config.app.state.worker.close()
         await super().shutdown(sockets)
+
+
+class Connection(AutoHTTPProtocol):
+    """A connection that is closed when no request comes on it: clients that say nothing must not keep others out."""
+
+    head_timeout: float
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.loop.call_later(self.head_timeout, self._close_if_silent, None)
+
+    def _close_if_silent(self, last) -> None:
+        """Close if the latest request is still that of the check before, and answered; else check again later."""
+        if self.transport.is_closing():
+            return
+        is_answered = self.cycle is None or self.cycle.response_complete
+        if is_answered and self.cycle is last:
+            self.transport.close()
+        else:
+            self.loop.call_later(self.head_timeout, self._close_if_silent, self.cycle if is_answered else self)
 
 
 def bind(settings: ServerSettings) -> socket.socket:
@@ -43,6 +65,7 @@ def make_server(app: FastAPI, settings: ServerSettings) -> Server:
     """The server, not running yet."""
     config = uvicorn.Config(
         app,
+        http=type("Connection", (Connection,), {"head_timeout": settings.head_timeout}),
         log_config=None,
         access_log=False,  # RequestLog writes a line with the request's id
         server_header=False,

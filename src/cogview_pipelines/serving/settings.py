@@ -17,6 +17,7 @@ class ServerSettings:
         page (`bool`): Serve the page, too.
         queue_limit (`int`): Requests that may wait or be computed at a time.
         job_timeout (`float`): Seconds from the arrival of a request until its work is stopped.
+        head_timeout (`float`): Seconds for the head of a request to arrive on an open connection.
         body_timeout (`float`): Seconds for the body of a request to arrive.
         shutdown_timeout (`float`): Seconds that running requests get to end when the server stops.
         max_connections (`int`): Connections that are open at a time.
@@ -36,6 +37,7 @@ class ServerSettings:
     page: bool = True
     queue_limit: int = 32
     job_timeout: float = 600.0
+    head_timeout: float = 30.0
     body_timeout: float = 60.0
     shutdown_timeout: float = 10.0
     max_connections: int = 256
