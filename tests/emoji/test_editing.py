@@ -1,8 +1,14 @@
 """What inpainting, captioning and upscaling are measured by: the cases, and that each number counts its own thing."""
 
+import json
+import runpy
+from pathlib import Path
+
 import numpy as np
 import pytest
+import typer
 from PIL import Image, ImageOps
+from typer.testing import CliRunner
 
 from cogview_pipelines import CogView2CaptionPipeline, CogView2InpaintPipeline, CogView2UpscalePipeline
 from cogview_pipelines.emoji import Scene, Scope, captions, render
@@ -15,7 +21,7 @@ from cogview_pipelines.emoji.editing import (
 from cogview_pipelines.emoji.evaluation import choose_cases
 from cogview_pipelines.emoji.scenes import is_usable, split
 
-from ..cli.conftest import FULL_SIZE, LOW_SIZE, SCOPE, pipeline  # noqa: F401
+from ..cli.conftest import FULL_SIZE, LOW_SIZE, SCOPE, model_folder, pipeline  # noqa: F401
 
 CAT, DOG = "1f431", "1f436"
 
@@ -157,3 +163,24 @@ def test_upscaling_is_measured_beside_its_ceiling(pipeline, monkeypatch):  # noq
     monkeypatch.setattr(CogView2UpscalePipeline, "__call__", call)
     assert measure_upscaling(pipeline, cases)["psnr"] > 90
     assert result["bicubic_psnr"] == measure_upscaling(pipeline, cases)["bicubic_psnr"]
+
+
+def test_the_benchmark_records_how_candidates_were_drawn(model_folder, tmp_path):  # noqa: F811
+    script = Path(__file__).parents[2] / "benchmarks" / "evaluate_editing.py"
+    benchmark = typer.Typer()
+    benchmark.command()(runpy.run_path(str(script))["main"])
+
+    def run(*arguments):
+        return CliRunner().invoke(benchmark, ["--model", str(model_folder), "--num", "2", *map(str, arguments)])
+
+    refused = run("--measures", "captions", "--temperature", 2)
+    assert refused.exit_code == 2 and "post_selection" in refused.stderr
+    output = tmp_path / "lines.jsonl"
+    made = run("--measures", "post_selection", "--temperature", 2, "--top-k-clusters", 9, "--output", output)
+    assert made.exit_code == 0, made.output
+    lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    assert len(lines) == 4
+    for line in lines:
+        assert line["sampling"] == {"temperature": 2.0, "top_k_clusters": 9}
+        assert {"first", "best", "preset_first", "gain", "gain_over_preset", "token_difference"} <= set(line)
+        assert line["cpu_seconds"] >= 0
