@@ -11,6 +11,7 @@ from typing import Any
 import PIL.Image
 import torch
 
+from .cpu_threads import release_cpu_threads
 from .pipeline_base import Callback, GenerationInterrupted, check_counts
 from .pipeline_output import CogView2PreviewOutput
 from .preview_budget import PreviewBudget, check_share
@@ -126,6 +127,7 @@ class PreviewMixin:
 
 def _read(thread: threading.Thread, reports: queue.SimpleQueue, closed: threading.Event) -> Iterator:
     """Reports of a thread up to its end, which comes at once if nobody reads on."""
+    release_cpu_threads()
     thread.start()
     try:
         while not isinstance(report := reports.get(), _End):
