@@ -84,9 +84,9 @@ def small_config(name: str):
 
 
 def test_the_runs_of_the_small_coglm_follow_each_other():
-    runs = [small_config(f"coglm_small{name}") for name in ("_first", "_order", "")]
-    assert [run.init_from for run in runs] == [None, *(f"{run.output_dir}/final" for run in runs[:2])]
-    for run, ending in zip(runs, ("", "_order", "")):
+    runs = [small_config(f"coglm_small{name}") for name in ("_first", "_order", "_all", "")]
+    assert [run.init_from for run in runs] == [None, *(f"{run.output_dir}/final" for run in runs[:3])]
+    for run, ending in zip(runs, ("", "_order", "", ""), strict=True):
         main, wide = (small_config(f"tokens_{name}{ending}") for name in ("small", "wide"))
         assert (run.data, run.auxiliary_data) == (main.output_dir, wide.output_dir)
         assert (main.reversed_share, wide.reversed_share) == ((0.2, 0.2) if ending else (0.5, 0.5))
