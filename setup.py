@@ -30,12 +30,10 @@ LIBRARY = "_kernels.so"
 CPU_KERNELS = ("local_attention_cpu", "decode_step_cpu", "gelu_cpu")
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions", "-fno-rtti"]
 CXX_FLAGS += ["-fvisibility=hidden", "-Wall"]
-# Levels of the x86-64 psABI, chosen at run time, from the most general to the most particular.
-X86_INSTRUCTION_SETS = {
-    "baseline": [],
-    "avx2": ["-march=x86-64-v3"],
-    "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
-}
+# Chosen at run time, from the most general to the most particular. GCC 9 and 10 do not know `-march=x86-64-v3`.
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+X86_INSTRUCTION_SETS = {"baseline": [], "avx2": AVX2, "avx512": [*AVX2, *AVX512]}
 CUDA_ARCHITECTURES = ("80", "86", "89", "90")
 MOST_SPILLED_BYTES = 256  # per thread: a few values that the inner loops do not touch
 

@@ -25,7 +25,8 @@ constexpr int num_isas = sizeof(isas) / sizeof(isas[0]);
 
 bool supported(const char* name) {
 #if defined(__x86_64__)
-    if (!strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    // All with these two have F16C, a name that older compilers do not know here.
+    if (!strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (!strcmp(name, "avx512"))
         return supported("avx2") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -90,7 +91,8 @@ int64_t decode_step_scratch_size(const DecodeStep* s) { return decode_step_scrat
 int decode_step_cpu(const DecodeStep* s) {
     const Isa* isa = s->abi == DECODE_STEP_ABI ? find_isa(s->isa) : nullptr;
     const bool fits = isa && s->threads > 0 && s->sequences > 0 && s->sequences <= DECODE_STEP_MAX_SEQUENCES && s->length >= 0 &&
-                      s->length < s->capacity && s->length < DECODE_STEP_MAX_KEYS && s->heads > 0 && s->hidden % s->heads == 0;
+                      s->length < s->capacity && s->length < DECODE_STEP_MAX_KEYS && s->layers > 0 && s->heads > 0 &&
+                      s->hidden % s->heads == 0 && s->tokens <= s->vocabulary;
     if (!fits) return DECODE_STEP_UNSUPPORTED;
     for (int i = 0; i < s->sequences; i++) {
         const int64_t id = s->input_ids[i * s->input_stride];
