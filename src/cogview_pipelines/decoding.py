@@ -10,11 +10,13 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .models.modeling_coglm import (
     CogLMAttention,
     CogLMCache,
+    CogLMConfig,
     CogLMDropout,
     CogLMLayer,
     CogLMMLP,
@@ -141,22 +143,49 @@ def fused_decoding_refusals(
         `list[str]`: One reason a line; empty where it can.
     """
     reasons = decode_step_refusals(model.dtype, device, num_sequences, max_length)
-    if model.training and (model.config.hidden_dropout or model.config.attention_dropout):
-        reasons.append("the model is in training mode, with dropout")
+    if [getattr(layer, "index", None) for layer in model.layers] != list(range(model.config.num_hidden_layers)):
+        reasons.append("its layers are not those of its config, in order")
     if torch.is_autocast_enabled("cpu"):
         reasons.append("autocast is on")
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        reasons.append("all modules have hooks")
     for name, module in model.named_modules():
         # a changed class is an adapter, a quantised layer or a parametrised one; a `forward` of its own, offloading
         if type(module) not in _PLAIN_MODULES:
             reasons.append(f"`{name}` is a {type(module).__name__}")
         elif "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
             reasons.append(f"`{name or 'the model'}` has hooks")
+        elif module.training and _dropout(module):
+            reasons.append(f"`{name}` is in training mode, with dropout")
+        elif not _is_configured(name.rpartition(".")[2], module, model.config):
+            reasons.append(f"`{name}` is not as the config says")
     for name, weight in model.named_parameters():
         if type(weight.data) is not torch.Tensor or weight.device.type != "cpu":
             reasons.append(f"`{name}` is a {type(weight.data).__name__} on {weight.device}")
         elif weight.dtype != model.dtype or not weight.is_contiguous():
             reasons.append(f"`{name}` is of {weight.dtype}, strides {weight.stride()}")
     return reasons
+
+
+def _dropout(module: nn.Module) -> float:
+    if isinstance(module, CogLMAttention):
+        return module.dropout
+    return module.p if isinstance(module, CogLMDropout) else 0.0
+
+
+def _is_configured(name: str, module: nn.Module, config: CogLMConfig) -> bool:
+    """Whether a module has the shapes by which the kernel reads its memory, and the epsilon of all norms."""
+    hidden, wide = config.hidden_size, config.intermediate_size
+    linear = {"query_key_value": (3 * hidden, hidden), "dense": (hidden, hidden)}
+    linear |= {"dense_h_to_4h": (wide, hidden), "dense_4h_to_h": (hidden, wide)}
+    shape = () if getattr(module, "weight", None) is None else tuple(module.weight.shape)
+    if isinstance(module, nn.Linear):
+        return shape == linear.get(name) and module.bias is not None
+    if isinstance(module, nn.LayerNorm):
+        return shape == (hidden,) and module.bias is not None and module.eps == config.layer_norm_eps
+    if isinstance(module, CogLMTokenEmbedding):
+        return shape[1:] == (hidden,) and shape[0] >= config.num_image_tokens
+    return not isinstance(module, nn.Embedding) or shape[1:] == (hidden,)
 
 
 class StaticDecoder(Decoder):

@@ -133,6 +133,32 @@ def test_a_full_cache_is_an_error():
         decoder.append(torch.zeros(2, 1, dtype=torch.long), torch.tensor([40]))
 
 
+def test_input_of_another_size_or_type_is_an_error():
+    _, decoder = run_steps(FusedDecoder, make_coglm(), 2)
+    decoder.cache.length -= 1
+    for wrong in (torch.zeros(3, 1, dtype=torch.long), torch.zeros(2, 1, dtype=torch.int32)):
+        with pytest.raises(ValueError, match=r"must be 2 numbers of torch\.int64"):
+            decoder.append(wrong, torch.tensor([40]))
+
+
+def test_weights_that_are_exchanged_between_steps_are_read_to_the_end():
+    expected, _ = run_steps(FusedDecoder, make_coglm(), 2)
+    result, _ = run_steps(FusedDecoder, make_coglm(), 2, prepare=lambda decoder: decoder.model.half())
+    assert torch.equal(result, expected)
+
+
+def test_the_default_dtype_changes_nothing():
+    expected, _ = run_steps(FusedDecoder, make_coglm(), 2)
+    before = torch.get_default_dtype()
+    try:
+        result, _ = run_steps(
+            FusedDecoder, make_coglm(), 2, prepare=lambda decoder: torch.set_default_dtype(torch.float64)
+        )
+    finally:
+        torch.set_default_dtype(before)
+    assert result.dtype == torch.float32 and torch.equal(result, expected)
+
+
 # when the model runs as it is
 
 
@@ -155,11 +181,60 @@ def in_training(model):
     model.train()
 
 
+def with_one_dropout_on(model):  # dropout as a measure of doubt
+    model.layers[1].dropout.train()
+
+
+def with_dropout_of_attention_on(model):
+    model.layers[0].attention.train()
+    model.layers[0].attention.dropout = 0.5
+
+
 def in_mixed_precision(model):
     model.layers[0].mlp.to(torch.bfloat16)
 
 
-CHANGES = [with_a_hook, with_its_own_forward, with_an_adapter, in_training, in_mixed_precision]
+def without_its_last_layer(model):
+    model.layers = model.layers[:-1]
+
+
+def with_layers_in_another_order(model):
+    model.layers = torch.nn.ModuleList(reversed(model.layers))
+
+
+def with_less_of_a_layer(model):
+    mlp, left = model.layers[1].mlp, 9
+    mlp.dense_h_to_4h = torch.nn.Linear(model.config.hidden_size, left)
+    mlp.dense_4h_to_h = torch.nn.Linear(left, model.config.hidden_size)
+
+
+def without_a_bias(model):
+    model.layers[0].attention.dense.bias = None
+
+
+def with_another_epsilon(model):
+    model.layers[0].mlp_layernorm.eps = 0.1
+
+
+def with_fewer_tokens(model):
+    model.word_embeddings.weight = torch.nn.Parameter(model.word_embeddings.weight[: NUM_IMAGE_TOKENS - 1].detach())
+
+
+CHANGES = [
+    with_a_hook,
+    with_its_own_forward,
+    with_an_adapter,
+    in_training,
+    with_one_dropout_on,
+    with_dropout_of_attention_on,
+    in_mixed_precision,
+    without_its_last_layer,
+    with_layers_in_another_order,
+    with_less_of_a_layer,
+    without_a_bias,
+    with_another_epsilon,
+    with_fewer_tokens,
+]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -181,5 +256,7 @@ def test_the_kernel_can_be_refused_and_refuses_what_it_cannot_run():
     assert "cuda:1" in decode_step.decode_step_refusals(torch.float32, "cuda:1")[0]
     with torch.autocast("cpu", torch.bfloat16):
         assert decoding.fused_decoding_refusals(model, 1, 9, CPU) == ["autocast is on"]
+    with torch.nn.modules.module.register_module_forward_hook(lambda module, arguments, output: None):
+        assert decoding.fused_decoding_refusals(model, 1, 9, CPU) == ["all modules have hooks"]
     with pytest.raises(ValueError, match=r"cannot run this model: the dtype is torch\.float64"):
         FusedDecoder(make_coglm().double(), 1, 9, False, CPU)

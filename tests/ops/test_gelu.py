@@ -90,6 +90,16 @@ def test_where_a_gradient_is_wanted_pytorch_computes_it(calls):
     assert not calls
 
 
+def test_where_a_derivative_goes_along_pytorch_computes_it(calls):
+    values = numbers(SMALLEST)[9:].repeat(2)
+    along = torch.ones_like(values)
+    with torch.no_grad():
+        _, result = torch.func.jvp(gelu, (values,), (along,))
+        _, expected = torch.func.jvp(lambda given: F.gelu(given, approximate="tanh"), (values,), (along,))
+    assert torch.equal(result, expected) and result.any()
+    assert not calls
+
+
 def test_without_kernels_pytorch_does_it(monkeypatch):
     monkeypatch.setattr(ops, "_kernel", lambda: None)
     values = numbers(SMALLEST)

@@ -108,7 +108,8 @@ def decode_step_refusals(
 
 class DecodeStep:
     """
-    One more token for every sequence. Holds the tensors that it reads and writes.
+    One more token for every sequence. Holds the tensors that it reads and writes: if the model gets others meanwhile
+    (`model.half()`), this goes on with those it began with.
 
     All weights are of one dtype, contiguous and on the CPU; sums are float32 whatever it is.
 
@@ -139,9 +140,11 @@ class DecodeStep:
         reasons = decode_step_refusals(dtype, word_embeddings.device, num_sequences, max_length)
         if reasons:
             raise ValueError(f"The decode-step kernel cannot run this model: {'; '.join(reasons)}.")
-        self.position_embeddings, self.bias = position_embeddings, bias
+        self.position_embeddings, self.bias = position_embeddings.detach(), bias
         self.layers = (_Layer * len(layers))()
-        self._held = [word_embeddings, final_layernorm, *(part for layer in layers for part in layer.values())]
+        modules = [final_layernorm, *(part for layer in layers for part in layer.values())]
+        # tensors of their own: the data of a parameter can be exchanged and freed
+        self._held = [word_embeddings.detach(), *(weight.detach() for each in modules for weight in each.parameters())]
         for target, layer in zip(self.layers, layers):
             for name in LAYER_PARTS:
                 setattr(target, name, _parameters(layer[name]))
@@ -152,11 +155,11 @@ class DecodeStep:
         step.epsilon, step.final_layernorm = final_layernorm.eps, _parameters(final_layernorm)
         step.word_embeddings, step.bias = word_embeddings.data_ptr(), bias.data_ptr()
         step.layer = ctypes.addressof(self.layers)
-        num_bytes = sum(weight.nbytes for layer in layers for part in layer.values() for weight in part.parameters())
+        num_bytes = sum(weight.nbytes for weight in self._held[1:])
         step.threads = max(1, min(torch.get_num_threads(), num_bytes // _BYTES_PER_THREAD))
         step.parallel = openmp_parallel()
         size = _kernel().decode_step_scratch_size(ctypes.byref(step))
-        self.scratch = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
+        self.scratch = torch.empty(size + _ALIGNMENT, dtype=torch.uint8, device="cpu")
         step.scratch = -(-self.scratch.data_ptr() // _ALIGNMENT) * _ALIGNMENT
 
     def __call__(
@@ -166,7 +169,7 @@ class DecodeStep:
         Append a token to every sequence and predict the next.
 
         Args:
-            input_ids (`torch.Tensor` of shape `(num_sequences,)`): The tokens.
+            input_ids (`torch.Tensor` of shape `(num_sequences,)`): The tokens, int64.
             position (`int`): Their position id.
             length (`int`): Keys that the caches hold; that of this token is put after them.
             caches (sequence of `torch.Tensor` of shape `(2, num_sequences, num_heads, max_length, head_dim)`): Keys
@@ -177,13 +180,19 @@ class DecodeStep:
 
         Raises:
             IndexError: If a token or the position lies outside of its table.
+            ValueError: If there is not one token for each sequence.
         """
+        step = self.step
+        if input_ids.shape != (step.sequences,) or input_ids.dtype != torch.long:
+            raise ValueError(
+                f"`input_ids` must be {step.sequences} numbers of torch.int64, but is of shape "
+                f"{tuple(input_ids.shape)} and {input_ids.dtype}."
+            )
         if not 0 <= position < len(self.position_embeddings):
             raise IndexError(f"`position` must be below {len(self.position_embeddings)}, but is {position}.")
-        step = self.step
         for layer, cache in zip(self.layers, caches, strict=True):
             layer.cache = cache.data_ptr()
-        logits = torch.empty(step.sequences, step.tokens)
+        logits = torch.empty(step.sequences, step.tokens, dtype=torch.float32, device="cpu")
         step.logits = logits.data_ptr()
         step.position_embedding = self.position_embeddings[position].data_ptr()
         step.input_ids, step.input_stride, step.length = input_ids.data_ptr(), input_ids.stride(0), length

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.forward_ad import unpack_dual
 
 from .native import library, openmp_parallel
 
@@ -54,6 +55,7 @@ def gelu(hidden_states: torch.Tensor) -> torch.Tensor:
         and hidden_states.is_contiguous()
         and not (torch.is_grad_enabled() and hidden_states.requires_grad)
         and not torch.compiler.is_compiling()  # a compiler fuses it with what is around it
+        and unpack_dual(hidden_states).tangent is None
         and _kernel() is not None
     )
     return _fused_gelu(hidden_states) if fused else F.gelu(hidden_states, approximate="tanh")

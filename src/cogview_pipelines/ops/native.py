@@ -1,9 +1,9 @@
 """
 The kernels of `csrc/`: the library is loaded with ctypes, and local attention is registered with `torch.library`.
 
-The library has a plain C interface (`csrc/local_attention.h`, `csrc/decode_step.h`) and links against neither torch
-nor Python, so one build serves every version of both. It is loaded at the first use. [`fused_refusals`] is the one
-place that decides whether the local-attention kernels can run some inputs; `decode_step.py` is about the other kernel.
+The library has a plain C interface (the headers in `csrc/`) and links against neither torch nor Python, so one build
+serves every version of both. It is loaded at the first use. [`fused_refusals`] is the one place that decides whether
+the local-attention kernels can run some inputs; `decode_step.py` and `gelu.py` are about the other kernels.
 """
 
 from __future__ import annotations
