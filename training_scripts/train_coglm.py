@@ -166,14 +166,12 @@ def compute_loss(
         labels=batch.labels,
         full_vocabulary=True,
     )
+    output.loss = None  # what it holds for its gradient is as large as the logits, and another one is wanted
     labels = batch.labels[batch.labels != IGNORED_LABEL]
     is_image = labels < num_image_tokens
-    if text_loss_weight == 1:
-        loss, losses = output.loss, F.cross_entropy(output.logits.detach(), labels, reduction="none")
-    else:
-        losses = F.cross_entropy(output.logits, labels, reduction="none")
-        weights = torch.where(is_image, 1.0, text_loss_weight)
-        loss, losses = (losses * weights).sum() / weights.sum(), losses.detach()
+    losses = F.cross_entropy(output.logits, labels, reduction="none")
+    weights = torch.where(is_image, 1.0, text_loss_weight)
+    loss, losses = (losses * weights).sum() / weights.sum(), losses.detach()
     metrics = {
         "image_loss": (losses * is_image).sum() / is_image.sum().clamp(min=1),
         "text_loss": (losses * ~is_image).sum() / (~is_image).sum().clamp(min=1),

@@ -41,7 +41,8 @@ class DirectSRTrainConfig(TokenTrainConfig):
     init_from: str | None = field(
         default=None,
         metadata={
-            "help": "This stage, trained on another CogLM or data, to go on from; `transformer` is its backbone."
+            "help": "This stage, trained on another CogLM or data, to go on from. `transformer` is lent as its "
+            "backbone, unless it has one of its own (`train_backbone`)."
         },
     )
     vqvae: str | None = field(default=None, metadata={"help": "Image tokenizer, for sample pictures."})
