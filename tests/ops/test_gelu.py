@@ -45,7 +45,7 @@ def test_the_kernel_is_as_accurate_as_pytorch_on_every_instruction_set(dtype, is
         for threads in (1, 3):
             values = numbers(count, dtype)
             result = torch.empty_like(values)
-            arguments = (count, ops._DTYPES[dtype], threads, 1 + isa, native.openmp_parallel())
+            arguments = (count, native.FLOAT32_AND_HALVES[dtype], threads, 1 + isa, native.openmp_parallel())
             assert ops._kernel()(values.data_ptr(), result.data_ptr(), *arguments) == 0
             assert_as_accurate_as_pytorch(result, values)
 

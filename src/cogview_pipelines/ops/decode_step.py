@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from .native import library, openmp_parallel
+from .native import FLOAT32_AND_HALVES, library, openmp_parallel
 
 _ABI = 1
-_DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
 _MAX_SEQUENCES, _MAX_KEYS = 64, 8192
 _FAILURES = {1: "these inputs are not supported", 2: "a token id lies outside of the vocabulary"}
-# below so many bytes of weights for each, a thread costs more than it brings
+# for fewer bytes of weights than this, no thread is woken
 _BYTES_PER_THREAD = 2**18
 _ALIGNMENT = 64
 LAYER_PARTS = (
@@ -97,8 +96,8 @@ def decode_step_refusals(
         reasons.append("the kernels are not built (reinstall where a C++ compiler is found)")
     if torch.device(device).type != "cpu":
         reasons.append(f"the device is {device} (supported: cpu)")
-    if dtype not in _DTYPES:
-        reasons.append(f"the dtype is {dtype} (supported: {', '.join(map(str, _DTYPES))})")
+    if dtype not in FLOAT32_AND_HALVES:
+        reasons.append(f"the dtype is {dtype} (supported: {', '.join(map(str, FLOAT32_AND_HALVES))})")
     if num_sequences > _MAX_SEQUENCES:
         reasons.append(f"there are {num_sequences} sequences (supported: up to {_MAX_SEQUENCES})")
     if max_length > _MAX_KEYS:
@@ -149,7 +148,9 @@ class DecodeStep:
             for name in LAYER_PARTS:
                 setattr(target, name, _parameters(layer[name]))
         vocabulary, hidden = word_embeddings.shape
-        step = self.step = _Step(abi=_ABI, dtype=_DTYPES[dtype], sequences=num_sequences, layers=len(layers))
+        step = self.step = _Step(
+            abi=_ABI, dtype=FLOAT32_AND_HALVES[dtype], sequences=num_sequences, layers=len(layers)
+        )
         step.heads, step.hidden, step.intermediate = num_heads, hidden, layers[0]["dense_h_to_4h"].out_features
         step.vocabulary, step.tokens, step.capacity = vocabulary, num_tokens, max_length
         step.epsilon, step.final_layernorm = final_layernorm.eps, _parameters(final_layernorm)

@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.forward_ad import unpack_dual
 
-from .native import library, openmp_parallel
+from .native import FLOAT32_AND_HALVES, library, openmp_parallel
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
-# below so many numbers, PyTorch's own is as fast as calling the kernel
+# fewer numbers are left to PyTorch: the call would be most of the work
 SMALLEST = 2**15
 
 
@@ -27,7 +26,7 @@ def _kernel() -> Callable[..., int] | None:
 @torch.library.custom_op("cogview_pipelines::gelu", mutates_args=(), device_types="cpu")
 def _fused_gelu(values: torch.Tensor) -> torch.Tensor:
     results = torch.empty_like(values)
-    arguments = (values.numel(), _DTYPES[values.dtype], torch.get_num_threads(), 0, openmp_parallel())
+    arguments = (values.numel(), FLOAT32_AND_HALVES[values.dtype], torch.get_num_threads(), 0, openmp_parallel())
     if _kernel()(values.data_ptr(), results.data_ptr(), *arguments):
         raise RuntimeError(f"The GELU kernel refused {values.numel()} numbers of {values.dtype}.")
     return results
@@ -51,7 +50,7 @@ def gelu(hidden_states: torch.Tensor) -> torch.Tensor:
     fused = (
         hidden_states.device.type == "cpu"
         and hidden_states.numel() >= SMALLEST
-        and hidden_states.dtype in _DTYPES
+        and hidden_states.dtype in FLOAT32_AND_HALVES
         and hidden_states.is_contiguous()
         and not (torch.is_grad_enabled() and hidden_states.requires_grad)
         and not torch.compiler.is_compiling()  # a compiler fuses it with what is around it

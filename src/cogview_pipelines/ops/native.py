@@ -20,6 +20,8 @@ _LIBRARY = Path(__file__).with_name("_kernels.so")
 _MAX_HEAD_DIM = 128
 _MAX_CUDA_SIDE = 16384  # the CUDA kernels keep coordinates in 16 bits
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+# those of the other CPU kernels, which compute in float32
+FLOAT32_AND_HALVES = {dtype: number for dtype, number in _DTYPES.items() if dtype != torch.float64}
 _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TUNING: dict[str, int] = {}  # overrides of the kernels' own choices, for tests and measurements
 _FAILURES = {1: "these inputs are not supported", 2: "out of memory", 3: "a CUDA call failed"}

@@ -12,7 +12,7 @@ def release_cpu_threads() -> None:
     is about to compute.
 
     OpenMP gives each thread helpers of its own. Where there are more of them than processors, GNU's lets all of them
-    sleep after each operation rather than spin until the next, and a small model becomes a tenth slower. Where OpenMP
+    sleep after each operation rather than spin until the next, which makes a small model slower. Where OpenMP
     is not found, nothing happens.
     """
     if sys.platform == "win32":  # has no table of all symbols
