@@ -55,7 +55,7 @@ def generate(args: argparse.Namespace) -> dict:
     import torch
 
     from cogview_pipelines import CogLMConfig, CogLMModel, IcetkVQConfig, IcetkVQModel
-    from cogview_pipelines.conversion import layout
+    from cogview_pipelines.conversion.cogview2 import layout
 
     def random_tensors(model_class, config, rename, seed=0):
         tensors = {}

@@ -31,9 +31,9 @@ from cogview_pipelines import (
     IcetkVQModel,
     LoPARScheduler,
 )
-from cogview_pipelines.bench.generation import PROMPT, bench_pipeline, table
-from cogview_pipelines.bench.measuring import resident_bytes
 from cogview_pipelines.environment import SHIPPED_MODEL
+from cogview_pipelines.speed.generation_speed import PROMPT, bench_pipeline, table
+from cogview_pipelines.speed.timing import resident_bytes
 
 sys.path.insert(0, str(Path(__file__).parent))
 from original_way import OriginalWay

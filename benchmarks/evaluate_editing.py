@@ -20,15 +20,15 @@ import torch
 import typer
 
 from cogview_pipelines import CogView2Pipeline
-from cogview_pipelines.emoji import LANGUAGES, Scope
-from cogview_pipelines.emoji.editing import (
+from cogview_pipelines.demo import LANGUAGES, Scope
+from cogview_pipelines.demo.editing import (
     PICTURES,
     choose_edits,
     measure_captions,
     measure_inpainting,
     measure_upscaling,
 )
-from cogview_pipelines.emoji.evaluation import choose_cases, measure_post_selection
+from cogview_pipelines.demo.evaluation import choose_cases, measure_post_selection
 from cogview_pipelines.environment import SHIPPED_MODEL, stamp
 
 CAPTION_SPLITS = ("train", "test_background", "test_pair")

@@ -13,8 +13,8 @@ import torch
 import typer
 
 from cogview_pipelines import CogView2Pipeline
-from cogview_pipelines.emoji import LANGUAGES, Scope, SpriteSet
-from cogview_pipelines.emoji.evaluation import (
+from cogview_pipelines.demo import LANGUAGES, Scope, SpriteSet
+from cogview_pipelines.demo.evaluation import (
     choose_cases,
     measure_caption_loss,
     measure_pictures,

@@ -14,10 +14,14 @@ import torch
 import torch.nn.functional as F
 
 from cogview_pipelines import CogLMModel, CogView2Pipeline
+from cogview_pipelines.generation.sampling import sample_cluster_tokens, sample_tokens
+from cogview_pipelines.models.cogview2.sequences import (
+    TokenSequence,
+    direct_super_resolution,
+    iterative_super_resolution,
+)
+from cogview_pipelines.models.cogview2.sequences import text_to_image as text_to_image_context
 from cogview_pipelines.ops.local_attention import local_attention
-from cogview_pipelines.sampling import sample_cluster_tokens, sample_tokens
-from cogview_pipelines.sequences import TokenSequence, direct_super_resolution, iterative_super_resolution
-from cogview_pipelines.sequences import text_to_image as text_to_image_context
 
 CHUNK = 4  # pictures of super-resolution at a time
 HIDDEN = -10000.0

@@ -13,8 +13,8 @@ from bench_training import SMALL
 from torch.profiler import ProfilerActivity, profile
 
 from cogview_pipelines import CogLMConfig, CogLMModel, LoPARScheduler
-from cogview_pipelines.generation import TO_GENERATE, generate, refine
-from cogview_pipelines.sequences import direct_super_resolution, text_to_image
+from cogview_pipelines.generation.tokens import TO_GENERATE, generate, refine
+from cogview_pipelines.models.cogview2.sequences import direct_super_resolution, text_to_image
 
 
 def make_model(device: str, **fields) -> CogLMModel:

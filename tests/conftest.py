@@ -12,19 +12,19 @@ def pytest_addoption(parser):
     parser.addoption(
         "--parity-fixtures",
         metavar="DIR",
-        help="Numbers of the original code for tests/parity (default: tests/parity/fixtures). "
-        "`pytest tests/parity --fixtures DIR` does the same.",
+        help="Numbers of the original code for tests/parity/cogview2 (default: tests/parity/cogview2/fixtures). "
+        "`pytest tests/parity/cogview2 --fixtures DIR` does the same.",
     )
     parser.addoption(
         "--device",
         default="cpu",
-        help="Where tests/parity run the models, such as cuda (default: cpu). Float32 is never rounded to TF32.",
+        help="Where tests/parity runs the models, such as cuda (default: cpu). Float32 is never rounded to TF32.",
     )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """`pytest tests/parity --fixtures DIR`: pytest's own flag of this name lists fixtures, and DIR is a path to it."""
+    """`--fixtures DIR` of the parity tests: pytest's own flag of this name lists fixtures, and DIR is a path to it."""
     if config.option.showfixtures:
         folders = [arg for arg in config.args if (Path(arg) / "MANIFEST.json").is_file()]
         if folders:

@@ -8,9 +8,9 @@ import sentencepiece
 import torch
 from sentencepiece import sentencepiece_model_pb2
 
-from cogview_pipelines.models.modeling_coglm import CogLMConfig, CogLMModel
-from cogview_pipelines.models.modeling_icetk_vq import IcetkVQConfig, IcetkVQModel
-from cogview_pipelines.tokenization_icetk import IcetkTokenizer
+from cogview_pipelines.models.cogview2.modeling_coglm import CogLMConfig, CogLMModel
+from cogview_pipelines.models.cogview2.tokenization_icetk import IcetkTokenizer
+from cogview_pipelines.models.image_tokenizers.modeling_icetk_vq import IcetkVQConfig, IcetkVQModel
 
 IMAGE_GRID = (4, 4)
 FINE_GRID = (12, 12)

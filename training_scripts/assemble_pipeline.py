@@ -4,7 +4,7 @@ Join trained parts into a CogView2Pipeline folder.
 
 The model of the demo:
     python training_scripts/assemble_pipeline.py --config training_scripts/emoji/pipeline_small.yaml \
-        --output_dir src/cogview_pipelines/shipped
+        --output_dir src/cogview_pipelines/demo/models/cogview2-emoji
 Without super-resolution:
     python training_scripts/assemble_pipeline.py --tokenizer TOKENIZER --vqvae VQVAE --transformer COGLM \
         --output_dir MODEL

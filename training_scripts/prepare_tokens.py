@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 
 from cogview_pipelines import IcetkVQModel
 from cogview_pipelines.training.arguments import parse_config
-from cogview_pipelines.training.pictures import read_picture, to_bytes
-from cogview_pipelines.training.token_data import TokenData, parse_captions
+from cogview_pipelines.training.data.pictures import read_picture, to_bytes
+from cogview_pipelines.training.data.tokens import TokenData, parse_captions
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class EmojiPictures(Dataset):
     """The training scenes of a scope, with captions in both languages; singles are drawn by their share."""
 
     def __init__(self, config: PrepareConfig, sizes: list[int]):
-        from cogview_pipelines.emoji import Scope, SpriteSet
+        from cogview_pipelines.demo import Scope, SpriteSet
 
         self.config, self.sizes = config, sizes
         self.sprites = SpriteSet(config.sprites) if config.sprites else None
@@ -84,7 +84,7 @@ class EmojiPictures(Dataset):
         self.scenes = [(scene, shares[scene.layout] / len(group)) for group in groups for scene in group]
 
     def _scenes(self, scope, layout):
-        from cogview_pipelines.emoji import iterate_scenes, sample_scenes
+        from cogview_pipelines.demo import iterate_scenes, sample_scenes
 
         if layout == "pair" and self.config.max_pairs is not None:
             try:
@@ -97,7 +97,7 @@ class EmojiPictures(Dataset):
         return len(self.scenes)
 
     def __getitem__(self, index: int) -> tuple[list[Image.Image], dict]:
-        from cogview_pipelines.emoji import LANGUAGES, caption_variants, captions, render
+        from cogview_pipelines.demo import LANGUAGES, caption_variants, captions, render
 
         scene, weight = self.scenes[index]
         texts = {language: captions(scene, language) for language in LANGUAGES}
@@ -119,7 +119,7 @@ class EmojiPictures(Dataset):
 
 def thin_reversed(texts: list[str], language: str, share: float) -> list[str]:
     """Captions of a pair, with so many that name the right or lower object first that they make up `share` of all."""
-    from cogview_pipelines.emoji.scenes import CANONICAL_RELATIONS, RELATIONS
+    from cogview_pipelines.demo.scenes import CANONICAL_RELATIONS, RELATIONS
 
     relations = [relation for name, relation in RELATIONS.items() if name not in CANONICAL_RELATIONS]
     words = [relation.english if language == "en" else relation.chinese for relation in relations]

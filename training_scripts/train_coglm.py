@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from accelerate.utils import set_seed
 
 from cogview_pipelines import CogLMConfig, CogLMModel, IcetkTokenizer, IcetkVQModel
-from cogview_pipelines.generation import TO_GENERATE, generate
-from cogview_pipelines.sampling import sample_tokens
-from cogview_pipelines.sequences import (
+from cogview_pipelines.generation.sampling import sample_tokens
+from cogview_pipelines.generation.tokens import TO_GENERATE, generate
+from cogview_pipelines.models.cogview2.sequences import (
     IGNORED_LABEL,
     SequenceLayout,
     TokenSequence,
@@ -37,9 +37,9 @@ from cogview_pipelines.sequences import (
     text_to_image,
 )
 from cogview_pipelines.training.arguments import parse_config
-from cogview_pipelines.training.data import step_generator
+from cogview_pipelines.training.data.prefetch import step_generator
+from cogview_pipelines.training.data.tokens import TokenData, TokenTrainConfig
 from cogview_pipelines.training.loop import train
-from cogview_pipelines.training.token_data import TokenData, TokenTrainConfig
 
 
 @dataclass

@@ -30,8 +30,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from cogview_pipelines import emoji
-from cogview_pipelines.tokenization_icetk import IcetkTokenizer
+from cogview_pipelines import demo
+from cogview_pipelines.models.cogview2.tokenization_icetk import IcetkTokenizer
 from cogview_pipelines.training.arguments import parse_config
 
 logger = logging.getLogger("train_tokenizer")
@@ -123,21 +123,21 @@ def read_texts(path: str, keys: Iterable[str]) -> Iterator[str]:
 
 def emoji_texts(num_pairs: int, seed: int) -> Iterator[str]:
     """All wordings, in both languages, of every scene of one object and of `num_pairs` scenes of two."""
-    scope = emoji.Scope(tuple(emoji.load_concepts()), tuple(emoji.STYLES), tuple(emoji.BACKGROUNDS), emoji.LAYOUTS)
-    scenes = [*emoji.iterate_scenes(scope, "single"), *emoji.sample_scenes(scope, num_pairs, seed, "pair")]
-    for scene, language in product(scenes, emoji.LANGUAGES):
-        yield from emoji.captions(scene, language)
-        for texts in emoji.caption_variants(scene, language).values():
+    scope = demo.Scope(tuple(demo.load_concepts()), tuple(demo.STYLES), tuple(demo.BACKGROUNDS), demo.LAYOUTS)
+    scenes = [*demo.iterate_scenes(scope, "single"), *demo.sample_scenes(scope, num_pairs, seed, "pair")]
+    for scene, language in product(scenes, demo.LANGUAGES):
+        yield from demo.captions(scene, language)
+        for texts in demo.caption_variants(scene, language).values():
             yield from texts
 
 
 def emoji_words() -> set[str]:
     """The Chinese words of the emoji captions; a coloured shape is two words, the colour and the shape."""
     words = {"一", "在", "的", "和", "上的", "背景", "风格"}
-    for table in (emoji.STYLES, emoji.BACKGROUNDS, emoji.RELATIONS):
+    for table in (demo.STYLES, demo.BACKGROUNDS, demo.RELATIONS):
         words.update(entry.chinese for entry in table.values())
-    colours = tuple(background.chinese for background in emoji.BACKGROUNDS.values())
-    for concept in emoji.load_concepts().values():
+    colours = tuple(background.chinese for background in demo.BACKGROUNDS.values())
+    for concept in demo.load_concepts().values():
         colour = next((colour for colour in colours if concept.shape and concept.noun_zh.startswith(colour)), "")
         words |= {concept.measure, concept.noun_zh.removeprefix(colour)}
     return words

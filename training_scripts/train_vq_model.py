@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader
 
 from cogview_pipelines import IcetkVQConfig, IcetkVQModel
 from cogview_pipelines.training.arguments import TrainConfig, parse_config
-from cogview_pipelines.training.data import image_paths, step_generator
+from cogview_pipelines.training.data.pictures import PictureFolder, PicturePool, to_bytes
+from cogview_pipelines.training.data.prefetch import image_paths, step_generator
 from cogview_pipelines.training.loop import train
 from cogview_pipelines.training.losses import content_weights, load_perceptual_network, reconstruction_loss
-from cogview_pipelines.training.pictures import PictureFolder, PicturePool, to_bytes
 
 
 @dataclass
@@ -82,7 +82,7 @@ def make_sources(config: VQTrainConfig) -> list[PicturePool]:
     if config.image_folder is not None:
         paths = image_paths(config.image_folder)
         return [PictureFolder(paths, resolution) for resolution in config.resolutions]
-    from cogview_pipelines.emoji import Scope, SpriteSet, sample_scenes
+    from cogview_pipelines.demo import Scope, SpriteSet, sample_scenes
 
     scope = Scope.load(config.scope) if config.scope is not None else Scope.small()
     sprites = SpriteSet(config.sprites) if config.sprites is not None else None
@@ -98,7 +98,7 @@ def make_sources(config: VQTrainConfig) -> list[PicturePool]:
 
 def draw_scenes(scenes: list, sizes: list[int], sprites) -> list[torch.Tensor]:
     """Scenes as RGB bytes `(num, 3, side, side)`, at each size."""
-    from cogview_pipelines.emoji import render
+    from cogview_pipelines.demo import render
 
     return [torch.stack([to_bytes(render(scene, size, sprites)) for scene in scenes]) for size in sizes]
 

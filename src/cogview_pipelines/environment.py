@@ -9,7 +9,7 @@ from pathlib import Path
 from ._version import __version__
 
 PACKAGES = ("torch", "transformers", "diffusers", "accelerate", "huggingface_hub", "safetensors", "sentencepiece")
-SHIPPED_MODEL = Path(__file__).parent / "shipped"
+SHIPPED_MODEL = Path(__file__).parent / "demo" / "models" / "cogview2-emoji"
 
 
 def versions() -> dict[str, str | None]:

@@ -5,9 +5,11 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from cogview_pipelines.cli import app, generate, pictures, texts
-from cogview_pipelines.emoji import Scope
-from cogview_pipelines.pipelines.pipeline_cogview2 import CogView2Pipeline
+from cogview_pipelines.cli import app, generate
+from cogview_pipelines.cli import caption_and_score as texts
+from cogview_pipelines.cli import inpaint_and_upscale as pictures
+from cogview_pipelines.demo import Scope
+from cogview_pipelines.pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
 from cogview_pipelines.schedulers.scheduling_lopar import LoPARScheduler
 
 from ..utils import make_coglm, make_vq_model, token_config

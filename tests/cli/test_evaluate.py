@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from cogview_pipelines.emoji import Scope, Scorer, evaluation
-from cogview_pipelines.emoji.captions import captions
-from cogview_pipelines.emoji.evaluation import choose_cases, measure_pictures
-from cogview_pipelines.emoji.rendering import render
-from cogview_pipelines.emoji.scenes import SPLITS, split
-from cogview_pipelines.png import read_metadata
-from cogview_pipelines.scoring import caption_losses
+from cogview_pipelines.demo import Scope, Scorer, evaluation
+from cogview_pipelines.demo.captions import captions
+from cogview_pipelines.demo.evaluation import choose_cases, measure_pictures
+from cogview_pipelines.demo.rendering import render
+from cogview_pipelines.demo.scenes import SPLITS, split
+from cogview_pipelines.evaluation.likelihood import caption_losses
+from cogview_pipelines.pictures.png import read_metadata
 
 from .conftest import FULL_SIZE, LOW_SIZE, SCOPE, assert_bad_input
 

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 from cogview_pipelines import __version__
 from cogview_pipelines.cli import app
 from cogview_pipelines.cli.requests import ARGUMENTS
-from cogview_pipelines.pipelines.pipeline_cogview2 import CogView2Pipeline
-from cogview_pipelines.png import read_metadata
+from cogview_pipelines.pictures.png import read_metadata
+from cogview_pipelines.pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
 
 from .conftest import FULL_SIZE, LOW_SIZE, assert_bad_input
 

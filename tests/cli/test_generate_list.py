@@ -3,8 +3,8 @@ import json
 import pytest
 
 from cogview_pipelines.cli.results import MANIFEST
-from cogview_pipelines.pipelines.pipeline_cogview2 import CogView2Pipeline
-from cogview_pipelines.png import read_metadata
+from cogview_pipelines.pictures.png import read_metadata
+from cogview_pipelines.pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
 
 from .conftest import LOW_SIZE, assert_bad_input
 from .test_generate import TIGER, TIGER_ZH, look_the_same, pixels

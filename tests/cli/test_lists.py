@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 
 from cogview_pipelines import CogView2CaptionPipeline, CogView2InpaintPipeline, CogView2UpscalePipeline
-from cogview_pipelines.cli import pictures, texts
+from cogview_pipelines.cli import caption_and_score as texts
+from cogview_pipelines.cli import inpaint_and_upscale as pictures
 from cogview_pipelines.cli.requests import CAPTION, INPAINT, UPSCALE
 from cogview_pipelines.cli.results import MANIFEST
-from cogview_pipelines.png import read_metadata
+from cogview_pipelines.pictures.png import read_metadata
 
 from .conftest import assert_bad_input
 

@@ -9,10 +9,15 @@ import pytest
 import torch
 
 from cogview_pipelines.conversion import convert_to_pipeline
-from cogview_pipelines.conversion.layout import STAGES, expected_shapes, released_config, released_transformer_key
-from cogview_pipelines.models.modeling_coglm import CogLMConfig, CogLMModel
+from cogview_pipelines.conversion.cogview2.layout import (
+    STAGES,
+    expected_shapes,
+    released_config,
+    released_transformer_key,
+)
+from cogview_pipelines.models.cogview2.modeling_coglm import CogLMConfig, CogLMModel
 
-FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "parity" / "cogview2" / "fixtures"
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 1024}
 NUM_IMAGE_TOKENS = 512  # of the narrow image tokenizer among the parity fixtures
 STAGES_BY_NAME = {stage.released_name: stage for stage in STAGES}

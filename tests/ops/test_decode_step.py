@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from cogview_pipelines import decoding
-from cogview_pipelines.decoding import Decoder, FusedDecoder, encode_context
+from cogview_pipelines.generation import decoders
+from cogview_pipelines.generation.decoders import Decoder, FusedDecoder, encode_context
+from cogview_pipelines.models.cogview2.sequences import text_to_image
 from cogview_pipelines.ops import decode_step, native
-from cogview_pipelines.sequences import text_to_image
 
 from ..utils import NUM_IMAGE_TOKENS, VOCAB_SIZE, make_coglm, make_texts
 
@@ -240,23 +240,23 @@ CHANGES = [
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_model_that_is_more_than_its_weights_runs_as_it_is(change):
     model = make_coglm(hidden_dropout=0.1)
-    assert isinstance(decoding.find_decoder(model, 1, 9, False, CPU), FusedDecoder)
+    assert isinstance(decoders.find_decoder(model, 1, 9, False, CPU), FusedDecoder)
     change(model)
-    assert type(decoding.find_decoder(model, 1, 9, False, CPU)) is Decoder
-    assert decoding.fused_decoding_refusals(model, 1, 9, CPU)
+    assert type(decoders.find_decoder(model, 1, 9, False, CPU)) is Decoder
+    assert decoders.fused_decoding_refusals(model, 1, 9, CPU)
 
 
 def test_the_kernel_can_be_refused_and_refuses_what_it_cannot_run():
     model = make_coglm()
     model.set_decoding(fused=False)
-    assert type(decoding.find_decoder(model, 1, 9, False, CPU)) is Decoder
+    assert type(decoders.find_decoder(model, 1, 9, False, CPU)) is Decoder
     assert "65 sequences" in decode_step.decode_step_refusals(torch.float32, "cpu", 65)[0]
     assert "100000 tokens long" in decode_step.decode_step_refusals(torch.float32, "cpu", 1, 100000)[0]
     assert "torch.float64" in decode_step.decode_step_refusals(torch.float64, "cpu")[0]
     assert "cuda:1" in decode_step.decode_step_refusals(torch.float32, "cuda:1")[0]
     with torch.autocast("cpu", torch.bfloat16):
-        assert decoding.fused_decoding_refusals(model, 1, 9, CPU) == ["autocast is on"]
+        assert decoders.fused_decoding_refusals(model, 1, 9, CPU) == ["autocast is on"]
     with torch.nn.modules.module.register_module_forward_hook(lambda module, arguments, output: None):
-        assert decoding.fused_decoding_refusals(model, 1, 9, CPU) == ["all modules have hooks"]
+        assert decoders.fused_decoding_refusals(model, 1, 9, CPU) == ["all modules have hooks"]
     with pytest.raises(ValueError, match=r"cannot run this model: the dtype is torch\.float64"):
         FusedDecoder(make_coglm().double(), 1, 9, False, CPU)

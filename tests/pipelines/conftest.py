@@ -2,7 +2,7 @@
 
 import pytest
 
-from cogview_pipelines.pipelines.pipeline_cogview2 import CogView2Pipeline
+from cogview_pipelines.pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
 from cogview_pipelines.schedulers.scheduling_lopar import LoPARScheduler
 
 from ..utils import make_coglm, make_vq_model, randomize, token_config

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import SchedulerMixin
 
-from cogview_pipelines.sampling import sample_cluster_tokens, sample_tokens
+from cogview_pipelines.generation.sampling import sample_cluster_tokens, sample_tokens
 from cogview_pipelines.schedulers.scheduling_lopar import RELEASED_STEP_GRID, RELEASED_TOP_K, LoPARScheduler
 
 from ..utils import BOI, NUM_IMAGE_TOKENS, cluster_labels

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cogview_pipelines.pipelines import preview_budget
+from cogview_pipelines.pipelines.common import preview_budget
 from cogview_pipelines.serving import studio as studio_module
 from cogview_pipelines.serving.schemas import GenerationRequest
 from cogview_pipelines.serving.settings import ServerSettings

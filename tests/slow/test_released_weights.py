@@ -15,7 +15,7 @@ import torch
 
 from cogview_pipelines import CogLMConfig, CogLMModel, CogView2Pipeline, IcetkTokenizer
 from cogview_pipelines.conversion import convert_to_pipeline, verify
-from cogview_pipelines.conversion.layout import STAGES, expected_shapes
+from cogview_pipelines.conversion.cogview2.layout import STAGES, expected_shapes
 from cogview_pipelines.conversion.reader import open_released_model
 
 pytestmark = pytest.mark.slow

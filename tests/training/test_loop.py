@@ -11,7 +11,7 @@ from torch import nn
 
 from cogview_pipelines.training.arguments import TrainConfig
 from cogview_pipelines.training.checkpoints import list_checkpoints
-from cogview_pipelines.training.data import step_generator
+from cogview_pipelines.training.data.prefetch import step_generator
 from cogview_pipelines.training.loop import train
 
 

@@ -8,10 +8,10 @@ from torch import nn
 
 from cogview_pipelines.training.arguments import TrainConfig
 from cogview_pipelines.training.checkpoints import Clock, list_checkpoints, resume, save_checkpoint
-from cogview_pipelines.training.data import draw_indices, image_paths, prefetch, step_generator
+from cogview_pipelines.training.data.pictures import PicturePool
+from cogview_pipelines.training.data.prefetch import draw_indices, image_paths, prefetch, step_generator
 from cogview_pipelines.training.logs import MetricsLog
 from cogview_pipelines.training.losses import content_weights, reconstruction_loss
-from cogview_pipelines.training.pictures import PicturePool
 from cogview_pipelines.training.setup import (
     CombinedOptimizer,
     make_accelerator,

@@ -12,7 +12,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from cogview_pipelines.training.checkpoints import Clock
-from cogview_pipelines.training.token_data import TokenData
+from cogview_pipelines.training.data.tokens import TokenData
 
 from ..utils import COLOURS, FINE_GRID, IMAGE_GRID, NOUNS, NUM_IMAGE_TOKENS, make_coglm, make_vq_model, token_config
 

@@ -8,9 +8,9 @@ import torch
 import yaml
 
 from cogview_pipelines import CogLMConfig, CogLMModel, IcetkTokenizer, IcetkVQConfig, IcetkVQModel, LoPARScheduler
-from cogview_pipelines.emoji import NATIVE_SIZE, STYLES, Scope
+from cogview_pipelines.demo import NATIVE_SIZE, STYLES, Scope
 from cogview_pipelines.training.arguments import parse_config
-from cogview_pipelines.training.token_data import TokenData
+from cogview_pipelines.training.data.tokens import TokenData
 
 from .conftest import SCRIPTS, load_script
 

@@ -10,8 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from cogview_pipelines import IcetkVQModel
-from cogview_pipelines.emoji import Scope, captions, iterate_scenes, render
-from cogview_pipelines.training.token_data import TokenData
+from cogview_pipelines.demo import Scope, captions, iterate_scenes, render
+from cogview_pipelines.training.data.tokens import TokenData
 
 from .conftest import as_arguments, load_script
 
@@ -144,7 +144,7 @@ def test_emoji_scenes_of_the_scope_are_encoded_and_drawn_by_the_share_of_singles
 
 
 def test_pictures_are_read_as_people_see_them(tmp_path):
-    from cogview_pipelines.training.pictures import read_picture
+    from cogview_pipelines.training.data.pictures import read_picture
 
     image = Image.new("RGB", (4, 2), "red")
     exif = image.getexif()

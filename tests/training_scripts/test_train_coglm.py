@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from cogview_pipelines import CogLMModel
-from cogview_pipelines.sequences import IGNORED_LABEL
-from cogview_pipelines.training.token_data import TokenData
+from cogview_pipelines.models.cogview2.sequences import IGNORED_LABEL
+from cogview_pipelines.training.data.tokens import TokenData
 
 from ..utils import captions, make_coglm, token_config
 from .conftest import COGLM, as_arguments, load_script, metrics

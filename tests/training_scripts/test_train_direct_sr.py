@@ -5,8 +5,8 @@ import torch
 from safetensors import safe_open
 
 from cogview_pipelines import CogLMModel
-from cogview_pipelines.sequences import direct_super_resolution
-from cogview_pipelines.training.token_data import TokenData
+from cogview_pipelines.models.cogview2.sequences import direct_super_resolution
+from cogview_pipelines.training.data.tokens import TokenData
 
 from .conftest import WINDOWS, as_arguments, load_script
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from cogview_pipelines import CogLMModel, LoPARScheduler
-from cogview_pipelines.sequences import IGNORED_LABEL
-from cogview_pipelines.training.token_data import TokenData
+from cogview_pipelines.models.cogview2.sequences import IGNORED_LABEL
+from cogview_pipelines.training.data.tokens import TokenData
 
 from .conftest import WINDOWS, as_arguments, load_script
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cogview_pipelines import emoji
-from cogview_pipelines.tokenization_icetk import IcetkTokenizer
+from cogview_pipelines import demo
+from cogview_pipelines.models.cogview2.tokenization_icetk import IcetkTokenizer
 
 SCRIPTS = Path(__file__).parents[2] / "training_scripts"
 NOUNS = {"tiger": "老虎", "cat": "猫", "apple": "苹果", "car": "汽车", "tree": "树"}
@@ -150,10 +150,10 @@ def test_emoji_captions_in_both_languages_are_short_and_known(script, tmp_path, 
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     tokenizer = IcetkTokenizer.from_pretrained(tmp_path / "tokenizer")
     assert report["vocab_size"] == len(tokenizer) and report["en"]["max"] <= 28 and report["zh"]["max"] <= 28
-    scope = emoji.Scope(tuple(emoji.load_concepts()), tuple(emoji.STYLES), tuple(emoji.BACKGROUNDS), emoji.LAYOUTS)
-    for scene in emoji.sample_scenes(scope, 200, 1):
-        for language in emoji.LANGUAGES:
-            for caption in emoji.captions(scene, language):
+    scope = demo.Scope(tuple(demo.load_concepts()), tuple(demo.STYLES), tuple(demo.BACKGROUNDS), demo.LAYOUTS)
+    for scene in demo.sample_scenes(scope, 200, 1):
+        for language in demo.LANGUAGES:
+            for caption in demo.captions(scene, language):
                 ids = tokenizer.encode(caption)
                 assert tokenizer.unk_token_id not in ids and len(ids) <= 28
                 assert tokenizer.language(ids) == language

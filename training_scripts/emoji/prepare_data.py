@@ -3,7 +3,7 @@ Makes the demo data that the package ships: fetches four emoji artwork sets and 
 drawings.
 
     pip install -e ".[data]"  # resvg-py; npm must be installed too
-    python training_scripts/emoji/prepare_data.py  # write src/cogview_pipelines/emoji/data again
+    python training_scripts/emoji/prepare_data.py  # write src/cogview_pipelines/demo/data again
     python training_scripts/emoji/prepare_data.py --full_size_folder data/sprites  # and drawings for 480 px pictures
 
 Downloads 26 MB once (kept in `--download_folder`) and renders for about a minute on one core. Nothing of the packages
@@ -25,9 +25,9 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from cogview_pipelines.emoji.rendering import FULL_SIZE, FULL_SPRITE_SIZE, SHEET_COLUMNS, resize_rgba
-from cogview_pipelines.emoji.scenes import BACKGROUNDS, DATA_FOLDER, SHAPE_COLOURS, SHAPES, STYLES
-from cogview_pipelines.emoji.scorer import rgb_to_lab
+from cogview_pipelines.demo.rendering import FULL_SIZE, FULL_SPRITE_SIZE, SHEET_COLUMNS, resize_rgba
+from cogview_pipelines.demo.scenes import BACKGROUNDS, DATA_FOLDER, SHAPE_COLOURS, SHAPES, STYLES
+from cogview_pipelines.demo.scorer import rgb_to_lab
 
 ARTWORK = {
     "noto": "@iconify-json/noto@1.2.9",

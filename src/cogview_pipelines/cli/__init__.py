@@ -3,7 +3,9 @@
 import typer
 
 from .._version import __version__
-from . import bench, doctor, evaluate, generate, pictures, serve, texts
+from . import bench, doctor, evaluate, generate, serve
+from . import caption_and_score as texts
+from . import inpaint_and_upscale as pictures
 
 app = typer.Typer(
     name="cogview2",

@@ -19,8 +19,8 @@ def bench(
     as_json: bool = typer.Option(False, "--json", help="Print one line of JSON for each batch size."),
 ) -> None:
     """Measure the speed of all stages on this machine."""
-    from ..bench.generation import bench_pipeline, table
-    from ..bench.measuring import resident_bytes
+    from ..speed.generation_speed import bench_pipeline, table
+    from ..speed.timing import resident_bytes
 
     before = resident_bytes()  # by now everything is imported
     pipe = load_pipeline(model, device, dtype)

@@ -97,7 +97,7 @@ def evaluate(
         fail(f"`--model`: {source} has no scope.json, which lists the scenes that the model was trained on.")
     if measure is not Measure.pictures and (baseline is not Baseline.none or save is not None):
         fail(f"--baseline and --save are for --measure pictures, not {measure.value}.")
-    from ..emoji import Scope, SpriteSet, evaluation
+    from ..demo import Scope, SpriteSet, evaluation
 
     try:
         scope = Scope.load(source)
@@ -154,7 +154,7 @@ def _report(result, pipe, model, cases, split, language, layout, measure, baseli
 
 
 def _saver(folder: Path, settings: dict, model: str):
-    from ..png import save_png
+    from ..pictures.png import save_png
 
     def save(index: int, case, image, scores: dict) -> None:
         metadata = {

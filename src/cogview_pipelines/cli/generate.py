@@ -29,7 +29,7 @@ from .results import manifest_of, refuse_others, sort_existing
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..pipelines.pipeline_cogview2 import CogView2Pipeline
+    from ..pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
 
 _OTHER_FORMATS = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 _LONGEST_NAME = 60  # characters of the prompt in the name of a file
@@ -185,7 +185,7 @@ def _request_of_picture(
     path: Path, given: dict, seed: int | None, model: str, dtype: DType | None
 ) -> tuple[list[Request], str, DType | None]:
     """The request, model and number format that the metadata of a picture tell, unless options say otherwise."""
-    from ..png import read_metadata
+    from ..pictures.png import read_metadata
 
     metadata = read_metadata(path)
     if not isinstance(metadata.get("settings"), dict) or not {"prompt", "seed", "model"} <= set(metadata):
@@ -330,7 +330,7 @@ def _make(pipe: "CogView2Pipeline", jobs: list[Job], quiet: bool) -> Iterator[tu
     import torch
     from tqdm.auto import tqdm
 
-    from ..pipelines.memory import DEFAULT_MAX_BATCH_SIZE
+    from ..pipelines.common.memory import DEFAULT_MAX_BATCH_SIZE
 
     groups: dict[str, list[Job]] = {}
     for job in jobs:
@@ -370,7 +370,7 @@ def _common_metadata(pipe: "CogView2Pipeline", model: str) -> dict:
 
 
 def _save(image: "Image.Image", path: Path, metadata: dict) -> None:
-    from ..png import save_png
+    from ..pictures.png import save_png
 
     save_png(image, path, metadata)
     typer.echo(path)

@@ -34,7 +34,7 @@ def decode(content: bytes, path: Path, name: str) -> "Image.Image":
     Raises:
         ValueError: If it is none, damaged, an animation or too large.
     """
-    from ..picture_files import open_picture
+    from ..pictures.files import open_picture
 
     try:
         return open_picture(content, MOST_PIXELS)

@@ -13,7 +13,7 @@ from ..environment import SHIPPED_MODEL
 from .console import fail
 
 if TYPE_CHECKING:
-    from ..pipelines.pipeline_cogview2 import CogView2Pipeline
+    from ..pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
 
 SHIPPED = "shipped"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -95,7 +95,7 @@ def load_pipeline(model: str, device: str | None = None, dtype: DType | None = N
     import torch
     import transformers
 
-    from ..pipelines.pipeline_cogview2 import CogView2Pipeline
+    from ..pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
 
     device = choose_device(device)
     diffusers.utils.logging.disable_progress_bar()

@@ -60,7 +60,7 @@ def sort_existing(
         jobs (sequence of jobs): What was asked for.
         made_from: Function of a job and the metadata of a file of its name: whether that is its result.
     """
-    from ..png import read_metadata
+    from ..pictures.png import read_metadata
 
     kept, missing, others = [], [], []
     for job in jobs:

@@ -8,8 +8,8 @@ command line of it.
 - [`to_pipeline`], [`to_release`]: the two directions.
 """
 
+from .cogview2.to_pipeline import convert_to_pipeline, verify
+from .cogview2.to_release import convert_to_release
 from .reader import ConversionError
-from .to_pipeline import convert_to_pipeline, verify
-from .to_release import convert_to_release
 
 __all__ = ["ConversionError", "convert_to_pipeline", "convert_to_release", "verify"]

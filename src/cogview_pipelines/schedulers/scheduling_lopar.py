@@ -8,7 +8,7 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 
-from ..sampling import sample_cluster_tokens, sample_tokens
+from ..generation.sampling import sample_cluster_tokens, sample_tokens
 
 # Source: the released iterative super-resolution. Cells with an entry below 1 keep their token.
 RELEASED_STEP_GRID = (

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
-from ..picture_files import as_mask, opacity_of
+from ..pictures.files import as_mask, opacity_of
 from . import schemas
 from .errors import ApiError, bad_request
 from .forms import read_form, read_json, read_pictures

@@ -9,7 +9,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from .._version import __version__
-from ..pipelines.pipeline_cogview2 import CogView2Pipeline
+from ..pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
 from .api import make_router
 from .errors import ApiError
 from .metrics import Metrics

@@ -11,7 +11,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 
-from ..picture_files import open_picture
+from ..pictures.files import open_picture
 from .errors import ApiError, bad_request
 from .settings import ServerSettings
 

@@ -13,7 +13,7 @@ from typing import Any
 import anyio.to_thread
 import gradio as gr
 
-from ..picture_files import as_mask
+from ..pictures.files import as_mask
 from . import page_html, schemas
 from .errors import ApiError, bad_request, internal_error
 from .forms import decode_picture

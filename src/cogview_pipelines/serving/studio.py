@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..batching import is_out_of_memory
 from ..environment import versions
-from ..pipelines.pipeline_base import Callback
-from ..pipelines.pipeline_cogview2 import CogView2Pipeline
-from ..pipelines.pipeline_cogview2_caption import CogView2CaptionPipeline
-from ..pipelines.pipeline_cogview2_inpaint import CogView2InpaintPipeline
-from ..pipelines.pipeline_cogview2_upscale import CogView2UpscalePipeline
-from ..pipelines.preview_budget import PreviewBudget
-from ..png import encode_png
+from ..generation.batching import is_out_of_memory
+from ..pictures.png import encode_png
+from ..pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
+from ..pipelines.cogview2.pipeline_cogview2_caption import CogView2CaptionPipeline
+from ..pipelines.cogview2.pipeline_cogview2_inpaint import CogView2InpaintPipeline
+from ..pipelines.cogview2.pipeline_cogview2_upscale import CogView2UpscalePipeline
+from ..pipelines.common.base import Callback
+from ..pipelines.common.preview_budget import PreviewBudget
 from .errors import ApiError, bad_request
 from .schemas import CaptionRequest, EditRequest, GenerationRequest, ScoreRequest, UpscaleRequest
 from .settings import ServerSettings

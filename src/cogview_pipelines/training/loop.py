@@ -15,7 +15,7 @@ from torch import nn
 
 from .arguments import TrainConfig
 from .checkpoints import Clock, resume, save_checkpoint
-from .data import prefetch
+from .data.prefetch import prefetch
 from .logs import MetricsLog, save_samples
 from .setup import make_accelerator, make_averaged_model, make_optimizer, make_scheduler
 

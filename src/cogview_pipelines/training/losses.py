@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .token_data import CanvasBatch
+from .data.tokens import CanvasBatch
 
 
 def canvas_loss(model: nn.Module, batch: CanvasBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -1,0 +1,375 @@
+"""`cogview2 caption` and `score`: texts about pictures that are there already."""
+
+import contextlib
+import enum
+import json
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import typer
+
+from .console import bad_input, fail, fail_all, failures, make_writable_folder
+from .inputs import decode, describe_inputs, read_file, read_image, same_inputs
+from .loading import (
+    BATCH_OPTION,
+    DEVICE_OPTION,
+    DTYPE_OPTION,
+    MODEL_OPTION,
+    OVERWRITE_OPTION,
+    QUIET_OPTION,
+    REQUESTS_OPTION,
+    DType,
+    load_pipeline,
+)
+from .requests import CAPTION, SCORE, Kind, Request, check_arguments, check_prompt, read_requests
+from .results import LineFailures, read_rows, replace_rows, write_row
+
+JSON_OPTION = typer.Option(False, "--json", help="Print one JSON object a line.")
+OUTPUT_OPTION = typer.Option(
+    None, "--output", "-o", help="With --requests: JSONL file for the results.  [default: print them]"
+)
+_NO_SETTINGS = ("max_batch_size",)
+DEFAULT_CANDIDATES = 8
+
+
+class Language(str, enum.Enum):
+    """Languages of captions."""
+
+    en = "en"
+    zh = "zh"
+
+
+class Strategy(str, enum.Enum):
+    """Ways to write captions."""
+
+    greedy = "greedy"
+    sample = "sample"
+    beam = "beam"
+    best_of = "best-of"
+
+
+def caption(
+    images: list[Path] = typer.Argument(
+        None, help="Pictures of any size; the square in the middle is seen.", show_default=False
+    ),
+    language: Language = typer.Option(None, "--language", "-l", help="Of the captions.  [default: en]"),
+    strategy: Strategy = typer.Option(
+        None, help="greedy, sample, beam, or best-of: draw --candidates and keep the best.  [default: greedy]"
+    ),
+    num_captions: int = typer.Option(
+        None, "--num-captions", "-n", min=1, help="Of each picture; more than one not greedy.  [default: 1]"
+    ),
+    candidates: int = typer.Option(None, min=1, help=f"For best-of.  [default: {DEFAULT_CANDIDATES}]"),
+    beams: int = typer.Option(None, min=1, help="For beam.  [default: 4]"),
+    max_length: int = typer.Option(None, min=1, help="The most tokens."),
+    requests: Path = REQUESTS_OPTION,
+    output: Path = OUTPUT_OPTION,
+    seed: int = typer.Option(
+        None, "--seed", "-s", min=0, max=2**40, help="Of drawn captions of each picture.  [default: by chance]"
+    ),
+    max_batch_size: int = BATCH_OPTION,
+    as_json: bool = JSON_OPTION,
+    model: str = MODEL_OPTION,
+    device: str = DEVICE_OPTION,
+    dtype: DType = DTYPE_OPTION,
+    overwrite: bool = OVERWRITE_OPTION,
+    quiet: bool = QUIET_OPTION,
+) -> None:
+    """
+    Describe pictures, one line a caption.
+
+    If there are several files, the name of the file and a tab stand before it.
+
+    With --requests FILE.jsonl, each line is an object with "id" and "image", and optionally "seed" and any other
+    argument of the pipeline's call. The output file gets one object a line; what is in it already is not made again.
+
+    \b
+    Examples:
+      cogview2 caption tiger.png
+      cogview2 caption tiger.png frog.jpg --language zh --strategy best-of --json
+      cogview2 caption --requests pictures.jsonl --output captions.jsonl
+    """
+    given = {
+        "language": None if language is None else language.value,
+        "strategy": None if strategy is None else strategy.value,
+        "num_captions_per_image": num_captions,
+        "num_candidates": candidates,
+        "num_beams": beams,
+        "max_length": max_length,
+        "max_batch_size": max_batch_size,
+    }
+    with bad_input():
+        given = check_arguments(given, CAPTION)
+    if requests is not None:
+        if images:
+            fail("--requests says what to do in its lines; leave out FILE.")
+        _run_list(requests, CAPTION, given, seed, output, _caption_batch, model, device, dtype, overwrite, quiet)
+        return
+    _refuse_output(output)
+    if not images:
+        fail("Say what to describe: FILE, or --requests.")
+    pictures = [read_image(path, "FILE") for path in images]
+    pipe = _load(model, device, dtype, quiet)
+    count = given.get("num_captions_per_image", 1)
+    with bad_input((ValueError, TypeError)), failures():
+        captions = _captions(pipe, pictures, given, [_chosen(seed)] * len(pictures))
+    for path, own in zip(images, captions, strict=True):
+        for entry in own[:count]:
+            if as_json:
+                print_row({"file": str(path), "language": given.get("language", "en"), **entry})
+            else:
+                typer.echo(entry["caption"] if len(images) == 1 else f"{path}\t{entry['caption']}")
+
+
+def score(
+    image: Path = typer.Argument(None, help="The picture.", show_default=False),
+    prompts: list[str] = typer.Argument(
+        None, help="Texts that may describe it, Chinese or English.", show_default=False
+    ),
+    requests: Path = REQUESTS_OPTION,
+    output: Path = OUTPUT_OPTION,
+    max_batch_size: int = BATCH_OPTION,
+    as_json: bool = JSON_OPTION,
+    model: str = MODEL_OPTION,
+    device: str = DEVICE_OPTION,
+    dtype: DType = DTYPE_OPTION,
+    overwrite: bool = OVERWRITE_OPTION,
+) -> None:
+    """
+    Say how well texts describe a picture, best first.
+
+    Each line has the caption loss (lower is better), a tab and the text.
+
+    With --requests FILE.jsonl, each line is an object with "id", "image" and "prompts", a list of texts. The output
+    file gets one object a line, with all losses, best first; what is in it already is not made again.
+
+    \b
+    Examples:
+      cogview2 score tiger.png "a tiger on a blue background" "a red car"
+      cogview2 score --requests pairs.jsonl --output scores.jsonl
+    """
+    with bad_input():
+        given = check_arguments({"max_batch_size": max_batch_size}, SCORE)
+    if requests is not None:
+        if image is not None:
+            fail("--requests says what to do in its lines; leave out FILE and PROMPT.")
+        _run_list(requests, SCORE, given, None, output, _score_batch, model, device, dtype, overwrite, True)
+        return
+    _refuse_output(output)
+    if image is None or not prompts:
+        fail("Say what to compare: FILE and PROMPT..., or --requests.")
+    picture = read_image(image, "FILE")
+    with bad_input():
+        texts = [check_prompt(prompt) for prompt in prompts]
+    pipe = _load(model, device, dtype, quiet=True)
+    with bad_input((ValueError, TypeError)), failures():
+        rows = _scores(pipe, picture, texts, max_batch_size)
+    for row in rows:
+        if as_json:
+            print_row(row)
+        else:
+            typer.echo(f"{row['caption_loss']:.4f}\t{row['prompt']}")
+
+
+def print_row(row: dict) -> None:
+    """Print an object as one line of JSON."""
+    typer.echo(json.dumps(row, ensure_ascii=False))
+
+
+# Lists ---------------------------------------------------------------------------------------------------------------
+
+Batch = Callable[[object, Sequence[Request], list], Iterator[dict]]
+
+
+def _run_list(
+    path: Path,
+    kind: Kind,
+    given: dict,
+    seed: int | None,
+    output: Path | None,
+    work: Batch,
+    model: str,
+    device: str | None,
+    dtype: DType | None,
+    overwrite: bool,
+    quiet: bool,
+) -> None:
+    """Do what a JSONL file asks for and the output does not hold yet; a line that fails stops no other."""
+    with bad_input():
+        requests, errors = read_requests(path.expanduser(), kind, given, seed)
+    if errors:
+        fail_all(errors)
+    output = None if output is None else output.expanduser()
+    if output is not None:
+        if output.is_dir():
+            fail(f"`--output` must be a JSONL file with --requests, but {output} is a folder.")
+        make_writable_folder(output.parent)
+    missing, rows = _sort_rows(requests, output, model, overwrite)
+    pipe = _load(model, device, dtype, quiet) if missing else None
+    failed = LineFailures(len(requests))
+    with failures():
+        if output is not None:
+            replace_rows(output, rows)
+        with (
+            open(output, "a", encoding="utf-8") if output is not None else contextlib.nullcontext(sys.stdout) as lines
+        ):
+            for batch in _batches(missing, kind):
+                for row in _work(pipe, batch, work, model, failed):
+                    write_row(lines, row)
+    failed.finish()
+
+
+def _sort_rows(
+    requests: Sequence[Request], output: Path | None, model: str, overwrite: bool
+) -> tuple[list[Request], list[dict]]:
+    """The requests that are to be done, and the rows of the output that stay."""
+    rows = [] if output is None else read_rows(output)
+    by_id = {row.get("id"): row for row in rows}
+    missing, others = [], []
+    for request in requests:
+        row = by_id.get(request.id)
+        if row is None or not _made_from(request, row, model):
+            missing.append(request)
+            if row is not None:
+                others.append(request)
+    if others and not overwrite:
+        fail_all(
+            [
+                f"{request.where}: {output} holds a result of another request with the `id` {request.id!r}. Pass "
+                "--overwrite or name another file."
+                for request in others
+            ]
+        )
+    if len(missing) < len(requests):
+        typer.echo(f"{len(requests) - len(missing)} of {len(requests)} results are there already.", err=True)
+    replaced = {request.id for request in missing}
+    return missing, [row for id, row in by_id.items() if id not in replaced]
+
+
+def _made_from(request: Request, row: dict, model: str) -> bool:
+    return (
+        row.get("settings") == _settings(request)
+        and row.get("model") == model
+        and (request.seed is None or row.get("seed", request.seed) == request.seed)
+        and same_inputs(request.files, row.get("inputs"))
+    )
+
+
+def _settings(request: Request) -> dict:
+    """The arguments that decide what results are."""
+    return {name: value for name, value in request.arguments.items() if name not in _NO_SETTINGS}
+
+
+def _batches(requests: Sequence[Request], kind: Kind) -> list[list[Request]]:
+    """Requests with the same arguments together, as many as are computed at a time; of scores one by one."""
+    from ..pipelines.cogview2.pipeline_cogview2_caption import DEFAULT_MAX_BATCH_SIZE
+
+    if kind is SCORE:
+        return [[request] for request in requests]
+    groups: dict[str, list[Request]] = {}
+    for request in requests:
+        groups.setdefault(json.dumps(request.arguments, sort_keys=True), []).append(request)
+    batches = []
+    for group in groups.values():
+        size = group[0].arguments.get("max_batch_size", DEFAULT_MAX_BATCH_SIZE)
+        batches += [group[start : start + size] for start in range(0, len(group), size)]
+    return batches
+
+
+def _work(pipe, batch: Sequence[Request], work: Batch, model: str, failed: LineFailures) -> Iterator[dict]:
+    """The rows of a batch; if it fails, of its lines one by one, so that only those fail that must."""
+    readable, pictures, inputs = [], [], []
+    for request in batch:
+        try:
+            contents = {name: read_file(path, f"`{name}`") for name, path in request.files.items()}
+            pictures.append(decode(contents["image"], request.files["image"], "`image`"))
+        except ValueError as error:
+            failed.add(request.where, error)
+            continue
+        readable.append(request)
+        inputs.append(describe_inputs(request.files, contents))
+    if not readable:
+        return
+    common = {"model": model, "dtype": str(pipe.transformer.dtype).removeprefix("torch.")}
+    try:
+        results = list(work(pipe, readable, pictures))
+    except (ValueError, TypeError) as error:
+        if len(readable) == 1:
+            failed.add(readable[0].where, error)
+        else:
+            for request in readable:
+                yield from _work(pipe, [request], work, model, failed)
+        return
+    for request, own_inputs, result in zip(readable, inputs, results, strict=True):
+        yield {
+            "id": request.id,
+            "image": str(request.files["image"]),
+            **result,
+            "settings": _settings(request),
+            "inputs": own_inputs,
+            **common,
+        }
+
+
+def _caption_batch(pipe, requests: Sequence[Request], pictures: list) -> Iterator[dict]:
+    arguments = requests[0].arguments
+    seeds = [_chosen(request.seed) for request in requests]
+    drawn = arguments.get("strategy") in ("sample", "best_of")
+    for seed, captions in zip(seeds, _captions(pipe, pictures, arguments, seeds), strict=True):
+        yield {
+            "language": arguments.get("language", "en"),
+            **({"seed": seed} if drawn else {}),
+            "captions": captions,
+        }
+
+
+def _score_batch(pipe, requests: Sequence[Request], pictures: list) -> Iterator[dict]:
+    (request,), (picture,) = requests, pictures
+    arguments = request.arguments
+    yield {"scores": _scores(pipe, picture, arguments["prompts"], arguments.get("max_batch_size"))}
+
+
+# Both ----------------------------------------------------------------------------------------------------------------
+
+
+def _captions(pipe, pictures: list, arguments: dict, seeds: list[int]) -> list[list[dict]]:
+    """The captions of each picture with their scores; those drawn have seeds from that of the picture on."""
+    import torch
+
+    count = arguments.get("num_captions_per_image", 1)
+    arguments = {"num_candidates": DEFAULT_CANDIDATES, **arguments}
+    drawn = {"sample": count, "best_of": arguments["num_candidates"]}.get(arguments.get("strategy"), 0)
+    generators = [torch.Generator().manual_seed(seed + index) for seed in seeds for index in range(drawn)]
+    output = pipe(pictures, generator=generators or None, **arguments)
+    entries = [
+        {"caption": text, "score": round(score, 4)} for text, score in zip(output.captions, output.scores, strict=True)
+    ]
+    return [entries[start : start + count] for start in range(0, len(entries), count)]
+
+
+def _scores(pipe, picture, prompts: list[str], max_batch_size: int | None) -> list[dict]:
+    """The caption loss of each prompt, best first."""
+    losses = pipe.score(picture, prompts, max_batch_size=max_batch_size).tolist()
+    rows = [{"prompt": text, "caption_loss": round(loss, 4)} for text, loss in zip(prompts, losses, strict=True)]
+    return sorted(rows, key=lambda row: row["caption_loss"])
+
+
+def _load(model: str, device: str | None, dtype: DType | None, quiet: bool):
+    from ..pipelines.cogview2.pipeline_cogview2_caption import CogView2CaptionPipeline
+
+    pipe = load_pipeline(model, device, dtype)
+    with bad_input():
+        pipe = CogView2CaptionPipeline.from_pipe(pipe)
+    pipe.set_progress_bar_config(disable=True if quiet else None)
+    return pipe
+
+
+def _refuse_output(output: Path | None) -> None:
+    if output is not None:
+        fail("--output is for --requests; of files on the command line, results are printed.")
+
+
+def _chosen(seed: int | None) -> int:
+    return random.SystemRandom().randrange(2**31) if seed is None else seed

@@ -1,0 +1,326 @@
+"""Names, shapes and configurations: how the release writes them, and how this package does."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...models.cogview2.modeling_coglm import CogLMConfig, CogLMModel
+from ...models.image_tokenizers.modeling_icetk_vq import IcetkVQConfig, IcetkVQModel
+from ..reader import ConversionError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """
+    One of the three transformers.
+
+    Args:
+        component (`str`): Its folder in a pipeline.
+        released_name (`str`): Its folder in the release.
+        super_resolution (`str`, *optional*): As in [`CogLMConfig`].
+        model_class (`str`): Of the release.
+        scheduler (`str`, *optional*): The scheduler component that belongs to it.
+    """
+
+    component: str
+    released_name: str
+    super_resolution: str | None
+    model_class: str
+    scheduler: str | None = None
+
+
+STAGES = (
+    Stage("transformer", "coglm", None, "BaseModel"),
+    Stage("direct_sr_transformer", "cogview2-dsr", "direct", "DsrModel", "direct_sr_scheduler"),
+    Stage("iterative_sr_transformer", "cogview2-itersr", "iterative", "ItersrModel", "iterative_sr_scheduler"),
+)
+RELEASED_BOI_TOKEN_ID = 150000
+RELEASED_ITERATIONS = {"coglm": "432000", "cogview2-dsr": "20000", "cogview2-itersr": "20000"}
+
+# Key names -----------------------------------------------------------------------------------------------------------
+
+_NORMS = {
+    "input_layernorm": "attention_layernorm",
+    "third_layernorm": "attention_output_layernorm",
+    "post_attention_layernorm": "mlp_layernorm",
+    "fourth_layernorm": "mlp_output_layernorm",
+}
+_TRANSFORMER_RULES = [  # (pattern of the released key, its replacement; pattern of our key, its replacement)
+    *(
+        (
+            rf"transformer\.layers\.(\d+)\.{old}\.",
+            rf"layers.\1.{new}.",
+            rf"layers\.(\d+)\.{new}\.",
+            rf"transformer.layers.\1.{old}.",
+        )
+        for old, new in _NORMS.items()
+    ),
+    (
+        r"mixins\.attention_plus\.(query_key_value|dense)\.(\d+)\.",
+        r"layers.\2.canvas_attention.\1.",
+        r"layers\.(\d+)\.canvas_attention\.(query_key_value|dense)\.",
+        r"mixins.attention_plus.\2.\1.",
+    ),
+    (
+        r"mixins\.extra_position_embedding\.position_embeddings\.",
+        "canvas_position_embeddings.",
+        r"canvas_position_embeddings\.",
+        "mixins.extra_position_embedding.position_embeddings.",
+    ),
+    (r"transformer\.", "", "", "transformer."),
+]
+_DECODER_RATES = {"0": "16", "1": "8", "2": "4"}
+_IMAGE_RULES = [
+    (r"enc\.", "encoder.", r"encoder\.", "enc."),
+    *(
+        (rf"decs\.{index}\.", f"decoders.{rate}.", rf"decoders\.{rate}\.", f"decs.{index}.")
+        for index, rate in _DECODER_RATES.items()
+    ),
+    (
+        r"down_samplers\.(\d+)\.conv_down_sampler\.",
+        r"down_samplers.\1.",
+        r"down_samplers\.(\d+)\.",
+        r"down_samplers.\1.conv_down_sampler.",
+    ),
+]
+
+
+def _rename(key: str, rules: Iterable[tuple[str, str]]) -> str:
+    for pattern, replacement in rules:
+        if re.match(pattern, key):
+            return re.sub(pattern, replacement, key, count=1)
+    return key
+
+
+def transformer_key(released: str) -> str:
+    """Our name of a tensor of the three transformers."""
+    return _rename(released, [rule[:2] for rule in _TRANSFORMER_RULES])
+
+
+def released_transformer_key(key: str) -> str:
+    """The release's name of a tensor of [`CogLMModel`]."""
+    return _rename(key, [rule[2:] for rule in _TRANSFORMER_RULES])
+
+
+def image_tokenizer_key(released: str) -> str:
+    """Our name of a tensor of `ice_image.pt`."""
+    return _rename(released, [rule[:2] for rule in _IMAGE_RULES])
+
+
+def released_image_tokenizer_key(key: str) -> str:
+    """The release's name of a tensor of [`IcetkVQModel`]."""
+    return _rename(key, [rule[2:] for rule in _IMAGE_RULES])
+
+
+# Shapes --------------------------------------------------------------------------------------------------------------
+
+
+def expected_shapes(model_class: type, config) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors that a model of this configuration saves; nothing is allocated."""
+    with torch.device("meta"):
+        model = model_class(config)
+    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+
+
+def check_shapes(found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], name: str) -> list[str]:
+    """
+    Compare names and shapes of tensors with what the model needs.
+
+    Args:
+        found: Tensors (anything with a `shape`) by our names.
+        expected: Shapes by our names.
+        name (`str`): Of the file, for the message.
+
+    Returns:
+        `list[str]`: Names that the model does not know.
+
+    Raises:
+        ConversionError: That lists every missing and every misshapen tensor.
+    """
+    missing = sorted(set(expected) - set(found))
+    surplus = sorted(set(found) - set(expected))
+    misshapen = [
+        f"{key}: is {tuple(found[key].shape)}, must be {shape}"
+        for key, shape in expected.items()
+        if key in found and tuple(found[key].shape) != shape
+    ]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} missing: {', '.join(missing)}")
+    if misshapen:
+        problems.append(f"{len(misshapen)} misshapen: {'; '.join(misshapen)}")
+    if problems:
+        if surplus:
+            problems.append(f"{len(surplus)} unknown: {', '.join(surplus)}")
+        raise ConversionError(f"{name} does not fit the model.\n  " + "\n  ".join(problems))
+    return surplus
+
+
+# Configurations ------------------------------------------------------------------------------------------------------
+
+
+def transformer_config(
+    tensors: Mapping[str, Any],
+    released_config: Mapping[str, Any],
+    stage: Stage,
+    boi_token_id: int,
+    num_image_tokens: int,
+    name: str,
+) -> CogLMConfig:
+    """
+    The configuration of a released transformer. Sizes are read from the tensors; only the number of heads must be
+    told.
+
+    Args:
+        tensors: Of the file, by our names.
+        released_config: `model_config.json`.
+        stage (`Stage`): Which transformer it is.
+        boi_token_id (`int`): Of the text tokenizer that belongs to it.
+        num_image_tokens (`int`): Image codes.
+        name (`str`): Of the file, for messages.
+
+    Raises:
+        ConversionError: If `model_config.json` contradicts the tensors, or says something that this package does not
+        do.
+    """
+    for key in ("word_embeddings.weight", "position_embeddings.weight"):
+        if key not in tensors:
+            raise ConversionError(
+                f"{name} has no `{released_transformer_key(key)}`, so it is no CogView2 transformer."
+            )
+    vocab_size, hidden_size = tensors["word_embeddings.weight"].shape
+    layers = {int(match[1]) for key in tensors if (match := re.match(r"layers\.(\d+)\.", key))}
+    found = {"num_layers": len(layers), "hidden_size": hidden_size}
+    if layers != set(range(len(layers))):
+        raise ConversionError(
+            f"{name} has gaps in its layers: {sorted(set(range(max(layers) + 1)) - layers)} are missing."
+        )
+    for key, value in found.items():
+        if released_config.get(key, value) != value:
+            raise ConversionError(
+                f"{name}: `model_config.json` says `{key}` = {released_config[key]}, but the tensors say {value}. "
+                "One of the files is of "
+                "another model."
+            )
+    for key, value in {
+        "layernorm_order": "sandwich",
+        "model_parallel_size": 1,
+        "kernel_size": 5,
+        "kernel_size2": 5,
+    }.items():
+        if released_config.get(key, value) != value:
+            raise ConversionError(
+                f"{name}: `model_config.json` has `{key}` = {released_config[key]!r}; only {value!r} is CogView2."
+            )
+    heads = released_config.get("num_attention_heads")
+    if not isinstance(heads, int) or heads < 1 or hidden_size % heads:
+        raise ConversionError(
+            f"{name}: `num_attention_heads` must be a divisor of the width {hidden_size}, but `model_config.json` "
+            f"says {heads}. The "
+            "tensors do not tell it; put the file that belongs to this checkpoint beside `latest`."
+        )
+    if boi_token_id + 2 >= vocab_size:
+        raise ConversionError(
+            f"{name}: <start_of_image> is token {boi_token_id}, but there are only {vocab_size} rows of word "
+            "embeddings. Give the text "
+            "tokenizer that belongs to this checkpoint."
+        )
+    return CogLMConfig(
+        vocab_size=vocab_size,
+        num_image_tokens=num_image_tokens,
+        hidden_size=hidden_size,
+        num_hidden_layers=len(layers),
+        num_attention_heads=heads,
+        intermediate_size=_intermediate_size(tensors, hidden_size),
+        max_position_embeddings=tensors["position_embeddings.weight"].shape[0],
+        super_resolution=stage.super_resolution,
+        boi_token_id=boi_token_id,
+        start_of_english_token_id=boi_token_id + 1,
+        start_of_chinese_token_id=boi_token_id + 2,
+        pad_token_id=num_image_tokens + 3,
+    )
+
+
+def _intermediate_size(tensors: Mapping[str, Any], hidden_size: int) -> int:
+    first = tensors.get("layers.0.mlp.dense_h_to_4h.weight")
+    return 4 * hidden_size if first is None else first.shape[0]
+
+
+def image_tokenizer_config(tensors: Mapping[str, Any], num_clusters: int, name: str) -> IcetkVQConfig:
+    """The configuration of a released image tokenizer, whose sizes are read from its tensors."""
+    try:
+        num_embeddings, embedding_dim = tensors["quantize.embed.weight"].shape
+        base_channels = tensors["encoder.conv_in.weight"].shape[0]
+    except KeyError as error:
+        raise ConversionError(
+            f"{name} has no `{released_image_tokenizer_key(error.args[0])}`, so it is no icetk image tokenizer."
+        ) from None
+    return IcetkVQConfig(
+        num_embeddings=num_embeddings,
+        embedding_dim=embedding_dim,
+        base_channels=base_channels,
+        num_clusters=num_clusters,
+    )
+
+
+def released_config(config: CogLMConfig, stage: Stage) -> dict[str, Any]:
+    """
+    What stands in `model_config.json` of a released checkpoint.
+
+    Raises:
+        ConversionError: If the original code cannot run a model of this configuration.
+    """
+    wanted = {  # constants of the original code
+        "image_position": 512,
+        "image_grid": (20, 20),
+        "num_image_tokens": 20000,
+        "layer_norm_eps": 1e-5,
+        "intermediate_size": 4 * config.hidden_size,
+    }
+    if config.super_resolution:
+        wanted |= {
+            "fine_grid": (60, 60),
+            "kernel_size": (9, 5),
+            "num_text_slots": {"direct": 96, "iterative": 16}[config.super_resolution],
+        }
+    if config.super_resolution == "direct":
+        wanted["cross_kernel_size"] = (5, 5)
+    wrong = [
+        f"`{key}` is {getattr(config, key)}, not {value}"
+        for key, value in wanted.items()
+        if getattr(config, key) != value
+    ]
+    if wrong:
+        raise ConversionError(
+            "The original code has constants that this model does not share: " + "; ".join(wrong) + "."
+        )
+    result = {
+        "model_class": stage.model_class,
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "vocab_size": config.vocab_size,
+        "layernorm_order": "sandwich",
+        "model_parallel_size": 1,
+    }
+    if config.super_resolution:
+        slots, fine = config.num_text_slots, config.canvas_length
+        low = config.image_grid[0] * config.image_grid[1]
+        layout = (
+            [slots, slots + low, slots + low + fine] if config.super_resolution == "direct" else [slots, slots + fine]
+        )
+        result |= {
+            "kernel_size": config.kernel_size[1],
+            "kernel_size2": config.cross_kernel_size[1],
+            "layout": layout,
+            "new_sequence_length": config.max_position_embeddings + fine,
+        }
+    return result | {"max_sequence_length": config.max_position_embeddings}
+
+
+def model_class_of(component: str) -> type:
+    """The class that loads a component folder."""
+    return IcetkVQModel if component == "vqvae" else CogLMModel

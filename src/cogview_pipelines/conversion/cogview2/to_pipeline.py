@@ -1,0 +1,456 @@
+"""From the released files to a `CogView2Pipeline` folder."""
+
+import hashlib
+import importlib.resources
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ...models.cogview2.tokenization_icetk import IcetkTokenizer
+from ...schedulers.scheduling_lopar import LoPARScheduler
+from ..reader import ConversionError, LoadedTensor, ReleasedModel, open_released_model, read_module
+from ..writer import Tensors, content_hash, hash_file, hash_tensor, write_component, write_json
+from . import layout
+from .layout import STAGES, Stage
+
+RECORD_FILE = "conversion.json"
+RECORD_VERSION = 1
+
+
+@dataclass
+class _Job:
+    """What one call converts, and where it stands."""
+
+    output: Path
+    dtype: torch.dtype | None
+    max_shard_size: int
+    strict: bool
+    record: dict
+    say: Callable[[str], None]
+
+    def save(self) -> None:
+        write_json(self.output / RECORD_FILE, self.record)
+
+
+def convert_to_pipeline(
+    output: str | Path,
+    *,
+    coglm: str | Path | None = None,
+    direct_sr: str | Path | None = None,
+    iterative_sr: str | Path | None = None,
+    image_tokenizer: str | Path | None = None,
+    text_tokenizer: str | Path | None = None,
+    cluster_labels: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int = 2 * 2**30,
+    share_backbone: bool = True,
+    num_image_tokens: int = 20000,
+    strict: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict:
+    """
+    Convert any of the released files.
+
+    The folder is a pipeline as soon as text tokenizer, image tokenizer and CogLM are in it; `model_index.json` is
+    written last. Parts may come in several calls. Calling again after an interruption goes on where it stopped, and
+    parts that are there are kept.
+
+    Args:
+        output (`str` or `Path`): The folder of the pipeline.
+        coglm, direct_sr, iterative_sr (`str` or `Path`, *optional*): Zip, unpacked folder, or `.pt` file of each
+            transformer.
+        image_tokenizer (`str` or `Path`, *optional*): `ice_image.pt`.
+        text_tokenizer (`str` or `Path`, *optional*): `ice_text.model`.
+        cluster_labels (`str` or `Path`, *optional*):
+            `cluster_label.npy`, or `"compute"` for clusters of our own, which are not the released ones. Needed with
+            `image_tokenizer`.
+        dtype (`torch.dtype`, *optional*): Convert the transformers; by default every tensor stays as it is, bit by
+            bit.
+        max_shard_size (`int`): Of the safetensors files, in bytes.
+        share_backbone (`bool`): Store what direct super-resolution has in common with CogLM once, if it is equal.
+        num_image_tokens (`int`): Image codes in the transformers' vocabulary.
+        strict (`bool`): Refuse files with tensors that the model does not know, instead of leaving those out.
+        say: Called with each line of the report.
+
+    Returns:
+        `dict`: What is in the folder, as in its `conversion.json`.
+
+    Raises:
+        ConversionError: If a file cannot be converted. What was converted before it stays.
+    """
+    paths = {"transformer": coglm, "direct_sr_transformer": direct_sr, "iterative_sr_transformer": iterative_sr}
+    if not any([*paths.values(), image_tokenizer, text_tokenizer]):
+        raise ConversionError("Nothing to convert: give at least one of the released files.")
+    if image_tokenizer is not None and cluster_labels is None:
+        raise ConversionError(
+            "`cluster_labels` is missing: cluster sampling needs the `cluster_label.npy` that lies beside the "
+            "original scripts. Give "
+            '"compute" instead for clusters of our own, which make pictures that are not those of the release.'
+        )
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    record = _read_record(output)
+    there = {name: entry for name, entry in record["components"].items() if (output / name).is_dir()}
+    job = _Job(output, dtype, max_shard_size, strict, {**record, "components": there}, say)
+    if text_tokenizer is not None:
+        _convert_text_tokenizer(job, Path(text_tokenizer), num_image_tokens)
+    if image_tokenizer is not None:
+        _convert_image_tokenizer(job, Path(image_tokenizer), cluster_labels)
+    boi_token_id = _boi_token_id(output)
+    for stage in STAGES:
+        if paths[stage.component] is not None:
+            with open_released_model(paths[stage.component], scratch=output) as model:
+                _convert_transformer(job, stage, model, boi_token_id, num_image_tokens, share_backbone)
+    _write_index(job)
+    return job.record
+
+
+def verify(folder: str | Path, say: Callable[[str], None] = print) -> list[str]:
+    """
+    Hash every file of a converted pipeline again.
+
+    Args:
+        folder (`str` or `Path`): As converted.
+        say: Called with a line for each component.
+
+    Returns:
+        `list[str]`: Files that are missing or differ from what was written; empty if all is well.
+    """
+    folder, wrong = Path(folder), []
+    if not (folder / RECORD_FILE).is_file():
+        raise ConversionError(f"{folder} has no `{RECORD_FILE}`: it was not made by this converter.")
+    for component, entry in _read_record(folder)["components"].items():
+        bad = [n for n, sha256 in entry["files"].items() if not _matches(folder / component / n, sha256)]
+        wrong += [f"{component}/{name}" for name in bad]
+        say(f"{component}: {len(entry['files'])} files, " + (f"WRONG: {', '.join(bad)}" if bad else "as written"))
+    return wrong
+
+
+def _matches(path: Path, sha256: str) -> bool:
+    return path.is_file() and hash_file(path) == sha256
+
+
+def _read_record(output: Path) -> dict:
+    try:
+        record = json.loads((output / RECORD_FILE).read_text())
+        assert record["version"] == RECORD_VERSION
+        return record
+    except FileNotFoundError:
+        return {"version": RECORD_VERSION, "components": {}}
+    except (ValueError, KeyError, AssertionError):
+        raise ConversionError(f"{output / RECORD_FILE} cannot be read. Choose another output folder.") from None
+
+
+def _source_id(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _is_done(job: _Job, component: str, source: str) -> bool:
+    """Whether the component is there already, from the same files and unharmed."""
+    folder, entry = job.output / component, job.record["components"].get(component)
+    if not folder.exists():
+        return False
+    if entry is None or entry["source_id"] != source:
+        raise ConversionError(
+            f"{folder} exists already and was made from other files or with other settings. Delete it, or choose "
+            "another output folder."
+        )
+    if not all(_matches(folder / name, sha256) for name, sha256 in entry["files"].items()):
+        raise ConversionError(f"{folder} has changed since it was converted. Delete it to convert it again.")
+    job.say(f"{component}: already converted, files are as written")
+    return True
+
+
+def _enter(job: _Job, component: str, entry: dict, files: Mapping[str, str]) -> None:
+    job.record["components"][component] = {**entry, "files": dict(files)}
+    job.save()
+
+
+def _save_small(job: _Job, component: str, save: Callable[[Path], object]) -> dict[str, str]:
+    """Let a component save itself in a partial folder, then rename it; returns hashes of its files."""
+    partial, folder = job.output / f"{component}.partial", job.output / component
+    if partial.exists():
+        shutil.rmtree(partial)
+    save(partial)
+    files = {path.name: hash_file(path) for path in sorted(partial.iterdir())}
+    if folder.exists():  # of schedulers only, whose settings are constants
+        shutil.rmtree(folder)
+    partial.replace(folder)
+    return files
+
+
+# Components ----------------------------------------------------------------------------------------------------------
+
+
+def _convert_text_tokenizer(job: _Job, path: Path, num_image_tokens: int) -> None:
+    if not path.is_file():
+        raise ConversionError(f"`text_tokenizer` {path} does not exist.")
+    sha256 = hash_file(path)
+    source = _source_id("tokenizer", sha256, num_image_tokens)
+    if _is_done(job, "tokenizer", source):
+        return
+    try:
+        tokenizer = IcetkTokenizer(path, num_image_tokens=num_image_tokens)
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
+    files = _save_small(job, "tokenizer", tokenizer.save_pretrained)
+    entry = {"source": path.name, "source_id": source, "sha256": sha256, "pieces": len(tokenizer) - num_image_tokens}
+    _enter(job, "tokenizer", entry, files)
+    job.say(f"tokenizer: {path.name}, {len(tokenizer) - num_image_tokens} pieces, sha256 {sha256}")
+
+
+def _read_cluster_labels(path: str | Path, num_codes: int) -> torch.Tensor:
+    try:
+        labels = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ConversionError(f"`cluster_labels` {path} is no NumPy file of plain numbers ({error}).") from error
+    if (
+        not isinstance(labels, np.ndarray)
+        or not np.issubdtype(labels.dtype, np.integer)
+        or labels.shape != (num_codes,)
+    ):
+        found = f"{labels.dtype} of shape {labels.shape}" if isinstance(labels, np.ndarray) else type(labels).__name__
+        raise ConversionError(
+            f"`cluster_labels` must be {num_codes} integers, one for each image code, but is {found}."
+        )
+    labels = torch.from_numpy(labels.astype(np.int64))
+    sizes = labels.bincount() if labels.min() >= 0 else torch.zeros(1)
+    if not sizes.all():
+        raise ConversionError("`cluster_labels` must number the clusters from 0 without gaps.")
+    return labels
+
+
+def _convert_image_tokenizer(job: _Job, path: Path, cluster_labels: str | Path) -> None:
+    if not path.is_file():
+        raise ConversionError(f"`image_tokenizer` {path} does not exist.")
+    with path.open("rb") as file:
+        released, others, fingerprint = read_module(file, str(path))
+        tensors: Tensors = {layout.image_tokenizer_key(key): tensor for key, tensor in released.items()}
+        computed = str(cluster_labels) == "compute"
+        labels_id = (
+            "compute" if computed else hash_file(Path(cluster_labels)) if Path(cluster_labels).is_file() else None
+        )
+        source = _source_id("vqvae", fingerprint, path.stat().st_size, labels_id, job.max_shard_size)
+        if _is_done(job, "vqvae", source):
+            return
+        config = layout.image_tokenizer_config(tensors, 1, str(path))
+        if computed:
+            labels = _own_cluster_labels(tensors["quantize.embed.weight"].read(), job.say)
+        else:
+            labels = _read_cluster_labels(cluster_labels, config.num_embeddings)
+        config.num_clusters = int(labels.max()) + 1
+        tensors["cluster_labels"] = LoadedTensor(labels)
+        entry = _write_model(job, "vqvae", tensors, config, source, str(path), dtype=None)
+        entry |= {"source": path.name, "num_clusters": config.num_clusters, "released_clusters": not computed}
+        _enter(job, "vqvae", entry, entry.pop("files"))
+        _report(job, "vqvae", entry, others)
+
+
+def _own_cluster_labels(codes: torch.Tensor, say: Callable[[str], None]) -> torch.Tensor:
+    from ...models.image_tokenizers.modeling_icetk_vq import kmeans_labels
+
+    say(
+        "vqvae: clusters are computed here; they are not the released ones, so samples are not distributed as in "
+        "the release"
+    )
+    return kmeans_labels(codes.float(), min(500, len(codes)), seed=0)
+
+
+def _convert_transformer(
+    job: _Job,
+    stage: Stage,
+    model: ReleasedModel,
+    boi_token_id: int | None,
+    num_image_tokens: int,
+    share_backbone: bool,
+) -> None:
+    name = str(model.path)
+    tensors = {layout.transformer_key(key): tensor for key, tensor in model.tensors.items()}
+    if boi_token_id is None:
+        boi_token_id = layout.RELEASED_BOI_TOKEN_ID
+    released_config = model.config
+    if "num_attention_heads" not in released_config and (job.output / "transformer/config.json").is_file():
+        # the original code, too, reads the sizes of all three from CogLM's file
+        heads = json.loads((job.output / "transformer/config.json").read_text())["num_attention_heads"]
+        released_config = {**released_config, "num_attention_heads": heads}
+    config = layout.transformer_config(tensors, released_config, stage, boi_token_id, num_image_tokens, name)
+    settings = (
+        str(job.dtype),
+        job.max_shard_size,
+        boi_token_id,
+        num_image_tokens,
+        released_config.get("num_attention_heads"),
+    )
+    lender = (
+        job.record["components"].get("transformer") if stage.super_resolution == "direct" and share_backbone else None
+    )
+    source = _source_id(stage.component, model.fingerprint, model.size, settings, lender and lender["content_hash"])
+    if _is_done(job, stage.component, source):
+        return
+    surplus = layout.check_shapes(tensors, layout.expected_shapes(layout.CogLMModel, config), name)
+    for key in surplus:
+        tensors.pop(key)
+    if surplus and job.strict:
+        raise ConversionError(f"{name} has tensors that the model does not know: {', '.join(surplus)}.")
+    shared = False
+    if lender is not None and lender["dtype_option"] == str(job.dtype):
+        shared = _equal_backbone(tensors, lender["tensors"], job.say)
+    if shared:
+        config.shares_backbone = True
+        tensors = {key: tensor for key, tensor in tensors.items() if key not in lender["tensors"]}
+    entry = _write_model(job, stage.component, tensors, config, source, name, job.dtype)
+    entry |= {
+        "source": model.path.name,
+        "iteration": model.iteration,
+        "dtype_option": str(job.dtype),
+        "shares_backbone_of": lender["content_hash"] if shared else None,
+        "left_out": [layout.released_transformer_key(key) for key in surplus],
+    }
+    _enter(job, stage.component, entry, entry.pop("files"))
+    if stage.scheduler is not None:
+        files = _save_small(job, stage.scheduler, released_scheduler(stage).save_pretrained)
+        _enter(job, stage.scheduler, {"source_id": _source_id(stage.scheduler)}, files)
+    others = [*model.others, *(f"tensor `{key}`" for key in surplus)]
+    _report(job, stage.component, entry, others)
+
+
+def released_scheduler(stage: Stage) -> LoPARScheduler:
+    """The scheduler of a super-resolution stage with the released values."""
+    if stage.super_resolution == "direct":
+        return LoPARScheduler(step_grid=((1,),), top_k=(100,), temperature=1.0, cluster_temperature=0.89)
+    return LoPARScheduler()
+
+
+def _equal_backbone(tensors: Tensors, hashes: Mapping[str, str], say: Callable[[str], None]) -> bool:
+    """
+    Whether all tensors that CogLM has are the same here, bit by bit; stops at the first that is not, the small ones
+    first.
+    """
+    for key in sorted(hashes, key=lambda key: tensors[key].nbytes if key in tensors else -1):
+        if key not in tensors or hash_tensor(tensors[key]) != hashes[key]:
+            say(f"direct_sr_transformer: its backbone is not CogLM's (`{key}` differs), so it is stored in full")
+            return False
+    say("direct_sr_transformer: its backbone is CogLM's, bit by bit, and is not stored again")
+    return True
+
+
+def _write_model(job, component, tensors, config, source, name, dtype) -> dict:
+    model_class = layout.model_class_of(component)
+    surplus = layout.check_shapes(tensors, layout.expected_shapes(model_class, config), name)
+    if surplus and job.strict:
+        raise ConversionError(f"{name} has tensors that the model does not know: {', '.join(surplus)}.")
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in surplus}
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in tensors.values():
+        if tensor.dtype.is_floating_point:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    main_dtype = dtype or max(sizes, key=sizes.get)
+    config.architectures = [model_class.__name__]
+    config.dtype = main_dtype
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    with ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=total, desc=component, unit="B", unit_scale=True, mininterval=0.5))
+        written = write_component(
+            job.output / component,
+            tensors,
+            json.loads(config.to_json_string(use_diff=True)),
+            source,
+            dtype=dtype,
+            max_shard_size=job.max_shard_size,
+            advance=bar.update,
+        )
+    return {
+        "source_id": source,
+        "dtypes": sorted(str(one) for one in sizes),
+        "dtype": str(main_dtype),
+        "num_tensors": len(tensors),
+        "num_parameters": sum(tensor.nbytes // tensor.dtype.itemsize for tensor in tensors.values()),
+        "nbytes_read": total,
+        "content_hash": content_hash(written["tensors"]),
+        "shards_reused": written["reused"],
+        "tensors": written["tensors"],
+        "files": written["files"],
+    }
+
+
+def _report(job: _Job, component: str, entry: Mapping, others: list[str]) -> None:
+    what = ", ".join(entry["dtypes"]) + (f" stored as {entry['dtype']}" if entry["dtypes"] != [entry["dtype"]] else "")
+    iteration = f", iteration {entry['iteration']}" if entry.get("iteration") else ""
+    job.say(
+        f"{component}: {entry['source']}{iteration}, {entry['num_tensors']} tensors, {entry['num_parameters']:,} "
+        f"parameters, {what}, "
+        f"{entry['nbytes_read'] / 2**30:.2f} GiB, sha256 of the tensors {entry['content_hash']}"
+    )
+    if entry["shards_reused"]:
+        job.say(f"{component}: {entry['shards_reused']} shards of an interrupted run were verified and kept")
+    if others:
+        job.say(f"{component}: left out: {', '.join(others[:12])}{', ...' if len(others) > 12 else ''}")
+
+
+# The pipeline --------------------------------------------------------------------------------------------------------
+
+
+def _boi_token_id(output: Path) -> int | None:
+    if not (output / "tokenizer").is_dir():
+        return None
+    return IcetkTokenizer.from_pretrained(output / "tokenizer").boi_token_id
+
+
+def released_styles() -> dict:
+    """The ten style presets of the release and the name of its default one, as [`CogView2Pipeline`] takes them."""
+    folder = importlib.resources.files("cogview_pipelines.pipelines.cogview2")
+    return json.loads(folder.joinpath("released_styles.json").read_text("utf-8"))
+
+
+def _write_index(job: _Job) -> None:
+    """Write `model_index.json`, if all that a pipeline needs is there and fits together."""
+    from ...pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
+
+    components, output = job.record["components"], job.output
+    missing = [name for name in ("tokenizer", "vqvae", "transformer") if name not in components]
+    if missing:
+        job.say(f"The folder is no pipeline yet: {', '.join(missing)} must be converted too.")
+        return
+    parts: dict[str, object] = {"tokenizer": IcetkTokenizer.from_pretrained(output / "tokenizer")}
+    for name in ("vqvae", *(stage.component for stage in STAGES)):
+        if name in components:
+            model_class = layout.model_class_of(name)
+            with torch.device("meta"):
+                parts[name] = model_class(model_class.config_class.from_pretrained(output / name))
+    for stage in STAGES:
+        if stage.scheduler in components:
+            parts[stage.scheduler] = LoPARScheduler.from_pretrained(output / stage.scheduler)
+    codes, wanted = parts["vqvae"].config.num_embeddings, parts["transformer"].config.num_image_tokens
+    if codes != wanted:
+        job.say(
+            f"The folder is no pipeline: the image tokenizer has {codes} codes, but the transformer writes {wanted}."
+        )
+        return
+    starts = {name: part.config.boi_token_id for name, part in parts.items() if name.endswith("transformer")}
+    start = parts["tokenizer"].boi_token_id
+    if set(starts.values()) != {start}:
+        job.say(
+            f"The folder is no pipeline: <start_of_image> is {start} for the text tokenizer, but the transformers "
+            "were "
+            f"converted with {starts}. Delete them and convert them again with this tokenizer."
+        )
+        return
+    lender = components.get("direct_sr_transformer", {}).get("shares_backbone_of")
+    if lender not in (None, components["transformer"]["content_hash"]):
+        raise ConversionError(
+            f"{output / 'direct_sr_transformer'} shares the backbone of another CogLM. Delete and convert it again."
+        )
+    pipe = CogView2Pipeline(**parts, **released_styles())
+    partial = output / "index.partial"
+    partial.mkdir(exist_ok=True)
+    pipe.save_config(partial)
+    (partial / "model_index.json").replace(output / "model_index.json")
+    partial.rmdir()
+    job.say(f"{output} is a CogView2Pipeline.")

@@ -1,0 +1,171 @@
+"""From a `CogView2Pipeline` folder to the files that the original code reads."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from ..reader import WEIGHTS_FILE, ConversionError
+from . import layout
+from .layout import STAGES, Stage
+from .to_pipeline import RECORD_FILE
+
+
+def convert_to_release(
+    pipeline: str | Path,
+    output: str | Path,
+    *,
+    iteration: int | None = None,
+    dtype: torch.dtype | None = None,
+    say: Callable[[str], None] = print,
+) -> list[Path]:
+    """
+    Write the checkpoints, tokenizers and cluster labels of a saved pipeline in the format of the release.
+
+    Args:
+        pipeline (`str` or `Path`): A folder with any of the components of a [`CogView2Pipeline`].
+        output (`str` or `Path`): Gets `coglm/`, `cogview2-dsr/`, `cogview2-itersr/`, `ice_image.pt`, `ice_text.model`,
+            `cluster_label.npy`, as far as there is something to write; nothing of these may be there yet.
+        iteration (`int`, *optional*): Written to `latest`; by default the one that was converted, else 1.
+        dtype (`torch.dtype`, *optional*): Convert the transformers; by default tensors stay as they are. The release
+            runs in float16.
+        say: Called with each line of the report.
+
+    Returns:
+        `list[Path]`: What was written.
+
+    Raises:
+        ConversionError: If the original code could not run the model, or something is there already.
+    """
+    pipeline, output = Path(pipeline), Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    written = []
+    for stage in STAGES:
+        if (pipeline / stage.component).is_dir():
+            written.append(_write_transformer(pipeline, output, stage, iteration, dtype, say))
+    if (pipeline / "vqvae").is_dir():
+        written += _write_image_tokenizer(pipeline / "vqvae", output, say)
+    vocabulary = pipeline / "tokenizer" / "ice_text.model"
+    if vocabulary.is_file():
+        target = _new(output / "ice_text.model")
+        shutil.copyfile(vocabulary, target)
+        written.append(target)
+        say(f"{target}")
+    if not written:
+        raise ConversionError(f"{pipeline} has no component of a CogView2Pipeline.")
+    return written
+
+
+def _new(path: Path) -> Path:
+    if path.exists():
+        raise ConversionError(f"{path} exists already. Delete it, or choose another output folder.")
+    return path
+
+
+def _load(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a saved model, mapped from its files: they are read when they are used."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    tensors = {}
+    for name in names:
+        if not (folder / name).is_file():
+            raise ConversionError(f"{folder / name} is missing.")
+        with safe_open(folder / name, "pt") as file:
+            tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return tensors
+
+
+def _save(state_dict: dict[str, torch.Tensor], path: Path) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save({"module": {key: tensor.contiguous() for key, tensor in state_dict.items()}}, temporary)
+    temporary.replace(path)
+
+
+def _iteration(pipeline: Path, stage: Stage) -> str:
+    try:
+        return json.loads((pipeline / RECORD_FILE).read_text())["components"][stage.component]["iteration"]
+    except (OSError, ValueError, KeyError):
+        return "1"
+
+
+def _write_transformer(pipeline, output, stage, iteration, dtype, say) -> Path:
+    folder, target = pipeline / stage.component, _new(output / stage.released_name)
+    config = layout.CogLMConfig.from_pretrained(folder)
+    if config.super_resolution != stage.super_resolution:
+        raise ConversionError(
+            f"{folder} must have `super_resolution` = {stage.super_resolution!r}, but has {config.super_resolution!r}."
+        )
+    released_config = layout.released_config(config, stage)
+    tensors = _load(folder)
+    if config.shares_backbone:
+        lender = pipeline / "transformer"
+        if not lender.is_dir():
+            raise ConversionError(
+                f"{folder} has no backbone of its own, and {lender}, whose backbone it shares, is missing."
+            )
+        tensors |= _load(lender)
+        config.shares_backbone = False
+    surplus = layout.check_shapes(tensors, layout.expected_shapes(layout.CogLMModel, config), str(folder))
+    tensors = {layout.released_transformer_key(key): value for key, value in tensors.items() if key not in surplus}
+    if dtype is not None:
+        tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+    step = str(iteration) if iteration is not None else _iteration(pipeline, stage)
+    partial = target.with_name(target.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    (partial / step).mkdir(parents=True)
+    _save(tensors, partial / step / WEIGHTS_FILE)
+    (partial / "model_config.json").write_text(json.dumps(released_config, indent=4) + "\n")
+    (partial / "latest").write_text(step)
+    partial.replace(target)
+    say(
+        f"{target}: iteration {step}, {len(tensors)} tensors, "
+        f"{sum(tensor.numel() for tensor in tensors.values()):,} parameters"
+    )
+    return target
+
+
+def _write_image_tokenizer(folder: Path, output: Path, say: Callable[[str], None]) -> list[Path]:
+    config = layout.IcetkVQConfig.from_pretrained(folder)
+    released = layout.IcetkVQConfig(
+        num_embeddings=config.num_embeddings, embedding_dim=config.embedding_dim, base_channels=config.base_channels
+    )
+    constants = (
+        "encoder_channel_multipliers",
+        "decoder_channel_multipliers",
+        "decoder_attention_levels",
+        "compression_rates",
+        "num_res_blocks",
+        "num_decoder_res_blocks",
+        "norm_num_groups",
+        "mid_attention",
+        "encoder_patch_size",
+        "decoder_patch_size",
+        "local_encoder",
+        "image_mean",
+        "image_std",
+    )
+    wrong = [
+        f"`{name}` is {getattr(config, name)}"
+        for name in constants
+        if getattr(config, name) != getattr(released, name)
+    ]
+    if wrong:
+        raise ConversionError(f"{folder}: the original image tokenizer has another architecture: {'; '.join(wrong)}.")
+    tensors = _load(folder)
+    labels = tensors.pop("cluster_labels")
+    image, clusters = _new(output / "ice_image.pt"), _new(output / "cluster_label.npy")
+    _save({layout.released_image_tokenizer_key(key): value for key, value in tensors.items()}, image)
+    temporary = clusters.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        np.save(file, labels.numpy())
+    temporary.replace(clusters)
+    say(f"{image}: {len(tensors)} tensors, {config.num_embeddings} codes; {clusters}: {config.num_clusters} clusters")
+    return [image, clusters]

@@ -1,0 +1,378 @@
+"""
+One more token for every sequence: the step that [`generation.generate`] repeats, in each way that it can run.
+
+[`Decoder`] runs the model as it is. On a CPU, [`FusedDecoder`] runs all of a step in one kernel. [`StaticDecoder`]
+runs the model on tensors of fixed shapes at fixed addresses, so that one compilation and one captured CUDA graph serve
+all steps and prompts. `CogLMModel.set_decoding` says which.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..models.cogview2.modeling_coglm import (
+    CogLMAttention,
+    CogLMCache,
+    CogLMConfig,
+    CogLMDropout,
+    CogLMLayer,
+    CogLMMLP,
+    CogLMModel,
+    CogLMTokenEmbedding,
+    attention_bias,
+)
+from ..models.cogview2.sequences import TokenSequence
+from ..ops.decode_step import LAYER_PARTS, DecodeStep, decode_step_refusals
+
+# A fixed step reads a whole number of blocks of the cache: few variants, and little that is masked.
+BLOCK = 128
+# All that a CogLM consists of, as the fused step knows it.
+_PLAIN_MODULES = {CogLMModel, CogLMLayer, CogLMAttention, CogLMMLP, CogLMDropout, CogLMTokenEmbedding}
+_PLAIN_MODULES |= {nn.Embedding, nn.LayerNorm, nn.Linear, nn.ModuleList}
+
+
+class Decoder:
+    """
+    Sequences that grow, and the logits of what comes next.
+
+    Args:
+        model (`CogLMModel`): A model without super-resolution.
+        num_sequences (`int`): Number of sequences.
+        max_length (`int`): The longest that they will get.
+        full_vocabulary (`bool`): Logits of all tokens, not of image tokens only.
+        device (`torch.device`): Where to compute.
+    """
+
+    def __init__(
+        self, model: CogLMModel, num_sequences: int, max_length: int, full_vocabulary: bool, device: torch.device | str
+    ):
+        self.model, self.full_vocabulary = model, full_vocabulary
+        self.cache = CogLMCache(model.config, num_sequences, max_length, cache_dtype(model, device), device)
+        self.bias = torch.zeros(num_sequences, 1, max_length, dtype=self.cache.dtype, device=device)
+        self.hidden = torch.finfo(self.cache.dtype).min / 2
+
+    def begin(self, context: CogLMCache, context_bias: torch.Tensor, repeats: torch.Tensor) -> None:
+        """
+        Start from encoded contexts, of which each is continued by `repeats` sequences.
+
+        Args:
+            context (`CogLMCache`): Their keys and values.
+            context_bias (`torch.Tensor` of shape `(num_contexts, 1, context_length)`): Added to the scores of their
+                keys in every step.
+            repeats (`torch.Tensor` of shape `(num_contexts,)`): They add up to the number of sequences.
+        """
+        self.cache.load(context, repeats)
+        self.bias.zero_()
+        self.bias[:, :, : context.length] = context_bias.repeat_interleave(repeats, 0)
+
+    def append(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """
+        Append tokens and predict the next.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(num_sequences, new)`): Each sees those before it.
+            position_ids (`torch.Tensor` of shape `(new,)`): Their position ids.
+
+        Returns:
+            `torch.Tensor` of shape `(num_sequences, tokens)`: float32. The next call may overwrite it.
+        """
+        new = input_ids.shape[1]
+        bias = self.bias[:, :, : self.cache.length + new]
+        if new > 1:
+            later = torch.full((new, new), self.hidden, dtype=bias.dtype, device=bias.device).triu(1)
+            bias = bias.repeat(1, new, 1)
+            bias[:, :, self.cache.length :] = later
+        last = torch.tensor([new - 1], device=input_ids.device) if new > 1 else None
+        return self.model(
+            input_ids,
+            position_ids.expand(len(input_ids), -1),
+            bias,
+            cache=self.cache,
+            logits_positions=last,
+            full_vocabulary=self.full_vocabulary,
+        ).logits[:, -1]
+
+
+class FusedDecoder(Decoder):
+    """A [`Decoder`] whose steps of one token are one call of a kernel; see [`fused_decoding_refusals`]."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        model = self.model
+        self.step = DecodeStep(
+            model.word_embeddings.weight,
+            model.position_embeddings.weight,
+            model.final_layernorm,
+            [_step_parts(layer) for layer in model.layers],
+            model.config.num_attention_heads,
+            len(model.word_embeddings.weight) if self.full_vocabulary else model.config.num_image_tokens,
+            self.bias[:, 0],
+        )
+
+    def append(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[1] > 1:
+            return super().append(input_ids, position_ids)
+        logits = self.step(input_ids[:, 0], int(position_ids[0]), self.cache.length, self.cache.layers)
+        self.cache.length += 1
+        return logits
+
+
+def _step_parts(layer: CogLMLayer) -> dict[str, nn.Module]:
+    """Where the kernel finds what."""
+    inside = {"query_key_value": layer.attention, "dense": layer.attention}
+    inside |= {"dense_h_to_4h": layer.mlp, "dense_4h_to_h": layer.mlp}
+    return {name: getattr(inside.get(name, layer), name) for name in LAYER_PARTS}
+
+
+def fused_decoding_refusals(
+    model: CogLMModel, num_sequences: int, max_length: int, device: torch.device | str
+) -> list[str]:
+    """
+    Why [`FusedDecoder`] cannot run a model: reasons of the kernel, and all that makes the model more than its weights.
+
+    Args:
+        model (`CogLMModel`): A model without super-resolution.
+        num_sequences (`int`): Number of sequences.
+        max_length (`int`): The longest that they will get.
+        device (`torch.device`): Where to compute.
+
+    Returns:
+        `list[str]`: One reason a line; empty where it can.
+    """
+    reasons = decode_step_refusals(model.dtype, device, num_sequences, max_length)
+    if [getattr(layer, "index", None) for layer in model.layers] != list(range(model.config.num_hidden_layers)):
+        reasons.append("its layers are not those of its config, in order")
+    if torch.is_autocast_enabled("cpu"):
+        reasons.append("autocast is on")
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        reasons.append("all modules have hooks")
+    for name, module in model.named_modules():
+        # a changed class is an adapter, a quantised layer or a parametrised one; a `forward` of its own, offloading
+        if type(module) not in _PLAIN_MODULES:
+            reasons.append(f"`{name}` is a {type(module).__name__}")
+        elif "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+            reasons.append(f"`{name or 'the model'}` has hooks")
+        elif module.training and _dropout(module):
+            reasons.append(f"`{name}` is in training mode, with dropout")
+        elif not _is_configured(name.rpartition(".")[2], module, model.config):
+            reasons.append(f"`{name}` is not as the config says")
+    for name, weight in model.named_parameters():
+        if type(weight.data) is not torch.Tensor or weight.device.type != "cpu":
+            reasons.append(f"`{name}` is a {type(weight.data).__name__} on {weight.device}")
+        elif weight.dtype != model.dtype or not weight.is_contiguous():
+            reasons.append(f"`{name}` is of {weight.dtype}, strides {weight.stride()}")
+    return reasons
+
+
+def _dropout(module: nn.Module) -> float:
+    if isinstance(module, CogLMAttention):
+        return module.dropout
+    return module.p if isinstance(module, CogLMDropout) else 0.0
+
+
+def _is_configured(name: str, module: nn.Module, config: CogLMConfig) -> bool:
+    """Whether a module has the shapes by which the kernel reads its memory, and the epsilon of all norms."""
+    hidden, wide = config.hidden_size, config.intermediate_size
+    linear = {"query_key_value": (3 * hidden, hidden), "dense": (hidden, hidden)}
+    linear |= {"dense_h_to_4h": (wide, hidden), "dense_4h_to_h": (hidden, wide)}
+    shape = () if getattr(module, "weight", None) is None else tuple(module.weight.shape)
+    if isinstance(module, nn.Linear):
+        return shape == linear.get(name) and module.bias is not None
+    if isinstance(module, nn.LayerNorm):
+        return shape == (hidden,) and module.bias is not None and module.eps == config.layer_norm_eps
+    if isinstance(module, CogLMTokenEmbedding):
+        return shape[1:] == (hidden,) and shape[0] >= config.num_image_tokens
+    return not isinstance(module, nn.Embedding) or shape[1:] == (hidden,)
+
+
+class StaticDecoder(Decoder):
+    """
+    A [`Decoder`] whose steps have fixed shapes and addresses: one token, and a whole number of blocks of keys, of
+    which a mask hides those that are not written yet.
+
+    Args:
+        compile (`bool`): Run the step through `torch.compile`.
+        cuda_graph (`bool`): Capture it and replay the capture.
+        key (`tuple`): What a captured step depends on; see [`find_decoder`].
+    """
+
+    def __init__(self, *args, compile: bool, cuda_graph: bool, key: tuple):
+        super().__init__(*args)
+        self.compile, self.cuda_graph, self.key = compile, cuda_graph, key
+        num_sequences, _, max_length = self.bias.shape
+        device = self.bias.device
+        self.input_ids = torch.zeros(num_sequences, 1, dtype=torch.long, device=device)
+        self.position_ids = torch.zeros(num_sequences, 1, dtype=torch.long, device=device)
+        self.slot = torch.zeros(1, dtype=torch.long, device=device)
+        self.columns = torch.arange(max_length, device=device)
+        self.steps: dict[int, Callable[[], torch.Tensor]] = {}
+
+    def append(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        for column in range(input_ids.shape[1]):
+            self.input_ids.copy_(input_ids[:, column : column + 1])
+            self.position_ids.copy_(position_ids[column].expand_as(self.position_ids))
+            self.slot.fill_(self.cache.length)
+            self.cache.length += 1
+            visible = min(-(-self.cache.length // BLOCK) * BLOCK, len(self.columns))
+            if visible not in self.steps:
+                self.steps[visible] = self._make_step(visible)
+            logits = self.steps[visible]()
+        return logits
+
+    def _make_step(self, visible: int) -> Callable[[], torch.Tensor]:
+        """A function without arguments that reads and writes the fixed tensors only."""
+        predict = _compiled_prediction(self.bias.device.type) if self.compile else _predict
+        inputs = (self.model, self.input_ids, self.position_ids, self.bias, self.columns, self.slot)
+
+        def step() -> torch.Tensor:
+            return predict(*inputs, self.cache.layers, visible, self.hidden, self.full_vocabulary)
+
+        return self._capture(step) if self.cuda_graph else step
+
+    def _capture(self, step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """The step as a CUDA graph. Running it before changes nothing: it writes what the first replay writes."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # libraries take their memory and choose their kernels; compilers compile
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = step()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return logits
+
+        return replay
+
+
+def _predict(
+    model: CogLMModel,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    bias: torch.Tensor,
+    columns: torch.Tensor,
+    slot: torch.Tensor,
+    layers: list[torch.Tensor],
+    visible: int,
+    hidden: float,
+    full_vocabulary: bool,
+) -> torch.Tensor:
+    """Logits after one token, whose keys and values go to `slot`, with attention to the first `visible` keys."""
+    seen = torch.where(columns[:visible] <= slot, bias[:, :, :visible], hidden)
+    cache = CogLMCache.at_slot(layers, slot, visible)
+    return model(input_ids, position_ids, seen, cache=cache, full_vocabulary=full_vocabulary).logits[:, -1]
+
+
+def _compiled_prediction(device_type: str) -> Callable[..., torch.Tensor]:
+    """The compiled [`_predict`]; PyTorch keeps the code of each batch size and number of blocks."""
+    # on a GPU a step is products of a few rows with large matrices, for which the default tile sizes are poor
+    options = {"coordinate_descent_tuning": True} if device_type == "cuda" else None
+    compiled = torch.compile(_predict, fullgraph=True, dynamic=False, options=options)
+
+    def run(*args) -> torch.Tensor:
+        # there is one variant for each batch size and number of blocks, and more of them than the default allows; for
+        # one query, the compiler's own fusion of products and softmax beats the attention kernels
+        math_only = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+        with torch._dynamo.config.patch(recompile_limit=256), math_only:
+            return compiled(*args)
+
+    return run
+
+
+def cache_dtype(model: CogLMModel, device: torch.device | str) -> torch.dtype:
+    """Of keys and values: the model's, but float32 on a CPU, whose 16-bit attention is many times slower."""
+    return torch.float32 if torch.device(device).type == "cpu" and model.dtype.itemsize < 4 else model.dtype
+
+
+def encode_context(
+    model: CogLMModel,
+    context: TokenSequence,
+    text_attention_bias: float,
+    full_vocabulary: bool,
+    device: torch.device | str,
+) -> tuple[CogLMCache, torch.Tensor, torch.Tensor]:
+    """
+    Read contexts in one forward pass.
+
+    Returns:
+        `tuple[CogLMCache, torch.Tensor, torch.Tensor]`: Their keys and values, what is added to the scores of these
+            keys in later steps, `(num_contexts, 1, length)`, and the logits after them, `(num_contexts, tokens)`.
+    """
+    length = context.input_ids.shape[1]
+    cache = CogLMCache(model.config, len(context), length, cache_dtype(model, device), device)
+    logits = model(
+        context.input_ids,
+        context.position_ids,
+        context.attention_mask,
+        context.text_mask,
+        text_attention_bias,
+        cache=cache,
+        logits_positions=torch.tensor([length - 1], device=device),
+        full_vocabulary=full_vocabulary,
+    ).logits[:, -1]
+    bias = attention_bias(context.key_mask[:, None], context.text_mask, text_attention_bias, cache.dtype)
+    return cache, bias[:, 0], logits
+
+
+def find_decoder(
+    model: CogLMModel, num_sequences: int, max_length: int, full_vocabulary: bool, device: torch.device | str
+) -> Decoder:
+    """
+    A decoder of the kind that `model.set_decoding` asks for. That of fixed shapes is kept for later calls, and made
+    anew for another number of sequences, longer ones, or weights at other addresses.
+
+    Raises:
+        ValueError: If a CUDA graph is asked for on another device, or of weights that are not on it.
+    """
+    decoding = model.decoding
+    if not decoding.compile and not decoding.cuda_graph:
+        fused = decoding.fused and not fused_decoding_refusals(model, num_sequences, max_length, device)
+        return (FusedDecoder if fused else Decoder)(model, num_sequences, max_length, full_vocabulary, device)
+    device = torch.device(device)
+    if decoding.cuda_graph and device.type != "cuda":
+        raise ValueError(f"`cuda_graph=True` needs a CUDA device, but the model computes on {device}.")
+    addresses = _addresses(model) if decoding.cuda_graph else ()
+    if any(one.type != device.type for one, _ in addresses):
+        raise ValueError(
+            "`cuda_graph=True` needs all weights to stay on the GPU, but some are elsewhere between calls. Leave it "
+            "out with group or sequential offloading."
+        )
+    # of all prompts, so that one capture serves them; whole blocks, so that the last one is no variant of its own
+    longest = max(max_length, model.config.max_text_tokens + 1 + model.config.layout.image_length)
+    longest = -(-longest // BLOCK) * BLOCK
+    key = (num_sequences, longest, full_vocabulary, device, model.dtype, decoding, addresses)
+    if decoding.decoder is None or decoding.decoder.key != key:
+        decoding.decoder = None  # its memory goes before the next takes its own
+        decoding.decoder = StaticDecoder(
+            model,
+            num_sequences,
+            longest,
+            full_vocabulary,
+            device,
+            compile=decoding.compile,
+            cuda_graph=decoding.cuda_graph,
+            key=key,
+        )
+    return decoding.decoder
+
+
+def _addresses(model: CogLMModel) -> tuple[tuple[torch.device, int], ...]:
+    """Where every weight lies, those inside of quantised weights included."""
+    found = []
+
+    def visit(tensor: torch.Tensor) -> None:
+        if is_traceable_wrapper_subclass(tensor):
+            for name in tensor.__tensor_flatten__()[0]:
+                visit(getattr(tensor, name))
+        else:
+            found.append((tensor.device, tensor.data_ptr()))
+
+    for parameter in [*model.parameters(), *model.buffers()]:
+        visit(parameter)
+    return tuple(found)

@@ -1,0 +1,204 @@
+"""The loops that write captions: greedy and sampled ones in one, beam search in the other. Tensors only."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..models.cogview2.modeling_coglm import CogLMCache, CogLMModel
+from ..models.cogview2.sequences import TokenSequence
+from .sampling import Generators, draw_noise
+
+Choice = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class WrittenText:
+    """
+    Args:
+        token_ids (`list[int]`): The text, without the token that ended it.
+        log_probabilities (`list[float]`): Of each token, and of the one that ended the text, if one did.
+        is_complete (`bool`): Whether it ended by itself, and not by its length.
+    """
+
+    token_ids: list[int]
+    log_probabilities: list[float]
+    is_complete: bool
+
+    @property
+    def mean_log_probability(self) -> float:
+        """Mean over all tokens, the last one included; 0 for no token."""
+        return sum(self.log_probabilities) / max(len(self.log_probabilities), 1)
+
+
+class _Decoder:
+    """The model with the cache of its sequences, one token a step."""
+
+    def __init__(self, model: CogLMModel, context: TokenSequence, max_length: int, num_copies: int, device):
+        context = context.to(device)
+        self.model, self.length = model, context.input_ids.shape[1]
+        self.cache = CogLMCache(model.config, len(context), self.length + max_length, model.dtype, device)
+        output = model(
+            context.input_ids,
+            context.position_ids,
+            context.attention_mask,
+            cache=self.cache,
+            logits_positions=torch.tensor([self.length - 1], device=device),
+            full_vocabulary=True,
+        )
+        self.cache = self.cache.repeat_interleave(num_copies)
+        self.logits = output.logits[:, -1].repeat_interleave(num_copies, 0)
+        self.position = int(context.position_ids[0, -1])  # every context ends with its start token
+
+    def append(self, tokens: torch.Tensor) -> None:
+        """One more token for each sequence; the logits are then those of the next."""
+        self.position += 1
+        positions = torch.full_like(tokens, self.position)[:, None]
+        self.logits = self.model(tokens[:, None], positions, cache=self.cache, full_vocabulary=True).logits[:, -1]
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Go on with these rows of the batch."""
+        self.cache.reorder(rows)
+
+
+@torch.no_grad()
+def write_texts(
+    model: CogLMModel,
+    context: TokenSequence,
+    choose: Choice,
+    allowed: torch.Tensor,
+    ends: torch.Tensor,
+    max_length: int,
+    *,
+    num_texts_per_context: int = 1,
+    generator: Generators = None,
+    device: torch.device | str | None = None,
+) -> list[WrittenText]:
+    """
+    Write texts token by token; those that have ended wait for the others.
+
+    Args:
+        model (`CogLMModel`): A model without super-resolution.
+        context (`TokenSequence`): Of `sequences.caption`; encoded once for all texts of a picture.
+        choose: Function of float32 logits `(batch_size, tokens)` and noise `(batch_size, 2)` that returns tokens
+            `(batch_size,)`: the way to sample.
+        allowed (`torch.Tensor` of shape `(vocab_size,)`): boolean, True = may be written.
+        ends (`torch.Tensor` of shape `(vocab_size,)`): boolean, True = ends the text.
+        max_length (`int`): The most tokens a text gets.
+        num_texts_per_context (`int`): They come context by context.
+        generator: One generator, or one per text.
+        device (`torch.device`, *optional*): Where to compute if hooks move the model; default: where it is.
+    """
+    device = model.device if device is None else device
+    decoder = _Decoder(model, context, max_length, num_texts_per_context, device)
+    allowed, ends = allowed.to(device), ends.to(device)
+    batch_size = len(decoder.logits)
+    noise = draw_noise((batch_size, max_length, 2), generator, device)
+    tokens = torch.zeros(batch_size, max_length, dtype=torch.long, device=device)
+    scores = torch.zeros(batch_size, max_length, device=device)
+    has_ended = torch.zeros(batch_size, dtype=torch.bool, device=device)
+    lengths = torch.full((batch_size,), max_length, device=device)
+    for step in range(max_length):
+        logits = _restrict(decoder.logits, allowed if step else allowed & ~ends)
+        tokens[:, step] = choose(logits, noise[:, step])
+        scores[:, step] = logits.log_softmax(-1).gather(-1, tokens[:, step : step + 1])[:, 0]
+        ending = ends[tokens[:, step]] & ~has_ended
+        lengths[ending] = step
+        has_ended |= ending
+        if step + 1 == max_length or bool(has_ended.all()):
+            break
+        decoder.append(tokens[:, step])
+    texts = []
+    for row in range(batch_size):
+        length, complete = int(lengths[row]), bool(has_ended[row])
+        texts.append(WrittenText(tokens[row, :length].tolist(), scores[row, : length + complete].tolist(), complete))
+    return texts
+
+
+@torch.no_grad()
+def search_texts(
+    model: CogLMModel,
+    context: TokenSequence,
+    allowed: torch.Tensor,
+    ends: torch.Tensor,
+    max_length: int,
+    *,
+    num_beams: int = 4,
+    device: torch.device | str | None = None,
+) -> list[list[WrittenText]]:
+    """
+    Beam search: of each picture, up to `num_beams` texts of the highest mean log-probability, best first.
+
+    A text that has ended leaves its beam. If fewer than `num_beams` have ended at `max_length`, those that have not
+    fill up the list.
+
+    Args:
+        model, context, allowed, ends, max_length, device: As for [`write_texts`].
+        num_beams (`int`): Texts that are followed at a time, for each picture.
+    """
+    device = model.device if device is None else device
+    num_contexts = len(context)
+    decoder = _Decoder(model, context, max_length, num_beams, device)
+    allowed, ends = allowed.to(device), ends.to(device)
+    vocab_size = allowed.shape[0]
+    # all beams of a picture begin alike: only the first one counts in the first step
+    totals = torch.full((num_contexts, num_beams), float("-inf"), device=device)
+    totals[:, 0] = 0
+    histories: list[list[tuple[list[int], list[float]]]] = [[([], [])] * num_beams for _ in range(num_contexts)]
+    finished: list[list[WrittenText]] = [[] for _ in range(num_contexts)]
+    first_rows = torch.arange(num_contexts, device=device)[:, None] * num_beams
+    for step in range(max_length):
+        logits = _restrict(decoder.logits, allowed if step else allowed & ~ends)
+        log_probabilities = logits.log_softmax(-1).unflatten(0, (num_contexts, num_beams))
+        candidates = (totals[..., None] + log_probabilities).flatten(1)
+        # of twice as many as there are beams, enough do not end
+        best, indices = candidates.topk(min(2 * num_beams, candidates.shape[1]))
+        rows = torch.zeros(num_contexts, num_beams, dtype=torch.long, device=device)
+        tokens = torch.zeros_like(rows)
+        new_totals = torch.full_like(totals, float("-inf"))
+        new_histories = []
+        for picture in range(num_contexts):
+            kept = []
+            for total, index in zip(best[picture].tolist(), indices[picture].tolist()):
+                beam, token = divmod(index, vocab_size)
+                if total == float("-inf"):
+                    break
+                ids, scores = histories[picture][beam]
+                scores = [*scores, float(log_probabilities[picture, beam, token])]
+                if ends[token]:
+                    finished[picture].append(WrittenText(ids, scores, True))
+                elif len(kept) < num_beams:
+                    slot = len(kept)
+                    rows[picture, slot], tokens[picture, slot], new_totals[picture, slot] = beam, token, total
+                    kept.append(([*ids, token], scores))
+            new_histories.append(kept + [([], [])] * (num_beams - len(kept)))
+        histories, totals = new_histories, new_totals
+        enough = all(
+            len(texts) >= num_beams and _cannot_improve(texts, totals[picture], num_beams, max_length)
+            for picture, texts in enumerate(finished)
+        )
+        if enough or step + 1 == max_length or not bool(totals.isfinite().any()):
+            break
+        decoder.reorder((first_rows + rows).flatten())
+        decoder.append(tokens.flatten())
+    results = []
+    for picture, texts in enumerate(finished):
+        texts = sorted(texts, key=lambda text: -text.mean_log_probability)[:num_beams]
+        unfinished = [
+            WrittenText(ids, scores, False)
+            for (ids, scores), total in zip(histories[picture], totals[picture].tolist())
+            if total > float("-inf")
+        ]
+        unfinished.sort(key=lambda text: -text.mean_log_probability)
+        results.append(texts + unfinished[: num_beams - len(texts)])
+    return results
+
+
+def _restrict(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    return logits[:, : len(allowed)].masked_fill(~allowed, float("-inf"))
+
+
+def _cannot_improve(texts: list[WrittenText], totals: torch.Tensor, num_kept: int, max_length: int) -> bool:
+    """Whether no text that goes on can get a higher mean than the worst of those that would be kept."""
+    worst = sorted((text.mean_log_probability for text in texts), reverse=True)[num_kept - 1]
+    return float(totals.max()) / max_length <= worst

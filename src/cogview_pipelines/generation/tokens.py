@@ -1,0 +1,181 @@
+"""The two loops: `generate` appends tokens one by one, `refine` rewrites a canvas in a few passes. Tensors only."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..models.cogview2.modeling_coglm import CogLMContext, CogLMModel
+from ..models.cogview2.sequences import TokenSequence
+from ..schedulers.scheduling_lopar import LoPARScheduler
+from .decoders import encode_context, find_decoder
+from .sampling import Generators, draw_noise
+
+Sampler = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+TO_GENERATE = -1
+# Super-resolution draws so many bytes of float32 logits at a time; drawing takes a few times as much.
+LOGITS_BYTES = 128 * 2**20
+
+
+@torch.no_grad()
+def generate(
+    model: CogLMModel,
+    context: TokenSequence,
+    sampler: Sampler,
+    entries: torch.Tensor,
+    entry_positions: torch.Tensor,
+    *,
+    num_images_per_context: int | Sequence[int] = 1,
+    text_attention_bias: float = 0.0,
+    guidance_scale: float | None = None,
+    full_vocabulary: bool = False,
+    generator: Generators = None,
+    device: torch.device | str | None = None,
+    callback: Callable[[int, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """
+    Append tokens to a context, each seeing the whole context and the tokens before it.
+
+    Args:
+        model (`CogLMModel`): A model without super-resolution.
+        context (`TokenSequence`): What is known, encoded in one forward pass.
+        sampler: Function of float32 logits `(batch_size, tokens)` and noise `(batch_size, 2)` that returns tokens
+            `(batch_size,)`.
+        entries (`torch.Tensor` of shape `(batch_size, num_entries)`): Tokens to append; -1 where one is generated.
+        entry_positions (`torch.Tensor` of shape `(num_entries,)`): Their position ids.
+        num_images_per_context (`int` or one per context): Sequences that continue each context, which is encoded once
+            for all of them; `batch_size` counts sequences.
+        text_attention_bias (`float`): Added to the scores of the text keys for all rows, in all layers and heads.
+        guidance_scale (`float`, *optional*):
+            Classifier-free guidance: after the contexts, `context` holds as many again to lead away from (with empty
+            texts, say), and the sampler gets the logits of those plus this times the difference to them.
+        full_vocabulary (`bool`): Give the sampler logits of all tokens, not of image tokens only.
+        generator: One generator, or one per sequence.
+        device (`torch.device`, *optional*): Where to compute if hooks move the model; default: where it is.
+        callback: Called with the number of entries written and all entries, after each generated token.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, num_entries)`: The entries, filled in. The argument stays as it is.
+
+    Raises:
+        ValueError: If `entries` does not have one row per sequence, with -1 in the same columns.
+    """
+    device = model.device if device is None else device
+    context, entries, entry_positions = context.to(device), entries.to(device).clone(), entry_positions.to(device)
+    batch_size, num_entries = entries.shape
+    copies = 1 if guidance_scale is None else 2
+    repeats = torch.as_tensor(num_images_per_context).expand(len(context) // copies)
+    if batch_size != repeats.sum():
+        raise ValueError(
+            f"`entries` must have a row for each of the {repeats.sum()} sequences of `num_images_per_context`, but "
+            f"has {batch_size}."
+        )
+    # one pattern for the whole batch: completion masks are shared, and so the loop needs no look at the device
+    patterns = (entries == TO_GENERATE).tolist()
+    is_wanted = patterns[0]
+    if any(pattern != is_wanted for pattern in patterns):
+        raise ValueError("`entries` must have -1 in the same columns of every row, but its rows differ.")
+    noise = draw_noise((batch_size, num_entries, 2), generator, device)
+
+    cache, bias, logits = encode_context(model, context, text_attention_bias, full_vocabulary, device)
+    decoder = find_decoder(model, copies * batch_size, cache.length + num_entries, full_vocabulary, device)
+    repeats = repeats.repeat(copies).to(device)
+    decoder.begin(cache, bias, repeats)
+    logits = logits.repeat_interleave(repeats, 0)
+    del cache
+
+    num_read = 0
+    for entry in (index for index, wanted in enumerate(is_wanted) if wanted):
+        if entry > num_read:  # the entry written last and the known ones after it, at once
+            new = entries[:, num_read:entry]
+            logits = decoder.append(new if copies == 1 else new.repeat(copies, 1), entry_positions[num_read:entry])
+            num_read = entry
+        entries[:, entry] = sampler(_guide(logits, guidance_scale), noise[:, entry])
+        if callback is not None:
+            callback(entry + 1, entries)
+    return entries
+
+
+def _guide(logits: torch.Tensor, guidance_scale: float | None) -> torch.Tensor:
+    """Classifier-free guidance: the second half of the rows is what the first half leads away from."""
+    if guidance_scale is None:
+        return logits
+    wanted, unwanted = logits.chunk(2)
+    return unwanted + guidance_scale * (wanted - unwanted)
+
+
+@torch.no_grad()
+def refine(
+    model: CogLMModel,
+    scheduler: LoPARScheduler,
+    context: TokenSequence | CogLMContext,
+    tokens: torch.Tensor | None = None,
+    *,
+    cluster_labels: torch.Tensor | None = None,
+    cell_mask: torch.Tensor | None = None,
+    generator: Generators = None,
+    device: torch.device | str | None = None,
+    callback: Callable[[int, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """
+    Predict the cells of a canvas pass by pass, as the scheduler says.
+
+    In each pass only the cells that become final are drawn: the others would be masked again before the next pass, so
+    the result has the same distribution as drawing all of them.
+
+    Args:
+        model (`CogLMModel`): A model with super-resolution.
+        scheduler (`LoPARScheduler`): Which cells in which pass, and how they are drawn.
+        context (`TokenSequence` or `CogLMContext`): What the canvas sees; encoded once.
+        tokens (`torch.Tensor` of shape `(batch_size, rows, columns)`, *optional*): The canvas to start from; by
+            default all unknown.
+        cluster_labels (`torch.Tensor` of shape `(num_image_tokens,)`, *optional*): Needed for cluster sampling.
+        cell_mask (`torch.Tensor` of shape `(rows, columns)`, *optional*): Cells outside it keep their tokens.
+        generator: One generator, or one per image.
+        device (`torch.device`, *optional*): Where to compute if hooks move the model; default: where it is.
+        callback: Called with the number of passes done and the canvas after each pass; what is not final yet has its
+            token of before.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, rows, columns)`.
+
+    Raises:
+        ValueError: If `tokens` is left out although some cells are never predicted.
+    """
+    device = model.device if device is None else device
+    rows, columns = model.config.fine_grid
+    if isinstance(context, TokenSequence):
+        context = context.to(device)
+        context = model(
+            context.input_ids, context.position_ids, context.attention_mask, key_mask=context.key_mask
+        ).context
+    batch_size = context.key_mask.shape[0]
+    boi = model.config.boi_token_id
+    canvas = torch.full((batch_size, rows, columns), boi, device=device) if tokens is None else tokens.to(device)
+    noise = draw_noise((batch_size, rows, columns, 2), generator, device)
+    allowed = torch.ones(rows, columns, dtype=torch.bool) if cell_mask is None else cell_mask.cpu()
+    kept = ~(scheduler.masked_positions(1, rows, columns) & allowed)
+    if tokens is None and kept.any():
+        raise ValueError(
+            f"`tokens` must be given, because {int(kept.sum())} of {kept.numel()} cells keep theirs with this "
+            "`scheduler` and `cell_mask`."
+        )
+    num_clusters = None if cluster_labels is None else int(cluster_labels.max()) + 1
+    num_cells = max(1, LOGITS_BYTES // (4 * batch_size * model.config.num_image_tokens))
+    for timestep in scheduler.timesteps.tolist():
+        masked = (scheduler.masked_positions(timestep, rows, columns) & allowed).to(device)
+        drawn = scheduler.final_positions(timestep, rows, columns) & allowed
+        cells = drawn.flatten().nonzero()[:, 0].to(device)
+        if len(cells):
+            visible = canvas.masked_fill(masked, boi).flatten(1)
+            states = model(
+                canvas_ids=visible, context=context, logits_positions=cells, output_logits=False
+            ).last_hidden_state
+            canvas = canvas.clone()
+            for part, some in zip(cells.split(num_cells), states.split(num_cells, 1)):
+                logits = model(last_hidden_state=some).logits
+                canvas.view(batch_size, -1)[:, part] = scheduler.draw(
+                    logits, timestep, noise.flatten(1, 2)[:, part], cluster_labels, num_clusters
+                )
+        if callback is not None:
+            callback(timestep, canvas)
+    return canvas

@@ -1,0 +1,388 @@
+"""Captions of pictures, and how well captions fit."""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from transformers import PreTrainedModel, PreTrainedTokenizer
+
+from ...evaluation.likelihood import caption_losses, image_losses
+from ...generation.batching import run_in_batches, slices
+from ...generation.sampling import Generators, sample_tokens
+from ...generation.texts import WrittenText, search_texts, write_texts
+from ...models.cogview2 import sequences
+from ...pictures.pixels import Images, Picture, read_pictures
+from ..common.base import CogView2PipelineBase, check_counts, check_prompts, one_generator_per_image
+from ..common.outputs import CogView2CaptionPipelineOutput
+from .completion_geometry import center_crop, resize
+
+LANGUAGES = ("en", "zh")
+STRATEGIES = ("greedy", "sample", "beam", "best_of")
+ENDS = ("sentence", "likelihood", "length")
+RANKINGS = ("image", "caption")
+END_PIECES = (".", "。", "!", "?", "！", "？")
+DEFAULT_MAX_LENGTH = 48
+DEFAULT_MAX_BATCH_SIZE = 16
+
+
+class CogView2CaptionPipeline(CogView2PipelineBase):
+    """
+    Captions of pictures in English and Chinese, and the loss of given captions, by CogLM.
+
+    CogLM reads all low-resolution tokens of the picture and a start token that says the language, and writes the text
+    from left to right. Only pieces of that language and common ones (punctuation, digits) can be written.
+
+    Training shows no end token, so the end has to be found: see `end` of `__call__`.
+
+    Args:
+        tokenizer ([`IcetkTokenizer`]): Ids to text.
+        transformer ([`CogLMModel`]): CogLM.
+        vqvae ([`IcetkVQModel`]): Pixels to tokens.
+        compression_rate (`int`): Pixels per token along each side.
+
+    `from_pipe` takes these from any other pipeline of this package. Source: https://arxiv.org/abs/2204.14217.
+    """
+
+    model_cpu_offload_seq = "transformer"
+    _optional_components = ()
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizer,
+        transformer: PreTrainedModel,
+        vqvae: PreTrainedModel,
+        compression_rate: int = 8,
+    ):
+        DiffusionPipeline.__init__(self)  # the components of the base class are those of pictures
+        self.register_modules(tokenizer=tokenizer, transformer=transformer, vqvae=vqvae)
+        self.register_to_config(compression_rate=compression_rate)
+        self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Height and width in pixels of what CogLM sees."""
+        rows, columns = self.transformer.config.image_grid
+        return [(rows * self.config.compression_rate, columns * self.config.compression_rate)]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Images | None = None,
+        *,
+        tokens: torch.Tensor | None = None,
+        language: str = "en",
+        strategy: str = "greedy",
+        num_captions_per_image: int = 1,
+        num_candidates: int = 8,
+        num_beams: int = 4,
+        rank_by: str = "image",
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        max_length: int | None = None,
+        end: str = "sentence",
+        generator: Generators = None,
+        max_batch_size: int | None = None,
+        return_dict: bool = True,
+        return_statistics: bool = False,
+    ) -> CogView2CaptionPipelineOutput | tuple:
+        """
+        Write captions.
+
+        Args:
+            image (PIL image, array, tensor, or list of them):
+                Pictures of any size, of which the square in the middle is seen; arrays `(height, width, 3)` and
+                tensors `(3, height, width)` of bytes, or of floats in [0, 1]. Or give `tokens`.
+            tokens (`torch.Tensor` of shape `(num_images, rows, columns)`, *optional*): Low-resolution tokens instead.
+            language (`str`): `"en"` or `"zh"`.
+            strategy (`str`): `"greedy"`: always the most likely token; `"sample"`: draw; `"beam"`: beam search for the
+                text of the highest mean log-probability; `"best_of"`: draw `num_candidates` and keep the best.
+            num_captions_per_image (`int`): They come picture by picture, best first (as drawn, with `"sample"`).
+            num_candidates (`int`, defaults to 8), num_beams (`int`, defaults to 4): For `"best_of"` and for `"beam"`.
+            rank_by (`str`): What is best of `num_candidates`: `"image"`: the text that makes the picture's tokens
+                most likely, as in text to image; `"caption"`: that with the highest mean log-probability.
+            temperature (`float`), top_k (`int`, *optional*): Of `"sample"` and `"best_of"`.
+            max_length (`int`, *optional*): The most tokens; default 48, or what the model takes if that is less.
+            end (`str`):
+                Where a caption ends. `"sentence"`: at the first full stop, question or exclamation mark; one without
+                any is cut as with `"likelihood"`. `"likelihood"`: after `max_length` tokens are written, at the word
+                after which the text makes the picture's tokens most likely. `"length"`: at `max_length`, always.
+                A full stop is not part of the caption.
+            generator (`torch.Generator` or list of them, *optional*): One for all, or one per drawn text.
+            max_batch_size (`int`, defaults to 16): Texts that are computed at a time; fewer once memory runs out. It
+                changes memory and speed only.
+            return_dict (`bool`): Return a [`CogView2CaptionPipelineOutput`] rather than a tuple. Its `scores` are what
+                ranked the captions, else their mean log-probabilities.
+            return_statistics (`bool`): As for [`CogView2Pipeline`].
+
+        Raises:
+            TypeError: If a picture is none.
+            ValueError: If an argument cannot be used; the message says which and why.
+        """
+        check_counts(
+            num_captions_per_image=num_captions_per_image,
+            num_candidates=num_candidates,
+            num_beams=num_beams,
+            top_k=top_k,
+            max_length=max_length,
+            max_batch_size=max_batch_size,
+        )
+        options = {"language": LANGUAGES, "strategy": STRATEGIES, "rank_by": RANKINGS, "end": ENDS}
+        for name, value in (("language", language), ("strategy", strategy), ("rank_by", rank_by), ("end", end)):
+            if value not in options[name]:
+                raise ValueError(f"`{name}` must be one of {options[name]}, but is {value!r}.")
+        if not temperature > 0:
+            raise ValueError(f"`temperature` must be above 0, but is {temperature}.")
+        most = {"greedy": 1, "beam": num_beams, "best_of": num_candidates}.get(strategy, num_captions_per_image)
+        if num_captions_per_image > most:
+            raise ValueError(
+                f"`num_captions_per_image` may be {most} with `strategy={strategy!r}`, but is "
+                f"{num_captions_per_image}."
+            )
+        longest = self.transformer.config.max_text_tokens
+        max_length = min(DEFAULT_MAX_LENGTH, longest) if max_length is None else max_length
+        if max_length > longest:
+            raise ValueError(f"`max_length` may be {longest} with this model, but is {max_length}.")
+        batch_size = max_batch_size or DEFAULT_MAX_BATCH_SIZE
+        num_drawn = {"sample": num_captions_per_image, "best_of": num_candidates}.get(strategy, 0)
+        with self._running(return_statistics) as statistics:
+            tokens = self._low_tokens(image, tokens, batch_size)
+            generators = one_generator_per_image(generator, len(tokens) * num_drawn) if num_drawn else []
+            output = CogView2CaptionPipelineOutput([], [], [], seeds=[] if num_drawn else None, statistics=statistics)
+            pictures_at_a_time = max(1, batch_size // max(num_drawn, num_beams if strategy == "beam" else 1))
+
+            def write(batch: slice) -> list[list[WrittenText]]:
+                self._stop_if_interrupted()
+                own = generators[batch.start * num_drawn : batch.stop * num_drawn]
+                return self._write(
+                    tokens[batch], language, strategy, num_drawn, num_beams, temperature, top_k, max_length, end, own
+                )
+
+            with self.progress_bar(total=len(tokens)) as progress, self._measure("transformer"):
+                parts = run_in_batches(write, len(tokens), pictures_at_a_time, generators=generators)
+                for index, texts in enumerate(texts for part in parts for texts in part):
+                    own = generators[index * num_drawn : (index + 1) * num_drawn]
+                    self._add(
+                        output,
+                        tokens[index],
+                        texts,
+                        [one.initial_seed() for one in own],
+                        language,
+                        strategy,
+                        rank_by,
+                        end,
+                        num_captions_per_image,
+                        batch_size,
+                    )
+                    progress.update()
+        return output if return_dict else output.to_tuple()
+
+    @torch.no_grad()
+    def score(
+        self,
+        image: Images | None,
+        prompt: str | Sequence[str],
+        *,
+        tokens: torch.Tensor | None = None,
+        languages: Sequence[str] | None = None,
+        max_batch_size: int | None = None,
+    ) -> torch.Tensor:
+        """
+        Caption loss of pairs of a picture and a text, in nats per text token: the lower, the better they fit.
+
+        Losses of different texts of one picture can be compared, and of one text for different pictures.
+
+        Args:
+            image, tokens: As for `__call__`; `image` may be `None` with tokens.
+            prompt (`str` or list of `str`): Texts, one per picture; one picture or one text serves all of the others.
+            languages (sequence of `"en"` or `"zh"`, *optional*): Of each text; by default what the tokenizer says.
+            max_batch_size (`int`, defaults to 16): Pairs that are computed at a time.
+
+        Returns:
+            `torch.Tensor` of shape `(num_pairs,)`: float32 on the CPU.
+
+        Raises:
+            TypeError, ValueError: If an argument cannot be used; the message says which and why.
+        """
+        prompts = check_prompts(prompt)
+        check_counts(max_batch_size=max_batch_size)
+        batch_size = max_batch_size or DEFAULT_MAX_BATCH_SIZE
+        with self._running(return_statistics=False):
+            return self._score(image, prompts, tokens, languages, batch_size)
+
+    # Stages ----------------------------------------------------------------------------------------------------------
+
+    def _score(
+        self,
+        image: Images | None,
+        prompts: list[str],
+        tokens: torch.Tensor | None,
+        languages: Sequence[str] | None,
+        batch_size: int,
+    ) -> torch.Tensor:
+        """Caption losses of pairs."""
+        tokens = self._low_tokens(image, tokens, batch_size)
+        count = max(len(tokens), len(prompts))
+        if not {len(tokens), len(prompts)} <= {1, count}:
+            raise ValueError(
+                f"`prompt` must be one, or one per picture ({len(tokens)}), but there are {len(prompts)}."
+            )
+        if languages is not None and (len(languages) != count or not set(languages) <= set(LANGUAGES)):
+            raise ValueError(f"`languages` must be one of {LANGUAGES} for each of {count} pairs, but are {languages}.")
+        return caption_losses(
+            self.transformer,
+            self.tokenizer,
+            tokens.expand(count, -1, -1),
+            prompts * (count // len(prompts)),
+            languages=languages,
+            max_batch_size=batch_size,
+            device=self._device_of(self.transformer),
+        )
+
+    def _low_tokens(self, image: Images | None, tokens: torch.Tensor | None, batch_size: int) -> torch.Tensor:
+        """Low-resolution tokens of what came: `(num_images, rows, columns)`."""
+        if (image is None) == (tokens is None):
+            raise ValueError("Give either `image` or `tokens`.")
+        if tokens is None:
+            pixels = torch.stack([self._fit(picture) for picture in read_pictures(image)])
+            return torch.cat([self._encode_pixels(part) for part in pixels.split(batch_size)])
+        grid, limit = self.transformer.config.image_grid, self.transformer.config.num_image_tokens
+        if not isinstance(tokens, torch.Tensor):
+            raise TypeError(f"`tokens` must be a torch tensor, but is of type `{type(tokens).__name__}`.")
+        if tokens.ndim != 3 or tuple(tokens.shape[1:]) != grid or not len(tokens):
+            raise ValueError(f"`tokens` must have the shape (num_images, *{grid}), but have {tuple(tokens.shape)}.")
+        if tokens.is_floating_point() or not 0 <= int(tokens.min()) <= int(tokens.max()) < limit:
+            raise ValueError(f"`tokens` must be image codes, whole numbers in 0..{limit - 1}.")
+        return tokens.long()
+
+    def _fit(self, picture: Picture) -> torch.Tensor:
+        """The middle of a picture at low resolution: `(3, height, width)`."""
+        height, width = self.sizes[0]
+        pixels = picture.on_white()
+        if height == width:
+            pixels = center_crop(pixels, min(picture.size))
+        return resize(pixels[None], (height, width))[0]
+
+    def _write(
+        self,
+        tokens: torch.Tensor,
+        language: str,
+        strategy: str,
+        num_drawn: int,
+        num_beams: int,
+        temperature: float,
+        top_k: int | None,
+        max_length: int,
+        end: str,
+        generators: list[torch.Generator],
+    ) -> list[list[WrittenText]]:
+        """Texts of each picture."""
+        start = {"en": self.tokenizer.start_of_english_id, "zh": self.tokenizer.start_of_chinese_id}[language]
+        context = sequences.caption(tokens.cpu(), [start] * len(tokens), self.layout)
+        allowed, ends = self._allowed(language), self._ends()
+        if end != "sentence":
+            ends = torch.zeros_like(ends)
+        device = self._device_of(self.transformer)
+        if strategy == "beam":
+            return search_texts(
+                self.transformer, context, allowed, ends, max_length, num_beams=num_beams, device=device
+            )
+        choose = functools.partial(sample_tokens, temperature=temperature, top_k=top_k)
+        texts = write_texts(
+            self.transformer,
+            context,
+            choose if num_drawn else (lambda logits, noise: logits.argmax(-1)),
+            allowed,
+            ends,
+            max_length,
+            num_texts_per_context=max(num_drawn, 1),
+            generator=generators or None,
+            device=device,
+        )
+        return [texts[part] for part in slices(len(texts), max(num_drawn, 1))]
+
+    def _add(
+        self,
+        output: CogView2CaptionPipelineOutput,
+        picture: torch.Tensor,
+        texts: list[WrittenText],
+        seeds: list[int],
+        language: str,
+        strategy: str,
+        rank_by: str,
+        end: str,
+        num_kept: int,
+        batch_size: int,
+    ) -> None:
+        """Cut, rank and add the captions of one picture."""
+        ids = [text.token_ids for text in texts]
+        if end != "length":
+            ids = [
+                own if text.is_complete else self._cut(picture, own, language, batch_size)
+                for own, text in zip(ids, texts)
+            ]
+        scores = torch.tensor([text.mean_log_probability for text in texts])
+        order = list(range(len(texts)))
+        if strategy == "best_of":
+            if rank_by == "image":
+                scores = -self._image_losses(picture, ids, batch_size)
+            order.sort(key=lambda index: -float(scores[index]))
+            first = {tuple(ids[index]): index for index in reversed(order)}
+            order.sort(key=lambda index: first[tuple(ids[index])] != index)  # texts drawn twice come last
+        for index in order[:num_kept]:
+            output.captions.append(self.tokenizer.decode(ids[index]).strip())
+            output.scores.append(float(scores[index]))
+            output.token_ids.append(ids[index])
+            if output.seeds is not None:
+                output.seeds.append(seeds[index])
+
+    def _cut(self, picture: torch.Tensor, ids: list[int], language: str, batch_size: int) -> list[int]:
+        """The part of a text, up to the end of a word, after which the picture is most likely."""
+        pieces = self.tokenizer.convert_ids_to_tokens(ids)
+        lengths = [
+            length
+            for length in range(1, len(ids) + 1)
+            if (length == len(ids) or language == "zh" or pieces[length].startswith("▁"))
+            and any(character.isalnum() for character in pieces[length - 1])
+        ]
+        if not lengths:
+            return ids
+        losses = self._image_losses(picture, [ids[:length] for length in lengths], batch_size)
+        return ids[: lengths[int(losses.argmin())]]
+
+    def _image_losses(self, picture: torch.Tensor, texts: list[list[int]], batch_size: int) -> torch.Tensor:
+        return image_losses(
+            self.transformer,
+            picture[None].expand(len(texts), -1, -1),
+            texts,
+            max_batch_size=batch_size,
+            device=self._device_of(self.transformer),
+        )
+
+    # Vocabulary ------------------------------------------------------------------------------------------------------
+
+    def _allowed(self, language: str) -> torch.Tensor:
+        """What a text of a language may hold, `(vocab_size,)`: its pieces, and common ones that spell something."""
+        tokenizer = self.tokenizer
+        allowed = torch.zeros(tokenizer.vocab_size, dtype=torch.bool)
+        first, end = tokenizer.language_ranges[language]
+        allowed[first:end] = True
+        for index in range(tokenizer.num_image_tokens, tokenizer.language_ranges["en"][0]):
+            piece = tokenizer.convert_ids_to_tokens(index)
+            allowed[index] = not (piece.startswith("<") and piece.endswith(">") and len(piece) > 1)
+        allowed[tokenizer.all_special_ids] = False
+        return allowed
+
+    def _ends(self) -> torch.Tensor:
+        """The pieces that end a sentence, `(vocab_size,)`."""
+        tokenizer = self.tokenizer
+        ends = torch.zeros(tokenizer.vocab_size, dtype=torch.bool)
+        for mark in END_PIECES:
+            for piece in (mark, f"▁{mark}"):
+                index = tokenizer.convert_tokens_to_ids(piece)
+                ends[index] = tokenizer.convert_ids_to_tokens(index) == piece
+        return ends
+
+
+CogView2CaptionPipeline.__module__ = "cogview_pipelines"

@@ -1,0 +1,341 @@
+"""Super-resolution by itself: of tokens, and of people's own pictures, of any size."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizer
+
+from ...generation.batching import run_in_batches
+from ...generation.sampling import Generators
+from ...models.cogview2 import sequences
+from ...pictures.pixels import OUTPUT_TYPES, Images, Picture, read_pictures, write_pictures
+from ...schedulers.scheduling_lopar import LoPARScheduler
+from ..common.base import (
+    Callback,
+    CogView2PipelineBase,
+    Notifier,
+    PromptTranslator,
+    check_counts,
+    check_output_type,
+    check_prompts,
+    one_generator_per_image,
+    translate,
+)
+from ..common.outputs import CogView2PipelineOutput
+from ..common.previews import PreviewMixin
+from .completion_geometry import agree_with
+
+DEFAULT_TILE_OVERLAP = 0.25
+
+
+class CogView2UpscalePipeline(PreviewMixin, CogView2PipelineBase):
+    """
+    Enlarge pictures as the last two stages of [`CogView2Pipeline`] do, with the released models from 160 to 480
+    pixels.
+
+    A picture larger than the low resolution is worked on in overlapping tiles. Each tile keeps the fine tokens that
+    its neighbours have made and writes only what is new, seeing them: pictures go on across tiles without a seam. The
+    whole is decoded in overlapping tiles, too, which are blended.
+
+    Components and configuration are those of [`CogView2Pipeline`]; `from_pipe` shares them. `transformer` is only
+    needed where direct super-resolution has no backbone of its own.
+
+    Source: section 3.2 of the paper (https://arxiv.org/abs/2204.14217); tiles are our own.
+    """
+
+    _optional_components = (
+        "transformer",
+        "iterative_sr_transformer",
+        "iterative_sr_scheduler",
+    )
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizer,
+        vqvae: PreTrainedModel,
+        direct_sr_transformer: PreTrainedModel,
+        direct_sr_scheduler: LoPARScheduler,
+        transformer: PreTrainedModel | None = None,
+        iterative_sr_transformer: PreTrainedModel | None = None,
+        iterative_sr_scheduler: LoPARScheduler | None = None,
+        compression_rate: int = 8,
+        styles: dict[str, dict] | None = None,
+        default_style: str | None = None,
+        whole_pictures: bool = False,
+    ):
+        super().__init__(
+            tokenizer=tokenizer,
+            transformer=transformer,
+            vqvae=vqvae,
+            direct_sr_transformer=direct_sr_transformer,
+            iterative_sr_transformer=iterative_sr_transformer,
+            direct_sr_scheduler=direct_sr_scheduler,
+            iterative_sr_scheduler=iterative_sr_scheduler,
+            compression_rate=compression_rate,
+            styles=styles,
+            default_style=default_style,
+            whole_pictures=whole_pictures,
+        )
+
+    @property
+    def layout(self) -> sequences.SequenceLayout:
+        """Where things stand in the sequences of direct super-resolution."""
+        return self.direct_sr_transformer.config.layout
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Height and width in pixels of a tile, before and after."""
+        rate = self.config.compression_rate
+        config = self.direct_sr_transformer.config
+        return [(rows * rate, columns * rate) for rows, columns in (config.image_grid, config.fine_grid)]
+
+    @property
+    def scale(self) -> tuple[int, int]:
+        """How many times as high and as wide pictures become."""
+        low, fine = self.sizes
+        return fine[0] // low[0], fine[1] // low[1]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Images | None = None,
+        prompt: str | Sequence[str] = "",
+        *,
+        tokens: torch.Tensor | None = None,
+        num_levels: int = 1,
+        tile_overlap: float = DEFAULT_TILE_OVERLAP,
+        faithful: bool = True,
+        style: str | None = None,
+        generator: Generators = None,
+        prompt_translator: PromptTranslator | None = None,
+        direct_sr_temperature: float | None = None,
+        direct_sr_top_k_clusters: int | None = None,
+        direct_sr_cluster_temperature: float | None = None,
+        iterative_sr_temperature: float | None = None,
+        iterative_sr_top_k: int | Sequence[int] | None = None,
+        num_lopar_steps: int | None = None,
+        max_batch_size: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        return_statistics: bool = False,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("tokens",),
+    ) -> CogView2PipelineOutput | tuple:
+        """
+        Enlarge pictures.
+
+        Args:
+            image (PIL image, array, tensor, or list of them):
+                Pictures of any size; arrays `(height, width, 3)` and tensors `(3, height, width)` of bytes, or of
+                floats in [0, 1]. Transparent parts become white. Or give `tokens`.
+            prompt (`str` or list of `str`): What the pictures show, one for all or one each; may be left out.
+            tokens (`torch.Tensor` of shape `(num_images, rows, columns)`, *optional*):
+                Low-resolution tokens instead, such as `CogView2Pipeline` makes; at least as many as a tile has.
+            num_levels (`int`): Enlarge again what came out, so many times in all.
+            tile_overlap (`float`, defaults to 0.25): How much of a tile's side at least lies in the one before, for
+                pictures larger than a tile; from 0 to 0.75.
+            faithful (`bool`, defaults to `True`): Make up for what the tokens of a picture lost: the result, reduced
+                again, is the picture that came in. It has no effect on what is made of `tokens`, which came from no
+                picture. Without it, noise and small mistakes of the picture are painted over, and fine colours change.
+            style (`str`, *optional*): A name in `pipe.config.styles`; default: `pipe.config.default_style`.
+            generator (`torch.Generator` or list of them, *optional*): One for all pictures, or one per picture.
+            prompt_translator, direct_sr_temperature, direct_sr_top_k_clusters, direct_sr_cluster_temperature,
+            iterative_sr_temperature, iterative_sr_top_k, num_lopar_steps: As for [`CogView2Pipeline`].
+            max_batch_size (`int`, *optional*): Pictures of one size that are computed at a time; as for
+                [`CogView2Pipeline`].
+            output_type (`str`): `"pil"`, `"np"` or `"pt"`; the last two are one batch, or a list if the pictures
+                differ in size. Or `"latent"` for tokens: the images are then lists of `(rows, columns)` tensors.
+            return_dict (`bool`): Return a [`CogView2PipelineOutput`] rather than a tuple. Its `tokens` are a list;
+                they cover the picture and what was added to fill its last tile.
+            return_statistics, callback_on_step_end, callback_on_step_end_tensor_inputs (*optional*): As for
+                [`CogView2Pipeline`]; the tokens are those of the current tile.
+
+        Raises:
+            TypeError: If a picture is none.
+            ValueError: If an argument cannot be used; the message says which and why.
+            GenerationInterrupted: If `pipe.interrupt` was set to True meanwhile.
+        """
+        if (image is None) == (tokens is None):
+            raise ValueError("Give either `image` or `tokens`.")
+        pictures = read_pictures(image) if tokens is None else None
+        grids = self._check_tokens(tokens) if pictures is None else None
+        num_images = len(pictures if grids is None else grids)
+        check_counts(num_levels=num_levels, max_batch_size=max_batch_size)
+        check_output_type(output_type, (*OUTPUT_TYPES, "latent"))
+        self._check_tensor_inputs(callback_on_step_end_tensor_inputs)
+        if not 0 <= tile_overlap <= 0.75:
+            raise ValueError(f"`tile_overlap` must be from 0 to 0.75, but is {tile_overlap}.")
+        settings = self._settings(
+            style,
+            direct_sr_temperature=direct_sr_temperature,
+            direct_sr_top_k_clusters=direct_sr_top_k_clusters,
+            direct_sr_cluster_temperature=direct_sr_cluster_temperature,
+            iterative_sr_temperature=iterative_sr_temperature,
+            iterative_sr_top_k=iterative_sr_top_k,
+            num_lopar_steps=num_lopar_steps,
+        )
+        schedulers = self._schedulers(settings)
+        prompts = check_prompts(prompt, allow_empty=True)
+        if len(prompts) not in (1, num_images):
+            raise ValueError(f"`prompt` must be one or one per picture ({num_images}), but there are {len(prompts)}.")
+        prompts = translate(prompts * (num_images if len(prompts) == 1 else 1), prompt_translator)
+        texts = self._encode_prompts(prompts, style, super_resolve=True)
+        generators = one_generator_per_image(generator, num_images)
+
+        batch_size = min(self._batch_size(max_batch_size, getattr(self, stage)) for stage, _ in schedulers)
+        num_steps = sum(len(scheduler.timesteps) for _, scheduler in schedulers)
+        results, fine_tokens = [None] * num_images, [None] * num_images
+        with self._running(return_statistics) as statistics:
+            for group in _same_size(pictures, num_images):
+
+                def enlarge(batch: slice, group=group) -> None:
+                    indices = group[batch]
+                    own_texts, own_generators = ([each[index] for index in indices] for each in (texts, generators))
+                    pixels = None if pictures is None else torch.stack([pictures[i].on_white() for i in indices])
+                    low = None if grids is None else grids[indices]
+                    for _ in range(num_levels):
+                        size = None if pixels is None else tuple(pixels.shape[-2:])
+                        low = self._encode_pixels(self._fill_tiles(pixels)) if low is None else low
+                        tiles = self._tiles(low.shape[-2:], tile_overlap)
+                        with self.progress_bar(total=len(tiles) * num_steps) as progress:
+                            notify = Notifier(
+                                self, progress, callback_on_step_end, callback_on_step_end_tensor_inputs, indices
+                            )
+                            fine = self._enlarge(low, tiles, own_texts, own_generators, schedulers, notify)
+                        enlarged = self._decode_tiles(fine)
+                        if size is not None:
+                            enlarged = enlarged[..., : size[0] * self.scale[0], : size[1] * self.scale[1]]
+                            if faithful:
+                                enlarged = agree_with(enlarged.cpu(), pixels.cpu())
+                        pixels = enlarged
+                        low = None
+                    for index, one, own_tokens in zip(indices, pixels.cpu(), fine.cpu()):
+                        results[index], fine_tokens[index] = Picture(one), own_tokens
+
+                own = [generators[index] for index in group]
+                run_in_batches(enlarge, len(group), batch_size, generators=own)
+            output = CogView2PipelineOutput(
+                images=fine_tokens if output_type == "latent" else write_pictures(results, output_type),
+                tokens=fine_tokens,
+                seeds=[generator.initial_seed() for generator in generators],
+                prompts=prompts,
+                statistics=statistics,
+            )
+        return output if return_dict else output.to_tuple()
+
+    # Stages ----------------------------------------------------------------------------------------------------------
+
+    def _fill_tiles(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Go on with the last row and column to a whole number of tokens, and to a tile at least."""
+        rate, tile = self.config.compression_rate, self.sizes[0]
+        missing = [max(least, -(-size // rate) * rate) - size for size, least in zip(pixels.shape[-2:], tile)]
+        return F.pad(pixels, (0, missing[1], 0, missing[0]), mode="replicate")
+
+    def _tiles(self, grid: tuple[int, int], overlap: float) -> list[tuple[int, int]]:
+        """First row and column of each tile in a grid of low-resolution tokens, in raster order."""
+        starts = [list(_starts(size, tile, overlap)) for size, tile in zip(grid, self.layout.image_grid)]
+        return [(row, column) for row in starts[0] for column in starts[1]]
+
+    def _enlarge(
+        self,
+        low: torch.Tensor,
+        tiles: list[tuple[int, int]],
+        texts: list[list[int]],
+        generators: list[torch.Generator],
+        schedulers: list[tuple[str, LoPARScheduler]],
+        notify: Notifier,
+    ) -> torch.Tensor:
+        """Low-resolution tokens `(batch_size, rows, columns)` of any grid to fine tokens, tile by tile."""
+        (tile_rows, tile_columns), (row_scale, column_scale) = self.layout.image_grid, self.scale
+        fine = low.new_zeros(len(low), low.shape[1] * row_scale, low.shape[2] * column_scale)
+        done = torch.zeros(fine.shape[1:], dtype=torch.bool)
+        for tile in tiles:
+            row, column = tile
+            part = low[:, row : row + tile_rows, column : column + tile_columns]
+            inside = (
+                ...,
+                slice(row * row_scale, (row + tile_rows) * row_scale),
+                slice(column * column_scale, (column + tile_columns) * column_scale),
+            )
+            # Along the edges that meet a neighbour, half of what overlaps is written again: the neighbour has seen
+            # less around it there.
+            kept = done[inside] & self._kept(tile, tiles)
+            if kept.any():
+                fine[inside] = self._super_resolve(texts, part, generators, schedulers, notify, fine[inside], ~kept)
+            else:
+                fine[inside] = self._super_resolve(texts, part, generators, schedulers, notify)
+            done[inside] = True
+        return fine
+
+    def _kept(self, tile: tuple[int, int], tiles: list[tuple[int, int]]) -> torch.Tensor:
+        """Fine cells of a tile that an earlier tile has seen more around: those before the middle of the overlap."""
+        rows, columns = self.direct_sr_transformer.config.fine_grid
+        kept = []
+        for axis, size in enumerate((rows, columns)):
+            scale, length = self.scale[axis], self.layout.image_grid[axis]
+            before = [start for start in {other[axis] for other in tiles} if start < tile[axis]]
+            overlap = (max(before) + length - tile[axis]) * scale if before else 0
+            kept.append(torch.arange(size) < overlap - overlap // 2)
+        return kept[0][:, None] | kept[1][None]
+
+    def _decode_tiles(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Pixels of fine tokens of any grid, decoded in tiles that are blended over half of their side."""
+        rate, grid = self.config.compression_rate, self.direct_sr_transformer.config.fine_grid
+        rows, columns = (list(_starts(size, tile, 0.5)) for size, tile in zip(tokens.shape[1:], grid))
+        if len(rows) == len(columns) == 1:
+            return self._decode_pixels(tokens)
+        height, width = (size * rate for size in tokens.shape[1:])
+        total = torch.zeros(len(tokens), 3, height, width)
+        weights = torch.zeros(height, width)
+        ramps = [torch.minimum(torch.arange(1, size + 1), torch.arange(size, 0, -1)).float() for size in self.sizes[1]]
+        window = ramps[0][:, None] * ramps[1][None]
+        for row in rows:
+            for column in columns:
+                part = self._decode_pixels(tokens[:, row : row + grid[0], column : column + grid[1]])
+                inside = (
+                    ...,
+                    slice(row * rate, (row + grid[0]) * rate),
+                    slice(column * rate, (column + grid[1]) * rate),
+                )
+                total[inside] += part.cpu() * window
+                weights[inside] += window
+        return total / weights
+
+    # Arguments -------------------------------------------------------------------------------------------------------
+
+    def _check_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        rows, columns = self.layout.image_grid
+        if not isinstance(tokens, torch.Tensor):
+            raise TypeError(f"`tokens` must be a torch tensor, but is of type `{type(tokens).__name__}`.")
+        if tokens.ndim != 3 or not len(tokens) or tokens.shape[1] < rows or tokens.shape[2] < columns:
+            raise ValueError(
+                f"`tokens` must have the shape (num_images, rows, columns) with at least {rows} x {columns} tokens "
+                f"per picture, but have {tuple(tokens.shape)}."
+            )
+        limit = self.layout.num_image_tokens
+        if tokens.is_floating_point() or not 0 <= int(tokens.min()) <= int(tokens.max()) < limit:
+            raise ValueError(
+                f"`tokens` must be image codes, whole numbers in 0..{limit - 1}, but are {tokens.dtype} in "
+                f"{tokens.min().item()}..{tokens.max().item()}."
+            )
+        return tokens.long()
+
+
+def _same_size(pictures: list[Picture] | None, num_images: int) -> list[list[int]]:
+    """Indices of the pictures of each size; tokens come in one."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index in range(num_images):
+        groups.setdefault(() if pictures is None else pictures[index].size, []).append(index)
+    return list(groups.values())
+
+
+def _starts(size: int, tile: int, overlap: float) -> Iterator[int]:
+    """Where tiles start that cover `size`, overlap by a part of their length at least, and are evenly spread."""
+    stride = max(int(tile * (1 - overlap)), 1)
+    count = -(-(size - tile) // stride) + 1
+    for index in range(count):
+        yield round(index * (size - tile) / max(count - 1, 1))
+
+
+CogView2UpscalePipeline.__module__ = "cogview_pipelines"

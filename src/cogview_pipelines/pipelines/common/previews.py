@@ -1,0 +1,140 @@
+"""Pictures while they are being made."""
+
+import contextvars
+import functools
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import PIL.Image
+import torch
+
+from .base import Callback, GenerationInterrupted, check_counts
+from .cpu_threads import release_cpu_threads
+from .outputs import CogView2PreviewOutput
+from .preview_budget import PreviewBudget, check_share
+
+NEUTRAL = 0.5  # grey
+
+
+@dataclass
+class _End:
+    """What a call returned or raised."""
+
+    output: Any = None
+    error: BaseException | None = None
+
+
+class PreviewMixin:
+    """`preview` and `stream` for pipelines whose call reports tokens to `callback_on_step_end`."""
+
+    @torch.no_grad()
+    def preview(self, tokens: torch.Tensor) -> list[PIL.Image.Image]:
+        """
+        Pictures of tokens some of which are not known yet; grey there.
+
+        Args:
+            tokens (`torch.Tensor` of shape `(num_images, rows, columns)`): As a callback gets them, -1 where unknown.
+        """
+        tokens, rate = tokens.cpu(), self.config.compression_rate
+        known = (tokens >= 0) & (tokens < self.vqvae.config.num_embeddings)
+        rows = known.flatten(2).any(2).any(0).nonzero()
+        height = int(rows.max()) + 1 if len(rows) else 0  # what lies below is not worth decoding
+        pixels = torch.full((len(tokens), 3, tokens.shape[1] * rate, tokens.shape[2] * rate), NEUTRAL)
+        if height:
+            tokens, known = tokens[:, :height], known[:, :height]
+            if not known.all():
+                tokens = torch.where(known, tokens, self._neutral_code())
+            is_known = known.repeat_interleave(rate, 1).repeat_interleave(rate, 2)[:, None]
+            pixels[:, :, : height * rate] = torch.where(is_known, self._decode_pixels(tokens).cpu(), NEUTRAL)
+        return self.image_processor.postprocess(pixels, "pil")
+
+    def _neutral_code(self) -> torch.Tensor:
+        """The code next to the middle of the codebook, for the decoder to see where nothing is known."""
+        quantize = self.vqvae.quantize
+        return quantize.nearest(quantize.embed.weight.mean(0, keepdim=True))[0].cpu()
+
+    def stream(
+        self,
+        *args,
+        rows_per_preview: int = 1,
+        max_preview_share: float | None = 0.05,
+        callback_on_step_end: Callback | None = None,
+        **call,
+    ) -> Iterator[CogView2PreviewOutput | Any]:
+        """
+        Make pictures as a call does, and watch: yields previews, and at last what the call returns.
+
+        There is a preview of each batch whenever so many rows of low-resolution tokens are written, and after each
+        pass of super-resolution, as far as there is time for it. A thread makes the pictures and does not wait for
+        whoever looks at the previews. Closing the iterator stops it at its next step. What a call raises, the iterator
+        raises.
+
+        Args:
+            args, call: As for `__call__`.
+            rows_per_preview (`int`, defaults to 1): Rows of low-resolution tokens from one preview to the next.
+            max_preview_share (`float`, *optional*, defaults to 0.05): By which share previews may make the call
+                slower, from 0 (no previews) to 1. A preview is left out if it would take more of the time so far,
+                judged by the one before; the first is made. Tokens and pictures do not depend on it. A small model
+                on a CPU leaves many out; with the released one on a GPU, a preview takes so little beside the steps
+                before it that none should be. `None`: every preview is made.
+            callback_on_step_end (*optional*): As for `__call__`; called in that thread.
+
+        Raises:
+            ValueError: At once if one of the arguments above cannot be used.
+        """
+        check_counts(rows_per_preview=rows_per_preview)
+        check_share(max_preview_share)
+        tensor_inputs = call.pop("callback_on_step_end_tensor_inputs", self._callback_tensor_inputs)
+        self._check_tensor_inputs(tensor_inputs)
+        reports: queue.SimpleQueue[CogView2PreviewOutput | _End] = queue.SimpleQueue()
+        closed = threading.Event()
+        num_unseen = 0
+
+        def watch(budget: PreviewBudget, pipe, step: int, timestep: int, kwargs: dict) -> None:
+            nonlocal num_unseen
+            if closed.is_set():
+                raise GenerationInterrupted(f"Stopped before step {step}, because the stream was closed.")
+            if callback_on_step_end is not None:
+                unwanted = set(self._callback_tensor_inputs) - set(tensor_inputs)
+                own = {name: value for name, value in kwargs.items() if name not in unwanted}
+                callback_on_step_end(pipe, step, timestep, own)
+            stage, tokens = kwargs["stage"], kwargs["tokens"]
+            num_unseen += 1
+            if stage != "transformer" or num_unseen >= rows_per_preview * tokens.shape[-1]:
+                num_unseen = 0
+                if not budget.allows(tokens):
+                    return
+                tokens = tokens.to("cpu", copy=True)  # the loop goes on writing into it
+                about = (stage, step, timestep, kwargs["image_indices"])
+                reports.put(CogView2PreviewOutput(budget.make(self, tokens), tokens, *about))
+
+        def work() -> None:
+            inputs = {
+                "callback_on_step_end": functools.partial(watch, PreviewBudget(max_preview_share)),
+                "callback_on_step_end_tensor_inputs": self._callback_tensor_inputs,
+            }
+            try:
+                reports.put(_End(output=self(*args, **call, **inputs)))
+            except BaseException as error:  # raised again where the previews are read
+                reports.put(_End(error=error))
+
+        thread = threading.Thread(target=contextvars.copy_context().run, args=(work,), daemon=True)
+        return _read(thread, reports, closed)
+
+
+def _read(thread: threading.Thread, reports: queue.SimpleQueue, closed: threading.Event) -> Iterator:
+    """Reports of a thread up to its end, which comes at once if nobody reads on."""
+    release_cpu_threads()
+    thread.start()
+    try:
+        while not isinstance(report := reports.get(), _End):
+            yield report
+        if report.error is not None:
+            raise report.error
+        yield report.output
+    finally:
+        closed.set()
+        thread.join()

@@ -1,0 +1,243 @@
+"""
+Pictures as tokens with their captions: what CogLM and the super-resolution models train on.
+
+A token folder, as `training_scripts/prepare_tokens.py` writes it, holds two files:
+
+- `tokens.safetensors` with the tensors `low` and (for super-resolution) `fine`, each of shape
+  `(num_pictures, rows, columns)`;
+- `captions.jsonl` with one object a picture: captions by language, `{"en": [...], "zh": [...]}`, of which one may be
+  missing, and an optional `weight`, the relative chance of the picture.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ...models.cogview2.modeling_coglm import CogLMConfig
+from ...models.cogview2.sequences import TokenSequence
+from ...models.cogview2.tokenization_icetk import IcetkTokenizer
+from ..arguments import TrainConfig
+
+TOKENS_FILE = "tokens.safetensors"
+CAPTIONS_FILE = "captions.jsonl"
+LANGUAGES = ("en", "zh")
+
+
+@dataclass
+class TokenData:
+    """
+    Args:
+        low (`torch.Tensor` of shape `(num_pictures, rows, columns)`): Low-resolution tokens.
+        fine (`torch.Tensor`, *optional*): Super-resolved tokens, likewise.
+        captions (`list[dict[str, list[str]]]`): Of each picture, its captions by language.
+        weights (`torch.Tensor` of shape `(num_pictures,)`): Relative chance of each picture.
+        encode (`Callable`): Token ids of a caption. Captions are encoded when drawn: they are many, and few are drawn.
+    """
+
+    low: torch.Tensor
+    fine: torch.Tensor | None
+    captions: list[dict[str, list[str]]]
+    weights: torch.Tensor
+    encode: Callable[[str], list[int]]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    @classmethod
+    def load(cls, folder: str | Path, tokenizer: IcetkTokenizer) -> "TokenData":
+        """
+        Read a token folder.
+
+        Raises:
+            ValueError: If files are missing or damaged, do not fit each other, or hold tokens that the tokenizer has
+                no room for.
+        """
+        folder = Path(folder)
+        for name in (TOKENS_FILE, CAPTIONS_FILE):
+            if not (folder / name).is_file():
+                raise ValueError(
+                    f"`data` must be a folder with {TOKENS_FILE} and {CAPTIONS_FILE}, but {folder} has no {name}."
+                )
+        try:
+            tensors = load_file(folder / TOKENS_FILE)
+        except SafetensorError as error:
+            raise ValueError(f"`data` has a damaged {TOKENS_FILE} ({error}). Make it again.") from error
+        captions, weights = [], []
+        with open(folder / CAPTIONS_FILE, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                texts, weight = parse_captions(line, f"Line {number} of {folder / CAPTIONS_FILE}")
+                captions.append(texts)
+                weights.append(weight)
+        low, fine = tensors.get("low"), tensors.get("fine")
+        if low is None or not sum(weights):
+            what = "tensor `low`" if low is None else "pictures of a `weight` above 0"
+            raise ValueError(f"`data` has no {what} in {folder}.")
+        for name, value in (("low", low), ("fine", fine)):
+            if value is not None and len(value) != len(captions):
+                raise ValueError(
+                    f"`data` has {len(value)} pictures in `{name}`, but {len(captions)} lines of captions."
+                )
+            if value is not None and not 0 <= int(value.min()) <= int(value.max()) < tokenizer.num_image_tokens:
+                raise ValueError(f"`data` has tokens in `{name}` outside of 0..{tokenizer.num_image_tokens - 1}.")
+        return cls(low, fine, captions, torch.tensor(weights), functools.lru_cache(2**16)(tokenizer.encode))
+
+    def with_auxiliary(self, auxiliary: "TokenData", probability: float) -> "TokenData":
+        """
+        These pictures and others, which are drawn with the given probability.
+
+        Fine tokens stay only if both have them.
+
+        Raises:
+            ValueError: If `probability` is outside of 0..1, or the pictures have other sizes.
+        """
+        if not 0 <= probability <= 1:
+            raise ValueError(f"`auxiliary_probability` must be from 0 to 1, but is {probability}.")
+        for name, mine, other in (("low", self.low, auxiliary.low), ("fine", self.fine, auxiliary.fine)):
+            if mine is not None and other is not None and mine.shape[1:] != other.shape[1:]:
+                raise ValueError(
+                    f"`auxiliary_data` must have tokens `{name}` of {tuple(mine.shape[1:])} a picture, as `data` has, "
+                    f"but has {tuple(other.shape[1:])}."
+                )
+        has_fine = self.fine is not None and auxiliary.fine is not None
+        return TokenData(
+            torch.cat([self.low, auxiliary.low]),
+            torch.cat([self.fine, auxiliary.fine]) if has_fine else None,
+            self.captions + auxiliary.captions,
+            torch.cat(
+                [
+                    self.weights * ((1 - probability) / self.weights.sum()),
+                    auxiliary.weights * (probability / auxiliary.weights.sum()),
+                ]
+            ),
+            self.encode,
+        )
+
+    def require_fit(self, model_config: CogLMConfig, tokenizer: IcetkTokenizer) -> "TokenData":
+        """
+        This data, if the model was made for pictures of this size and for this tokenizer.
+
+        Raises:
+            ValueError: If the grid of the low-resolution tokens, or an id of the tokenizer, is not the model's.
+        """
+        grid = tuple(self.low.shape[1:])
+        if grid != model_config.image_grid:
+            raise ValueError(
+                f"`data` has low-resolution pictures of {grid[0]} x {grid[1]} tokens, but the model makes "
+                f"{model_config.image_grid[0]} x {model_config.image_grid[1]}. Make it with another `--low_size`."
+            )
+        for name, value in (
+            ("num_image_tokens", tokenizer.num_image_tokens),
+            ("boi_token_id", tokenizer.boi_token_id),
+            ("pad_token_id", tokenizer.pad_token_id),
+        ):
+            if getattr(model_config, name) != value:
+                raise ValueError(
+                    f"`tokenizer` is not that of the model: its {name} is {value}, the model's "
+                    f"{getattr(model_config, name)}."
+                )
+        return self
+
+    def require_fine(self) -> "TokenData":
+        """This data, if it has fine tokens."""
+        if self.fine is None:
+            raise ValueError(
+                "`data` (or `auxiliary_data`) has no fine tokens; make it with `prepare_tokens.py --fine_size`."
+            )
+        return self
+
+    @staticmethod
+    def save(folder: str | Path, tensors: dict[str, torch.Tensor], captions: list[dict]) -> None:
+        """Write a token folder; ids are stored as int32."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.to(torch.int32).contiguous() for name, value in tensors.items()}, folder / TOKENS_FILE)
+        with open(folder / CAPTIONS_FILE, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in captions)
+
+    def draw(self, count: int, generator: torch.Generator) -> list[int]:
+        """Indices of `count` pictures by their weights, with replacement."""
+        return torch.multinomial(self.weights, count, replacement=True, generator=generator).tolist()
+
+    def draw_caption(self, index: int, generator: torch.Generator) -> list[int]:
+        """Token ids of a random caption of a picture: first a language, then one of its captions."""
+        by_language = list(self.captions[index].values())
+        texts = by_language[int(torch.randint(len(by_language), (), generator=generator))]
+        return self.encode(texts[int(torch.randint(len(texts), (), generator=generator))])
+
+
+@dataclass
+class CanvasBatch:
+    """
+    Training samples of a super-resolution model.
+
+    Args:
+        context (`TokenSequence`): What the canvas sees.
+        canvas_ids (`torch.Tensor` of shape `(batch_size, canvas_length)`): The canvas, `<start_of_image>` where
+            unknown.
+        labels (`torch.Tensor` of shape `(batch_size, canvas_length)`): The true tokens, -100 where there is no loss.
+    """
+
+    context: TokenSequence
+    canvas_ids: torch.Tensor
+    labels: torch.Tensor
+
+    def to(self, device: torch.device | str) -> "CanvasBatch":
+        """The same batch on another device."""
+        return CanvasBatch(self.context.to(device), self.canvas_ids.to(device), self.labels.to(device))
+
+
+@dataclass
+class TokenTrainConfig(TrainConfig):
+    """What the scripts that train on token folders have in common."""
+
+    data: str = field(kw_only=True, metadata={"help": "Token folder, as prepare_tokens.py writes it."})
+    tokenizer: str = field(kw_only=True, metadata={"help": "Folder or Hub id of the tokenizer."})
+    auxiliary_data: str | None = field(
+        default=None, metadata={"help": "A second token folder, for what helps but is not what the model is for."}
+    )
+    auxiliary_probability: float = field(default=0.5, metadata={"help": "Share of samples from `auxiliary_data`."})
+
+    def load_data(self, tokenizer: IcetkTokenizer) -> TokenData:
+        """The pictures to train on; raises `ValueError` as [`TokenData.load`] does."""
+        data = TokenData.load(self.data, tokenizer)
+        if self.auxiliary_data is None:
+            return data
+        return data.with_auxiliary(TokenData.load(self.auxiliary_data, tokenizer), self.auxiliary_probability)
+
+
+def parse_captions(line: str, place: str) -> tuple[dict[str, list[str]], float]:
+    """
+    Captions by language, and the weight, of a line of JSON; a caption alone counts as a list of one.
+
+    Args:
+        line (`str`): A JSON object.
+        place (`str`): What an error calls the line, such as `"Line 7 of captions.jsonl"`.
+
+    Raises:
+        ValueError: If the line is no object, has no caption, or its weight is no number of at least 0.
+    """
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} is no JSON ({error}): {line.strip()[:80]!r}.") from error
+    if not isinstance(row, dict) or not any(row.get(language) for language in LANGUAGES):
+        raise ValueError(
+            f"{place} must be an object with captions in one of {LANGUAGES}, but is {line.strip()[:80]!r}."
+        )
+    texts = {}
+    for language in LANGUAGES:
+        if row.get(language):
+            texts[language] = [row[language]] if isinstance(row[language], str) else row[language]
+            if not isinstance(texts[language], list) or not all(isinstance(text, str) for text in texts[language]):
+                raise ValueError(f"{place} must have a text or a list of texts in {language!r}: {row[language]!r}.")
+    weight = row.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+        raise ValueError(f"{place} must have a number of at least 0 as `weight`, but has {weight!r}.")
+    return texts, float(weight)

@@ -1,0 +1,167 @@
+"""
+Parity with the original code: its numbers (`fixtures/`) against this package, from the same released-format files.
+
+Another set of fixtures of the same form goes through unchanged: `pytest tests/parity/cogview2 --fixtures DIR`. Nothing
+here knows how many cases a set has, how wide its models are or what they predict. `--device cuda` runs them there.
+"""
+
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.utils import send_to_device
+
+from cogview_pipelines import CogLMModel, IcetkTokenizer, IcetkVQModel, LoPARScheduler
+from cogview_pipelines.conversion.reader import read_module
+
+ROOT = Path(__file__).parents[3]
+LOGITS_TOLERANCE = 1e-3  # absolute; the logits' standard deviation is about 2.4, float32 noise about 6e-5
+CLEAR_MARGIN = 1e-3  # a decision with a larger margin must be the same
+
+
+@pytest.fixture(scope="session")
+def fixture_folder(request) -> Path:
+    """The set of fixtures under test."""
+    folder = Path(request.config.getoption("parity_fixtures") or Path(__file__).parent / "fixtures")
+    if not (folder / "MANIFEST.json").is_file():
+        pytest.exit(f"{folder} holds no parity fixtures: it has no MANIFEST.json.", returncode=4)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def device(request) -> torch.device:
+    """Where the models run."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    return torch.device(request.config.getoption("device"))
+
+
+@pytest.fixture(scope="session")
+def arrays(fixture_folder):
+    """`arrays("dsr")`: the arrays of one file, by name."""
+    loaded = {}
+
+    def load(name: str) -> dict[str, np.ndarray]:
+        if name not in loaded:
+            with np.load(fixture_folder / f"{name}.npz") as file:
+                loaded[name] = {key: file[key] for key in file.files}
+        return loaded[name]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def texts(fixture_folder) -> dict:
+    """Encodings of the original text tokenizer, and the style recipes."""
+    return json.loads((fixture_folder / "text_tokenizer.json").read_text("utf-8"))
+
+
+@pytest.fixture(scope="session")
+def converted(fixture_folder, tmp_path_factory) -> Path:
+    """The released-format files of the fixtures, converted by the script."""
+    output = tmp_path_factory.mktemp("converted") / "cogview2"
+    convert = runpy.run_path(str(ROOT / "conversion_scripts" / "convert_cogview2.py"))["main"]
+    checkpoints, icetk = fixture_folder / "checkpoints", fixture_folder / "icetk"
+    parts = {
+        "--coglm": checkpoints / "coglm",
+        "--direct_sr": checkpoints / "cogview2-dsr",
+        "--iterative_sr": checkpoints / "cogview2-itersr",
+        "--image_tokenizer": icetk / "ice_image.pt",
+        "--text_tokenizer": icetk / "ice_text.model",
+    }
+    argv = [str(word) for pair in parts.items() for word in pair]
+    # the labels among the fixtures are for the transformers' vocabulary, which is larger than this narrow codebook
+    with (icetk / "ice_image.pt").open("rb") as file:
+        num_codes = read_module(file, "ice_image.pt")[0]["quantize.embed.weight"].shape[0]
+    labels = output.parent / "cluster_label.npy"
+    np.save(labels, np.arange(num_codes) % 20)
+    assert convert([*argv, "--cluster_labels", str(labels), "--output", str(output)]) == 0
+    return output
+
+
+@pytest.fixture(scope="session")
+def coglm(converted, device) -> CogLMModel:
+    return CogLMModel.from_pretrained(converted / "transformer", dtype=torch.float32).eval().to(device)
+
+
+@pytest.fixture(scope="session")
+def direct_sr(converted, coglm, device) -> CogLMModel:
+    model = CogLMModel.from_pretrained(converted / "direct_sr_transformer", dtype=torch.float32).eval().to(device)
+    if model.config.shares_backbone:
+        model.share_backbone(coglm)
+    return model
+
+
+@pytest.fixture(scope="session")
+def iterative_sr(converted, device) -> CogLMModel:
+    return CogLMModel.from_pretrained(converted / "iterative_sr_transformer", dtype=torch.float32).eval().to(device)
+
+
+@pytest.fixture(scope="session")
+def direct_sr_scheduler(converted) -> LoPARScheduler:
+    return LoPARScheduler.from_pretrained(converted / "direct_sr_scheduler")
+
+
+@pytest.fixture(scope="session")
+def iterative_sr_scheduler(converted) -> LoPARScheduler:
+    return LoPARScheduler.from_pretrained(converted / "iterative_sr_scheduler")
+
+
+@pytest.fixture(scope="session")
+def vqvae(converted, device) -> IcetkVQModel:
+    return IcetkVQModel.from_pretrained(converted / "vqvae", dtype=torch.float32).eval().to(device)
+
+
+@pytest.fixture(scope="session")
+def text_tokenizer(converted) -> IcetkTokenizer:
+    return IcetkTokenizer.from_pretrained(converted / "tokenizer")
+
+
+def run(function, *inputs, **options):
+    """The output, on the CPU, of a model or one of its methods, wherever it runs."""
+    device = getattr(function, "__self__", function).device
+    inputs, options = send_to_device((inputs, options), device)
+    return send_to_device(function(*inputs, **options), "cpu")
+
+
+def longs(array: np.ndarray) -> torch.Tensor:
+    """Token ids as torch wants them."""
+    return torch.from_numpy(np.asarray(array, dtype=np.int64))
+
+
+def bools(array: np.ndarray) -> torch.Tensor:
+    """A mask as torch wants it."""
+    return torch.from_numpy(np.asarray(array).astype(bool))
+
+
+def assert_same(ours, theirs, what: str = "") -> None:
+    """Equal to the last element."""
+    ours, theirs = torch.as_tensor(ours).cpu(), torch.as_tensor(theirs).cpu()
+    assert ours.shape == theirs.shape, f"{what}: {tuple(ours.shape)} is not {tuple(theirs.shape)}"
+    assert torch.equal(ours.long(), theirs.long()), f"{what}: {int((ours != theirs).sum())} elements differ"
+
+
+def assert_close(ours: torch.Tensor, theirs: np.ndarray, tolerance: float = LOGITS_TOLERANCE, what: str = "") -> None:
+    """Equal within an absolute tolerance."""
+    theirs = torch.from_numpy(np.asarray(theirs))
+    assert ours.shape == theirs.shape, f"{what}: {tuple(ours.shape)} is not {tuple(theirs.shape)}"
+    difference = (ours.cpu().double() - theirs.double()).abs().max().item()
+    assert difference <= tolerance, f"{what}: differs by {difference}"
+
+
+def assert_same_decisions(ours: torch.Tensor, theirs: np.ndarray, margin: np.ndarray, what: str = "") -> None:
+    """Equal wherever the original's margin is clear; and most are clear, or this would say nothing."""
+    clear = torch.from_numpy(np.asarray(margin, dtype=np.float32) > CLEAR_MARGIN)
+    assert clear.float().mean() > 0.9, f"{what}: {int((~clear).sum())} margins are unclear"
+    differ = (ours.cpu() != longs(theirs)) & clear
+    assert not differ.any(), f"{what}: {int(differ.sum())} clear decisions differ"
+
+
+def cases(arrays: dict[str, np.ndarray], suffix: str) -> list[str]:
+    """Prefixes of the arrays whose names end so."""
+    found = sorted(name.removesuffix(suffix) for name in arrays if name.endswith(suffix))
+    assert found, f"no array ends with {suffix}"
+    return found
