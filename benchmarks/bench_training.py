@@ -26,15 +26,12 @@ import yaml
 
 from cogview_pipelines import CogLMConfig, CogLMModel
 from cogview_pipelines.environment import stamp
-from cogview_pipelines.models.cogview2.sequences import (
-    direct_super_resolution,
-    generation_sample,
-    iterative_super_resolution,
-    stack,
-)
+from cogview_pipelines.generation.token_sequence import stack
+from cogview_pipelines.models.cogview2.sequences import direct_super_resolution, iterative_super_resolution
 from cogview_pipelines.training.arguments import TrainConfig
 from cogview_pipelines.training.data.tokens import CanvasBatch
 from cogview_pipelines.training.losses import canvas_loss
+from cogview_pipelines.training.samples_cogview2 import generation_sample
 from cogview_pipelines.training.setup import make_optimizer
 
 EMOJI = Path(__file__).resolve().parents[1] / "training_scripts" / "emoji" / "gpu"

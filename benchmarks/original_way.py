@@ -15,11 +15,8 @@ import torch.nn.functional as F
 
 from cogview_pipelines import CogLMModel, CogView2Pipeline
 from cogview_pipelines.generation.sampling import sample_cluster_tokens, sample_tokens
-from cogview_pipelines.models.cogview2.sequences import (
-    TokenSequence,
-    direct_super_resolution,
-    iterative_super_resolution,
-)
+from cogview_pipelines.generation.token_sequence import TokenSequence
+from cogview_pipelines.models.cogview2.sequences import direct_super_resolution, iterative_super_resolution
 from cogview_pipelines.models.cogview2.sequences import text_to_image as text_to_image_context
 from cogview_pipelines.ops.local_attention import local_attention
 

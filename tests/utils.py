@@ -2,6 +2,7 @@
 
 import io
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import sentencepiece
@@ -93,6 +94,19 @@ def make_texts(lengths: list[int], seed: int = 0) -> list[list[int]]:
 def make_image_tokens(batch_size: int, length: int = IMAGE_GRID[0] * IMAGE_GRID[1], seed: int = 0) -> torch.Tensor:
     """Random image tokens of shape `(batch_size, length)`."""
     return torch.randint(NUM_IMAGE_TOKENS, (batch_size, length), generator=torch.Generator().manual_seed(seed))
+
+
+def build_mask(length: int, may_attend: Callable[[int, int], bool]) -> torch.Tensor:
+    """A mask by its definition: `may_attend(row, column)` for every pair of positions."""
+    return torch.tensor([[bool(may_attend(row, column)) for column in range(length)] for row in range(length)])
+
+
+def hole(*cells: tuple[int, int]) -> torch.Tensor:
+    """A completion mask with these cells."""
+    mask = torch.zeros(IMAGE_GRID, dtype=torch.bool)
+    for row, column in cells:
+        mask[row, column] = True
+    return mask
 
 
 def captions() -> list[str]:

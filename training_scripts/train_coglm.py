@@ -23,23 +23,20 @@ from accelerate.utils import set_seed
 
 from cogview_pipelines import CogLMConfig, CogLMModel, IcetkTokenizer, IcetkVQModel
 from cogview_pipelines.generation.sampling import sample_tokens
+from cogview_pipelines.generation.token_sequence import IGNORED_LABEL, TokenSequence, stack
 from cogview_pipelines.generation.tokens import TO_GENERATE, generate
-from cogview_pipelines.models.cogview2.sequences import (
-    IGNORED_LABEL,
-    SequenceLayout,
-    TokenSequence,
+from cogview_pipelines.models.cogview2.sequences import SequenceLayout, text_to_image
+from cogview_pipelines.training.arguments import parse_config
+from cogview_pipelines.training.data.prefetch import step_generator
+from cogview_pipelines.training.data.tokens import TokenData, TokenTrainConfig
+from cogview_pipelines.training.loop import train
+from cogview_pipelines.training.samples_cogview2 import (
     captioning_sample,
     completion_sample,
     draw_patch_corners,
     draw_rectangles,
     generation_sample,
-    stack,
-    text_to_image,
 )
-from cogview_pipelines.training.arguments import parse_config
-from cogview_pipelines.training.data.prefetch import step_generator
-from cogview_pipelines.training.data.tokens import TokenData, TokenTrainConfig
-from cogview_pipelines.training.loop import train
 
 
 @dataclass

@@ -44,6 +44,7 @@ class Mutation:
 
 
 SEQUENCES, COGLM = "models/cogview2/sequences.py", "models/cogview2/modeling_coglm.py"
+TOKEN_SEQUENCE, SAMPLES = "generation/token_sequence.py", "training/samples_cogview2.py"
 LOPAR, ATTENTION, SAMPLING = "schedulers/scheduling_lopar.py", "ops/local_attention.py", "generation/sampling.py"
 VQ = "models/image_tokenizers/modeling_icetk_vq.py"
 GEOMETRY, LAYOUT = "pipelines/cogview2/completion_geometry.py", "conversion/cogview2/layout.py"
@@ -66,7 +67,7 @@ MUTATIONS = [
     ),
     Mutation(
         "position: text counts from one",
-        SEQUENCES,
+        TOKEN_SEQUENCE,
         "(mask.long().cumsum(-1) - 1).clamp(min=0)",
         "mask.long().cumsum(-1)",
         "test_text_to_image",
@@ -89,13 +90,13 @@ MUTATIONS = [
     Mutation(
         "mask: text is causal",
         SEQUENCES,
-        "_isolate_padding(prefix_causal_mask(text, ~padding & ~text), padding)",
-        "_isolate_padding(prefix_causal_mask(text & False, ~padding), padding)",
+        "isolate_padding(prefix_causal_mask(text, ~padding & ~text), padding)",
+        "isolate_padding(prefix_causal_mask(text & False, ~padding), padding)",
         "test_text_to_image",
     ),
     Mutation(
         "mask: tokens do not see themselves",
-        SEQUENCES,
+        TOKEN_SEQUENCE,
         "torch.ones(length, length, dtype=torch.bool, device=prefix.device).tril()",
         "torch.ones(length, length, dtype=torch.bool, device=prefix.device).tril(-1)",
         "test_text_to_image",
@@ -103,8 +104,8 @@ MUTATIONS = [
     Mutation(
         "mask: captions see their future",
         SEQUENCES,
-        "_isolate_padding(prefix_causal_mask(image, text), padding)",
-        "_isolate_padding(prefix_causal_mask(image | text, text), padding)",
+        "isolate_padding(prefix_causal_mask(image, text), padding)",
+        "isolate_padding(prefix_causal_mask(image | text, text), padding)",
         "test_text_to_image",
     ),
     Mutation(
@@ -124,8 +125,8 @@ MUTATIONS = [
     Mutation(
         "mask: completion context is causal",
         SEQUENCES,
-        "context_mask[:, before:] = _extend(start.key_mask, len(known), True)[:, None]",
-        "context_mask[:, before:] = _extend(start.key_mask, len(known), False)[:, None]",
+        "context_mask[:, before:] = extend_mask(start.key_mask, len(known), True)[:, None]",
+        "context_mask[:, before:] = extend_mask(start.key_mask, len(known), False)[:, None]",
         "test_completion",
     ),
     Mutation(
@@ -188,7 +189,7 @@ MUTATIONS = [
     ),
     Mutation(
         "activation: exact GELU",
-        COGLM,
+        "ops/gelu.py",
         'approximate="tanh"',
         'approximate="none"',
         "test_text_to_image",
@@ -298,14 +299,14 @@ MUTATIONS = [
     # training samples
     Mutation(
         "training: the last column of a patch is predicted from outside",
-        SEQUENCES,
+        SAMPLES,
         "predicts[patch_rows, corner_column : corner_column + patch_size - 1] = True",
         "predicts[patch_rows, corner_column : corner_column + patch_size] = True",
         "test_training_samples",
     ),
     Mutation(
         "training: the token after a span is open",
-        SEQUENCES,
+        SAMPLES,
         "before = start + length + 1",
         "before = start + length",
         "test_training_samples",

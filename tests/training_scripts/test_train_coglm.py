@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from cogview_pipelines import CogLMModel
-from cogview_pipelines.models.cogview2.sequences import IGNORED_LABEL
+from cogview_pipelines.generation.token_sequence import IGNORED_LABEL
 from cogview_pipelines.training.data.tokens import TokenData
 
 from ..utils import captions, make_coglm, token_config

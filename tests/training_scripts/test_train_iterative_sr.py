@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cogview_pipelines import CogLMModel, LoPARScheduler
-from cogview_pipelines.models.cogview2.sequences import IGNORED_LABEL
+from cogview_pipelines.generation.token_sequence import IGNORED_LABEL
 from cogview_pipelines.training.data.tokens import TokenData
 
 from .conftest import WINDOWS, as_arguments, load_script

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..generation.batching import run_in_batches
+from ..generation.token_sequence import IGNORED_LABEL
 from ..models.cogview2 import sequences
 from ..models.cogview2.modeling_coglm import CogLMModel
 from ..models.cogview2.tokenization_icetk import IcetkTokenizer
@@ -75,7 +76,7 @@ def caption_losses(
         sequence = sequences.caption(
             tokens[pairs].cpu(), [starts[languages[pair]] for pair in pairs], layout, [ids[pair] for pair in pairs]
         ).to(device)
-        labelled = sequence.labels != sequences.IGNORED_LABEL
+        labelled = sequence.labels != IGNORED_LABEL
         output = transformer(
             sequence.input_ids,
             sequence.position_ids,

@@ -24,8 +24,8 @@ from ..models.cogview2.modeling_coglm import (
     CogLMTokenEmbedding,
     attention_bias,
 )
-from ..models.cogview2.sequences import TokenSequence
 from ..ops.decode_step import LAYER_PARTS, DecodeStep, decode_step_refusals
+from .token_sequence import TokenSequence
 
 # A fixed step reads a whole number of blocks of the cache: few variants, and little that is masked.
 BLOCK = 128

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from ..models.cogview2.modeling_coglm import CogLMCache, CogLMModel
-from ..models.cogview2.sequences import TokenSequence
 from .sampling import Generators, draw_noise
+from .token_sequence import TokenSequence
 
 Choice = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

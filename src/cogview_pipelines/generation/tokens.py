@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..models.cogview2.modeling_coglm import CogLMContext, CogLMModel
-from ..models.cogview2.sequences import TokenSequence
 from ..schedulers.scheduling_lopar import LoPARScheduler
 from .decoders import encode_context, find_decoder
 from .sampling import Generators, draw_noise
+from .token_sequence import TokenSequence
 
 Sampler = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 TO_GENERATE = -1

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from cogview_pipelines.generation.token_sequence import IGNORED_LABEL
 from cogview_pipelines.models.cogview2.modeling_coglm import (
     CogLMCache,
     CogLMConfig,
@@ -18,7 +19,6 @@ from cogview_pipelines.models.cogview2.modeling_coglm import (
     pb_relaxed_attention,
 )
 from cogview_pipelines.models.cogview2.sequences import (
-    IGNORED_LABEL,
     caption,
     direct_super_resolution,
     iterative_super_resolution,

@@ -2,6 +2,7 @@
 
 import torch
 
+from cogview_pipelines.generation.token_sequence import IGNORED_LABEL
 from cogview_pipelines.generation.tokens import generate
 from cogview_pipelines.models.cogview2 import sequences
 
@@ -144,7 +145,7 @@ def caption(model, data, image, text):
 
 def token_log_probabilities(model, sequence):
     logits = forward(model, sequence, 0.0, full_vocabulary=True).logits[0]
-    scored = sequence.labels[0] != sequences.IGNORED_LABEL
+    scored = sequence.labels[0] != IGNORED_LABEL
     return logits.log_softmax(-1)[scored].gather(-1, sequence.labels[0][scored, None])[:, 0], scored
 
 

@@ -6,7 +6,9 @@ import numpy as np
 import torch
 
 from cogview_pipelines.conversion.cogview2.layout import released_transformer_key, transformer_key
-from cogview_pipelines.models.cogview2 import sequences
+from cogview_pipelines.generation.token_sequence import IGNORED_LABEL
+from cogview_pipelines.models.cogview2.sequences import SequenceLayout
+from cogview_pipelines.training import samples_cogview2 as samples
 
 from .conftest import assert_close, assert_same, bools, cases, longs, run
 
@@ -15,15 +17,15 @@ FIRST_CHINESE_ID = 83823
 LAYOUT = {"image_grid": (20, 20), "image_position": 512, "num_image_tokens": 20000}
 
 
-def layout_of(boi_token_id: int) -> sequences.SequenceLayout:
-    return sequences.SequenceLayout(boi_token_id=boi_token_id, **LAYOUT)
+def layout_of(boi_token_id: int) -> SequenceLayout:
+    return SequenceLayout(boi_token_id=boi_token_id, **LAYOUT)
 
 
 def assert_is_sample(sample, data, case):
     assert_same(sample.input_ids[0], data[f"{case}_token"], f"{case} tokens")
     assert_same(sample.position_ids[0], data[f"{case}_pos"], f"{case} positions")
     assert_same(sample.attention_mask[0], bools(data[f"{case}_attn_mask"]), f"{case} mask")
-    predicted = sample.labels[0] != sequences.IGNORED_LABEL
+    predicted = sample.labels[0] != IGNORED_LABEL
     assert_same(predicted, bools(data[f"{case}_loss_mask"]), f"{case} loss mask")
     assert_same(sample.labels[0][predicted], data[f"{case}_label"][predicted.numpy()], f"{case} labels")
 
@@ -34,7 +36,7 @@ def test_generation_samples_are_the_originals(arrays):
         layout = layout_of(int(data[f"{case}_token"][-layout_of(0).image_length - 1]))
         assert layout.boi_token_id >= LAYOUT["num_image_tokens"]
         second = float(data[f"{case}_coin"]) < 0.5
-        sample = sequences.generation_sample(longs(data[f"{case}_x"]), layout, PAD_TOKEN_ID, second_text=second)
+        sample = samples.generation_sample(longs(data[f"{case}_x"]), layout, PAD_TOKEN_ID, second_text=second)
         assert_is_sample(sample, data, case)
 
 
@@ -42,14 +44,14 @@ def test_captioning_samples_are_the_originals(arrays):
     data = arrays("training_masks")
     for case in cases(data, "_corners"):
         row = longs(data[f"{case}_x"])
-        texts, _ = sequences.split_row(row, layout_of(0), PAD_TOKEN_ID)
+        texts, _ = samples.split_row(row, layout_of(0), PAD_TOKEN_ID)
         # <start_of_english> and <start_of_chinese> follow <start_of_image>; the sample begins with one of them
         offsets = [1 if (row[text] < FIRST_CHINESE_ID).all() else 2 for text in texts]
         layout = layout_of(int(data[f"{case}_token"][0]) - offsets[0])
         assert layout.boi_token_id >= LAYOUT["num_image_tokens"]
         start_tokens = [layout.boi_token_id + offset for offset in offsets]
         corners = [(int(corner) // 16, int(corner) % 16) for corner in data[f"{case}_corners"]]
-        sample = sequences.captioning_sample(row, layout, PAD_TOKEN_ID, start_tokens, corners)
+        sample = samples.captioning_sample(row, layout, PAD_TOKEN_ID, start_tokens, corners)
         assert_is_sample(sample, data, case)
 
 
@@ -58,13 +60,13 @@ def test_text_samples_are_the_originals(arrays):
     for case in cases(data, "_poisson_draws"):
         row = longs(data[f"{case}_x"])
         starts = longs(data[f"{case}_sampled_starts"])
-        spans = sequences.place_text_spans(len(row), data[f"{case}_poisson_draws"].tolist(), starts)
+        spans = samples.place_text_spans(len(row), data[f"{case}_poisson_draws"].tolist(), starts)
         assert len(spans) == len(starts)
-        assert_is_sample(sequences.text_sample(row, spans), data, case)
+        assert_is_sample(samples.text_sample(row, spans), data, case)
 
 
 def loss_of(model, data, case):
-    labels = longs(data[f"{case}_labels"]).masked_fill(~bools(data[f"{case}_loss_mask"]), sequences.IGNORED_LABEL)
+    labels = longs(data[f"{case}_labels"]).masked_fill(~bools(data[f"{case}_loss_mask"]), IGNORED_LABEL)
     output = run(
         model,
         longs(data[f"{case}_tokens"]),
@@ -100,7 +102,7 @@ def test_losses_by_kind_of_token_are_the_originals(coglm, arrays):
     for case in cases(data, "_loss_mask"):
         with torch.no_grad():
             output, labels = loss_of(coglm, data, case)
-        labels = labels[labels != sequences.IGNORED_LABEL]
+        labels = labels[labels != IGNORED_LABEL]
         losses = torch.nn.functional.cross_entropy(output.logits, labels, reduction="none")
         for kind, (first, end) in kinds.items():
             chosen = (labels >= first) & (labels < end)

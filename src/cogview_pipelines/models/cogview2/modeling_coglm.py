@@ -13,9 +13,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
+from ...generation.token_sequence import IGNORED_LABEL
 from ...ops.gelu import gelu
 from ...ops.local_attention import local_attention
-from .sequences import IGNORED_LABEL, SequenceLayout
+from .sequences import SequenceLayout
 
 SUPER_RESOLUTIONS = (None, "direct", "iterative")
 RELEASED_MODELS = {"coglm": None, "cogview2-dsr": "direct", "cogview2-itersr": "iterative"}

@@ -20,8 +20,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ...generation.token_sequence import TokenSequence
 from ...models.cogview2.modeling_coglm import CogLMConfig
-from ...models.cogview2.sequences import TokenSequence
 from ...models.cogview2.tokenization_icetk import IcetkTokenizer
 from ..arguments import TrainConfig
 
