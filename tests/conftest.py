@@ -16,6 +16,11 @@ def pytest_addoption(parser):
         "`pytest tests/parity/cogview2 --fixtures DIR` does the same.",
     )
     parser.addoption(
+        "--cogview_fixtures",
+        metavar="DIR",
+        help="Numbers of the original CogView for tests/parity/cogview (default: tests/parity/cogview/fixtures).",
+    )
+    parser.addoption(
         "--device",
         default="cpu",
         help="Where tests/parity runs the models, such as cuda (default: cpu). Float32 is never rounded to TF32.",

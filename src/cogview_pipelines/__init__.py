@@ -20,6 +20,7 @@ _EXPORTS = {
     "CogView2PipelineOutput": ".pipelines.common.outputs",
     "CogView2PreviewOutput": ".pipelines.common.outputs",
     "CogView2UpscalePipeline": ".pipelines.cogview2.pipeline_cogview2_upscale",
+    "CogViewTokenizer": ".models.cogview.tokenization_cogview",
     "GenerationInterrupted": ".pipelines.common.base",
     "IcetkTokenizer": ".models.cogview2.tokenization_icetk",
     "IcetkVQConfig": ".models.image_tokenizers.modeling_icetk_vq",

@@ -12,14 +12,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.utils import send_to_device
 
 from cogview_pipelines import CogLMModel, IcetkTokenizer, IcetkVQModel, LoPARScheduler
 from cogview_pipelines.conversion.reader import read_module
 
+from ..comparing import (  # noqa: F401 (the tests take them from here)
+    CLEAR_MARGIN,
+    LOGITS_TOLERANCE,
+    assert_close,
+    assert_same,
+    assert_same_decisions,
+    bools,
+    cases,
+    longs,
+    run,
+)
+
 ROOT = Path(__file__).parents[3]
-LOGITS_TOLERANCE = 1e-3  # absolute; the logits' standard deviation is about 2.4, float32 noise about 6e-5
-CLEAR_MARGIN = 1e-3  # a decision with a larger margin must be the same
 
 
 @pytest.fixture(scope="session")
@@ -118,50 +127,3 @@ def vqvae(converted, device) -> IcetkVQModel:
 @pytest.fixture(scope="session")
 def text_tokenizer(converted) -> IcetkTokenizer:
     return IcetkTokenizer.from_pretrained(converted / "tokenizer")
-
-
-def run(function, *inputs, **options):
-    """The output, on the CPU, of a model or one of its methods, wherever it runs."""
-    device = getattr(function, "__self__", function).device
-    inputs, options = send_to_device((inputs, options), device)
-    return send_to_device(function(*inputs, **options), "cpu")
-
-
-def longs(array: np.ndarray) -> torch.Tensor:
-    """Token ids as torch wants them."""
-    return torch.from_numpy(np.asarray(array, dtype=np.int64))
-
-
-def bools(array: np.ndarray) -> torch.Tensor:
-    """A mask as torch wants it."""
-    return torch.from_numpy(np.asarray(array).astype(bool))
-
-
-def assert_same(ours, theirs, what: str = "") -> None:
-    """Equal to the last element."""
-    ours, theirs = torch.as_tensor(ours).cpu(), torch.as_tensor(theirs).cpu()
-    assert ours.shape == theirs.shape, f"{what}: {tuple(ours.shape)} is not {tuple(theirs.shape)}"
-    assert torch.equal(ours.long(), theirs.long()), f"{what}: {int((ours != theirs).sum())} elements differ"
-
-
-def assert_close(ours: torch.Tensor, theirs: np.ndarray, tolerance: float = LOGITS_TOLERANCE, what: str = "") -> None:
-    """Equal within an absolute tolerance."""
-    theirs = torch.from_numpy(np.asarray(theirs))
-    assert ours.shape == theirs.shape, f"{what}: {tuple(ours.shape)} is not {tuple(theirs.shape)}"
-    difference = (ours.cpu().double() - theirs.double()).abs().max().item()
-    assert difference <= tolerance, f"{what}: differs by {difference}"
-
-
-def assert_same_decisions(ours: torch.Tensor, theirs: np.ndarray, margin: np.ndarray, what: str = "") -> None:
-    """Equal wherever the original's margin is clear; and most are clear, or this would say nothing."""
-    clear = torch.from_numpy(np.asarray(margin, dtype=np.float32) > CLEAR_MARGIN)
-    assert clear.float().mean() > 0.9, f"{what}: {int((~clear).sum())} margins are unclear"
-    differ = (ours.cpu() != longs(theirs)) & clear
-    assert not differ.any(), f"{what}: {int(differ.sum())} clear decisions differ"
-
-
-def cases(arrays: dict[str, np.ndarray], suffix: str) -> list[str]:
-    """Prefixes of the arrays whose names end so."""
-    found = sorted(name.removesuffix(suffix) for name in arrays if name.endswith(suffix))
-    assert found, f"no array ends with {suffix}"
-    return found

@@ -10,14 +10,12 @@ Source: icetk (https://github.com/THUDM/icetk), the tokenizer of CogView2; its b
 """
 
 import os
-import re
 import struct
 from collections.abc import Sequence
-from itertools import groupby
-from pathlib import Path
 
 import sentencepiece
-from transformers import PreTrainedTokenizer
+
+from ..tokenization import CodesAndPiecesTokenizer
 
 VOCAB_FILES_NAMES = {"vocab_file": "ice_text.model"}
 
@@ -25,13 +23,10 @@ BOI_TOKEN = "<start_of_image>"
 START_OF_ENGLISH_TOKEN = "<start_of_english>"
 START_OF_CHINESE_TOKEN = "<start_of_chinese>"
 START_TOKENS = (BOI_TOKEN, START_OF_ENGLISH_TOKEN, START_OF_CHINESE_TOKEN)
-LINE_BREAK_PIECE = "<n>"
 
 # SentencePiece ids of the released model: 100 common pieces come before the English ones, rare pieces after the
 # Chinese ones.
 RELEASED_LANGUAGE_RANGES = {"en": (100, 63823), "zh": (63823, 125653)}
-
-_IMAGE_TOKEN = re.compile(r"<image_(0|[1-9][0-9]*)>")
 
 
 def _piece_record(piece: str) -> bytes:
@@ -49,18 +44,7 @@ def _piece_record(piece: str) -> bytes:
     return bytes([1 * 8 + 2, len(record)]) + record
 
 
-def _load_processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
-    """The model with the start tokens appended that it lacks (SentencePiece refuses a piece that is there twice)."""
-    processor = sentencepiece.SentencePieceProcessor()
-    processor.LoadFromSerializedProto(model)
-    missing = [token for token in START_TOKENS if processor.id_to_piece(processor.piece_to_id(token)) != token]
-    if missing:
-        processor = sentencepiece.SentencePieceProcessor()
-        processor.LoadFromSerializedProto(model + b"".join(map(_piece_record, missing)))
-    return processor
-
-
-class IcetkTokenizer(PreTrainedTokenizer):
+class IcetkTokenizer(CodesAndPiecesTokenizer):
     """
     Bilingual tokenizer of CogView2: SentencePiece unigram pieces, whose ids start where the image codes end.
 
@@ -87,8 +71,7 @@ class IcetkTokenizer(PreTrainedTokenizer):
     """
 
     vocab_files_names = VOCAB_FILES_NAMES
-    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
-    padding_side = "left"
+    line_break_piece = "<n>"
 
     boi_token = BOI_TOKEN
     start_of_english_token = START_OF_ENGLISH_TOKEN
@@ -101,62 +84,23 @@ class IcetkTokenizer(PreTrainedTokenizer):
         language_ranges: dict[str, Sequence[int]] | None = None,
         **kwargs,
     ):
-        if isinstance(num_image_tokens, bool) or not isinstance(num_image_tokens, int):
-            raise TypeError(f"`num_image_tokens` must be an integer, but is {num_image_tokens!r}.")
-        if num_image_tokens < 0:
-            raise ValueError(f"`num_image_tokens` must not be negative, but is {num_image_tokens}.")
-        self._model = self._read_model(vocab_file)
-        try:
-            self.sp_model = _load_processor(self._model)
-        except RuntimeError as error:
-            raise ValueError(
-                f"`vocab_file` {str(vocab_file)!r} is not a SentencePiece model, or is damaged ({len(self._model)} "
-                "bytes). Fetch it again, or train one with training_scripts/train_tokenizer.py."
-            ) from error
-        self.vocab_file = os.fspath(vocab_file)
-        self.num_image_tokens = num_image_tokens
+        self.load_model(vocab_file, num_image_tokens)
         self.language_ranges = self._check_language_ranges(language_ranges)
-
-        special = {
-            "unk_token": kwargs.pop("unk_token", None) or self.sp_model.id_to_piece(self.sp_model.unk_id()),
-            "pad_token": kwargs.pop("pad_token", None) or "<pad>",
-        }
-        for name, token in special.items():
-            if not self._is_piece(str(token)):
-                raise ValueError(f"`vocab_file` {str(vocab_file)!r} has no piece {str(token)!r} for `{name}`.")
-        extra = kwargs.pop("extra_special_tokens", None) or ()
-        extra = [*START_TOKENS, *(token for token in extra if str(token) not in START_TOKENS)]
-        for name in ("is_local", "local_files_only"):  # how the file was found says nothing about the tokenizer
-            kwargs.pop(name, None)
-        # The special pieces are looked up again: their saved ids are wrong if `num_image_tokens` is another one now.
-        added = kwargs.pop("added_tokens_decoder", {})
-        kwargs["added_tokens_decoder"] = {i: token for i, token in added.items() if not self._is_piece(token.content)}
         super().__init__(
+            special_tokens={"unk_token": self.sp_model.id_to_piece(self.sp_model.unk_id()), "pad_token": "<pad>"},
+            extra_special_tokens=START_TOKENS,
+            saved_extra_special_tokens=kwargs.pop("extra_special_tokens", None),
             num_image_tokens=num_image_tokens,
             language_ranges=self.language_ranges,
-            extra_special_tokens=extra,
-            **special,
             **kwargs,
         )
 
-    @staticmethod
-    def _read_model(vocab_file) -> bytes:
-        name = VOCAB_FILES_NAMES["vocab_file"]
-        if vocab_file is None:
-            raise ValueError(f"`vocab_file` is missing: the folder of an `IcetkTokenizer` must hold `{name}`.")
-        if not isinstance(vocab_file, (str, os.PathLike)):
-            raise TypeError(
-                f"`vocab_file` must be the path of `{name}`, but is of type `{type(vocab_file).__name__}`."
-            )
-        path = Path(vocab_file)
-        if path.is_dir():
-            raise ValueError(
-                f"`vocab_file` {str(path)!r} is a folder, but must be the path of `{name}`. To load a saved tokenizer "
-                "call `IcetkTokenizer.from_pretrained(folder)`."
-            )
-        if not path.is_file():
-            raise FileNotFoundError(f"`vocab_file` {str(path)!r} does not exist; it must be the path of `{name}`.")
-        return path.read_bytes()
+    @classmethod
+    def load_processor(cls, model: bytes) -> sentencepiece.SentencePieceProcessor:
+        """The model with the start tokens added that it lacks (SentencePiece refuses a piece that is there twice)."""
+        processor = super().load_processor(model)
+        missing = [token for token in START_TOKENS if processor.id_to_piece(processor.piece_to_id(token)) != token]
+        return super().load_processor(model + b"".join(map(_piece_record, missing))) if missing else processor
 
     def _check_language_ranges(self, language_ranges) -> dict[str, tuple[int, int]]:
         if language_ranges is None:
@@ -174,13 +118,6 @@ class IcetkTokenizer(PreTrainedTokenizer):
             )
         return ranges
 
-    # The vocabulary --------------------------------------------------------------------------------------------------
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids: image codes, pieces and start tokens."""
-        return self.num_image_tokens + self.sp_model.get_piece_size()
-
     @property
     def boi_token_id(self) -> int:
         """Id of `<start_of_image>`."""
@@ -195,98 +132,6 @@ class IcetkTokenizer(PreTrainedTokenizer):
     def start_of_chinese_id(self) -> int:
         """Id of `<start_of_chinese>`, which stands before a Chinese caption that the model is to write or score."""
         return self._convert_token_to_id(START_OF_CHINESE_TOKEN)
-
-    def get_vocab(self) -> dict[str, int]:
-        """All tokens with their ids: image codes, pieces, start tokens, and what `add_tokens` added."""
-        vocab = {f"<image_{code}>": code for code in range(self.num_image_tokens)}
-        pieces = self.sp_model.id_to_piece(list(range(self.sp_model.get_piece_size())))
-        vocab.update((piece, self.num_image_tokens + index) for index, piece in enumerate(pieces))
-        vocab.update(self._added_tokens_encoder)
-        return vocab
-
-    def _update_total_vocab_size(self):
-        self.total_vocab_size = self.vocab_size + sum(index >= self.vocab_size for index in self._added_tokens_decoder)
-
-    def _is_piece(self, token: str) -> bool:
-        return self.sp_model.id_to_piece(self.sp_model.piece_to_id(token)) == token
-
-    def _convert_token_to_id(self, token: str) -> int:
-        image = _IMAGE_TOKEN.fullmatch(token)
-        if image and int(image[1]) < self.num_image_tokens:
-            return int(image[1])
-        return self.num_image_tokens + self.sp_model.piece_to_id(token)
-
-    def _convert_id_to_token(self, index: int) -> str:
-        if not 0 <= index < self.vocab_size:
-            raise IndexError(f"`ids` must lie in 0..{len(self) - 1}, but there is {index}.")
-        if index < self.num_image_tokens:
-            return f"<image_{index}>"
-        return self.sp_model.id_to_piece(index - self.num_image_tokens)
-
-    # Text to ids -----------------------------------------------------------------------------------------------------
-
-    def _update_trie(self, unique_no_split_tokens=None):
-        # Only what `add_tokens` added is cut out of a text before SentencePiece sees it, not the model's own special
-        # pieces: it finds the start tokens itself, and in the release the text "<pad>" is five ordinary characters.
-        tokens = [token.content for index, token in self._added_tokens_decoder.items() if index >= self.vocab_size]
-        for token in [*tokens, *(unique_no_split_tokens or [])]:
-            self.tokens_trie.add(token)
-
-    def tokenize(self, text: str, keep_linebreaks: bool = False, **kwargs) -> list[str]:
-        """
-        The pieces of a text. A run of unknown characters is one entry, spelled as in the text, with the id of `<unk>`.
-
-        Args:
-            text (`str`): Any text, also empty.
-            keep_linebreaks (`bool`, *optional*, defaults to `False`): Encode a line break as `<n>`, not as a space.
-
-        Raises:
-            TypeError: If `text` is not a string.
-        """
-        if not isinstance(text, str):
-            raise TypeError(f"`text` must be a string, but is of type `{type(text).__name__}`.")
-        if not self.tokens_trie.data:
-            return self._tokenize(text, keep_linebreaks)
-        pieces = []
-        for part in self.tokens_trie.split(text):
-            is_added = self._added_tokens_encoder.get(part, -1) >= self.vocab_size
-            pieces += [part] if is_added else self._tokenize(part, keep_linebreaks)
-        return pieces
-
-    def _tokenize(self, text: str, keep_linebreaks: bool = False) -> list[str]:
-        if keep_linebreaks:
-            text = text.replace("\n", LINE_BREAK_PIECE)
-        ids, pieces = self.sp_model.encode(text), self.sp_model.encode(text, out_type=str)
-        # An unknown run may spell a piece that no text gives: "<pad>", where the model does not know "<", "p", ...
-        return [
-            piece if self._convert_token_to_id(piece) == self.num_image_tokens + index else self.unk_token
-            for index, piece in zip(ids, pieces)
-        ]
-
-    # Ids to text -----------------------------------------------------------------------------------------------------
-
-    def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """The text that the pieces spell; `<n>` is a line break."""
-        return self.sp_model.decode_pieces(list(tokens)).replace(LINE_BREAK_PIECE, "\n")
-
-    def _decode(
-        self, token_ids, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None, **kwargs
-    ) -> str:
-        ids = [token_ids] if isinstance(token_ids, int) else [int(index) for index in token_ids]
-        if skip_special_tokens:
-            skipped = set(self.all_special_ids)
-            ids = [index for index in ids if index not in skipped]
-        text = ""
-        for is_piece, run in groupby(ids, key=lambda index: self.num_image_tokens <= index < self.vocab_size):
-            if is_piece:
-                pieces = self.sp_model.decode([index - self.num_image_tokens for index in run])
-                text += pieces.replace(LINE_BREAK_PIECE, "\n")
-            else:
-                text += "".join(self.convert_ids_to_tokens(list(run)))
-        clean_up = (
-            self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
-        )
-        return self.clean_up_tokenization(text) if clean_up else text
 
     # Language --------------------------------------------------------------------------------------------------------
 
@@ -311,32 +156,6 @@ class IcetkTokenizer(PreTrainedTokenizer):
         start_tokens = {self.boi_token_id, self.start_of_english_id, self.start_of_chinese_id}
         chinese, _ = self.language_ranges["zh"]
         return "zh" if any(chinese <= index < self.vocab_size and index not in start_tokens for index in ids) else "en"
-
-    # Files -----------------------------------------------------------------------------------------------------------
-
-    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
-        """
-        Write the SentencePiece model as it was loaded, byte for byte: the start tokens are not part of the file.
-
-        Args:
-            save_directory (`str`): An existing folder.
-            filename_prefix (`str`, *optional*): Put before the file name, with a hyphen.
-
-        Returns:
-            `tuple[str]`: The path of the file.
-        """
-        name = VOCAB_FILES_NAMES["vocab_file"]
-        path = Path(save_directory) / (f"{filename_prefix}-{name}" if filename_prefix else name)
-        path.write_bytes(self._model)
-        return (str(path),)
-
-    def __getstate__(self) -> dict:
-        # The model is kept once: the processor is rebuilt from the bytes of the file.
-        return {name: value for name, value in self.__dict__.items() if name != "sp_model"}
-
-    def __setstate__(self, state: dict):
-        self.__dict__.update(state)
-        self.sp_model = _load_processor(self._model)
 
 
 # Saved pipelines name a class by this; the package root holds it, whichever file defines it.

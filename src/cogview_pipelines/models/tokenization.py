@@ -1,0 +1,246 @@
+"""
+What the text tokenizers of all families are built of: one id space, in which image codes come first, then the pieces
+of a SentencePiece model, then tokens of the family's own.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+import sentencepiece
+from transformers import PreTrainedTokenizer
+
+_IMAGE_TOKEN = re.compile(r"<image_(0|[1-9][0-9]*)>")
+
+
+class CodesAndPiecesTokenizer(PreTrainedTokenizer):
+    """
+    Base of tokenizers whose SentencePiece ids start where the image codes end.
+
+    With `num_image_tokens=20000` id `i < 20000` is image code `i`, named `<image_i>`, and id `20000 + i` is piece `i`;
+    the names in `own_tokens` follow. A text is encoded exactly as SentencePiece encodes it: the name of an image code
+    or of an own token in it means no more than its letters.
+
+    A subclass calls [`load_model`][CodesAndPiecesTokenizer.load_model] before the constructor of this class.
+
+    Args:
+        special_tokens (`dict[str, str]`): Tokens that must be there, by their names in transformers.
+        extra_special_tokens (sequence of `str`): More tokens that `skip_special_tokens` leaves out.
+        kwargs: As for [`~transformers.PreTrainedTokenizer`].
+    """
+
+    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
+    padding_side = "left"
+    own_tokens: tuple[str, ...] = ()
+    # A piece that stands for a line break, if the family has one.
+    line_break_piece: str | None = None
+
+    def __init__(self, *, special_tokens: dict[str, str], extra_special_tokens: Sequence[str] = (), **kwargs):
+        special = {name: kwargs.pop(name, None) or token for name, token in special_tokens.items()}
+        for name, token in special.items():
+            if not self._is_own(str(token)):
+                raise ValueError(f"`vocab_file` {self.vocab_file!r} has no piece {str(token)!r} for `{name}`.")
+        extra = kwargs.pop("saved_extra_special_tokens", None) or ()
+        extra = [*extra_special_tokens, *(token for token in extra if str(token) not in extra_special_tokens)]
+        for name in ("is_local", "local_files_only"):  # how the file was found says nothing about the tokenizer
+            kwargs.pop(name, None)
+        # The special pieces are looked up again: their saved ids are wrong if `num_image_tokens` is another one now.
+        added = kwargs.pop("added_tokens_decoder", {})
+        kwargs["added_tokens_decoder"] = {i: token for i, token in added.items() if not self._is_own(token.content)}
+        super().__init__(extra_special_tokens=extra, **special, **kwargs)
+
+    def load_model(self, vocab_file: str | os.PathLike, num_image_tokens: int) -> None:
+        """Read the SentencePiece model and check the number of image codes."""
+        if isinstance(num_image_tokens, bool) or not isinstance(num_image_tokens, int):
+            raise TypeError(f"`num_image_tokens` must be an integer, but is {num_image_tokens!r}.")
+        if num_image_tokens < 0:
+            raise ValueError(f"`num_image_tokens` must not be negative, but is {num_image_tokens}.")
+        self._model = self._read_model(vocab_file)
+        try:
+            self.sp_model = self.load_processor(self._model)
+        except RuntimeError as error:
+            raise ValueError(
+                f"`vocab_file` {str(vocab_file)!r} is not a SentencePiece model, or is damaged ({len(self._model)} "
+                "bytes). Fetch it again, or train one with training_scripts/train_tokenizer.py."
+            ) from error
+        self.vocab_file = os.fspath(vocab_file)
+        self.num_image_tokens = num_image_tokens
+
+    @classmethod
+    def load_processor(cls, model: bytes) -> sentencepiece.SentencePieceProcessor:
+        """The SentencePiece processor of the bytes of a file."""
+        processor = sentencepiece.SentencePieceProcessor()
+        processor.LoadFromSerializedProto(model)
+        return processor
+
+    @classmethod
+    def _read_model(cls, vocab_file) -> bytes:
+        name, own = cls.vocab_files_names["vocab_file"], cls.__name__
+        if vocab_file is None:
+            raise ValueError(f"`vocab_file` is missing: the folder of `{own}` must hold `{name}`.")
+        if not isinstance(vocab_file, (str, os.PathLike)):
+            raise TypeError(
+                f"`vocab_file` must be the path of `{name}`, but is of type `{type(vocab_file).__name__}`."
+            )
+        path = Path(vocab_file)
+        if path.is_dir():
+            raise ValueError(
+                f"`vocab_file` {str(path)!r} is a folder, but must be the path of `{name}`. To load a saved tokenizer "
+                f"call `{own}.from_pretrained(folder)`."
+            )
+        if not path.is_file():
+            raise FileNotFoundError(f"`vocab_file` {str(path)!r} does not exist; it must be the path of `{name}`.")
+        return path.read_bytes()
+
+    # The vocabulary --------------------------------------------------------------------------------------------------
+
+    @property
+    def num_pieces(self) -> int:
+        """Number of SentencePiece pieces."""
+        return self.sp_model.get_piece_size()
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids: image codes, pieces and the family's own tokens."""
+        return self.num_image_tokens + self.num_pieces + len(self.own_tokens)
+
+    def get_vocab(self) -> dict[str, int]:
+        """All tokens with their ids: image codes, pieces, the family's own, and what `add_tokens` added."""
+        vocab = {f"<image_{code}>": code for code in range(self.num_image_tokens)}
+        names = [*self.sp_model.id_to_piece(list(range(self.num_pieces))), *self.own_tokens]
+        vocab.update((name, self.num_image_tokens + index) for index, name in enumerate(names))
+        vocab.update(self._added_tokens_encoder)
+        return vocab
+
+    def _update_total_vocab_size(self):
+        self.total_vocab_size = self.vocab_size + sum(index >= self.vocab_size for index in self._added_tokens_decoder)
+
+    def _is_own(self, token: str) -> bool:
+        return token in self.own_tokens or self.sp_model.id_to_piece(self.sp_model.piece_to_id(token)) == token
+
+    def _convert_token_to_id(self, token: str) -> int:
+        image = _IMAGE_TOKEN.fullmatch(token)
+        if image and int(image[1]) < self.num_image_tokens:
+            return int(image[1])
+        if token in self.own_tokens:
+            return self.num_image_tokens + self.num_pieces + self.own_tokens.index(token)
+        return self.num_image_tokens + self.sp_model.piece_to_id(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        if not 0 <= index < self.vocab_size:
+            raise IndexError(f"`ids` must lie in 0..{len(self) - 1}, but there is {index}.")
+        if index < self.num_image_tokens:
+            return f"<image_{index}>"
+        index -= self.num_image_tokens
+        if index < self.num_pieces:
+            return self.sp_model.id_to_piece(index)
+        return self.own_tokens[index - self.num_pieces]
+
+    # Text to ids -----------------------------------------------------------------------------------------------------
+
+    def _update_trie(self, unique_no_split_tokens=None):
+        # Only what `add_tokens` added is cut out of a text before SentencePiece sees it, not the special tokens: of
+        # those that are pieces SentencePiece finds what it should, and in the releases the text "<pad>" is letters.
+        tokens = [token.content for index, token in self._added_tokens_decoder.items() if index >= self.vocab_size]
+        for token in [*tokens, *(unique_no_split_tokens or [])]:
+            self.tokens_trie.add(token)
+
+    def tokenize(self, text: str, keep_linebreaks: bool = False, **kwargs) -> list[str]:
+        """
+        The pieces of a text. A run of unknown characters is one entry, spelled as in the text, with the id of `<unk>`.
+
+        Args:
+            text (`str`): Any text, also empty.
+            keep_linebreaks (`bool`, *optional*, defaults to `False`):
+                Encode a line break as the piece for it, not as a space.
+
+        Raises:
+            TypeError: If `text` is not a string.
+            ValueError: If line breaks are to be kept by a family that has no piece for them.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"`text` must be a string, but is of type `{type(text).__name__}`.")
+        if keep_linebreaks and self.line_break_piece is None:
+            raise ValueError(
+                f"`keep_linebreaks` must be False for `{type(self).__name__}`, which has no piece for line breaks."
+            )
+        if not self.tokens_trie.data:
+            return self._tokenize(text, keep_linebreaks)
+        pieces = []
+        for part in self.tokens_trie.split(text):
+            is_added = self._added_tokens_encoder.get(part, -1) >= self.vocab_size
+            pieces += [part] if is_added else self._tokenize(part, keep_linebreaks)
+        return pieces
+
+    def _tokenize(self, text: str, keep_linebreaks: bool = False) -> list[str]:
+        if keep_linebreaks:
+            text = text.replace("\n", self.line_break_piece)
+        ids, pieces = self.sp_model.encode(text), self.sp_model.encode(text, out_type=str)
+        # An unknown run may spell a token that no text gives: "<pad>", where the model does not know "<", "p", ...
+        return [
+            piece if self._convert_token_to_id(piece) == self.num_image_tokens + index else self.unk_token
+            for index, piece in zip(ids, pieces)
+        ]
+
+    # Ids to text -----------------------------------------------------------------------------------------------------
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """The text that the pieces spell."""
+        return self._mend_linebreaks(self.sp_model.decode_pieces(list(tokens)))
+
+    def _mend_linebreaks(self, text: str) -> str:
+        return text if self.line_break_piece is None else text.replace(self.line_break_piece, "\n")
+
+    def _runs(self, ids: Sequence[int]) -> list[tuple[bool, list[int]]]:
+        """The ids in runs: whether they are all pieces, and which they are."""
+        end = self.num_image_tokens + self.num_pieces
+        runs = groupby(ids, key=lambda index: self.num_image_tokens <= index < end)
+        return [(is_text, list(run)) for is_text, run in runs]
+
+    def _spell(self, ids: Sequence[int]) -> str:
+        """The text of ids of pieces."""
+        return self._mend_linebreaks(self.sp_model.decode([index - self.num_image_tokens for index in ids]))
+
+    def _decode(
+        self, token_ids, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None, **kwargs
+    ) -> str:
+        ids = [token_ids] if isinstance(token_ids, int) else [int(index) for index in token_ids]
+        if skip_special_tokens:
+            skipped = set(self.all_special_ids)
+            ids = [index for index in ids if index not in skipped]
+        text = "".join(
+            self._spell(run) if is_text else "".join(self.convert_ids_to_tokens(run))
+            for is_text, run in self._runs(ids)
+        )
+        clean_up = (
+            self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
+        )
+        return self.clean_up_tokenization(text) if clean_up else text
+
+    # Files -----------------------------------------------------------------------------------------------------------
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
+        """
+        Write the SentencePiece model as it was loaded, byte for byte.
+
+        Args:
+            save_directory (`str`): An existing folder.
+            filename_prefix (`str`, *optional*): Put before the file name, with a hyphen.
+
+        Returns:
+            `tuple[str]`: The path of the file.
+        """
+        name = self.vocab_files_names["vocab_file"]
+        path = Path(save_directory) / (f"{filename_prefix}-{name}" if filename_prefix else name)
+        path.write_bytes(self._model)
+        return (str(path),)
+
+    def __getstate__(self) -> dict:
+        # The model is kept once: the processor is rebuilt from the bytes of the file.
+        return {name: value for name, value in self.__dict__.items() if name != "sp_model"}
+
+    def __setstate__(self, state: dict):
+        self.__dict__.update(state)
+        self.sp_model = self.load_processor(self._model)
