@@ -13,7 +13,8 @@ from bench_training import SMALL
 from torch.profiler import ProfilerActivity, profile
 
 from cogview_pipelines import CogLMConfig, CogLMModel, LoPARScheduler
-from cogview_pipelines.generation.tokens import TO_GENERATE, generate, refine
+from cogview_pipelines.generation.canvas import refine
+from cogview_pipelines.generation.tokens import TO_GENERATE, generate
 from cogview_pipelines.models.cogview2.sequences import direct_super_resolution, text_to_image
 
 

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from accelerate.utils import set_seed
 
 from cogview_pipelines import CogLMModel, IcetkTokenizer, IcetkVQModel, LoPARScheduler
+from cogview_pipelines.generation.canvas import refine
 from cogview_pipelines.generation.token_sequence import TokenSequence
-from cogview_pipelines.generation.tokens import refine
 from cogview_pipelines.models.cogview2.sequences import direct_super_resolution
 from cogview_pipelines.training.arguments import parse_config
 from cogview_pipelines.training.data.prefetch import step_generator

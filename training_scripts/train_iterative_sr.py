@@ -26,8 +26,8 @@ import torch
 from accelerate.utils import set_seed
 
 from cogview_pipelines import CogLMConfig, CogLMModel, IcetkTokenizer, IcetkVQModel, LoPARScheduler
+from cogview_pipelines.generation.canvas import refine
 from cogview_pipelines.generation.token_sequence import IGNORED_LABEL
-from cogview_pipelines.generation.tokens import refine
 from cogview_pipelines.models.cogview2.sequences import iterative_super_resolution
 from cogview_pipelines.training.arguments import parse_config
 from cogview_pipelines.training.data.prefetch import step_generator

@@ -44,7 +44,7 @@ def test_the_products_of_a_step_are_those_that_a_step_computes():
 
 @pytest.mark.parametrize("kind", ["direct", "iterative"])
 def test_the_products_of_the_canvas_are_those_that_its_passes_compute(kind):
-    from cogview_pipelines.generation.tokens import refine
+    from cogview_pipelines.generation.canvas import refine
     from cogview_pipelines.models.cogview2.sequences import direct_super_resolution, iterative_super_resolution
 
     model, scheduler = make_coglm(kind), LoPARScheduler([[0, 1], [2, 1]], top_k=(10, 5))

@@ -1,19 +1,16 @@
-"""The two loops: `generate` appends tokens one by one, `refine` rewrites a canvas in a few passes. Tensors only."""
+"""`generate` appends tokens to sequences one by one. Tensors only."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 
-from ..models.cogview2.modeling_coglm import CogLMContext, CogLMModel
-from ..schedulers.scheduling_lopar import LoPARScheduler
+from ..models.cogview2.modeling_coglm import CogLMModel
 from .decoders import encode_context, find_decoder
 from .sampling import Generators, draw_noise
 from .token_sequence import TokenSequence
 
 Sampler = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 TO_GENERATE = -1
-# Super-resolution draws so many bytes of float32 logits at a time; drawing takes a few times as much.
-LOGITS_BYTES = 128 * 2**20
 
 
 @torch.no_grad()
@@ -101,81 +98,3 @@ def _guide(logits: torch.Tensor, guidance_scale: float | None) -> torch.Tensor:
         return logits
     wanted, unwanted = logits.chunk(2)
     return unwanted + guidance_scale * (wanted - unwanted)
-
-
-@torch.no_grad()
-def refine(
-    model: CogLMModel,
-    scheduler: LoPARScheduler,
-    context: TokenSequence | CogLMContext,
-    tokens: torch.Tensor | None = None,
-    *,
-    cluster_labels: torch.Tensor | None = None,
-    cell_mask: torch.Tensor | None = None,
-    generator: Generators = None,
-    device: torch.device | str | None = None,
-    callback: Callable[[int, torch.Tensor], None] | None = None,
-) -> torch.Tensor:
-    """
-    Predict the cells of a canvas pass by pass, as the scheduler says.
-
-    In each pass only the cells that become final are drawn: the others would be masked again before the next pass, so
-    the result has the same distribution as drawing all of them.
-
-    Args:
-        model (`CogLMModel`): A model with super-resolution.
-        scheduler (`LoPARScheduler`): Which cells in which pass, and how they are drawn.
-        context (`TokenSequence` or `CogLMContext`): What the canvas sees; encoded once.
-        tokens (`torch.Tensor` of shape `(batch_size, rows, columns)`, *optional*): The canvas to start from; by
-            default all unknown.
-        cluster_labels (`torch.Tensor` of shape `(num_image_tokens,)`, *optional*): Needed for cluster sampling.
-        cell_mask (`torch.Tensor` of shape `(rows, columns)`, *optional*): Cells outside it keep their tokens.
-        generator: One generator, or one per image.
-        device (`torch.device`, *optional*): Where to compute if hooks move the model; default: where it is.
-        callback: Called with the number of passes done and the canvas after each pass; what is not final yet has its
-            token of before.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size, rows, columns)`.
-
-    Raises:
-        ValueError: If `tokens` is left out although some cells are never predicted.
-    """
-    device = model.device if device is None else device
-    rows, columns = model.config.fine_grid
-    if isinstance(context, TokenSequence):
-        context = context.to(device)
-        context = model(
-            context.input_ids, context.position_ids, context.attention_mask, key_mask=context.key_mask
-        ).context
-    batch_size = context.key_mask.shape[0]
-    boi = model.config.boi_token_id
-    canvas = torch.full((batch_size, rows, columns), boi, device=device) if tokens is None else tokens.to(device)
-    noise = draw_noise((batch_size, rows, columns, 2), generator, device)
-    allowed = torch.ones(rows, columns, dtype=torch.bool) if cell_mask is None else cell_mask.cpu()
-    kept = ~(scheduler.masked_positions(1, rows, columns) & allowed)
-    if tokens is None and kept.any():
-        raise ValueError(
-            f"`tokens` must be given, because {int(kept.sum())} of {kept.numel()} cells keep theirs with this "
-            "`scheduler` and `cell_mask`."
-        )
-    num_clusters = None if cluster_labels is None else int(cluster_labels.max()) + 1
-    num_cells = max(1, LOGITS_BYTES // (4 * batch_size * model.config.num_image_tokens))
-    for timestep in scheduler.timesteps.tolist():
-        masked = (scheduler.masked_positions(timestep, rows, columns) & allowed).to(device)
-        drawn = scheduler.final_positions(timestep, rows, columns) & allowed
-        cells = drawn.flatten().nonzero()[:, 0].to(device)
-        if len(cells):
-            visible = canvas.masked_fill(masked, boi).flatten(1)
-            states = model(
-                canvas_ids=visible, context=context, logits_positions=cells, output_logits=False
-            ).last_hidden_state
-            canvas = canvas.clone()
-            for part, some in zip(cells.split(num_cells), states.split(num_cells, 1)):
-                logits = model(last_hidden_state=some).logits
-                canvas.view(batch_size, -1)[:, part] = scheduler.draw(
-                    logits, timestep, noise.flatten(1, 2)[:, part], cluster_labels, num_clusters
-                )
-        if callback is not None:
-            callback(timestep, canvas)
-    return canvas

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cogview_pipelines.pipelines.cogview2.completion_geometry import center_crop, resize_shorter_side
+from cogview_pipelines.pictures.sizes import center_crop, resize_shorter_side
 
 from .conftest import assert_close, assert_same, assert_same_decisions, longs, run
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cogview_pipelines import LoPARScheduler
-from cogview_pipelines.generation.tokens import refine
+from cogview_pipelines.generation.canvas import refine
 from cogview_pipelines.models.cogview2 import sequences
 from cogview_pipelines.ops.local_attention import window_mask
 

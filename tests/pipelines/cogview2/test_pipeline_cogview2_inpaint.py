@@ -5,7 +5,8 @@ import PIL.Image
 import pytest
 import torch
 
-from cogview_pipelines.generation.tokens import refine
+from cogview_pipelines.generation.canvas import refine
+from cogview_pipelines.pictures.sizes import resize
 from cogview_pipelines.pipelines.cogview2 import completion_geometry as geometry
 from cogview_pipelines.pipelines.cogview2.pipeline_cogview2_inpaint import CogView2InpaintPipeline
 
@@ -111,7 +112,7 @@ def test_the_raw_crop_is_what_is_seen_inside_of_the_mask(inpaint):
     ((top, left, bottom, right),), (crop,) = output.crop_boxes[0], output.crops[0]
     assert (top, left, bottom, right) == geometry.crop_box(torch.from_numpy(mask))
     assert crop.shape == (3, FINE, FINE)
-    pasted = geometry.resize(crop[None], (bottom - top, right - left))[0]
+    pasted = resize(crop[None], (bottom - top, right - left))[0]
     inside = torch.from_numpy(mask)
     crop_inside = inside[top:bottom, left:right]
     assert torch.equal(output.images[0][:, inside], pasted[:, crop_inside])
@@ -143,7 +144,7 @@ def test_known_tokens_stay_and_only_masked_ones_are_drawn(inpaint):
     crop = pixels[..., top:bottom, left:right]
     crop_mask = torch.from_numpy(mask)[top:bottom, left:right]
     for stage, size, grid in (("transformer", LOW, (4, 4)), ("iterative_sr_transformer", FINE, (12, 12))):
-        known = inpaint.vqvae.encode(geometry.resize(crop, (size, size))).tokens[0]
+        known = inpaint.vqvae.encode(resize(crop, (size, size))).tokens[0]
         marked = geometry.covering_token_mask(crop_mask, grid)
         tokens = [tokens for _, name, tokens in seen if name == stage]
         assert torch.equal(tokens[-1][0][~marked], known[~marked])

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from cogview_pipelines.evaluation.likelihood import EmbeddingScorer, caption_losses
+from cogview_pipelines.evaluation.embedding_scores import EmbeddingScorer
+from cogview_pipelines.evaluation.likelihood import caption_losses
 
 from ..conftest import LOW, build
 
@@ -75,24 +74,6 @@ def test_a_scorer_gets_drafts_and_prompts_and_decides(pipe):
     assert output.scores == [3.0, 1.0, 5.0, 4.0]
 
 
-@pytest.fixture(scope="module")
-def clip():
-    """A random CLIP of one layer, with a tokenizer of letters."""
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    pieces = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    tokenizer = CLIPTokenizer({piece: index for index, piece in enumerate(pieces)}, [], model_max_length=12)
-    sides = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    words = {"vocab_size": len(pieces), "max_position_embeddings": 12, "bos_token_id": 0, "eos_token_id": 1}
-    config = CLIPConfig(
-        text_config={**sides, **words, "pad_token_id": 1},
-        vision_config={**sides, "image_size": 16, "patch_size": 8},
-        projection_dim=8,
-    )
-    size = {"height": 16, "width": 16}
-    torch.manual_seed(0)
-    return CLIPModel(config).eval(), CLIPProcessor(CLIPImageProcessorPil(size=size, crop_size=size), tokenizer)
-
-
 def test_drafts_may_be_ranked_by_clip(pipe, clip):
     model, processor = clip
     scorer = EmbeddingScorer(model, processor, max_batch_size=2)
@@ -105,14 +86,6 @@ def test_drafts_may_be_ranked_by_clip(pipe, clip):
         logits = model(**inputs).logits_per_image[:, 0] / model.logit_scale.exp()
     assert output.seeds == [numbers[index] for index in logits.argsort(descending=True)]
     torch.testing.assert_close(torch.tensor(output.scores), logits.sort(descending=True).values, atol=1e-5, rtol=0)
-
-
-def test_clip_reads_what_it_can_of_a_long_text_and_wants_a_text_for_each_picture(pipe, clip):
-    scorer = EmbeddingScorer(*clip)
-    image = pipe("a cat", generator=seeds(1), height=LOW).images[0]
-    assert len(scorer([image] * 2, ["a cat", "a very long story of cats"])) == 2
-    with pytest.raises(ValueError, match="`prompts` must be one per picture"):
-        scorer([image], ["a cat", "a dog"])
 
 
 @pytest.mark.parametrize("scores", [[1.0], [[1.0, 2.0]], [1.0, float("nan")]])

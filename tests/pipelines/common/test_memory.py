@@ -13,7 +13,7 @@ from cogview_pipelines import (
     CogView2Pipeline,
     CogView2UpscalePipeline,
 )
-from cogview_pipelines.generation.tokens import LOGITS_BYTES
+from cogview_pipelines.generation.canvas import LOGITS_BYTES
 from cogview_pipelines.pipelines.common.memory import LOGITS, bytes_per_picture, pictures_that_fit
 from cogview_pipelines.pipelines.common.offloading import StageOffload
 

@@ -14,9 +14,9 @@ from ...generation.sampling import Generators, sample_tokens
 from ...generation.texts import WrittenText, search_texts, write_texts
 from ...models.cogview2 import sequences
 from ...pictures.pixels import Images, Picture, read_pictures
+from ...pictures.sizes import center_crop, resize
 from ..common.base import CogView2PipelineBase, check_counts, check_prompts, one_generator_per_image
 from ..common.outputs import CogView2CaptionPipelineOutput
-from .completion_geometry import center_crop, resize
 
 LANGUAGES = ("en", "zh")
 STRATEGIES = ("greedy", "sample", "beam", "best_of")

@@ -11,6 +11,7 @@ from ...generation.sampling import Generators
 from ...generation.tokens import generate
 from ...models.cogview2 import sequences
 from ...pictures.pixels import OUTPUT_TYPES, Images, Picture, read_masks, read_pictures, write_pictures
+from ...pictures.sizes import resize
 from ...schedulers.scheduling_lopar import LoPARScheduler
 from ..common.base import (
     Callback,
@@ -25,7 +26,7 @@ from ..common.base import (
 )
 from ..common.outputs import CogView2InpaintPipelineOutput
 from ..common.previews import PreviewMixin
-from .completion_geometry import MASK_SHARE, Box, best_window, covering_token_mask, crop_box, resize, token_mask
+from .completion_geometry import MASK_SHARE, Box, best_window, covering_token_mask, crop_box, token_mask
 
 MASK_RULES = {"cover": covering_token_mask, "nearest": token_mask}
 

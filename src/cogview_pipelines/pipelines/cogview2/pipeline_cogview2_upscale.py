@@ -10,6 +10,7 @@ from ...generation.batching import run_in_batches
 from ...generation.sampling import Generators
 from ...models.cogview2 import sequences
 from ...pictures.pixels import OUTPUT_TYPES, Images, Picture, read_pictures, write_pictures
+from ...pictures.sizes import agree_with
 from ...schedulers.scheduling_lopar import LoPARScheduler
 from ..common.base import (
     Callback,
@@ -24,7 +25,6 @@ from ..common.base import (
 )
 from ..common.outputs import CogView2PipelineOutput
 from ..common.previews import PreviewMixin
-from .completion_geometry import agree_with
 
 DEFAULT_TILE_OVERLAP = 0.25
 

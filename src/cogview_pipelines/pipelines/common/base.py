@@ -10,8 +10,9 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 from transformers import PreTrainedModel, PreTrainedTokenizer
 
+from ...generation.canvas import refine
 from ...generation.sampling import Generators, sample_cluster_tokens
-from ...generation.tokens import Sampler, refine
+from ...generation.tokens import Sampler
 from ...models.cogview2 import sequences
 from ...schedulers.scheduling_lopar import LoPARScheduler
 from .memory import execution_device, pictures_that_fit

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from accelerate.hooks import CpuOffload
 
-from ...generation.tokens import LOGITS_BYTES
+from ...generation.canvas import LOGITS_BYTES
 from ...models.cogview2.modeling_coglm import CogLMConfig, CogLMModel
 from .offloading import share_weights
 
