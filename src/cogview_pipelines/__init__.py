@@ -21,6 +21,8 @@ _EXPORTS = {
     "CogView2PreviewOutput": ".pipelines.common.outputs",
     "CogView2UpscalePipeline": ".pipelines.cogview2.pipeline_cogview2_upscale",
     "CogViewTokenizer": ".models.cogview.tokenization_cogview",
+    "CogViewVQConfig": ".models.image_tokenizers.modeling_cogview_vq",
+    "CogViewVQModel": ".models.image_tokenizers.modeling_cogview_vq",
     "GenerationInterrupted": ".pipelines.common.base",
     "IcetkTokenizer": ".models.cogview2.tokenization_icetk",
     "IcetkVQConfig": ".models.image_tokenizers.modeling_icetk_vq",

@@ -16,7 +16,9 @@ def resize(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(pixels, size, mode="bilinear", antialias=True)
 
 
-def resize_shorter_side(image: torch.Tensor, size: int, antialias: bool = True) -> torch.Tensor:
+def resize_shorter_side(
+    image: torch.Tensor, size: int, antialias: bool = True, as_pillow: bool = False
+) -> torch.Tensor:
     """
     Resize a picture so that its shorter side has `size` pixels; bilinear.
 
@@ -24,6 +26,8 @@ def resize_shorter_side(image: torch.Tensor, size: int, antialias: bool = True) 
         image (`torch.Tensor` of shape `(..., height, width)`): Bytes, or floating point values.
         size (`int`): Pixels.
         antialias (`bool`): Low-pass before reducing. The release ran without; some tokens of reduced pictures differ.
+        as_pillow (`bool`): Resize bytes on a CPU in the integer arithmetic of Pillow, which differs by one here and
+            there. The first CogView's release read pictures so.
 
     Returns:
         `torch.Tensor`: Of the same dtype; bytes are rounded.
@@ -34,10 +38,9 @@ def resize_shorter_side(image: torch.Tensor, size: int, antialias: bool = True) 
     if target == (height, width):
         return image
     planes = image.reshape(1, -1, height, width)
-    resized = F.interpolate(
-        planes if planes.is_floating_point() else planes.float(), target, mode="bilinear", antialias=antialias
-    )
-    if not image.is_floating_point():
+    exact = planes.is_floating_point() or (as_pillow and antialias)
+    resized = F.interpolate(planes if exact else planes.float(), target, mode="bilinear", antialias=antialias)
+    if resized.dtype != image.dtype:
         resized = resized.round().clamp(0, 255).to(image.dtype)
     return resized.view(*image.shape[:-2], *target)
 

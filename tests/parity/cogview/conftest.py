@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from cogview_pipelines.conversion.cogview.layout import TRANSPOSED, image_tokenizer_key
 from cogview_pipelines.models.cogview.tokenization_cogview import CogViewTokenizer
+from cogview_pipelines.models.image_tokenizers.modeling_cogview_vq import CogViewVQConfig, CogViewVQModel
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +66,15 @@ def text_tokenizer(fixture_folder, notes, tmp_path_factory) -> CogViewTokenizer:
     folder = tmp_path_factory.mktemp("text_tokenizer")
     CogViewTokenizer(model, num_image_tokens=notes["ids"]["image_codes"]).save_pretrained(folder)
     return CogViewTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def vqvae(fixture_folder, device) -> CogViewVQModel:
+    released = torch.load(fixture_folder / "checkpoints" / "vqvae_tiny.pt", weights_only=True)
+    tensors = {image_tokenizer_key(key): value.float() for key, value in released.items()}
+    tensors = {key: value.T if key in TRANSPOSED else value for key, value in tensors.items()}
+    (num_embeddings, dim), channels = tensors["quantize.embed.weight"].shape, len(tensors["encoder.0.bias"])
+    config = CogViewVQConfig(num_embeddings=num_embeddings, embedding_dim=dim, hidden_channels=channels)
+    model = CogViewVQModel(config)
+    model.load_state_dict(tensors)
+    return model.eval().to(device)

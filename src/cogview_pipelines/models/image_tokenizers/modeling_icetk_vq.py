@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-NUM_DISTANCES = 2**26  # at most so many distances to the codebook stand in memory at once
+from .codebook import as_grids, check_pixels, image_statistics, nearest_codes, same_on_all_processes
 
 
 @strict
@@ -379,15 +379,7 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def nearest(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The nearest code of each row of `(positions, embedding_dim)` and its squared distance, in float32."""
-        codes = self.embed.weight.float()
-        squares = codes.square().sum(1)
-        tokens, distances = [], []
-        with torch.autocast(vectors.device.type, enabled=False):
-            for part in vectors.float().split(max(1, NUM_DISTANCES // len(codes))):
-                distance, token = torch.addmm(squares, part, codes.T, alpha=-2).min(1)
-                tokens.append(token)
-                distances.append((distance + part.square().sum(1)).clamp_min(0))
-        return torch.cat(tokens), torch.cat(distances)
+        return nearest_codes(vectors, self.embed.weight)
 
     def _start_if_new(self, vectors):
         """Spread the codes over the vectors of the first batch."""
@@ -402,7 +394,7 @@ class VectorQuantizer(nn.Module):
             chosen = torch.cat([chosen, vectors[more]])
         spare = torch.randint(len(chosen), (num_codes - len(chosen),), device=vectors.device)
         noise = torch.randn(len(spare), chosen.shape[1], device=vectors.device) * 0.1 * chosen.std(0, correction=0)
-        chosen = _same_on_all_processes(torch.cat([chosen, chosen[spare] + noise]))
+        chosen = same_on_all_processes(torch.cat([chosen, chosen[spare] + noise]))
         self._place(torch.arange(num_codes, device=vectors.device), chosen)
 
     def _follow(self, vectors, tokens, distances):
@@ -424,7 +416,7 @@ class VectorQuantizer(nn.Module):
         num_dead = int((sizes < self.dead_code_threshold).sum())
         if num_dead:
             chosen = _choose_by_weight(distances, num_dead)
-            self._place(codes[:num_dead], _same_on_all_processes(vectors[chosen]))
+            self._place(codes[:num_dead], same_on_all_processes(vectors[chosen]))
 
     def _place(self, codes, vectors):
         """Put codes at vectors, as if each were used once a step."""
@@ -439,14 +431,6 @@ def _choose_by_weight(weights: torch.Tensor, count: int) -> torch.Tensor:
     # The Gumbel trick, because `multinomial` is limited to 2**24 categories.
     noise = -torch.empty_like(weights).exponential_().log()
     return (weights.log() + noise).topk(count).indices
-
-
-def _same_on_all_processes(value: torch.Tensor) -> torch.Tensor:
-    """The value of the first process."""
-    value = value.contiguous()
-    if torch.distributed.is_initialized():
-        torch.distributed.broadcast(value, 0)
-    return value
 
 
 class IcetkVQModel(PreTrainedModel):
@@ -522,7 +506,7 @@ class IcetkVQModel(PreTrainedModel):
             ValueError: If the rate is not built, a code is out of range or flat codes are no square.
         """
         self._check_rate(compression_rate)
-        tokens = self._as_grids(tokens)
+        tokens = as_grids(tokens, self.config.num_embeddings)
         embeddings = self.quantize.embed(tokens).movedim(-1, 1)
         return IcetkVQDecoderOutput(sample=self._decode_embeddings(embeddings, compression_rate))
 
@@ -570,14 +554,7 @@ class IcetkVQModel(PreTrainedModel):
 
     def _encode_features(self, pixel_values, compression_rate):
         self._check_rate(compression_rate)
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
-            shape = tuple(pixel_values.shape)
-            raise ValueError(f"`pixel_values` must have the shape (batch_size, 3, height, width), but has {shape}.")
-        if pixel_values.shape[2] % compression_rate or pixel_values.shape[3] % compression_rate:
-            raise ValueError(
-                f"Height and width of `pixel_values` must be multiples of `compression_rate` {compression_rate}, "
-                f"but are {pixel_values.shape[2]} and {pixel_values.shape[3]}. Resize or crop the pictures."
-            )
+        check_pixels(pixel_values, compression_rate)
         mean, std = self._image_statistics(pixel_values)
         hidden_states = self.encoder(((pixel_values - mean) / std).to(self.dtype))
         for down_sampler in self.down_samplers[: self.config.num_down_samplers(compression_rate)]:
@@ -591,8 +568,7 @@ class IcetkVQModel(PreTrainedModel):
 
     def _image_statistics(self, like):
         """Mean and standard deviation as tensors that broadcast over pictures."""
-        mean, std = (like.new_tensor(value).view(3, 1, 1) for value in (self.config.image_mean, self.config.image_std))
-        return mean, std
+        return image_statistics(self.config.image_mean, self.config.image_std, like)
 
     def _check_rate(self, compression_rate):
         if compression_rate not in self.config.compression_rates:
@@ -600,28 +576,6 @@ class IcetkVQModel(PreTrainedModel):
                 f"`compression_rate` must be one of {self.config.compression_rates}, which this model has, "
                 f"but is {compression_rate}."
             )
-
-    def _as_grids(self, tokens):
-        if tokens.ndim == 2:
-            side = math.isqrt(tokens.shape[1])
-            if side * side != tokens.shape[1]:
-                raise ValueError(
-                    f"Flat `tokens` must be a square number of codes, but are {tokens.shape[1]}. "
-                    "Pass (batch_size, rows, columns) for other shapes."
-                )
-            tokens = tokens.view(-1, side, side)
-        if tokens.ndim != 3:
-            shape = tuple(tokens.shape)
-            raise ValueError(
-                f"`tokens` must have the shape (batch_size, rows, columns) or (batch_size, codes), but have {shape}."
-            )
-        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.num_embeddings:
-            raise ValueError(
-                f"`tokens` must be codes in 0..{self.config.num_embeddings - 1}, "
-                f"but span {int(tokens.min())}..{int(tokens.max())}. "
-                "Text ids cannot be decoded to pixels."
-            )
-        return tokens
 
 
 IcetkVQModel.__module__ = "cogview_pipelines"
