@@ -26,6 +26,7 @@ LAYERS = (
     {"schedulers"},
     {"generation"},
     {"evaluation", "training"},
+    {"pipelines.common"},
     {"pipelines"},
     {"speed", "demo", "conversion", "serving"},
     {"cli"},
@@ -160,6 +161,12 @@ def test_families_do_not_import_one_another():
     assert len(imports) > 20
     wrong = [pair for pair in imports if family_of(pair[1]) not in (None, family_of(pair[0]))]
     assert not wrong
+
+
+def test_what_the_pipelines_of_all_families_share_knows_none_of_them():
+    imports = [pair for pair in all_imports() if pair[0].startswith("pipelines.common.")]
+    assert len(imports) > 10
+    assert not [pair for pair in imports if family_of(f"{pair[1]}.")]
 
 
 def test_only_programs_import_the_demo():

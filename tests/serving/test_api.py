@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
+from cogview_pipelines.pipelines.cogview2.base import DEFAULT_SETTINGS
 from cogview_pipelines.pipelines.cogview2.pipeline_cogview2_caption import CogView2CaptionPipeline
-from cogview_pipelines.pipelines.common.base import DEFAULT_SETTINGS
 from cogview_pipelines.serving.schemas import DrawsTokens
 
 from .conftest import FINE, LOW, PROMPT, half_mask, picture, png

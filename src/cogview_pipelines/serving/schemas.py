@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from ..pipelines.common.base import DEFAULT_SETTINGS
+from ..pipelines.cogview2.base import DEFAULT_SETTINGS
 from .errors import ApiError, bad_request
 
 LARGEST_SEED = 2**62  # the pictures of a request have seeds from the first one on, and all must fit into 63 bits

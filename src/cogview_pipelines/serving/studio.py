@@ -17,7 +17,7 @@ from ..pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
 from ..pipelines.cogview2.pipeline_cogview2_caption import CogView2CaptionPipeline
 from ..pipelines.cogview2.pipeline_cogview2_inpaint import CogView2InpaintPipeline
 from ..pipelines.cogview2.pipeline_cogview2_upscale import CogView2UpscalePipeline
-from ..pipelines.common.base import Callback
+from ..pipelines.common.notifier import Callback
 from ..pipelines.common.preview_budget import PreviewBudget
 from .errors import ApiError, bad_request
 from .schemas import CaptionRequest, EditRequest, GenerationRequest, ScoreRequest, UpscaleRequest

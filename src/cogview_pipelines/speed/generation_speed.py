@@ -9,7 +9,7 @@ from torch import nn
 
 from ..environment import stamp
 from ..models.cogview2.modeling_coglm import CogLMModel
-from ..pipelines.common.base import CogView2PipelineBase
+from ..pipelines.cogview2.base import CogView2PipelineBase
 from ..schedulers.scheduling_lopar import LoPARScheduler
 from .timing import PeakMemory, machine_speed, median_seconds
 

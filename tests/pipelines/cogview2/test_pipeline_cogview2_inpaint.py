@@ -157,7 +157,7 @@ def test_known_tokens_stay_and_only_masked_ones_are_drawn(inpaint):
 def test_iterative_super_resolution_reads_the_original_around_the_mask(inpaint, monkeypatch):
     """The cell mask reaches `refine`, and what surrounds it is the original's fine tokens."""
     calls = []
-    module = "cogview_pipelines.pipelines.common.base.refine"
+    module = "cogview_pipelines.pipelines.cogview2.base.refine"
     monkeypatch.setattr(module, lambda *args, **kwargs: (calls.append((args, kwargs)), refine(*args, **kwargs))[1])
     image, mask = picture(FINE, FINE), mask_of(FINE, FINE, (0, 0, 60, 40), (70, 80, 90, 90))
     inpaint(PROMPT, image, mask)

@@ -11,22 +11,20 @@ from ...generation.batching import run_in_batches, slices
 from ...generation.sampling import Generators
 from ...generation.tokens import TO_GENERATE, generate
 from ...models.cogview2 import sequences
-from ..common.base import (
-    DEFAULT_SETTINGS,
-    Callback,
-    CogView2PipelineBase,
-    Notifier,
+from ..common.arguments import (
     PromptTranslator,
     check_counts,
     check_output_type,
     check_prompts,
     one_generator_per_image,
-    progress_of_success,
     run_lengths,
     translate,
 )
-from ..common.outputs import CogView2PipelineOutput
+from ..common.calls import Call
+from ..common.notifier import Callback, Notifier, progress_of_success
 from ..common.previews import PreviewMixin
+from .base import DEFAULT_SETTINGS, CogView2PipelineBase
+from .outputs import CogView2PipelineOutput
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -178,20 +176,20 @@ class CogView2Pipeline(PreviewMixin, CogView2PipelineBase):
         passes = [len(scheduler.timesteps) for _, scheduler in schedulers]
         total = num_draft_steps * len(slices(len(texts), draft_size))
         total += sum(count * len(slices(num_images, size)) for count, size in zip(passes, sizes))
-        notify = functools.partial(
-            Notifier, self, callback=callback_on_step_end, tensor_inputs=callback_on_step_end_tensor_inputs
-        )
         scores = None
-        with self._running(return_statistics) as statistics, self.progress_bar(total=total) as progress:
+        with self._running(return_statistics) as call, self.progress_bar(total=total) as progress:
+            notify = functools.partial(
+                Notifier, call, progress, callback_on_step_end, callback_on_step_end_tensor_inputs
+            )
 
             def draft(batch: slice) -> torch.Tensor:
-                notifier = notify(progress, image_indices=list(range(batch.start, batch.stop)))
+                notifier = notify(image_indices=list(range(batch.start, batch.stop)))
                 with progress_of_success(progress):
-                    return self._draft(texts[batch], negative, generators[batch], settings, notifier)
+                    return self._draft(texts[batch], negative, generators[batch], settings, call, notifier)
 
             tokens = self._batches(draft, draft_size, generators, progress, num_draft_steps)
             if num_candidates is not None:
-                with self._measure("transformer"):
+                with call.measure("transformer"):
                     chosen, scores = self._select(tokens, prompts, num_images_per_prompt, scorer, draft_size)
                 tokens = tokens[chosen]
                 texts, generators = ([values[index] for index in chosen] for values in (texts, generators))
@@ -200,19 +198,23 @@ class CogView2Pipeline(PreviewMixin, CogView2PipelineBase):
             for stage, size, count in zip(schedulers, sizes, passes):
 
                 def refine(batch: slice, tokens=tokens, stage=stage, done=done) -> torch.Tensor:
-                    notifier = notify(progress, image_indices=list(range(batch.start, batch.stop)), step=done)
+                    notifier = notify(image_indices=list(range(batch.start, batch.stop)), step=done)
                     with progress_of_success(progress):
-                        return self._super_resolve(texts[batch], tokens[batch], generators[batch], [stage], notifier)
+                        return self._super_resolve(
+                            texts[batch], tokens[batch], generators[batch], [stage], call, notifier
+                        )
 
                 tokens = self._batches(refine, size, generators, progress, count)
                 done += count
+            with call.measure("vqvae"):
+                images = self._decode(tokens, output_type)
             output = CogView2PipelineOutput(
-                images=self._decode(tokens, output_type),
+                images=images,
                 tokens=tokens,
                 seeds=[generator.initial_seed() for generator in generators],
                 prompts=[prompt for prompt in prompts for _ in range(num_images_per_prompt)],
                 scores=scores,
-                statistics=statistics,
+                statistics=call.statistics,
             )
         return output if return_dict else output.to_tuple()
 
@@ -289,13 +291,14 @@ class CogView2Pipeline(PreviewMixin, CogView2PipelineBase):
         negative: list[int] | None,
         generators: list[torch.Generator],
         settings: dict,
+        call: Call,
         notify: Notifier,
     ) -> torch.Tensor:
         """Low-resolution tokens of one batch of pictures: `(batch_size, rows, columns)`."""
         layout = self.layout
         unique, repeats = run_lengths(texts)
         contexts = unique if negative is None else unique + [negative] * len(unique)
-        with self._measure("transformer"):
+        with call.measure("transformer"):
             tokens = generate(
                 self.transformer,
                 sequences.text_to_image(contexts, layout),

@@ -4,8 +4,6 @@ import functools
 from collections.abc import Sequence
 
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.image_processor import VaeImageProcessor
 from transformers import PreTrainedModel, PreTrainedTokenizer
 
 from ...evaluation.likelihood import caption_losses, image_losses
@@ -15,8 +13,10 @@ from ...generation.texts import WrittenText, search_texts, write_texts
 from ...models.cogview2 import sequences
 from ...pictures.pixels import Images, Picture, read_pictures
 from ...pictures.sizes import center_crop, resize
-from ..common.base import CogView2PipelineBase, check_counts, check_prompts, one_generator_per_image
-from ..common.outputs import CogView2CaptionPipelineOutput
+from ..common.arguments import check_counts, check_prompts, one_generator_per_image
+from ..common.base import PipelineBase
+from ..common.calls import Call
+from .outputs import CogView2CaptionPipelineOutput
 
 LANGUAGES = ("en", "zh")
 STRATEGIES = ("greedy", "sample", "beam", "best_of")
@@ -27,7 +27,7 @@ DEFAULT_MAX_LENGTH = 48
 DEFAULT_MAX_BATCH_SIZE = 16
 
 
-class CogView2CaptionPipeline(CogView2PipelineBase):
+class CogView2CaptionPipeline(PipelineBase):
     """
     Captions of pictures in English and Chinese, and the loss of given captions, by CogLM.
 
@@ -46,7 +46,6 @@ class CogView2CaptionPipeline(CogView2PipelineBase):
     """
 
     model_cpu_offload_seq = "transformer"
-    _optional_components = ()
 
     def __init__(
         self,
@@ -55,10 +54,14 @@ class CogView2CaptionPipeline(CogView2PipelineBase):
         vqvae: PreTrainedModel,
         compression_rate: int = 8,
     ):
-        DiffusionPipeline.__init__(self)  # the components of the base class are those of pictures
+        super().__init__()
         self.register_modules(tokenizer=tokenizer, transformer=transformer, vqvae=vqvae)
         self.register_to_config(compression_rate=compression_rate)
-        self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
+
+    @property
+    def layout(self) -> sequences.SequenceLayout:
+        """Where things stand in the transformer's sequences."""
+        return self.transformer.config.layout
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -146,20 +149,22 @@ class CogView2CaptionPipeline(CogView2PipelineBase):
             raise ValueError(f"`max_length` may be {longest} with this model, but is {max_length}.")
         batch_size = max_batch_size or DEFAULT_MAX_BATCH_SIZE
         num_drawn = {"sample": num_captions_per_image, "best_of": num_candidates}.get(strategy, 0)
-        with self._running(return_statistics) as statistics:
-            tokens = self._low_tokens(image, tokens, batch_size)
+        with self._running(return_statistics) as call:
+            tokens = self._low_tokens(image, tokens, batch_size, call)
             generators = one_generator_per_image(generator, len(tokens) * num_drawn) if num_drawn else []
-            output = CogView2CaptionPipelineOutput([], [], [], seeds=[] if num_drawn else None, statistics=statistics)
+            output = CogView2CaptionPipelineOutput(
+                [], [], [], seeds=[] if num_drawn else None, statistics=call.statistics
+            )
             pictures_at_a_time = max(1, batch_size // max(num_drawn, num_beams if strategy == "beam" else 1))
 
             def write(batch: slice) -> list[list[WrittenText]]:
-                self._stop_if_interrupted()
+                call.stop_if_interrupted()
                 own = generators[batch.start * num_drawn : batch.stop * num_drawn]
                 return self._write(
                     tokens[batch], language, strategy, num_drawn, num_beams, temperature, top_k, max_length, end, own
                 )
 
-            with self.progress_bar(total=len(tokens)) as progress, self._measure("transformer"):
+            with self.progress_bar(total=len(tokens)) as progress, call.measure("transformer"):
                 parts = run_in_batches(write, len(tokens), pictures_at_a_time, generators=generators)
                 for index, texts in enumerate(texts for part in parts for texts in part):
                     own = generators[index * num_drawn : (index + 1) * num_drawn]
@@ -208,21 +213,20 @@ class CogView2CaptionPipeline(CogView2PipelineBase):
         prompts = check_prompts(prompt)
         check_counts(max_batch_size=max_batch_size)
         batch_size = max_batch_size or DEFAULT_MAX_BATCH_SIZE
-        with self._running(return_statistics=False):
-            return self._score(image, prompts, tokens, languages, batch_size)
+        with self._running() as call:
+            tokens = self._low_tokens(image, tokens, batch_size, call)
+            return self._score(prompts, tokens, languages, batch_size)
 
     # Stages ----------------------------------------------------------------------------------------------------------
 
     def _score(
         self,
-        image: Images | None,
         prompts: list[str],
-        tokens: torch.Tensor | None,
+        tokens: torch.Tensor,
         languages: Sequence[str] | None,
         batch_size: int,
     ) -> torch.Tensor:
         """Caption losses of pairs."""
-        tokens = self._low_tokens(image, tokens, batch_size)
         count = max(len(tokens), len(prompts))
         if not {len(tokens), len(prompts)} <= {1, count}:
             raise ValueError(
@@ -240,13 +244,16 @@ class CogView2CaptionPipeline(CogView2PipelineBase):
             device=self._device_of(self.transformer),
         )
 
-    def _low_tokens(self, image: Images | None, tokens: torch.Tensor | None, batch_size: int) -> torch.Tensor:
+    def _low_tokens(
+        self, image: Images | None, tokens: torch.Tensor | None, batch_size: int, call: Call
+    ) -> torch.Tensor:
         """Low-resolution tokens of what came: `(num_images, rows, columns)`."""
         if (image is None) == (tokens is None):
             raise ValueError("Give either `image` or `tokens`.")
         if tokens is None:
             pixels = torch.stack([self._fit(picture) for picture in read_pictures(image)])
-            return torch.cat([self._encode_pixels(part) for part in pixels.split(batch_size)])
+            with call.measure("vqvae"):
+                return torch.cat([self._encode_pixels(part) for part in pixels.split(batch_size)])
         grid, limit = self.transformer.config.image_grid, self.transformer.config.num_image_tokens
         if not isinstance(tokens, torch.Tensor):
             raise TypeError(f"`tokens` must be a torch tensor, but is of type `{type(tokens).__name__}`.")

@@ -13,10 +13,7 @@ from ...models.cogview2 import sequences
 from ...pictures.pixels import OUTPUT_TYPES, Images, Picture, read_masks, read_pictures, write_pictures
 from ...pictures.sizes import resize
 from ...schedulers.scheduling_lopar import LoPARScheduler
-from ..common.base import (
-    Callback,
-    CogView2PipelineBase,
-    Notifier,
+from ..common.arguments import (
     PromptTranslator,
     check_counts,
     check_output_type,
@@ -24,9 +21,12 @@ from ..common.base import (
     one_generator_per_image,
     translate,
 )
-from ..common.outputs import CogView2InpaintPipelineOutput
+from ..common.calls import Call
+from ..common.notifier import Callback, Notifier
 from ..common.previews import PreviewMixin
+from .base import CogView2PipelineBase
 from .completion_geometry import MASK_SHARE, Box, best_window, covering_token_mask, crop_box, token_mask
+from .outputs import CogView2InpaintPipelineOutput
 
 MASK_RULES = {"cover": covering_token_mask, "nearest": token_mask}
 
@@ -46,6 +46,7 @@ class _Task:
     min_side: int
     max_side: int | None
     mask_rule: str
+    call: Call | None = None
     notify: Notifier | None = None
 
     def next_crop(self, remaining: torch.Tensor, grid: tuple[int, int]) -> Box:
@@ -236,15 +237,16 @@ class CogView2InpaintPipeline(PreviewMixin, CogView2PipelineBase):
         sizes = [self._batch_size(max_batch_size, self.transformer, copies)]
         sizes += [self._batch_size(max_batch_size, getattr(self, stage)) for stage, _ in schedulers]
         results, crops, boxes = [], [], []
-        with self._running(return_statistics) as statistics:
+        with self._running(return_statistics) as call:
             for index, task in enumerate(tasks):
                 first = index * num_images_per_prompt
                 own = generators[first : first + num_images_per_prompt]
 
                 def paint(batch: slice, task=task, first=first, own=own):
                     with self.progress_bar(total=0) as progress:
+                        task.call = call
                         task.notify = Notifier(
-                            self,
+                            call,
                             progress,
                             callback_on_step_end,
                             callback_on_step_end_tensor_inputs,
@@ -265,7 +267,7 @@ class CogView2InpaintPipeline(PreviewMixin, CogView2PipelineBase):
                 crop_boxes=boxes,
                 seeds=[generator.initial_seed() for generator in generators],
                 prompts=[prompt for prompt in prompts for _ in range(num_images_per_prompt)],
-                statistics=statistics,
+                statistics=call.statistics,
             )
         return output if return_dict else output.to_tuple()
 
@@ -341,16 +343,26 @@ class CogView2InpaintPipeline(PreviewMixin, CogView2PipelineBase):
         """A crop with its masked part anew, one for each generator, at the resolution of the model."""
         low_size, fine_size = self.sizes[0], self.sizes[-1]
         num_images = len(generators)
-        known = self._encode_pixels(resize(crop, low_size))
+        with task.call.measure("vqvae"):
+            known = self._encode_pixels(resize(crop, low_size))
         tokens = self._fill(task, known, task.tokens_of(mask, self.layout.image_grid), generators)
         super_resolve = max(crop.shape[-2:]) > max(low_size) if task.super_resolve is None else task.super_resolve
         if super_resolve and task.schedulers:
-            fine = self._encode_pixels(resize(crop, fine_size)).expand(num_images, -1, -1)
+            with task.call.measure("vqvae"):
+                fine = self._encode_pixels(resize(crop, fine_size)).expand(num_images, -1, -1)
             fine_mask = task.tokens_of(mask, fine.shape[-2:])
             tokens = self._super_resolve(
-                [task.text] * num_images, tokens, generators, task.schedulers, task.notify, fine, fine_mask
+                [task.text] * num_images,
+                tokens,
+                generators,
+                task.schedulers,
+                task.call,
+                task.notify,
+                fine,
+                fine_mask,
             )
-        return self._decode_pixels(tokens)
+        with task.call.measure("vqvae"):
+            return self._decode_pixels(tokens)
 
     def _fill(
         self, task: _Task, known: torch.Tensor, mask: torch.Tensor, generators: list[torch.Generator]
@@ -371,7 +383,7 @@ class CogView2InpaintPipeline(PreviewMixin, CogView2PipelineBase):
             tokens[:, cells] = entries
             return tokens.unflatten(1, self.layout.image_grid)
 
-        with self._measure("transformer"):
+        with task.call.measure("transformer"):
             entries = generate(
                 self.transformer,
                 completion.context,

@@ -12,10 +12,7 @@ from ...models.cogview2 import sequences
 from ...pictures.pixels import OUTPUT_TYPES, Images, Picture, read_pictures, write_pictures
 from ...pictures.sizes import agree_with
 from ...schedulers.scheduling_lopar import LoPARScheduler
-from ..common.base import (
-    Callback,
-    CogView2PipelineBase,
-    Notifier,
+from ..common.arguments import (
     PromptTranslator,
     check_counts,
     check_output_type,
@@ -23,8 +20,11 @@ from ..common.base import (
     one_generator_per_image,
     translate,
 )
-from ..common.outputs import CogView2PipelineOutput
+from ..common.calls import Call
+from ..common.notifier import Callback, Notifier
 from ..common.previews import PreviewMixin
+from .base import CogView2PipelineBase
+from .outputs import CogView2PipelineOutput
 
 DEFAULT_TILE_OVERLAP = 0.25
 
@@ -186,7 +186,7 @@ class CogView2UpscalePipeline(PreviewMixin, CogView2PipelineBase):
         batch_size = min(self._batch_size(max_batch_size, getattr(self, stage)) for stage, _ in schedulers)
         num_steps = sum(len(scheduler.timesteps) for _, scheduler in schedulers)
         results, fine_tokens = [None] * num_images, [None] * num_images
-        with self._running(return_statistics) as statistics:
+        with self._running(return_statistics) as call:
             for group in _same_size(pictures, num_images):
 
                 def enlarge(batch: slice, group=group) -> None:
@@ -196,14 +196,17 @@ class CogView2UpscalePipeline(PreviewMixin, CogView2PipelineBase):
                     low = None if grids is None else grids[indices]
                     for _ in range(num_levels):
                         size = None if pixels is None else tuple(pixels.shape[-2:])
-                        low = self._encode_pixels(self._fill_tiles(pixels)) if low is None else low
+                        if low is None:
+                            with call.measure("vqvae"):
+                                low = self._encode_pixels(self._fill_tiles(pixels))
                         tiles = self._tiles(low.shape[-2:], tile_overlap)
                         with self.progress_bar(total=len(tiles) * num_steps) as progress:
                             notify = Notifier(
-                                self, progress, callback_on_step_end, callback_on_step_end_tensor_inputs, indices
+                                call, progress, callback_on_step_end, callback_on_step_end_tensor_inputs, indices
                             )
-                            fine = self._enlarge(low, tiles, own_texts, own_generators, schedulers, notify)
-                        enlarged = self._decode_tiles(fine)
+                            fine = self._enlarge(low, tiles, own_texts, own_generators, schedulers, call, notify)
+                        with call.measure("vqvae"):
+                            enlarged = self._decode_tiles(fine)
                         if size is not None:
                             enlarged = enlarged[..., : size[0] * self.scale[0], : size[1] * self.scale[1]]
                             if faithful:
@@ -220,7 +223,7 @@ class CogView2UpscalePipeline(PreviewMixin, CogView2PipelineBase):
                 tokens=fine_tokens,
                 seeds=[generator.initial_seed() for generator in generators],
                 prompts=prompts,
-                statistics=statistics,
+                statistics=call.statistics,
             )
         return output if return_dict else output.to_tuple()
 
@@ -244,6 +247,7 @@ class CogView2UpscalePipeline(PreviewMixin, CogView2PipelineBase):
         texts: list[list[int]],
         generators: list[torch.Generator],
         schedulers: list[tuple[str, LoPARScheduler]],
+        call: Call,
         notify: Notifier,
     ) -> torch.Tensor:
         """Low-resolution tokens `(batch_size, rows, columns)` of any grid to fine tokens, tile by tile."""
@@ -262,9 +266,11 @@ class CogView2UpscalePipeline(PreviewMixin, CogView2PipelineBase):
             # less around it there.
             kept = done[inside] & self._kept(tile, tiles)
             if kept.any():
-                fine[inside] = self._super_resolve(texts, part, generators, schedulers, notify, fine[inside], ~kept)
+                fine[inside] = self._super_resolve(
+                    texts, part, generators, schedulers, call, notify, fine[inside], ~kept
+                )
             else:
-                fine[inside] = self._super_resolve(texts, part, generators, schedulers, notify)
+                fine[inside] = self._super_resolve(texts, part, generators, schedulers, call, notify)
             done[inside] = True
         return fine
 

@@ -6,18 +6,15 @@ import torch
 from accelerate.hooks import CpuOffload
 
 from ...generation.canvas import LOGITS_BYTES
-from ...models.cogview2.modeling_coglm import CogLMConfig, CogLMModel
 from .offloading import share_weights
 
 # Where memory is no guide: enough for the weights to be read for several pictures at once, and no more than a laptop
 # has room for.
 DEFAULT_MAX_BATCH_SIZE = 8
-# CogLM reads all of its weights for each token, whatever the number of pictures; super-resolution is busy with a few.
-MOST_PICTURES = {None: 32, "direct": 8, "iterative": 8}
 # The rest is for the fragments between tensors, and for what libraries take.
 USED_SHARE = 0.8
-# Copies of the states of all cells, and of the logits that are drawn from at a time, that live at the peak.
-STATES, LOGITS = 12, 5
+# Copies of the logits that are drawn from at a time, that live at the peak.
+LOGITS = 5
 
 
 def execution_device(model: torch.nn.Module, group_device: Callable[[], torch.device]) -> torch.device:
@@ -38,29 +35,6 @@ def execution_device(model: torch.nn.Module, group_device: Callable[[], torch.de
     return model.device
 
 
-def bytes_per_picture(config: CogLMConfig, itemsize: int) -> int:
-    """
-    Memory that a stage needs for each picture, besides its weights.
-
-    Without super-resolution it is the cache of keys and values, which grows with the longest text. With it, the states
-    of all cells, besides the keys and values of the context.
-
-    Args:
-        config (`CogLMConfig`): Of the stage.
-        itemsize (`int`): Bytes per number.
-    """
-    if config.super_resolution is None:
-        length = config.max_text_tokens + 1 + config.layout.image_length
-        # the prompt's part is there twice while it is handed out to its pictures
-        length += config.max_text_tokens + 1
-        cells = 1
-    else:
-        length = config.num_text_slots + (config.super_resolution == "direct") * (1 + config.layout.image_length)
-        cells = config.canvas_length
-    cache = 2 * config.num_hidden_layers * length * config.hidden_size * itemsize
-    return cache + cells * (STATES * config.hidden_size + 2 * config.intermediate_size) * itemsize
-
-
 def free_memory(device: torch.device) -> int | None:
     """Bytes that this process can still take on a device; `None` where that is unknown."""
     if device.type != "cuda":
@@ -71,15 +45,22 @@ def free_memory(device: torch.device) -> int | None:
     return min(free, cap - held) + held - torch.cuda.memory_allocated(device)
 
 
-def pictures_that_fit(model: CogLMModel, device: torch.device, models: list[torch.nn.Module], copies: int = 1) -> int:
+def pictures_that_fit(
+    model: torch.nn.Module,
+    device: torch.device,
+    models: list[torch.nn.Module],
+    bytes_per_picture: int,
+    most: int,
+) -> int:
     """
     How many pictures a stage can work on at a time, by what its device has free.
 
     Args:
-        model (`CogLMModel`): Of the stage.
+        model (`torch.nn.Module`): Of the stage.
         device (`torch.device`): Where it computes.
         models (list of modules): All components, some of which make room if hooks offload them.
-        copies (`int`): Sequences per picture: 2 with guidance.
+        bytes_per_picture (`int`): Memory that each picture needs, besides the weights.
+        most (`int`): With so many it is busy; more make it no faster.
     """
     free = free_memory(device)
     if free is None:
@@ -88,7 +69,5 @@ def pictures_that_fit(model: CogLMModel, device: torch.device, models: list[torc
         free -= sum(parameter.nbytes for parameter in model.parameters() if parameter.device != device)
         leaving = {id(p): p for other in models if not share_weights(model, other) for p in other.parameters()}
         free += sum(parameter.nbytes for parameter in leaving.values() if parameter.device == device)
-    most = MOST_PICTURES[model.config.super_resolution]
     free -= LOGITS * LOGITS_BYTES
-    per_picture = copies * bytes_per_picture(model.config, model.dtype.itemsize)
-    return max(1, min(most, int(USED_SHARE * free) // per_picture))
+    return max(1, min(most, int(USED_SHARE * free) // bytes_per_picture))

@@ -11,9 +11,11 @@ from typing import Any
 import PIL.Image
 import torch
 
-from .base import Callback, GenerationInterrupted, check_counts
+from .arguments import check_counts
+from .calls import GenerationInterrupted
 from .cpu_threads import release_cpu_threads
-from .outputs import CogView2PreviewOutput
+from .notifier import Callback
+from .outputs import PreviewOutput
 from .preview_budget import PreviewBudget, check_share
 
 NEUTRAL = 0.5  # grey
@@ -29,6 +31,8 @@ class _End:
 
 class PreviewMixin:
     """`preview` and `stream` for pipelines whose call reports tokens to `callback_on_step_end`."""
+
+    _preview_output: type[PreviewOutput]  # of the family
 
     @torch.no_grad()
     def preview(self, tokens: torch.Tensor) -> list[PIL.Image.Image]:
@@ -63,7 +67,7 @@ class PreviewMixin:
         max_preview_share: float | None = 0.05,
         callback_on_step_end: Callback | None = None,
         **call,
-    ) -> Iterator[CogView2PreviewOutput | Any]:
+    ) -> Iterator[PreviewOutput | Any]:
         """
         Make pictures as a call does, and watch: yields previews, and at last what the call returns.
 
@@ -89,7 +93,7 @@ class PreviewMixin:
         check_share(max_preview_share)
         tensor_inputs = call.pop("callback_on_step_end_tensor_inputs", self._callback_tensor_inputs)
         self._check_tensor_inputs(tensor_inputs)
-        reports: queue.SimpleQueue[CogView2PreviewOutput | _End] = queue.SimpleQueue()
+        reports: queue.SimpleQueue[PreviewOutput | _End] = queue.SimpleQueue()
         closed = threading.Event()
         num_unseen = 0
 
@@ -109,7 +113,7 @@ class PreviewMixin:
                     return
                 tokens = tokens.to("cpu", copy=True)  # the loop goes on writing into it
                 about = (stage, step, timestep, kwargs["image_indices"])
-                reports.put(CogView2PreviewOutput(budget.make(self, tokens), tokens, *about))
+                reports.put(self._preview_output(budget.make(self, tokens), tokens, *about))
 
         def work() -> None:
             inputs = {

@@ -1,0 +1,263 @@
+"""What the pipelines of CogView2 share: components, settings, text, and the stages of super-resolution."""
+
+import functools
+
+import torch
+from diffusers.utils import logging
+from transformers import PreTrainedModel, PreTrainedTokenizer
+
+from ...generation.canvas import refine
+from ...generation.sampling import sample_cluster_tokens
+from ...generation.tokens import Sampler
+from ...models.cogview2 import sequences
+from ...schedulers.scheduling_lopar import LoPARScheduler
+from ..common.arguments import quote
+from ..common.base import PipelineBase
+from ..common.calls import Call
+from ..common.notifier import Notifier
+from .memory import MOST_PICTURES, bytes_per_picture
+from .outputs import CogView2PreviewOutput
+
+logger = logging.get_logger(__name__)
+
+# The released values; a style preset or a call argument overrides them. Super-resolution defaults are its schedulers'
+# own.
+DEFAULT_SETTINGS = {
+    "text_attention_bias": 1.4,
+    "guidance_scale": 1.0,
+    "temperature": 1.15,
+    "top_k_clusters": 16,
+    "cluster_temperature": 1.0,
+    "direct_sr_temperature": None,
+    "direct_sr_top_k_clusters": None,
+    "direct_sr_cluster_temperature": None,
+    "iterative_sr_temperature": None,
+    "iterative_sr_top_k": None,
+    "num_lopar_steps": None,
+}
+
+
+class CogView2PipelineBase(PipelineBase):
+    """Components and stages of the pipelines that make pictures; [`CogView2Pipeline`] describes the arguments."""
+
+    _preview_output = CogView2PreviewOutput
+    model_cpu_offload_seq = "transformer->direct_sr_transformer->iterative_sr_transformer"
+    _optional_components = [  # noqa: RUF012 - diffusers adds lists to it
+        "direct_sr_transformer",
+        "iterative_sr_transformer",
+        "direct_sr_scheduler",
+        "iterative_sr_scheduler",
+    ]
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizer,
+        transformer: PreTrainedModel,
+        vqvae: PreTrainedModel,
+        direct_sr_transformer: PreTrainedModel | None = None,
+        iterative_sr_transformer: PreTrainedModel | None = None,
+        direct_sr_scheduler: LoPARScheduler | None = None,
+        iterative_sr_scheduler: LoPARScheduler | None = None,
+        compression_rate: int = 8,
+        styles: dict[str, dict] | None = None,
+        default_style: str | None = None,
+        whole_pictures: bool = False,
+    ):
+        super().__init__()
+        if direct_sr_transformer is not None and direct_sr_transformer.config.shares_backbone:
+            if transformer is None:
+                raise ValueError(
+                    "`transformer` must be given: the `direct_sr_transformer` has no backbone of its own."
+                )
+            own = direct_sr_transformer.canvas_position_embeddings.weight.device
+            if own != transformer.device:
+                raise ValueError(
+                    f"`transformer` and `direct_sr_transformer` share weights and must be on one device, but are on "
+                    f"{transformer.device} and {own}. Leave `device_map='balanced'` out, or move one of them."
+                )
+            direct_sr_transformer.share_backbone(transformer)
+        self.register_modules(
+            tokenizer=tokenizer,
+            transformer=transformer,
+            vqvae=vqvae,
+            direct_sr_transformer=direct_sr_transformer,
+            iterative_sr_transformer=iterative_sr_transformer,
+            direct_sr_scheduler=direct_sr_scheduler,
+            iterative_sr_scheduler=iterative_sr_scheduler,
+        )
+        self.register_to_config(
+            compression_rate=compression_rate,
+            styles=styles or {},
+            default_style=default_style,
+            whole_pictures=whole_pictures,
+        )
+
+    @property
+    def layout(self) -> sequences.SequenceLayout:
+        """Where things stand in the transformer's sequences."""
+        return self.transformer.config.layout
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Height and width in pixels of the pictures this pipeline can make: low resolution, then super-resolved."""
+        rate = self.config.compression_rate
+        grids = [self.transformer.config.image_grid]
+        if self.direct_sr_transformer is not None:
+            grids.append(self.direct_sr_transformer.config.fine_grid)
+        return [(rows * rate, columns * rate) for rows, columns in grids]
+
+    def remove_all_hooks(self) -> None:
+        super().remove_all_hooks()
+        direct = getattr(self, "direct_sr_transformer", None)
+        if direct is not None and direct.config.shares_backbone:
+            # the hooks of single layers leave each model parameters of its own
+            direct.share_backbone(self.transformer)
+
+    def _memory_per_picture(self, model: PreTrainedModel) -> tuple[int, int]:
+        return bytes_per_picture(model.config, model.dtype.itemsize), MOST_PICTURES[model.config.super_resolution]
+
+    # Stages ----------------------------------------------------------------------------------------------------------
+
+    def _cluster_sampler(self, settings: dict) -> Sampler:
+        """The sampler of the low-resolution tokens."""
+        return functools.partial(
+            sample_cluster_tokens,
+            cluster_labels=self.vqvae.cluster_labels.to(self._device_of(self.transformer)),
+            num_clusters=self.vqvae.config.num_clusters,
+            temperature=settings["temperature"],
+            top_k_clusters=settings["top_k_clusters"],
+            cluster_temperature=settings["cluster_temperature"],
+        )
+
+    def _super_resolve(
+        self,
+        texts: list[list[int]],
+        tokens: torch.Tensor,
+        generators: list[torch.Generator],
+        schedulers: list[tuple[str, LoPARScheduler]],
+        call: Call,
+        notify: Notifier,
+        known: torch.Tensor | None = None,
+        cell_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Low-resolution tokens to fine ones, `(batch_size, rows, columns)` each.
+
+        With `known` fine tokens and a `cell_mask` of shape `(rows, columns)`, only cells in the mask are new.
+        """
+        for stage, scheduler in schedulers:
+            model = getattr(self, stage)
+            slots = model.config.num_text_slots
+            direct = model.config.super_resolution == "direct"
+            if direct:
+                cut = [text[: slots - 1] for text in texts]
+                context = sequences.direct_super_resolution(cut, tokens.cpu(), slots, model.config.layout)
+            else:
+                context = sequences.iterative_super_resolution(texts, slots)
+            device = self._device_of(model)
+            with call.measure(stage):
+                tokens = refine(
+                    model,
+                    scheduler,
+                    context,
+                    None if direct else tokens,
+                    cluster_labels=self.vqvae.cluster_labels.to(device),
+                    cell_mask=None if direct else cell_mask,
+                    generator=generators,
+                    device=device,
+                    callback=functools.partial(notify, stage),
+                )
+            if direct and known is not None:  # direct super-resolution reads no fine tokens
+                tokens = torch.where(cell_mask.to(tokens.device), tokens, known.to(tokens.device))
+        return tokens
+
+    # Arguments -------------------------------------------------------------------------------------------------------
+
+    def _settings(self, style: str | None, **given) -> dict:
+        """Call arguments over the style's settings over the defaults; nothing is kept for the next call."""
+        preset = {name: value for name, value in self._preset(style).items() if name != "suffix"}
+        unknown = set(preset) - set(DEFAULT_SETTINGS)
+        if unknown:
+            raise ValueError(
+                f"The style {style or self.config.default_style!r} has unknown settings: {sorted(unknown)}."
+            )
+        settings = {
+            **DEFAULT_SETTINGS,
+            **preset,
+            **{name: value for name, value in given.items() if value is not None},
+        }
+        for name, value in settings.items():
+            if name.endswith("temperature") and value is not None and not value > 0:
+                raise ValueError(f"`{name}` must be above 0, but is {value}.")
+        if not settings["top_k_clusters"] >= 1:
+            raise ValueError(f"`top_k_clusters` must be at least 1, but is {settings['top_k_clusters']}.")
+        if not settings["guidance_scale"] >= 0:
+            raise ValueError(f"`guidance_scale` must not be negative, but is {settings['guidance_scale']}.")
+        return settings
+
+    def _preset(self, style: str | None) -> dict:
+        style = self.config.default_style if style is None else style
+        if style is None:
+            return {}
+        if style not in self.config.styles:
+            raise ValueError(f"`style` must be one of {sorted(self.config.styles)}, but is {style!r}.")
+        return self.config.styles[style]
+
+    def _schedulers(self, settings: dict) -> list[tuple[str, LoPARScheduler]]:
+        """The super-resolution stages of this call, with its settings in their schedulers."""
+        direct = {
+            "temperature": settings["direct_sr_temperature"],
+            "top_k": settings["direct_sr_top_k_clusters"],
+            "cluster_temperature": settings["direct_sr_cluster_temperature"],
+        }
+        stages = [("direct_sr_transformer", _configure(self.direct_sr_scheduler, direct))]
+        num_steps = settings["num_lopar_steps"]
+        if self.iterative_sr_transformer is not None and num_steps != 0:
+            scheduler = self.iterative_sr_scheduler
+            if num_steps is not None:
+                scheduler = scheduler.with_num_steps(num_steps)
+            iterative = {"temperature": settings["iterative_sr_temperature"], "top_k": settings["iterative_sr_top_k"]}
+            stages.append(("iterative_sr_transformer", _configure(scheduler, iterative)))
+        return stages
+
+    def _encode_prompts(self, prompts: list[str], style: str | None, super_resolve: bool) -> list[list[int]]:
+        """Token ids of each prompt with the suffix of its style."""
+        suffix = self._preset(style).get("suffix", "")
+        model = self.direct_sr_transformer if self.transformer is None else self.transformer
+        texts, longest = [], model.config.max_text_tokens
+        for prompt in prompts:
+            own_suffix = suffix if isinstance(suffix, str) else suffix[self.tokenizer.language(prompt)]
+            text = self.tokenizer.encode(prompt + own_suffix)
+            if prompt.strip() and not self.tokenizer.encode(prompt):
+                raise ValueError(f"`prompt` must not be empty, but {prompt!r} has no visible character.")
+            if len(text) > longest:
+                raise ValueError(
+                    f"`prompt` may have {longest} tokens with its style, but {quote(prompt)} has {len(text)}. Shorten "
+                    "it."
+                )
+            texts.append(text)
+        if super_resolve and max(map(len, texts)) >= self.direct_sr_transformer.config.num_text_slots:
+            slots = self.direct_sr_transformer.config.num_text_slots - 1
+            logger.warning(
+                f"Direct super-resolution reads the first {slots} tokens of a prompt; the longest has more."
+            )
+        return texts
+
+    def _encode_negative_prompt(self, negative_prompt: str, guidance_scale: float) -> list[int] | None:
+        """Token ids of what guidance leads away from; `None` if there is no guidance."""
+        if not isinstance(negative_prompt, str):
+            raise ValueError(f"`negative_prompt` must be a string, but is {negative_prompt!r}.")
+        if guidance_scale == 1:
+            if negative_prompt.strip():
+                raise ValueError("`negative_prompt` has no effect without `guidance_scale` above 1. Set it.")
+            return None
+        text, longest = self.tokenizer.encode(negative_prompt), self.transformer.config.max_text_tokens
+        if len(text) > longest:
+            raise ValueError(f"`negative_prompt` may have {longest} tokens, but has {len(text)}. Shorten it.")
+        return text
+
+
+def _configure(scheduler: LoPARScheduler, changes: dict) -> LoPARScheduler:
+    """The scheduler with the settings that are not `None`."""
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return scheduler.with_settings(**changes) if changes else scheduler

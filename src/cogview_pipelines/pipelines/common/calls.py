@@ -1,0 +1,93 @@
+"""What one running call of a pipeline has of its own, so that several can run at a time."""
+
+import contextlib
+import contextvars
+
+from .outputs import StageStatistics
+from .statistics import Meter
+
+# The call in whose thread we are: inside of a callback, say.
+_current: contextvars.ContextVar["Call | None"] = contextvars.ContextVar("current_call", default=None)
+
+
+class GenerationInterrupted(RuntimeError):
+    """A call was stopped from outside, by `pipe.interrupt = True`; nothing of it is kept."""
+
+
+class Call:
+    """
+    One running call: whether it is to stop, and how long its stages take.
+
+    Args:
+        pipe ([`PipelineBase`]): Whose call it is.
+        return_statistics (`bool`): Whether to measure its stages.
+    """
+
+    def __init__(self, pipe, return_statistics: bool):
+        self.pipe, self.interrupted = pipe, False
+        self._meter = Meter() if return_statistics else None
+
+    @property
+    def statistics(self) -> dict[str, StageStatistics] | None:
+        """Of each stage so far; `None` if they are not asked for."""
+        return None if self._meter is None else self._meter.stages
+
+    def measure(self, stage: str) -> contextlib.AbstractContextManager:
+        """What runs inside belongs to a stage, which bears the name of its component."""
+        if self._meter is None:
+            return contextlib.nullcontext()
+        return self._meter.measure(stage, self.pipe._device_of(getattr(self.pipe, stage)))
+
+    def stop_if_interrupted(self) -> None:
+        """
+        Raises:
+            GenerationInterrupted: If somebody asked this call to stop.
+        """
+        if self.interrupted:
+            raise GenerationInterrupted("The call was stopped, because `interrupt` was set to True.")
+
+
+class RunningCalls:
+    """The calls of one pipeline that run now, in whichever threads."""
+
+    def __init__(self):
+        self._calls: set[Call] = set()
+        self._was_interrupted = False  # whether the call that ended last was
+
+    def __deepcopy__(self, memo: dict) -> "RunningCalls":
+        return RunningCalls()  # a copy of a pipeline runs nothing
+
+    def __bool__(self) -> bool:
+        return bool(self._calls)
+
+    @contextlib.contextmanager
+    def enter(self, call: Call):
+        """Count a call among those that run while it does."""
+        self._calls.add(call)
+        token = _current.set(call)
+        try:
+            yield
+        finally:
+            _current.reset(token)
+            self._calls.discard(call)
+            self._was_interrupted = call.interrupted
+
+    def concerned(self) -> tuple[Call, ...]:
+        """The calls that whoever asks means: in a callback the one that called it, elsewhere all."""
+        current = _current.get()
+        return (current,) if current in self._calls else tuple(self._calls)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether one of them is to stop; if none runs, whether the last one was stopped."""
+        calls = self.concerned()
+        return any(call.interrupted for call in calls) if calls else self._was_interrupted
+
+    @interrupted.setter
+    def interrupted(self, value: bool) -> None:
+        self._was_interrupted = bool(value)
+        for call in self.concerned():
+            call.interrupted = bool(value)
+
+
+GenerationInterrupted.__module__ = "cogview_pipelines"
