@@ -10,8 +10,7 @@ language or both, and perhaps a "weight" above or below 1 for pictures that shal
         --vqvae VQVAE --output_dir data/mine
 """
 
-import json
-import logging
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,11 +20,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from cogview_pipelines import IcetkVQModel
+from cogview_pipelines.json_lines import parse_object, read_lines
+from cogview_pipelines.pictures.colours import on_white
+from cogview_pipelines.pictures.files import find_file, read_picture
 from cogview_pipelines.training.arguments import parse_config
-from cogview_pipelines.training.data.pictures import read_picture, to_bytes
+from cogview_pipelines.training.data.pictures import check_pictures, to_bytes
 from cogview_pipelines.training.data.tokens import TokenData, parse_captions
-
-logger = logging.getLogger(__name__)
 
 TEMPLATE_REPEATS = 4  # copies of each template caption beside one of each variant
 
@@ -131,26 +131,22 @@ def thin_reversed(texts: list[str], language: str, share: float) -> list[str]:
 
 
 class FolderPictures(Dataset):
-    """The user's files with their captions; all lines are checked before the first is used."""
+    """The user's files with their captions; all lines and pictures are checked before the first is used."""
 
     def __init__(self, config: PrepareConfig, sizes: list[int]):
-        self.config, self.sizes = config, sizes
-        self.rows = read_captions_file(Path(config.captions), Path(config.image_folder))
+        self.sizes = sizes
+        rows = read_captions_file(Path(config.captions), Path(config.image_folder))
+        places = {path: place for place, path, _ in reversed(rows)}  # of several lines, the first
+        paths = list(places)
+        readable = set(check_pictures(paths, config.skip_unreadable, config.data_workers, places=[*places.values()]))
+        self.rows = [row for row in rows if row[1] in readable]
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[list[Image.Image], dict] | None:
-        place, path, texts = self.rows[index]
-        try:
-            image = read_picture(path)
-        except ValueError as error:
-            if not self.config.skip_unreadable:
-                raise ValueError(
-                    f"{place}: {error} Repair it, or leave such pictures out with `--skip_unreadable`."
-                ) from error
-            logger.warning("%s: left out, %s", place, error)
-            return None
+    def __getitem__(self, index: int) -> tuple[list[Image.Image], dict]:
+        _, path, texts = self.rows[index]
+        image = on_white(read_picture(path))
         return [ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC) for size in self.sizes], texts
 
 
@@ -166,17 +162,16 @@ def read_captions_file(captions: Path, image_folder: Path) -> list[tuple[str, Pa
     if not image_folder.is_dir():
         raise ValueError(f"`image_folder` must be a folder of pictures, but there is none at {image_folder}.")
     rows = []
-    for number, line in enumerate(captions.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
+    for number, line in read_lines(captions):
         place = f"Line {number} of {captions}"
         texts, weight = parse_captions(line, place)
-        name = json.loads(line).get("file")
+        name = parse_object(line).get("file")
         if not isinstance(name, str) or not name:
             raise ValueError(f"{place} must name a picture in `file`: {line.strip()[:80]!r}.")
-        if not (image_folder / name).is_file():
+        path = find_file(image_folder / name)
+        if not os.path.isfile(path):
             raise ValueError(f"{place} names {name!r}, which is not in `image_folder` {image_folder}.")
-        rows.append((place, image_folder / name, {**texts, "weight": weight}))
+        rows.append((place, path, {**texts, "weight": weight}))
     if not rows:
         raise ValueError(f"`captions` must have a line for each picture, but {captions} is empty.")
     return rows
@@ -203,11 +198,10 @@ def check_config(config: PrepareConfig, vqvae: IcetkVQModel) -> None:
         )
 
 
-def stack_pictures(rows: list[tuple | None]) -> tuple[int, list[torch.Tensor], list[dict]]:
-    """How many rows came, the pictures of each size as one tensor of bytes, and the captions."""
-    read = [row for row in rows if row is not None]
-    columns = zip(*(images for images, _ in read))
-    return len(rows), [torch.stack([to_bytes(image) for image in images]) for images in columns], [t for _, t in read]
+def stack_pictures(rows: list[tuple]) -> tuple[list[torch.Tensor], list[dict]]:
+    """The pictures of each size as one tensor of bytes, and the captions."""
+    columns = zip(*(images for images, _ in rows))
+    return [torch.stack([to_bytes(image) for image in images]) for images in columns], [texts for _, texts in rows]
 
 
 @torch.no_grad()
@@ -221,14 +215,12 @@ def main(arguments: list[str] | None = None) -> None:
     batches = DataLoader(pictures, config.batch_size, num_workers=config.data_workers, collate_fn=stack_pictures)
     tokens, captions = {name: [] for name in sizes}, []
     with tqdm(total=len(pictures), unit="picture") as bar:
-        for count, pixels, texts in batches:
+        for pixels, texts in batches:
             for name, values in zip(sizes, pixels):
                 encoded = vqvae.encode(values.to(config.device).float() / 255, config.compression_rate).tokens
                 tokens[name].append(encoded.cpu())
             captions += texts
-            bar.update(count)
-    if not captions:
-        raise ValueError("None of the pictures could be read.")
+            bar.update(len(texts))
     TokenData.save(config.output_dir, {name: torch.cat(parts) for name, parts in tokens.items()}, captions)
 
 

@@ -31,6 +31,7 @@ from pathlib import Path
 import sentencepiece
 
 from cogview_pipelines import demo
+from cogview_pipelines.json_lines import parse_object, read_lines
 from cogview_pipelines.models.cogview2.tokenization_icetk import IcetkTokenizer
 from cogview_pipelines.training.arguments import parse_config
 
@@ -99,26 +100,22 @@ def read_texts(path: str, keys: Iterable[str]) -> Iterator[str]:
     object.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If a line of a `.jsonl` file is not an object, or has none of the keys.
+        ValueError: If the file cannot be read, or a line of a `.jsonl` file is not an object or has none of the keys.
     """
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            line = line.strip()
-            if not line or not path.endswith(".jsonl"):
-                yield from [line] if line else []
-                continue
-            try:
-                row = json.loads(line)
-                texts = [row[key] for key in keys if row.get(key)]
-            except (ValueError, AttributeError) as error:
-                raise ValueError(f"{path}:{number} must be a JSON object, but is {line[:80]!r}.") from error
-            if not texts:
-                raise ValueError(
-                    f"{path}:{number} has none of the keys {list(keys)} (`--caption_keys`): {line[:80]!r}."
-                )
-            for text in texts:
-                yield from [text] if isinstance(text, str) else text
+    for number, line in read_lines(path):
+        line = line.strip()
+        if not path.endswith(".jsonl"):
+            yield line
+            continue
+        try:
+            row = parse_object(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number} {error}") from error
+        texts = [row[key] for key in keys if row.get(key)]
+        if not texts:
+            raise ValueError(f"{path}:{number} has none of the keys {list(keys)} (`--caption_keys`): {line[:80]!r}.")
+        for text in texts:
+            yield from [text] if isinstance(text, str) else text
 
 
 def emoji_texts(num_pairs: int, seed: int) -> Iterator[str]:

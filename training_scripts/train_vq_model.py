@@ -15,14 +15,16 @@ import dataclasses
 import functools
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
 from cogview_pipelines import IcetkVQConfig, IcetkVQModel
 from cogview_pipelines.training.arguments import TrainConfig, parse_config
-from cogview_pipelines.training.data.pictures import PictureFolder, PicturePool, to_bytes
+from cogview_pipelines.training.data.pictures import PictureFolder, PicturePool, check_pictures, to_bytes
 from cogview_pipelines.training.data.prefetch import image_paths, step_generator
 from cogview_pipelines.training.loop import train
 from cogview_pipelines.training.losses import content_weights, load_perceptual_network, reconstruction_loss
@@ -31,6 +33,10 @@ from cogview_pipelines.training.losses import content_weights, load_perceptual_n
 @dataclass
 class VQTrainConfig(TrainConfig):
     image_folder: str | None = field(default=None, metadata={"help": "Folder of pictures; without it: emoji scenes."})
+    skip_unreadable: bool = field(
+        default=False,
+        metadata={"help": "Leave out pictures that cannot be read, with a warning, instead of stopping at the start."},
+    )
     scope: str | None = field(
         default=None, metadata={"help": "File with the scope of the emoji scenes; by default the small one."}
     )
@@ -80,8 +86,14 @@ class PixelBatch:
 def make_sources(config: VQTrainConfig) -> list[PicturePool]:
     """Where the pictures of each resolution come from."""
     if config.image_folder is not None:
-        paths = image_paths(config.image_folder)
-        return [PictureFolder(paths, resolution) for resolution in config.resolutions]
+        record = Path(config.output_dir) / "pictures.jsonl"
+        # one process reads all files and writes down which are good; those that share its folder need not
+        with PartialState().main_process_first():
+            is_main = PartialState().is_main_process
+            paths = check_pictures(
+                image_paths(config.image_folder), config.skip_unreadable, config.data_workers, record, is_main
+            )
+        return [PictureFolder(paths, resolution, config.skip_unreadable) for resolution in config.resolutions]
     from cogview_pipelines.demo import Scope, SpriteSet, sample_scenes
 
     scope = Scope.load(config.scope) if config.scope is not None else Scope.small()

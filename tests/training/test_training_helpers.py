@@ -231,3 +231,11 @@ def test_image_paths_are_sorted_and_an_empty_folder_is_an_error(tmp_path):
     for name in ("b.png", "a.JPG", "c.txt"):
         (tmp_path / name).touch()
     assert [path.name for path in image_paths(tmp_path)] == ["a.JPG", "b.png"]
+
+
+def test_hidden_files_and_folders_hold_no_pictures_to_train_on(tmp_path):
+    for name in ("a.png", "._a.png", ".hidden/b.png", "c/d.png", "c/.e.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "folder.png").mkdir()
+    assert [path.relative_to(tmp_path).as_posix() for path in image_paths(tmp_path)] == ["a.png", "c/d.png"]

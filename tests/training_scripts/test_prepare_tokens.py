@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import unicodedata
 
 import numpy as np
 import pytest
@@ -89,7 +91,7 @@ def test_processes_that_read_ahead_change_nothing(run, pictures, tmp_path):
     helped = run(data_workers=2), (tmp_path / "tokens/captions.jsonl").read_text(encoding="utf-8")
     assert alone[1] == helped[1] and all(torch.equal(value, helped[0][name]) for name, value in alone[0].items())
     (pictures / "b.jpg").write_bytes(b"text")
-    with pytest.raises(ValueError, match=r"Line 2 of .*b\.jpg cannot be read"):
+    with pytest.raises(ValueError, match=r"Line 2 of .*b\.jpg is no picture that can be read"):
         run(data_workers=1)
 
 
@@ -143,20 +145,6 @@ def test_emoji_scenes_of_the_scope_are_encoded_and_drawn_by_the_share_of_singles
         assert torch.equal(vqvae.encode(pixels, 8).tokens[0], tensors["low"][0].long())
 
 
-def test_pictures_are_read_as_people_see_them(tmp_path):
-    from cogview_pipelines.training.data.pictures import read_picture
-
-    image = Image.new("RGB", (4, 2), "red")
-    exif = image.getexif()
-    exif[0x0112] = 6  # taken with the camera turned by 90 degrees
-    image.save(tmp_path / "turned.png", exif=exif)
-    assert read_picture(tmp_path / "turned.png").size == (2, 4)
-    Image.new("RGBA", (2, 2), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert read_picture(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
-    Image.new("1", (2, 2), 1).save(tmp_path / "bits.png")
-    assert read_picture(tmp_path / "bits.png").mode == "RGB"
-
-
 @pytest.mark.parametrize(
     "line, message",
     [
@@ -165,8 +153,8 @@ def test_pictures_are_read_as_people_see_them(tmp_path):
         ('{"file": "z.png", "en": "a cat"}', r"Line 3 of .*captions\.jsonl names 'z\.png', which is not in"),
         ('{"file": "a.png", "en": ["a", 1]}', r"Line 3 of .*captions\.jsonl must have a text or a list of texts in"),
         ('{"file": "a.png", "en": "a", "weight": -1}', r"Line 3 of .* number of at least 0 as `weight`, but has -1"),
-        ("not JSON", r"Line 3 of .*captions\.jsonl is no JSON .*'not JSON'"),
-        ("[1]", r"Line 3 of .*captions\.jsonl must be an object"),
+        ("not JSON", r"Line 3 of .*captions\.jsonl is not JSON .*'not JSON'"),
+        ("[1]", r"Line 3 of .*captions\.jsonl must be a JSON object"),
     ],
 )
 def test_a_bad_line_is_named_before_any_work(run, pictures, line, message, tmp_path):
@@ -180,13 +168,43 @@ def test_a_bad_line_is_named_before_any_work(run, pictures, line, message, tmp_p
 def test_an_unreadable_picture_is_named_or_left_out(run, pictures, damage, tokenizer, tmp_path, caplog):
     path = pictures / "b.jpg"
     path.write_bytes(b"text" if damage == "not a picture" else path.read_bytes()[:-300])
-    with pytest.raises(ValueError, match=r"Line 2 of .*captions\.jsonl: .*b\.jpg cannot be read .*--skip_unreadable"):
+    with pytest.raises(ValueError, match=r"Line 2 of .*captions\.jsonl: .*b\.jpg is .*--skip_unreadable"):
         run()
     with caplog.at_level(logging.WARNING):
         tensors = run(skip_unreadable=True)
     assert "Line 2" in caplog.text and "b.jpg" in caplog.text
     assert len(tensors["low"]) == 4
     assert [list(texts) for texts in TokenData.load(tmp_path / "tokens", tokenizer).captions][1] == ["zh"]
+
+
+def test_an_unreadable_picture_is_found_before_anything_is_encoded(run, pictures, monkeypatch):
+    (pictures / "e.png").write_bytes(b"text")
+    monkeypatch.setattr(IcetkVQModel, "encode", lambda *_: pytest.fail("worked before looking at the pictures"))
+    with pytest.raises(ValueError, match=r"1 of 5 pictures cannot be read: Line 5 of .*e\.png"):
+        run()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_line_may_hold_every_character_and_the_file_a_byte_order_mark(run, pictures, tokenizer, tmp_path, encoding):
+    text = "a\u2028cat\x85on\u2029a mat"
+    lines = [{"file": "a.png", "en": text}, {"file": "b.jpg", "en": "a dog"}]
+    text_of_file = "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    (pictures / "captions.jsonl").write_text(text_of_file, encoding=encoding, newline="")
+    run()
+    assert [row["en"] for row in TokenData.load(tmp_path / "tokens", tokenizer).captions] == [[text], ["a dog"]]
+
+
+def test_utf_16_is_named(run, pictures):
+    (pictures / "captions.jsonl").write_text('{"file": "a.png", "en": "a cat"}\n', encoding="utf-16")
+    with pytest.raises(ValueError, match=r"captions\.jsonl: it is UTF-16 .* UTF-8"):
+        run()
+
+
+@pytest.mark.parametrize("on_disk, in_list", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_name_is_found_however_its_accents_are_written(run, pictures, tmp_path, on_disk, in_list):
+    os.rename(pictures / "a.png", pictures / unicodedata.normalize(on_disk, "café.png"))
+    write_lines(pictures, [{"file": unicodedata.normalize(in_list, "café.png"), "en": "a cat"}])
+    assert len(run()["low"]) == 1
 
 
 @pytest.mark.parametrize(

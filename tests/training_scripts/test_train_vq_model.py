@@ -155,3 +155,17 @@ def test_a_config_file_is_read_and_the_command_line_wins(script, tmp_path):
 def test_wrong_options_are_named(run, options, message):
     with pytest.raises(ValueError, match=message):
         run("run", **options)
+
+
+def test_a_broken_picture_is_found_before_the_training_begins(run, tmp_path, monkeypatch):
+    (tmp_path / "pictures/._0.png").write_bytes(b"what macOS leaves beside a picture")
+    (tmp_path / "pictures/broken.png").write_bytes((tmp_path / "pictures/0.png").read_bytes()[:-30])
+    with monkeypatch.context() as patch:
+        patch.setattr(IcetkVQModel, "forward", lambda *_, **__: pytest.fail("the training began"))
+        with pytest.raises(
+            ValueError, match=r"1 of 7 pictures cannot be read: .*broken\.png is damaged.*--skip_unread"
+        ):
+            run("run")
+    run("run", skip_unreadable=True)
+    assert len(metrics(tmp_path / "run", "loss")) == 4
+    assert len((tmp_path / "run/pictures.jsonl").read_text().splitlines()) == 6

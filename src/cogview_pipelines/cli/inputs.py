@@ -19,12 +19,12 @@ def read_file(path: Path, name: str) -> bytes:
     Raises:
         ValueError: If it cannot be read.
     """
+    from ..pictures.files import read_bytes
+
     try:
-        return path.expanduser().read_bytes()
-    except FileNotFoundError:
-        raise ValueError(f"{name}: there is no file {path}.") from None
-    except OSError as error:
-        raise ValueError(f"{name}: cannot read {path}: {error.strerror}.") from error
+        return read_bytes(path.expanduser())
+    except (ValueError, RuntimeError) as error:  # RuntimeError: a home that is not known
+        raise ValueError(f"{name}: {error}") from error
 
 
 def decode(content: bytes, path: Path, name: str) -> "Image.Image":
@@ -34,10 +34,10 @@ def decode(content: bytes, path: Path, name: str) -> "Image.Image":
     Raises:
         ValueError: If it is none, damaged, an animation or too large.
     """
-    from ..pictures.files import open_picture
+    from ..pictures.files import FORMATS, open_picture
 
     try:
-        return open_picture(content, MOST_PIXELS)
+        return open_picture(content, MOST_PIXELS, FORMATS)
     except ValueError as error:
         raise ValueError(f"{name}: {path} {error}") from error
 

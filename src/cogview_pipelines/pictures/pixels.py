@@ -7,13 +7,10 @@ import numpy as np
 import PIL.Image
 import torch
 
-Images = PIL.Image.Image | np.ndarray | torch.Tensor | Sequence
+from .colours import as_srgb
 
+Images = PIL.Image.Image | np.ndarray | torch.Tensor | Sequence
 OUTPUT_TYPES = ("pil", "np", "pt")
-# 8-bit modes; those with transparency keep it
-OPAQUE_MODES = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV")
-TRANSPARENT_MODES = ("LA", "PA", "RGBA", "RGBa")
-MASK_MODES = ("1", "L")
 
 
 @dataclass
@@ -44,9 +41,9 @@ def read_pictures(images: Images, name: str = "image") -> list[Picture]:
     One picture or many.
 
     Args:
-        images: A PIL image of any 8-bit mode; a numpy array `(height, width, 3)` or `(num_images, height, width, 3)`;
-            a torch tensor `(3, height, width)` or `(num_images, 3, height, width)`; or a list of single ones, of any
-            sizes. Arrays and tensors hold bytes, or floating point numbers in [0, 1].
+        images: A PIL image of any mode, whose colour profile is heeded; a numpy array `(height, width, 3)` or
+            `(num_images, height, width, 3)`; a torch tensor `(3, height, width)` or `(num_images, 3, height, width)`;
+            or a list of single ones, of any sizes. Arrays and tensors hold bytes, or floating point numbers in [0, 1].
         name (`str`): What messages call the argument.
 
     Raises:
@@ -67,9 +64,9 @@ def read_masks(masks: Images, name: str = "mask_image") -> list[torch.Tensor]:
     One mask or many as boolean tensors `(height, width)`; white (from half on) is True.
 
     Args:
-        masks: A PIL image of mode `"1"` or `"L"`; an array or tensor `(height, width)`, `(num_masks, height, width)`
-            or with one channel (last in arrays, first in tensors), of booleans, bytes, or floats in [0, 1]; or a list
-            of single ones.
+        masks: A grey PIL image (`"1"`, `"L"`, or of 16 bits or floats); an array or tensor `(height, width)`,
+            `(num_masks, height, width)` or with one channel (last in arrays, first in tensors), of booleans, bytes, or
+            floats in [0, 1]; or a list of single ones.
         name (`str`): What messages call the argument.
 
     Raises:
@@ -114,12 +111,10 @@ def _read_one(image, name: str) -> Picture:
         return image
     if isinstance(image, PIL.Image.Image):
         _check_frames(image, name)
-        transparent = image.mode in TRANSPARENT_MODES or "transparency" in image.info
-        if image.mode not in OPAQUE_MODES + TRANSPARENT_MODES:
-            raise ValueError(
-                f'`{name}` must have 8 bits per channel, but has the mode "{image.mode}". Scale its values to 0..255 '
-                'and call `.convert("RGB")` first.'
-            )
+        if not image.width or not image.height:
+            raise ValueError(f"`{name}` must have at least one pixel, but is {image.height} x {image.width}.")
+        image = _in_srgb(image, name)
+        transparent = image.mode in ("LA", "RGBA")
         image = image.convert("RGBA" if transparent else "RGB")
         channels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
         _check_size(channels, name)
@@ -143,12 +138,12 @@ def _read_one(image, name: str) -> Picture:
 def _read_mask(mask, name: str) -> torch.Tensor:
     if isinstance(mask, PIL.Image.Image):
         _check_frames(mask, name)
-        if mask.mode not in MASK_MODES:
+        if mask.mode not in ("1", "L", "F") and not mask.mode.startswith("I"):
             raise ValueError(
                 f'`{name}` must have the mode "1" or "L" (white is painted anew), but has "{mask.mode}". Call '
                 '`.convert("L")`, or `.getchannel("A")` if its transparency is the mask.'
             )
-        values = torch.from_numpy(np.array(mask))
+        values = torch.from_numpy(np.array(_in_srgb(mask, name).convert("L")))
     elif isinstance(mask, (np.ndarray, torch.Tensor)):
         values = _to_tensor(mask, name) if isinstance(mask, np.ndarray) else mask.detach().cpu()
         channel = values.ndim - 1 if isinstance(mask, np.ndarray) else 0
@@ -165,6 +160,13 @@ def _read_mask(mask, name: str) -> torch.Tensor:
     return _unit_values(values, name) >= 0.5
 
 
+def _in_srgb(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
+    try:
+        return as_srgb(image)
+    except ValueError as error:
+        raise ValueError(f"`{name}` {error}") from error
+
+
 def _check_frames(image: PIL.Image.Image, name: str) -> None:
     if getattr(image, "n_frames", 1) > 1:
         raise ValueError(
@@ -178,7 +180,7 @@ def _to_tensor(array: np.ndarray, name: str) -> torch.Tensor:
         raise ValueError(f"`{name}` must hold numbers, but has the dtype {array.dtype}.")
     if array.dtype.kind in "ui" and array.dtype != np.uint8:
         raise ValueError(f"`{name}` must hold bytes or floating point numbers, but has the dtype {array.dtype}.")
-    return torch.from_numpy(np.ascontiguousarray(array))
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))  # PIL hands out arrays that are read-only
 
 
 def _unit_values(values: torch.Tensor, name: str) -> torch.Tensor:

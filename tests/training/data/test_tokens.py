@@ -89,9 +89,8 @@ def test_damaged_tokens_are_an_error(folder, tokenizer, content):
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("{", "is no JSON"),
-        ("", "is no JSON"),
-        ("[]", "must be an object with captions in one of"),
+        ("{", "is not JSON"),
+        ("[]", "must be a JSON object"),
         ('{"fr": ["un chat"]}', "must be an object with captions in one of"),
         ('{"en": []}', "must be an object with captions in one of"),
         ('{"en": {"a": 1}}', "must have a text or a list of texts in 'en'"),

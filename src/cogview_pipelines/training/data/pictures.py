@@ -1,13 +1,22 @@
 """Pictures to train the image tokenizer on."""
 
+import functools
+import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from tqdm.auto import tqdm
 
+from ...json_lines import parse_object, read_lines, write_lines
+from ...pictures.colours import on_white
+from ...pictures.files import find_file, read_picture
 from .prefetch import draw_indices
+
+logger = logging.getLogger(__name__)
 
 
 class PicturePool:
@@ -61,17 +70,19 @@ class PictureFolder(PicturePool):
     Args:
         paths (`Sequence[Path]`): The files.
         size (`int`): Side of the squares in pixels.
+        skip_unreadable (`bool`, defaults to `False`): Take the next file, with a warning, where one cannot be read
+            although [`check_pictures`] could.
     """
 
-    def __init__(self, paths: Sequence[Path], size: int):
-        self.paths, self.size = list(paths), size
+    def __init__(self, paths: Sequence[Path], size: int, skip_unreadable: bool = False):
+        self.paths, self.size, self.skip_unreadable = list(paths), size, skip_unreadable
 
     def batch(self, count: int, crop_size: int | None, multiple: int, generator: torch.Generator) -> torch.Tensor:
         """As [`PicturePool.batch`]."""
         indices = draw_indices(len(self.paths), count, generator).tolist()
         squares = []
         for index in indices:
-            image = read_picture(self.paths[index])
+            image = on_white(self._read(index))
             squares.append(to_bytes(ImageOps.fit(image, (self.size, self.size), Image.Resampling.BICUBIC)))
         pool = PicturePool(torch.stack(squares))
         windows = [
@@ -79,23 +90,87 @@ class PictureFolder(PicturePool):
         ]
         return torch.cat(windows)
 
+    def _read(self, index: int) -> Image.Image:
+        for step in range(len(self.paths)):
+            try:
+                return read_picture(self.paths[(index + step) % len(self.paths)])
+            except ValueError as error:
+                if not self.skip_unreadable:
+                    raise
+                logger.warning("The next picture is taken instead: %s", error)
+        raise ValueError("None of the pictures can be read.")
 
-def read_picture(path: str | Path) -> Image.Image:
+
+def check_pictures(
+    paths: Sequence[Path],
+    skip_unreadable: bool = False,
+    num_workers: int = 0,
+    record: Path | None = None,
+    writes_record: bool = True,
+    places: Sequence[str] | None = None,
+) -> list[Path]:
     """
-    A picture file as people see it: turned as its EXIF data says, transparent parts on white, RGB.
+    Read all pictures once, so that none ends a long training when it is drawn.
+
+    Args:
+        paths (`Sequence[Path]`): The files.
+        skip_unreadable (`bool`, defaults to `False`): Leave out what cannot be read, with a warning.
+        num_workers (`int`, defaults to 0): Threads that read.
+        record (`Path`, *optional*): A file of JSON lines that keeps which files were good. Those are not read again
+            while their size and time of change stay the same.
+        writes_record (`bool`, defaults to `True`): Whether this process is the one that writes it.
+        places (`Sequence[str]`, *optional*): Where each file is named, for messages, such as `"Line 7 of a.jsonl"`.
+
+    Returns:
+        `list[Path]`: Those that can be read.
 
     Raises:
-        ValueError: If the file is missing, damaged, or no picture.
+        ValueError: If some cannot be read and are not to be skipped, or none is left.
     """
+    known = {} if record is None or not record.exists() else _read_record(record)
+    state, broken = {}, {}
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+        checked = pool.map(functools.partial(_problem, known), paths)
+        for index, (signature, problem) in enumerate(tqdm(checked, "pictures checked", len(paths))):
+            if problem is None:
+                state[str(paths[index])] = signature
+            else:
+                broken[paths[index]] = problem if places is None else f"{places[index]}: {problem}"
+    if record is not None and writes_record and state != known:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        with open(record, "w", encoding="utf-8") as file:
+            write_lines(file, ({"file": name, "signature": signature} for name, signature in state.items()))
+    if broken and not skip_unreadable:
+        shown = " ".join(list(broken.values())[:10])
+        raise ValueError(
+            f"{len(broken)} of {len(paths)} pictures cannot be read: {shown} Repair or remove them, or leave them out "
+            "with `--skip_unreadable`."
+        )
+    for problem in broken.values():
+        logger.warning("Left out: %s", problem)
+    if paths and len(broken) == len(paths):
+        raise ValueError("None of the pictures can be read.")
+    return [path for path in paths if path not in broken]
+
+
+def _problem(known: dict[str, list[int]], path: Path) -> tuple[list[int], str | None]:
+    """What tells that a file has changed, and what is wrong with its picture."""
     try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # as Pillow reports damage
-        raise ValueError(f"{path} cannot be read as a picture: {error}.") from error
+        stat = find_file(path).stat()
+        signature = [stat.st_size, stat.st_mtime_ns]
+        if known.get(str(path)) != signature:
+            read_picture(path)
+    except (OSError, ValueError) as error:
+        return [], str(error)
+    return signature, None
+
+
+def _read_record(path: Path) -> dict[str, list[int]]:
+    try:
+        rows = [parse_object(line) for _, line in read_lines(path)]
+    except ValueError:  # it was cut off: all is read again
+        return {}
+    return {row["file"]: row["signature"] for row in rows if row.keys() >= {"file", "signature"}}
 
 
 def to_bytes(image: Image.Image) -> torch.Tensor:

@@ -95,13 +95,19 @@ class _Made(Dataset):
 
 def image_paths(folder: str | Path) -> list[Path]:
     """
-    The pictures (PNG, JPEG, WebP) below a folder, sorted.
+    The pictures (PNG, JPEG, WebP) below a folder, sorted; without hidden files and folders, such as `._a.png`.
 
     Raises:
         ValueError: If there are none.
     """
     suffixes = {".png", ".jpg", ".jpeg", ".webp"}
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in suffixes)
+    paths = sorted(
+        path
+        for path in Path(folder).rglob("*")
+        if path.suffix.lower() in suffixes
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    )
     if not paths:
         raise ValueError(f"`{folder}` has no pictures ({', '.join(sorted(suffixes))}).")
     return paths

@@ -10,7 +10,6 @@ A token folder, as `training_scripts/prepare_tokens.py` writes it, holds two fil
 """
 
 import functools
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ...generation.token_sequence import TokenSequence
+from ...json_lines import parse_object, read_lines, write_lines
 from ...models.cogview2.modeling_coglm import CogLMConfig
 from ...models.cogview2.tokenization_icetk import IcetkTokenizer
 from ..arguments import TrainConfig
@@ -70,11 +70,10 @@ class TokenData:
         except SafetensorError as error:
             raise ValueError(f"`data` has a damaged {TOKENS_FILE} ({error}). Make it again.") from error
         captions, weights = [], []
-        with open(folder / CAPTIONS_FILE, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                texts, weight = parse_captions(line, f"Line {number} of {folder / CAPTIONS_FILE}")
-                captions.append(texts)
-                weights.append(weight)
+        for number, line in read_lines(folder / CAPTIONS_FILE):
+            texts, weight = parse_captions(line, f"Line {number} of {folder / CAPTIONS_FILE}")
+            captions.append(texts)
+            weights.append(weight)
         low, fine = tensors.get("low"), tensors.get("fine")
         if low is None or not sum(weights):
             what = "tensor `low`" if low is None else "pictures of a `weight` above 0"
@@ -159,7 +158,7 @@ class TokenData:
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: value.to(torch.int32).contiguous() for name, value in tensors.items()}, folder / TOKENS_FILE)
         with open(folder / CAPTIONS_FILE, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in captions)
+            write_lines(file, captions)
 
     def draw(self, count: int, generator: torch.Generator) -> list[int]:
         """Indices of `count` pictures by their weights, with replacement."""
@@ -224,10 +223,10 @@ def parse_captions(line: str, place: str) -> tuple[dict[str, list[str]], float]:
         ValueError: If the line is no object, has no caption, or its weight is no number of at least 0.
     """
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is no JSON ({error}): {line.strip()[:80]!r}.") from error
-    if not isinstance(row, dict) or not any(row.get(language) for language in LANGUAGES):
+        row = parse_object(line)
+    except ValueError as error:
+        raise ValueError(f"{place} {error}") from error
+    if not any(row.get(language) for language in LANGUAGES):
         raise ValueError(
             f"{place} must be an object with captions in one of {LANGUAGES}, but is {line.strip()[:80]!r}."
         )
