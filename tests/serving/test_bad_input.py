@@ -12,6 +12,7 @@ import zlib
 import pytest
 from PIL import Image
 
+from ..pictures.utils import exchanged_primaries
 from .conftest import FINE, PROMPT, assert_error, half_mask, picture, png
 
 GENERATIONS = "/v1/images/generations"
@@ -177,10 +178,16 @@ def test_an_edit_has_the_size_of_its_picture(client):
             assert_error(answer, 400, "invalid_value", "size")
 
 
-def test_a_picture_of_another_kind_of_numbers_is_refused(client):
-    deep = Image.new("I;16", (64, 64))
-    answer = client.post("/v1/images/captions", files={"image": png(deep)})
-    assert_error(answer, 400, "invalid_value", "image")
+def test_a_picture_of_16_bits_or_of_other_colours_is_that_of_its_bytes_in_srgb(client):
+    grey = picture().convert("L")
+    deep = Image.frombytes("I;16", grey.size, b"".join(bytes([value // 3, value]) for value in grey.tobytes()))
+    red, green, blue = picture().split()
+    exchanged = io.BytesIO()
+    Image.merge("RGB", (blue, green, red)).save(exchanged, "PNG", icc_profile=exchanged_primaries())
+    for same, other in ((png(grey), png(deep)), (png(picture()), exchanged.getvalue())):
+        answers = [client.post("/v1/images/captions", files={"image": content}).json() for content in (same, other)]
+        scores = [answer["data"][0]["captions"][0]["score"] for answer in answers]
+        assert scores[0] == pytest.approx(scores[1], abs=0.02)
 
 
 @pytest.mark.parametrize(
