@@ -30,9 +30,9 @@ from cogview_pipelines.generation.token_sequence import stack
 from cogview_pipelines.models.cogview2.sequences import direct_super_resolution, iterative_super_resolution
 from cogview_pipelines.training.arguments import TrainConfig
 from cogview_pipelines.training.data.tokens import CanvasBatch
-from cogview_pipelines.training.losses import canvas_loss
+from cogview_pipelines.training.losses import canvas_loss, count_labels
+from cogview_pipelines.training.optimizers import Optimizers
 from cogview_pipelines.training.samples_cogview2 import generation_sample
-from cogview_pipelines.training.setup import make_optimizer
 
 EMOJI = Path(__file__).resolve().parents[1] / "training_scripts" / "emoji" / "gpu"
 SMALL = {
@@ -199,7 +199,7 @@ def run_case(case: Case, options: argparse.Namespace, rate: float) -> dict:
     torch.manual_seed(0)
     model = make_model(case, device)
     batch = make_batch(case, model.config).to(device)
-    optimizer = make_optimizer(model, TrainConfig(output_dir="", optimizer=case.optimizer))
+    optimizer = Optimizers(model, TrainConfig(output_dir="", optimizer=case.optimizer))
     trained = torch.compile(model) if options.compile else model
 
     def step():
@@ -210,7 +210,7 @@ def run_case(case: Case, options: argparse.Namespace, rate: float) -> dict:
                 }
                 loss = trained(**ids, full_vocabulary=True).loss
             else:
-                loss = canvas_loss(trained, batch)[0]
+                loss = canvas_loss(trained, batch)[0] / count_labels(batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

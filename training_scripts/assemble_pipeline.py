@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from cogview_pipelines import CogLMModel, CogView2Pipeline, IcetkTokenizer, IcetkVQModel, LoPARScheduler
-from cogview_pipelines.training.arguments import parse_config
+from cogview_pipelines.training.arguments import parse_config, run_script
 
 
 @dataclass
@@ -94,4 +94,4 @@ def main(arguments: list[str] | None = None) -> CogView2Pipeline:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -23,7 +23,7 @@ from cogview_pipelines import IcetkVQModel
 from cogview_pipelines.json_lines import parse_object, read_lines
 from cogview_pipelines.pictures.colours import on_white
 from cogview_pipelines.pictures.files import find_file, read_picture
-from cogview_pipelines.training.arguments import parse_config
+from cogview_pipelines.training.arguments import parse_config, run_script
 from cogview_pipelines.training.data.pictures import check_pictures, to_bytes
 from cogview_pipelines.training.data.tokens import TokenData, parse_captions
 
@@ -225,4 +225,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -26,8 +26,8 @@ from cogview_pipelines.generation.sampling import sample_tokens
 from cogview_pipelines.generation.token_sequence import IGNORED_LABEL, TokenSequence, stack
 from cogview_pipelines.generation.tokens import TO_GENERATE, generate
 from cogview_pipelines.models.cogview2.sequences import SequenceLayout, text_to_image
-from cogview_pipelines.training.arguments import parse_config
-from cogview_pipelines.training.data.prefetch import step_generator
+from cogview_pipelines.training.arguments import parse_config, run_script
+from cogview_pipelines.training.data.draws import Draw, seeded_generator
 from cogview_pipelines.training.data.tokens import TokenData, TokenTrainConfig
 from cogview_pipelines.training.loop import train
 from cogview_pipelines.training.samples_cogview2 import (
@@ -114,35 +114,45 @@ def embed_codes(model: CogLMModel, vqvae: IcetkVQModel) -> None:
 
 
 def make_batch(
-    config: CogLMTrainConfig, model_config: CogLMConfig, tokenizer: IcetkTokenizer, data: TokenData, draw: tuple
+    config: CogLMTrainConfig, model_config: CogLMConfig, tokenizer: IcetkTokenizer, data: TokenData, draw: Draw
 ) -> TokenSequence:
-    """The samples of one forward pass; `draw` is (step, micro step, process)."""
-    generator = step_generator(config.seed, *draw)
-    layout, pad_token_id, samples = model_config.layout, tokenizer.pad_token_id, []
-    for index in data.draw(config.batch_size, generator):
-        text = data.draw_caption(index, generator)[: model_config.max_text_tokens]
-        task, drop = torch.rand(2, generator=generator).tolist()
-        captioning = task < config.caption_probability
-        completing = not captioning and task < config.caption_probability + config.completion_probability
-        if not captioning and drop < config.drop_text_probability:
-            text = []
-        padding = model_config.max_text_tokens + 1 - len(text)
-        row = torch.cat([torch.tensor(text + [pad_token_id] * padding), data.low[index].flatten().long()])
-        if captioning:
-            chinese = tokenizer.language(text) == "zh"
-            start = model_config.start_of_chinese_token_id if chinese else model_config.start_of_english_token_id
-            corners = draw_patch_corners(layout, generator, config.patch_size)
-            if torch.rand((), generator=generator) < config.whole_image_probability:
-                corners = []
-            sample = captioning_sample(row, layout, pad_token_id, [start], corners, config.patch_size)
-            add_noise(sample, layout, config.caption_noise_probability, generator)
-        elif completing:
-            sample = completion_sample(row, layout, pad_token_id, draw_rectangles(layout, generator))
-        else:
-            sample = generation_sample(row, layout, pad_token_id)
-            add_noise(sample, layout, config.noise_probability, generator)
-        samples.append(sample)
-    return stack(samples)
+    """The samples of one forward pass."""
+    return stack(
+        [make_sample(config, model_config, tokenizer, data, generator) for generator in draw.generators(config.seed)]
+    )
+
+
+def make_sample(
+    config: CogLMTrainConfig,
+    model_config: CogLMConfig,
+    tokenizer: IcetkTokenizer,
+    data: TokenData,
+    generator: torch.Generator,
+) -> TokenSequence:
+    """One sample, whose picture, caption, task and masks the generator draws."""
+    layout, pad_token_id, index = model_config.layout, tokenizer.pad_token_id, data.draw(generator)
+    text = data.draw_caption(index, generator)[: model_config.max_text_tokens]
+    task, drop = torch.rand(2, generator=generator).tolist()
+    captioning = task < config.caption_probability
+    completing = not captioning and task < config.caption_probability + config.completion_probability
+    if not captioning and drop < config.drop_text_probability:
+        text = []
+    padding = model_config.max_text_tokens + 1 - len(text)
+    row = torch.cat([torch.tensor(text + [pad_token_id] * padding), data.low[index].flatten().long()])
+    if captioning:
+        chinese = tokenizer.language(text) == "zh"
+        start = model_config.start_of_chinese_token_id if chinese else model_config.start_of_english_token_id
+        corners = draw_patch_corners(layout, generator, config.patch_size)
+        if torch.rand((), generator=generator) < config.whole_image_probability:
+            corners = []
+        sample = captioning_sample(row, layout, pad_token_id, [start], corners, config.patch_size)
+        add_noise(sample, layout, config.caption_noise_probability, generator)
+    elif completing:
+        sample = completion_sample(row, layout, pad_token_id, draw_rectangles(layout, generator))
+    else:
+        sample = generation_sample(row, layout, pad_token_id)
+        add_noise(sample, layout, config.noise_probability, generator)
+    return sample
 
 
 def add_noise(sample: TokenSequence, layout: SequenceLayout, probability: float, generator: torch.Generator) -> None:
@@ -152,10 +162,16 @@ def add_noise(sample: TokenSequence, layout: SequenceLayout, probability: float,
     tokens[noisy] = torch.randint(layout.num_image_tokens, tokens.shape, generator=generator)[noisy]
 
 
+def loss_weight(num_image_tokens: int, text_loss_weight: float, batch: TokenSequence) -> float:
+    """The labels of a batch, of which those of text count `text_loss_weight`."""
+    num_text = int((batch.labels >= num_image_tokens).sum())
+    return int((batch.labels != IGNORED_LABEL).sum()) + (text_loss_weight - 1) * num_text
+
+
 def compute_loss(
     num_image_tokens: int, text_loss_weight: float, model: torch.nn.Module, batch: TokenSequence
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Weighted mean cross-entropy over all labels, and the mean over image labels and over text labels."""
+) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """Weighted sum of the cross-entropy of all labels; and sum and number of image labels and of text labels."""
     output = model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
@@ -167,11 +183,10 @@ def compute_loss(
     labels = batch.labels[batch.labels != IGNORED_LABEL]
     is_image = labels < num_image_tokens
     losses = F.cross_entropy(output.logits, labels, reduction="none")
-    weights = torch.where(is_image, 1.0, text_loss_weight)
-    loss, losses = (losses * weights).sum() / weights.sum(), losses.detach()
+    loss, losses = (losses * torch.where(is_image, 1.0, text_loss_weight)).sum(), losses.detach()
     metrics = {
-        "image_loss": (losses * is_image).sum() / is_image.sum().clamp(min=1),
-        "text_loss": (losses * ~is_image).sum() / (~is_image).sum().clamp(min=1),
+        "image_loss": ((losses * is_image).sum(), is_image.sum()),
+        "text_loss": ((losses * ~is_image).sum(), (~is_image).sum()),
     }
     return loss, metrics
 
@@ -180,9 +195,9 @@ def make_samples(
     config: CogLMTrainConfig, vqvae: IcetkVQModel, data: TokenData, model: CogLMModel, count: int = 16
 ) -> torch.Tensor:
     """Pictures from captions of the training data, the same each time: `(count, 3, height, width)` in 0..1."""
-    generator = step_generator(config.seed, -1)
+    generator = seeded_generator(config.seed, "pictures")
     layout, longest = model.config.layout, model.config.max_text_tokens
-    texts = [data.draw_caption(index, generator)[:longest] for index in data.draw(count, generator)]
+    texts = [data.draw_caption(data.draw(generator), generator)[:longest] for _ in range(count)]
     tokens = generate(
         model,
         text_to_image(texts, layout),
@@ -214,9 +229,10 @@ def main(arguments: list[str] | None = None) -> CogLMModel | None:
         model,
         functools.partial(make_batch, config, model.config, tokenizer, data),
         functools.partial(compute_loss, model.config.num_image_tokens, config.text_loss_weight),
+        functools.partial(loss_weight, model.config.num_image_tokens, config.text_loss_weight),
         None if vqvae is None else functools.partial(make_samples, config, vqvae, data),
     )
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, resumable=True)

@@ -29,11 +29,11 @@ from cogview_pipelines import CogLMModel, IcetkTokenizer, IcetkVQModel, LoPARSch
 from cogview_pipelines.generation.canvas import refine
 from cogview_pipelines.generation.token_sequence import TokenSequence
 from cogview_pipelines.models.cogview2.sequences import direct_super_resolution
-from cogview_pipelines.training.arguments import parse_config
-from cogview_pipelines.training.data.prefetch import step_generator
+from cogview_pipelines.training.arguments import parse_config, run_script
+from cogview_pipelines.training.data.draws import Draw, seeded_generator
 from cogview_pipelines.training.data.tokens import CanvasBatch, TokenData, TokenTrainConfig
 from cogview_pipelines.training.loop import train
-from cogview_pipelines.training.losses import canvas_loss
+from cogview_pipelines.training.losses import canvas_loss, count_labels
 
 
 @dataclass
@@ -92,19 +92,21 @@ def make_model(config: DirectSRTrainConfig, data: TokenData) -> CogLMModel:
     return model
 
 
-def read_context(model: CogLMModel, data: TokenData, indices: list[int], generator: torch.Generator) -> TokenSequence:
-    """The low-resolution tokens of pictures, each with one of its captions, as long as generation takes it."""
+def read_context(model: CogLMModel, data: TokenData, indices: list[int], texts: list[list[int]]) -> TokenSequence:
+    """The low-resolution tokens of pictures, each with a caption, as long as generation takes it."""
     slots = model.config.num_text_slots
     longest = min(slots - 1, model.config.max_text_tokens)
-    texts = [data.draw_caption(index, generator)[:longest] for index in indices]
-    return direct_super_resolution(texts, data.low[indices].flatten(1).long(), slots, model.config.layout)
+    tokens = data.low[indices].flatten(1).long()
+    return direct_super_resolution([text[:longest] for text in texts], tokens, slots, model.config.layout)
 
 
-def make_batch(config: DirectSRTrainConfig, model: CogLMModel, data: TokenData, draw: tuple) -> CanvasBatch:
-    """The samples of one forward pass; `draw` is (step, micro step, process)."""
-    generator = step_generator(config.seed, *draw)
-    indices = data.draw(config.batch_size, generator)
-    context = read_context(model, data, indices, generator)
+def make_batch(config: DirectSRTrainConfig, model: CogLMModel, data: TokenData, draw: Draw) -> CanvasBatch:
+    """The samples of one forward pass."""
+    indices, texts = [], []
+    for generator in draw.generators(config.seed):
+        indices.append(data.draw(generator))
+        texts.append(data.draw_caption(indices[-1], generator))
+    context = read_context(model, data, indices, texts)
     labels = data.fine[indices].flatten(1).long()
     return CanvasBatch(context, torch.full_like(labels, model.config.boi_token_id), labels)
 
@@ -113,9 +115,9 @@ def make_samples(
     config: DirectSRTrainConfig, vqvae: IcetkVQModel, data: TokenData, model: CogLMModel, count: int = 8
 ) -> torch.Tensor:
     """True low-resolution pictures, enlarged, above their super-resolution: `(2 * count, 3, height, width)`."""
-    generator = step_generator(config.seed, -1)
-    indices = data.draw(count, generator)
-    context = read_context(model, data, indices, generator)
+    generator = seeded_generator(config.seed, "pictures")
+    indices = [data.draw(generator) for _ in range(count)]
+    context = read_context(model, data, indices, [data.draw_caption(index, generator) for index in indices])
     tokens = refine(model, LoPARScheduler(step_grid=((1,),), top_k=5), context, generator=generator)
     vqvae = vqvae.to(model.device)
     fine = vqvae.decode(tokens, config.compression_rate).sample
@@ -140,9 +142,10 @@ def main(arguments: list[str] | None = None) -> CogLMModel | None:
         model,
         functools.partial(make_batch, config, model, data),
         canvas_loss,
+        count_labels,
         None if vqvae is None else functools.partial(make_samples, config, vqvae, data),
     )
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, resumable=True)

@@ -29,11 +29,11 @@ from cogview_pipelines import CogLMConfig, CogLMModel, IcetkTokenizer, IcetkVQMo
 from cogview_pipelines.generation.canvas import refine
 from cogview_pipelines.generation.token_sequence import IGNORED_LABEL
 from cogview_pipelines.models.cogview2.sequences import iterative_super_resolution
-from cogview_pipelines.training.arguments import parse_config
-from cogview_pipelines.training.data.prefetch import step_generator
+from cogview_pipelines.training.arguments import parse_config, run_script
+from cogview_pipelines.training.data.draws import Draw, draw_index, seeded_generator
 from cogview_pipelines.training.data.tokens import CanvasBatch, TokenData, TokenTrainConfig
 from cogview_pipelines.training.loop import train
-from cogview_pipelines.training.losses import canvas_loss
+from cogview_pipelines.training.losses import canvas_loss, count_labels
 
 
 @dataclass
@@ -74,21 +74,22 @@ def make_model(config: IterativeSRTrainConfig, data: TokenData) -> CogLMModel:
     return CogLMModel.from_transformer(transformer, "iterative", fine_grid, **options)
 
 
-def make_batch(config: IterativeSRTrainConfig, model_config: CogLMConfig, data: TokenData, draw: tuple) -> CanvasBatch:
-    """The samples of one forward pass; `draw` is (step, micro step, process)."""
-    generator = step_generator(config.seed, *draw)
-    indices = data.draw(config.batch_size, generator)
-    texts = [data.draw_caption(index, generator) for index in indices]
+def make_batch(config: IterativeSRTrainConfig, model_config: CogLMConfig, data: TokenData, draw: Draw) -> CanvasBatch:
+    """The samples of one forward pass."""
+    texts, canvases, labels = [], [], []
+    for generator in draw.generators(config.seed):
+        index = data.draw(generator)
+        texts.append(data.draw_caption(index, generator))
+        tokens = data.fine[index].flatten().long()
+        ratio = config.mask_ratios[draw_index(len(config.mask_ratios), generator)]
+        masked = torch.rand(tokens.shape, generator=generator) < ratio
+        masked[draw_index(len(masked), generator)] |= not masked.any()  # or there is nothing to learn from
+        noisy = torch.rand(tokens.shape, generator=generator) < config.noise_probability
+        random_tokens = torch.randint(model_config.num_image_tokens, tokens.shape, generator=generator)
+        canvases.append(torch.where(noisy, random_tokens, tokens).masked_fill(masked, model_config.boi_token_id))
+        labels.append(tokens.masked_fill(~masked, IGNORED_LABEL))
     context = iterative_super_resolution(texts, model_config.num_text_slots)
-    tokens = data.fine[indices].flatten(1).long()
-    ratios = torch.tensor(config.mask_ratios)[
-        torch.randint(len(config.mask_ratios), (len(tokens), 1), generator=generator)
-    ]
-    masked = torch.rand(tokens.shape, generator=generator) < ratios
-    noisy = torch.rand(tokens.shape, generator=generator) < config.noise_probability
-    random_tokens = torch.randint(model_config.num_image_tokens, tokens.shape, generator=generator)
-    canvas = torch.where(noisy, random_tokens, tokens).masked_fill(masked, model_config.boi_token_id)
-    return CanvasBatch(context, canvas, tokens.masked_fill(~masked, IGNORED_LABEL))
+    return CanvasBatch(context, torch.stack(canvases), torch.stack(labels))
 
 
 def sample_scheduler(rows: int, columns: int) -> LoPARScheduler:
@@ -102,8 +103,8 @@ def make_samples(
     config: IterativeSRTrainConfig, vqvae: IcetkVQModel, data: TokenData, model: CogLMModel, count: int = 16
 ) -> torch.Tensor:
     """True pictures with every cell that the schedule may change written anew: `(count, 3, height, width)` in 0..1."""
-    generator = step_generator(config.seed, -1)
-    indices = data.draw(count, generator)
+    generator = seeded_generator(config.seed, "pictures")
+    indices = [data.draw(generator) for _ in range(count)]
     texts = [data.draw_caption(index, generator) for index in indices]
     context = iterative_super_resolution(texts, model.config.num_text_slots)
     scheduler = sample_scheduler(*model.config.fine_grid)
@@ -128,9 +129,10 @@ def main(arguments: list[str] | None = None) -> CogLMModel | None:
         model,
         functools.partial(make_batch, config, model.config, data),
         canvas_loss,
+        count_labels,
         None if vqvae is None else functools.partial(make_samples, config, vqvae, data),
     )
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, resumable=True)

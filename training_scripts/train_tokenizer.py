@@ -33,7 +33,7 @@ import sentencepiece
 from cogview_pipelines import demo
 from cogview_pipelines.json_lines import parse_object, read_lines
 from cogview_pipelines.models.cogview2.tokenization_icetk import IcetkTokenizer
-from cogview_pipelines.training.arguments import parse_config
+from cogview_pipelines.training.arguments import parse_config, run_script
 
 logger = logging.getLogger("train_tokenizer")
 
@@ -306,4 +306,4 @@ def main(arguments: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

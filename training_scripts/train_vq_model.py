@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""
+r"""
 Train the image tokenizer: an encoder, one codebook and a decoder for each compression rate.
 
 On a CPU, the small tokenizer of the demo (emoji scenes):
     python training_scripts/train_vq_model.py --config training_scripts/emoji/vq_small.yaml --output_dir runs/vq_small
 On one GPU, on your own pictures:
-    python training_scripts/train_vq_model.py --image_folder PICTURES --resolutions 256 --mixed_precision bf16
-    --output_dir runs/vq
+    python training_scripts/train_vq_model.py --image_folder PICTURES --resolutions 256 --mixed_precision bf16 \
+        --output_dir runs/vq
 On eight GPUs:
     accelerate launch --num_processes 8 training_scripts/train_vq_model.py --image_folder PICTURES --output_dir runs/vq
 """
@@ -18,16 +18,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
 from cogview_pipelines import IcetkVQConfig, IcetkVQModel
-from cogview_pipelines.training.arguments import TrainConfig, parse_config
+from cogview_pipelines.training.arguments import TrainConfig, parse_config, run_script
+from cogview_pipelines.training.data.draws import Draw, WeightedIndex, draw_index, seeded_generator
 from cogview_pipelines.training.data.pictures import PictureFolder, PicturePool, check_pictures, to_bytes
-from cogview_pipelines.training.data.prefetch import image_paths, step_generator
+from cogview_pipelines.training.data.prefetch import image_paths
 from cogview_pipelines.training.loop import train
 from cogview_pipelines.training.losses import content_weights, load_perceptual_network, reconstruction_loss
+from cogview_pipelines.training.processes import start_processes
 
 
 @dataclass
@@ -78,6 +79,9 @@ class PixelBatch:
     pixel_values: torch.Tensor
     rate: int
 
+    def __len__(self) -> int:
+        return len(self.pixel_values)
+
     def to(self, device: torch.device | str) -> "PixelBatch":
         """The same batch on another device."""
         return PixelBatch(self.pixel_values.to(device), self.rate)
@@ -88,8 +92,8 @@ def make_sources(config: VQTrainConfig) -> list[PicturePool]:
     if config.image_folder is not None:
         record = Path(config.output_dir) / "pictures.jsonl"
         # one process reads all files and writes down which are good; those that share its folder need not
-        with PartialState().main_process_first():
-            is_main = PartialState().is_main_process
+        with start_processes().main_process_first():
+            is_main = start_processes().is_main_process
             paths = check_pictures(
                 image_paths(config.image_folder), config.skip_unreadable, config.data_workers, record, is_main
             )
@@ -115,21 +119,21 @@ def draw_scenes(scenes: list, sizes: list[int], sprites) -> list[torch.Tensor]:
     return [torch.stack([to_bytes(render(scene, size, sprites)) for scene in scenes]) for size in sizes]
 
 
-def make_batch(config: VQTrainConfig, sources: list[PicturePool], rates: tuple[int, ...], draw: tuple) -> PixelBatch:
-    """Pictures and compression rate of one forward pass; `draw` is (step, micro step, process)."""
-    # All processes take the same resolution and rate, so that none waits for another.
-    shared = step_generator(config.seed, draw[0], draw[1])
+def make_batch(config: VQTrainConfig, sources: list[PicturePool], rates: tuple[int, ...], draw: Draw) -> PixelBatch:
+    """Pictures and compression rate of one forward pass."""
+    # All of a step take the same resolution and rate, so that no process waits for another.
+    shared = draw.shared_generator(config.seed)
     weights = torch.tensor(config.resolution_weights or [1.0] * len(sources))
-    source = sources[int(torch.multinomial(weights, 1, generator=shared))]
-    rate = rates[int(torch.randint(len(rates), (1,), generator=shared))]
-    own = step_generator(config.seed, draw[0], draw[1], draw[2] + 1)
-    return PixelBatch(source.batch(config.batch_size, config.crop_size, max(rates), own), rate)
+    source = sources[WeightedIndex(weights).draw(shared)]
+    rate = rates[draw_index(len(rates), shared)]
+    pictures = [source.batch(1, config.crop_size, max(rates), own) for own in draw.generators(config.seed)]
+    return PixelBatch(torch.cat(pictures), rate)
 
 
 def compute_loss(
     config: VQTrainConfig, model: IcetkVQModel, perceptual_distance, trained: torch.nn.Module, batch: PixelBatch
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Reconstruction and commitment loss; `trained` is `model` as Accelerate prepared it."""
+) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, int]]]:
+    """Reconstruction and commitment loss, summed over pictures; `trained` is `model` as it is distributed."""
     pixel_values = batch.pixel_values
     output = trained(pixel_values, compression_rate=batch.rate)
     weights = content_weights(pixel_values, config.flat_weight, batch.rate) if config.flat_weight != 1 else None
@@ -140,12 +144,13 @@ def compute_loss(
     if perceptual_distance is not None:
         with torch.autocast(pixel_values.device.type, enabled=False):
             loss = loss + config.perceptual_weight * perceptual_distance(output.sample, pixel_values).mean()
+    count = len(batch)
     metrics = {
-        "reconstruction_loss": reconstruction,
-        "commitment_loss": output.commitment_loss,
-        "codes_in_use": (model.quantize.cluster_size > 0.01).float().sum(),
+        "reconstruction_loss": (reconstruction * count, count),
+        "commitment_loss": (output.commitment_loss * count, count),
+        "codes_in_use": ((model.quantize.cluster_size > 0.01).sum(), 1),
     }
-    return loss, metrics
+    return loss * count, metrics
 
 
 def begin_step(config: VQTrainConfig, model: IcetkVQModel, step: int) -> None:
@@ -160,7 +165,7 @@ def make_samples(
     """Pictures above their reconstructions, the same pictures every time, at each resolution."""
     rate, samples = model.config.compression_rates[-1], {}
     for source in sources:
-        pixel_values = source.batch(count, None, rate, step_generator(config.seed, -1)).to(model.device)
+        pixel_values = source.batch(count, None, rate, seeded_generator(config.seed, "pictures")).to(model.device)
         sample = model(pixel_values, compression_rate=rate).sample
         samples[f"{pixel_values.shape[-1]}px"] = torch.cat([pixel_values, sample.float()])
     return samples
@@ -180,6 +185,7 @@ def main(arguments: list[str] | None = None) -> IcetkVQModel | None:
         model,
         functools.partial(make_batch, config, sources, model.config.compression_rates),
         functools.partial(compute_loss, config, model, perceptual_distance),
+        len,
         functools.partial(make_samples, config, sources),
         begin_step=functools.partial(begin_step, config, model),
         finish=lambda final: final.compute_cluster_labels(config.num_clusters, config.seed),
@@ -187,4 +193,4 @@ def main(arguments: list[str] | None = None) -> IcetkVQModel | None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, resumable=True)

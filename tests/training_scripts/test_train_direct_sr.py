@@ -6,6 +6,7 @@ from safetensors import safe_open
 
 from cogview_pipelines import CogLMModel
 from cogview_pipelines.models.cogview2.sequences import direct_super_resolution
+from cogview_pipelines.training.data.draws import Draw
 from cogview_pipelines.training.data.tokens import TokenData
 
 from .conftest import WINDOWS, as_arguments, load_script
@@ -119,10 +120,9 @@ def test_every_trained_weight_gets_a_gradient(script, token_folder, tokenizer_fo
             transformer=str(coglm_folder),
             model='{"kernel_size": [5, 3], "cross_kernel_size": [3, 3]}',
             train_backbone=train_backbone,
-            batch_size=2,
         )
         model = script.make_model(config, data)
-        loss, _ = script.canvas_loss(model, script.make_batch(config, model, data, (0, 0, 0)))
+        loss, _ = script.canvas_loss(model, script.make_batch(config, model, data, Draw(0, range(2))))
         loss.backward()
         for name, value in model.named_parameters():  # as distributed training demands
             assert (value.grad is not None) is value.requires_grad, name
@@ -134,12 +134,12 @@ def test_the_canvas_is_unknown_and_texts_are_as_long_as_in_generation(script, to
     for slots, max_text_tokens in ((30, 30), (8, 30), (96, 6)):
         options = {"num_text_slots": slots, "max_text_tokens": max_text_tokens, **WINDOWS}
         config = script.DirectSRTrainConfig(
-            output_dir="unused", data="unused", tokenizer="unused", transformer=str(coglm_folder), batch_size=40
+            output_dir="unused", data="unused", tokenizer="unused", transformer=str(coglm_folder)
         )
         model = CogLMModel.from_transformer(
             CogLMModel.from_pretrained(coglm_folder, dtype=torch.float32), "direct", (12, 12), **options
         )
-        batch = script.make_batch(config, model, data, (0, 0, 0))
+        batch = script.make_batch(config, model, data, Draw(0, range(40)))
         lengths[slots] = int(batch.context.text_mask.sum(1).max())
         assert (batch.canvas_ids == model.config.boi_token_id).all()
         fine = {tuple(picture.flatten().tolist()): index for index, picture in enumerate(data.fine)}

@@ -5,6 +5,7 @@ import torch
 
 from cogview_pipelines import CogLMModel, LoPARScheduler
 from cogview_pipelines.generation.token_sequence import IGNORED_LABEL
+from cogview_pipelines.training.data.draws import Draw
 from cogview_pipelines.training.data.tokens import TokenData
 
 from .conftest import WINDOWS, as_arguments, load_script
@@ -22,12 +23,12 @@ def data(token_folder, tokenizer):
 
 @pytest.fixture
 def make_batch(script, data, coglm_folder):
-    def make(step=0, **options):
+    def make(batch_size, **options):
         config = script.IterativeSRTrainConfig(
             output_dir="unused", data="unused", tokenizer="unused", transformer=str(coglm_folder), **options
         )
         model_config = script.make_model(config, data).config
-        return model_config, script.make_batch(config, model_config, data, (step, 0, 0))
+        return model_config, script.make_batch(config, model_config, data, Draw(0, range(batch_size)))
 
     return make
 

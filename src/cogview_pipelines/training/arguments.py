@@ -1,14 +1,24 @@
 """The knobs that every training script has, and how they are read from the command line and a YAML file."""
 
 import argparse
+import difflib
 import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from transformers import HfArgumentParser
 
 Config = TypeVar("Config")
+
+INTERRUPTED = 75  # exit status of a run that saved a checkpoint and stopped: EX_TEMPFAIL, "try again"
+
+# What `metadata["resume"]` says of an option that may change when a run is resumed.
+UNNOTICED = ""  # it changes nothing that is learned
 
 
 @dataclass
@@ -17,25 +27,40 @@ class TrainConfig:
     Common knobs. A script's own config inherits from this one and adds fields with `metadata={"help": ...}`.
 
     A step is one update of the weights: `batch_size` samples on each process, `gradient_accumulation_steps` times.
+    `metadata["resume"]` says what a changed value does to a run that is resumed; without it, the value counts from
+    the next step on.
     """
 
-    output_dir: str = field(metadata={"help": "Folder for checkpoints, metrics.jsonl, samples and the final model."})
-    config: str | None = field(
-        default=None, metadata={"help": "YAML file with any of these options; the command line wins over it."}
+    output_dir: str = field(
+        metadata={"help": "Folder for checkpoints, metrics.jsonl, samples and the final model.", "resume": UNNOTICED}
     )
-    seed: int = field(default=0, metadata={"help": "Seed of weights and data order."})
+    config: str | None = field(
+        default=None,
+        metadata={
+            "help": "YAML file with any of these options; the command line wins over it.",
+            "resume": UNNOTICED,
+        },
+    )
+    seed: int = field(
+        default=0,
+        metadata={"help": "Seed of weights and data order.", "resume": "other samples are drawn from here on"},
+    )
     max_steps: int = field(default=1000, metadata={"help": "Updates of the weights in the whole run."})
     max_minutes: float | None = field(
-        default=None, metadata={"help": "Save a checkpoint and stop after so many minutes of this start."}
+        default=None,
+        metadata={"help": "Save a checkpoint and stop after so many minutes of this start.", "resume": UNNOTICED},
     )
     batch_size: int = field(default=32, metadata={"help": "Samples per process and forward pass."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forward passes per update."})
+    gradient_accumulation_steps: int | None = field(
+        default=None, metadata={"help": "Forward passes per update; by default as `accelerate config` says, else 1."}
+    )
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
     optimizer: str = field(
         default="adamw",
         metadata={
             "help": "adamw, or muon: Muon for the weights of linear layers, AdamW for the rest.",
             "choices": ["adamw", "muon"],
+            "resume": "its moments begin at zero where the checkpoint has none of its kind",
         },
     )
     weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay of matrices and kernels."})
@@ -45,30 +70,82 @@ class TrainConfig:
         default=0, metadata={"help": "Last steps of the run, in which the learning rate falls to zero."}
     )
     max_grad_norm: float = field(default=1.0, metadata={"help": "Clip the norm of all gradients at this; 0: never."})
-    mixed_precision: str = field(
-        default="no",
-        metadata={"help": "Autocast type of the forward pass.", "choices": ["no", "bf16", "fp16"]},
+    non_finite: str = field(
+        default="stop",
+        metadata={
+            "help": "What happens at a loss or gradient that is NaN or infinite: stop the run, before a checkpoint is "
+            "saved; or skip the step, which is counted in metrics.jsonl and makes the device wait at each step.",
+            "choices": ["stop", "skip"],
+        },
     )
-    compile: bool = field(default=False, metadata={"help": "Run the model through torch.compile."})
+    mixed_precision: str | None = field(
+        default=None,
+        metadata={
+            "help": "Autocast type of the forward pass; by default as `accelerate config` says, else no.",
+            "choices": ["no", "bf16", "fp16"],
+        },
+    )
+    compile: bool = field(
+        default=False, metadata={"help": "Run the model's layers through torch.compile.", "resume": UNNOTICED}
+    )
     ema_decay: float = field(
-        default=0.0, metadata={"help": "Decay of the moving average of the weights that is saved; 0: none."}
+        default=0.0,
+        metadata={
+            "help": "Decay of the moving average of the weights that is saved; 0: none.",
+            "resume": "an average that the checkpoint lacks begins with its weights",
+        },
     )
-    checkpoint_every_steps: int = field(default=1000, metadata={"help": "Steps between checkpoints; 0: never."})
-    checkpoint_every_minutes: float = field(default=10.0, metadata={"help": "Minutes between checkpoints; 0: never."})
-    keep_checkpoints: int = field(default=2, metadata={"help": "How many checkpoints to keep; 0: all."})
+    checkpoint_every_steps: int = field(
+        default=1000, metadata={"help": "Steps between checkpoints; 0: only at the end.", "resume": UNNOTICED}
+    )
+    checkpoint_every_minutes: float = field(
+        default=10.0, metadata={"help": "Minutes between checkpoints; 0: never by time.", "resume": UNNOTICED}
+    )
+    keep_checkpoints: int = field(
+        default=2, metadata={"help": "How many checkpoints to keep; 0: all.", "resume": UNNOTICED}
+    )
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "A checkpoint-<step> folder, or 'latest': the last one, if there is any."}
+        default=None,
+        metadata={
+            "help": "A checkpoint-<step> folder, or 'latest': the last one that is whole, if there is any.",
+            "resume": UNNOTICED,
+        },
     )
-    log_every_steps: int = field(default=20, metadata={"help": "Steps between lines of metrics.jsonl."})
-    sample_every_steps: int = field(default=500, metadata={"help": "Steps between sample pictures; 0: never."})
+    log_every_steps: int = field(
+        default=20, metadata={"help": "Steps between lines of metrics.jsonl.", "resume": UNNOTICED}
+    )
+    sample_every_steps: int = field(
+        default=500, metadata={"help": "Steps between sample pictures; 0: never.", "resume": UNNOTICED}
+    )
     log_with: str | None = field(
-        default=None, metadata={"help": "Tracker of Accelerate, such as tensorboard or wandb, beside metrics.jsonl."}
+        default=None,
+        metadata={
+            "help": "Tracker of Accelerate, such as tensorboard or wandb, beside metrics.jsonl.",
+            "resume": UNNOTICED,
+        },
     )
-    data_workers: int = field(default=1, metadata={"help": "Threads that prepare batches ahead; 0: none."})
+    data_workers: int = field(
+        default=1, metadata={"help": "Threads that prepare batches ahead; 0: none.", "resume": UNNOTICED}
+    )
     data_processes: bool = field(
         default=False,
-        metadata={"help": "Processes instead of threads for that: where a fast device would wait for batches."},
+        metadata={
+            "help": "Processes instead of threads for that: where a fast device would wait for batches.",
+            "resume": UNNOTICED,
+        },
     )
+
+    def check(self) -> None:
+        """Raise `ValueError` for a number that cannot work, before anything is loaded."""
+        least = {"max_steps": 1, "batch_size": 1, "log_every_steps": 1, "gradient_accumulation_steps": 1}
+        least.update(dict.fromkeys(("warmup_steps", "decay_steps", "checkpoint_every_steps", "keep_checkpoints"), 0))
+        least.update(dict.fromkeys(("sample_every_steps", "data_workers", "max_grad_norm", "learning_rate"), 0))
+        for name, value in least.items():
+            if getattr(self, name) is not None and not getattr(self, name) >= value:
+                raise ValueError(f"`{name}` must be at least {value}, but is {getattr(self, name)}.")
+        for name in ("ema_decay", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 0 and below 1, but is {getattr(self, name)}.")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -76,6 +153,13 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, []) else super()._get_help_string(action)
+
+
+class _Parser(HfArgumentParser):
+    """A parser of fields whose metadata say more than argparse knows."""
+
+    def add_argument(self, *args, resume: str | None = None, **kwargs):
+        return super().add_argument(*args, **kwargs)
 
 
 def parse_config(
@@ -93,16 +177,58 @@ def parse_config(
         An instance of `config_class`.
 
     Raises:
-        ValueError: If there is no such file, or it has an unknown option or a value that is no choice.
+        ValueError: If there is no such file, it has an unknown option or a value that is no choice, or a number is
+            out of bounds.
+        SystemExit: With status 2 and a sentence on stderr, if the command line has an unknown option, lacks one, or
+            has a value of another type.
     """
-    parser = HfArgumentParser(config_class, description=description, formatter_class=_HelpFormatter)
+    parser = _Parser(config_class, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first_look.add_argument("--config")
     path = first_look.parse_known_args(arguments)[0].config
     if path is not None:
         _set_defaults_from_file(parser, config_class, Path(path))
-    (config,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    config, unknown = parser.parse_args_into_dataclasses(
+        arguments, look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        _fail_at_unknown(parser, unknown)
+    if hasattr(config, "check"):
+        config.check()
     return config
+
+
+def run_script(main: Callable[[], Any], resumable: bool = False) -> NoReturn:
+    """
+    Run a script's `main` as a program, and end with its exit status.
+
+    That is 0 when it is done, 1 or 2 with one sentence on stderr where something cannot work (`COGVIEW_TRACEBACK=1` in
+    the environment puts a traceback before it), and 75 (`INTERRUPTED`) when a checkpoint was saved and the run goes on
+    with `--resume_from_checkpoint latest`.
+
+    Args:
+        main (`Callable`): Does the work.
+        resumable (`bool`): Whether a result of `None` says that the run was interrupted.
+    """
+    name = Path(sys.argv[0]).name
+    try:
+        result = main()
+    except (ValueError, FloatingPointError, OSError) as error:
+        if os.environ.get("COGVIEW_TRACEBACK"):
+            traceback.print_exc()
+        print(f"{name}: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
+    sys.exit(INTERRUPTED if resumable and result is None else 0)
+
+
+def _fail_at_unknown(parser, unknown: list[str]) -> NoReturn:
+    names = [name for name in unknown if name.startswith("-")]
+    if not names:
+        parser.error(f"nothing takes these: {' '.join(unknown)}")
+    known = [option for action in parser._actions for option in action.option_strings]
+    hints = [difflib.get_close_matches(name.partition("=")[0], known, 1) for name in names]
+    said = [f"{name} (did you mean {hint[0]}?)" if hint else name for name, hint in zip(names, hints)]
+    parser.error(f"no such option: {', '.join(said)}; --help lists all of them")
 
 
 def _set_defaults_from_file(parser, config_class, path):
@@ -110,7 +236,10 @@ def _set_defaults_from_file(parser, config_class, path):
 
     if not path.is_file():
         raise ValueError(f"`--config` must be a YAML file, but there is none at {path}.")
-    options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8-sig")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"`--config` {path} is no YAML file: {error}.") from error
     if not isinstance(options, dict):
         raise ValueError(f"`--config` {path} must hold `option: value` lines, but holds a {type(options).__name__}.")
     known = {item.name for item in fields(config_class) if item.init}

@@ -13,6 +13,10 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .arguments import TrainConfig
+from .processes import Processes
+from .run_folder import replacing
+
+Number = torch.Tensor | float
 
 
 class MetricsLog:
@@ -22,17 +26,15 @@ class MetricsLog:
     Lines after `start_step`, left by a run that was interrupted after its last checkpoint, are dropped.
     """
 
-    def __init__(self, accelerator: Accelerator, config: TrainConfig, start_step: int = 0):
-        self.accelerator, self.config = accelerator, config
+    def __init__(self, accelerator: Accelerator, processes: Processes, config: TrainConfig, start_step: int = 0):
+        self.accelerator, self.processes, self.config = accelerator, processes, config
         self.path = Path(config.output_dir) / "metrics.jsonl"
-        self.bar = tqdm(
-            total=config.max_steps, initial=start_step, disable=not accelerator.is_main_process, unit="step"
-        )
-        if accelerator.is_main_process:
+        self.bar = tqdm(total=config.max_steps, initial=start_step, disable=not processes.is_main, unit="step")
+        if processes.is_main:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            lines = self.path.read_text(encoding="utf-8").splitlines() if start_step and self.path.exists() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= start_step]
-            self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            kept = kept_lines(self.path, start_step)
+            with replacing(self.path) as partial:
+                partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         if config.log_with is not None:
             simple = {
                 key: value for key, value in asdict(config).items() if isinstance(value, (str, int, float, bool))
@@ -41,15 +43,19 @@ class MetricsLog:
         self._reset()
 
     def _reset(self):
-        self.sums, self.counts, self.num_samples, self.time = {}, {}, 0, time.monotonic()
+        self.sums, self.num_samples, self.skipped, self.time = {}, 0, 0, time.monotonic()
 
-    def add(self, num_samples: int, **values: torch.Tensor | float):
-        """Report one forward pass: its samples on this process and any scalars."""
+    def add(self, num_samples: int, **values: tuple[Number, Number]):
+        """Report one forward pass: its samples on this process, and sum and count of each scalar that is averaged."""
         self.num_samples += num_samples
-        for name, value in values.items():
-            value = value.detach().float() if torch.is_tensor(value) else torch.tensor(float(value))
-            self.sums[name] = self.sums.get(name, 0.0) + value
-            self.counts[name] = self.counts.get(name, 0) + 1
+        for name, pair in values.items():
+            pair = [each.detach().double() if torch.is_tensor(each) else each for each in pair]
+            before = self.sums.get(name, (0.0, 0.0))
+            self.sums[name] = (before[0] + pair[0], before[1] + pair[1])
+
+    def skip(self):
+        """Report a step whose update was left out."""
+        self.skipped += 1
 
     def end_step(self, step: int, learning_rate: float):
         """Call after each update with the number of updates so far."""
@@ -57,22 +63,41 @@ class MetricsLog:
         if step % self.config.log_every_steps and step != self.config.max_steps:
             return
         seconds = max(time.monotonic() - self.time, 1e-9)
+        local = [float(each) for pair in self.sums.values() for each in pair]
+        *totals, samples = self.processes.sum([*local, self.num_samples])
         line = {"step": step}
-        for name, value in self.sums.items():
-            mean = self.accelerator.reduce(value.to(self.accelerator.device) / self.counts[name], reduction="mean")
-            line[name] = float(mean)
+        for name, total, count in zip(self.sums, totals[::2], totals[1::2]):
+            if count:  # what no sample had, such as a caption, has no mean
+                line[name] = total / count
         line["learning_rate"] = learning_rate
-        line["samples_per_second"] = round(self.num_samples * self.accelerator.num_processes / seconds, 2)
-        if self.accelerator.is_main_process:
+        line["samples_per_second"] = round(samples / seconds, 2)
+        if self.skipped:
+            line["skipped_steps"] = self.skipped
+        if self.processes.is_main:
+            finite = {name: value if math.isfinite(value) else None for name, value in line.items()}
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            self.bar.set_postfix({name: f"{value:.4g}" for name, value in line.items() if name not in ("step",)})
+                file.write(json.dumps(finite, allow_nan=False) + "\n")
+            self.bar.set_postfix({name: f"{value:.4g}" for name, value in line.items() if name != "step"})
         self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step)
         self._reset()
 
     def close(self):
         self.bar.close()
         self.accelerator.end_training()
+
+
+def kept_lines(path: Path, last_step: int) -> list[str]:
+    """The lines of a metrics file up to a step; one that is cut off or damaged, as a killed run leaves it, is not."""
+    if not last_step or not path.is_file():
+        return []
+    kept = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line.decode("utf-8"))
+        except (ValueError, KeyError, TypeError):
+            continue
+    return kept
 
 
 def save_samples(

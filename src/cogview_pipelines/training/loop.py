@@ -5,31 +5,49 @@ It is written once because exact resuming, accumulation and clean stops are easy
 differs between the scripts (samples, loss, sample pictures, what happens between steps) they pass in as functions.
 """
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
 from .arguments import TrainConfig
-from .checkpoints import Clock, resume, save_checkpoint
+from .averaging import make_average
+from .checkpoints import (
+    Clock,
+    TrainingState,
+    changed_options,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from .data.draws import Draw, derived_seed
 from .data.prefetch import prefetch
+from .distribution import DistributedModel
+from .interruption import Interruption
 from .logs import MetricsLog, save_samples
-from .setup import make_accelerator, make_averaged_model, make_optimizer, make_scheduler
+from .optimizers import LossScale, Optimizers, clip_gradients, gradient_norm, learning_rate, unscale
+from .processes import Processes, make_accelerator, resolve
+from .run_folder import locked, read_run, remove_leftovers, save_final, write_run
 
 logger = logging.getLogger(__name__)
 
-Draw = tuple[int, int, int]
 Pictures = torch.Tensor | list[Image.Image]
+Metrics = Mapping[str, tuple[torch.Tensor | float, torch.Tensor | float]]
 
 
 def train(
     config: TrainConfig,
     model: nn.Module,
     make_batch: Callable[[Draw], object],
-    compute_loss: Callable[[nn.Module, object], tuple[torch.Tensor, dict[str, torch.Tensor]]],
+    compute_loss: Callable[[nn.Module, object], tuple[torch.Tensor, Metrics]],
+    loss_weight: Callable[[object], float],
     make_samples: Callable[[nn.Module], Pictures | dict[str, Pictures]] | None = None,
     adamw_names: tuple[str, ...] = (),
     begin_step: Callable[[int], None] | None = None,
@@ -38,12 +56,17 @@ def train(
     """
     Train all parameters of a model that require a gradient.
 
+    The loss of a step is the sum over all its forward passes, on all processes, of what `compute_loss` returns, over
+    the sum of their `loss_weight`: a mean over all labels of the step, however they are spread.
+
     Args:
         config ([`TrainConfig`]): The knobs.
         model (`nn.Module`): The model, with `save_pretrained`.
-        make_batch (`Callable`): Makes the batch of `(step, micro step, process)`, an object with `.to(device)`. It
-            must depend on nothing else, so that a resumed run sees the batches that it would have seen.
-        compute_loss (`Callable`): Loss and further scalars of the model (as Accelerate prepared it) and a batch.
+        make_batch (`Callable`): Makes the batch of a [`Draw`], an object with `.to(device)`. It must depend on nothing
+            else, so that a resumed run sees the batches that it would have seen.
+        compute_loss (`Callable`): The loss of the model (as it is distributed) and a batch, summed over labels; and
+            further scalars by name, each as a sum and a count.
+        loss_weight (`Callable`): By how much the loss of a batch is divided to be a mean, such as its labels.
         make_samples (`Callable`, *optional*): Pictures made by the model in evaluation mode, or several sets by name.
         adamw_names (`tuple[str, ...]`): Parts of names of linear layers that Muon leaves to AdamW.
         begin_step (`Callable`, *optional*): Called with the number of updates so far before each forward pass.
@@ -51,73 +74,245 @@ def train(
 
     Returns:
         `nn.Module` or `None`: The trained model (the moving average, if there is one), also saved in
-        `<output_dir>/final`; `None` if `max_minutes` ended the run, which then goes on with `resume_from_checkpoint`.
+        `<output_dir>/final`; `None` if `max_minutes`, SIGTERM or Ctrl-C ended the run after a checkpoint, from which
+        `resume_from_checkpoint` goes on.
+
+    Raises:
+        ValueError: If the options cannot work, or the folder has a run already, or one that is running.
+        FloatingPointError: If loss or gradients are not finite and `non_finite` is `"stop"`: no checkpoint was saved
+            since.
+        OSError: If the disk is full.
     """
+    config = resolve(config)
     accelerator = make_accelerator(config)
-    averaged = make_averaged_model(model.to(accelerator.device), config)
-    optimizer = make_optimizer(model, config, adamw_names)
-    scheduler = make_scheduler(optimizer, config)
-    trained = torch.compile(model) if config.compile else model
-    trained, optimizer = accelerator.prepare(trained, optimizer)
-    accelerator.register_for_checkpointing(scheduler, *([] if averaged is None else [averaged]))
-    start_step = resume(accelerator, config)
-    log, clock = MetricsLog(accelerator, config, start_step), Clock(accelerator, config)
-
-    draws = (
-        (step, micro_step, accelerator.process_index)
-        for step in range(start_step, config.max_steps)
-        for micro_step in range(config.gradient_accumulation_steps)
-    )
-    trained.train()
-    for (step, _, _), batch in prefetch(make_batch, draws, config.data_workers, config.data_processes):
-        batch = batch.to(accelerator.device)
-        if begin_step is not None:
-            begin_step(step)
-        with accelerator.accumulate(trained):
-            with accelerator.autocast():
-                loss, metrics = compute_loss(trained, batch)
-            accelerator.backward(loss)
-            if accelerator.sync_gradients and config.max_grad_norm:
-                accelerator.clip_grad_norm_(trained.parameters(), config.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-        log.add(config.batch_size, loss=loss, **metrics)
-        if not accelerator.sync_gradients:
-            continue
-
-        scheduler.step()
-        if averaged is not None:
-            averaged.update_parameters(model)
-        num_steps = step + 1
-        log.end_step(num_steps, scheduler.get_last_lr()[0])
-        if make_samples is not None and config.sample_every_steps and num_steps % config.sample_every_steps == 0:
-            if accelerator.is_main_process:
-                save_samples(_sample(make_samples, model if averaged is None else averaged.module), config, num_steps)
-            accelerator.wait_for_everyone()
-        if clock.checkpoint_due(num_steps):
-            save_checkpoint(accelerator, config, num_steps)
-        if num_steps < config.max_steps and clock.time_is_over():
-            save_checkpoint(accelerator, config, num_steps)
-            logger.warning(
-                "Stopped after %d steps by `max_minutes`; resume with --resume_from_checkpoint latest.", num_steps
-            )
-            log.close()
+    processes = Processes(accelerator)
+    with contextlib.ExitStack() as stack:
+        lock = locked(config.output_dir)
+        processes.main_first(lambda: stack.enter_context(lock) if processes.is_main else None)
+        processes.main_first(lambda: remove_leftovers(config.output_dir))
+        run = _Run(
+            config, accelerator, processes, model, compute_loss, loss_weight, make_samples, adamw_names, begin_step
+        )
+        found = run.resume()
+        run.note("running")
+        try:
+            with Interruption() as interruption:
+                finished = run.train(make_batch, interruption)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                run.note("failed")
+            raise
+        if not finished:
+            run.note("interrupted")
             return None
-
-    log.close()
-    final = (model if averaged is None else averaged.module).eval()
-    if finish is not None:
-        finish(final)
-    if accelerator.is_main_process:
-        final.save_pretrained(Path(config.output_dir) / "final")
-    return final
+        return run.finish(finish, nothing_to_do=found == config.max_steps)
 
 
-def _sample(make_samples, model: nn.Module):
-    """Pictures, without a trace in the model's mode or the global random state."""
-    was_training = model.training
-    with torch.random.fork_rng(), torch.no_grad():
-        model.eval()
-        samples = make_samples(model)
-        model.train(was_training)
-    return samples
+class _Run:
+    """One run: what `train` was given, and what it makes of it."""
+
+    def __init__(
+        self, config, accelerator, processes, model, compute_loss, loss_weight, make_samples, adamw_names, begin_step
+    ):
+        self.config: TrainConfig = config
+        self.accelerator: Accelerator = accelerator
+        self.processes: Processes = processes
+        self.compute_loss, self.loss_weight = compute_loss, loss_weight
+        self.make_samples, self.begin_step = make_samples, begin_step
+        self.distributed = DistributedModel(model, config, accelerator, processes)
+        self.model = self.distributed.model
+        optimizers = Optimizers(self.model, config, adamw_names)
+        self.state = TrainingState(self.model, optimizers, make_average(self.model, config.ema_decay))
+        self.scale = LossScale() if accelerator.mixed_precision == "fp16" else None
+        self.watch = FiniteWatch(processes)
+        self.last_checkpoint: Path | None = None
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.config.batch_size * self.processes.count * self.config.gradient_accumulation_steps
+
+    def note(self, state: str, final_step: int | None = None) -> None:
+        """Write the state of the run down."""
+        if self.processes.is_main:
+            write_run(self.config, state, self.state.step, final_step)
+
+    def resume(self) -> int | None:
+        """Load the checkpoint that the config asks for; its step, or `None`."""
+        found = find_checkpoint(self.processes, self.config)
+        if found is None:
+            return None
+        folder, content = found
+        notes = load_checkpoint(folder, content, self.state)
+        if self.scale is not None and "loss_scale" in self.state.numbers:
+            self.scale.scale = self.state.numbers["loss_scale"]
+        self.last_checkpoint = folder
+        if self.processes.is_main:
+            for line in [*changed_options(self.config, content["options"]), *notes]:
+                logger.warning("Resuming from %s: %s", folder.name, line)
+        return self.state.step
+
+    # Steps -----------------------------------------------------------------------------------------------------------
+
+    def train(self, make_batch: Callable[[Draw], object], interruption: Interruption) -> bool:
+        """All steps that are left; False if the run was interrupted before the last one."""
+        config, state = self.config, self.state
+        log = MetricsLog(self.accelerator, self.processes, config, state.step)
+        clock = Clock(config)
+        self.model.train()
+        batches = prefetch(make_batch, self.draws(), config.data_workers, config.data_processes)
+        with contextlib.closing(batches), contextlib.closing(log):
+            while passes := list(islice(batches, config.gradient_accumulation_steps)):
+                step = passes[0][0].step
+                (weight,) = self.processes.sum([sum(self.loss_weight(batch) for _, batch in passes)])
+                self.update(step, passes, weight, log)
+                state.step, state.samples = step + 1, state.samples + self.samples_per_step
+                log.end_step(state.step, learning_rate(config, step))
+                self.show(state.step)
+                # what one process was asked for, all do
+                asked = (interruption.signal is not None, clock.time_is_over(), clock.checkpoint_due())
+                flags = self.processes.sum([float(flag) for flag in asked])
+                ends = any(flags[:2]) and state.step < config.max_steps
+                if ends or flags[2] or self.checkpoint_due(state.step):
+                    self.save()
+                    clock.saved()
+                if ends:
+                    if self.processes.is_main:
+                        reason = "a signal" if flags[0] else "`max_minutes`"
+                        logger.warning(
+                            "Stopped after %d steps by %s; go on with --resume_from_checkpoint latest.",
+                            state.step,
+                            interruption.signal or reason,
+                        )
+                    return False
+        return True
+
+    def draws(self) -> Iterator[Draw]:
+        """What this process computes in the rest of the run, in order."""
+        config, processes = self.config, self.processes
+        for step in range(self.state.step, config.max_steps):
+            first = self.state.samples + (step - self.state.step) * self.samples_per_step
+            for micro_step in range(config.gradient_accumulation_steps):
+                start = first + (micro_step * processes.count + processes.index) * config.batch_size
+                yield Draw(step, range(start, start + config.batch_size))
+
+    def update(self, step: int, passes: list[tuple[Draw, object]], total_weight: float, log: MetricsLog) -> None:
+        """Forward and backward passes of a step, and the update of the weights."""
+        config, optimizers = self.config, self.state.optimizers
+        optimizers.set_learning_rate(learning_rate(config, step))
+        finite = torch.ones((), dtype=torch.bool, device=self.processes.device)
+        reports = []
+        for number, (draw, batch) in enumerate(passes):
+            batch = batch.to(self.processes.device)
+            if self.begin_step is not None:
+                self.begin_step(step)
+            torch.manual_seed(derived_seed(config.seed, "forward", draw.samples.start))  # dropout
+            with self.distributed.synchronizing(number == len(passes) - 1):
+                with self.accelerator.autocast():
+                    loss, metrics = self.compute_loss(self.distributed.forward, batch)
+                scale = self.distributed.gradient_factor / max(total_weight, 1e-30)
+                (loss * (scale * (self.scale.scale if self.scale is not None else 1.0))).backward()
+            finite &= loss.detach().isfinite()
+            reports.append((len(draw.samples), {"loss": (loss, self.loss_weight(batch)), **metrics}))
+        gradients = optimizers.gradients()
+        if self.scale is not None:
+            unscale(gradients, self.scale.scale)
+        norm = gradient_norm(gradients)
+        if self.go_on(step, finite, norm):
+            if config.max_grad_norm:
+                clip_gradients(gradients, norm, config.max_grad_norm)
+            optimizers.step()
+            if self.state.average is not None:
+                self.state.average.update(self.model)
+            for num_samples, values in reports:
+                log.add(num_samples, **values)
+        else:
+            log.skip()
+        optimizers.zero_grad()
+
+    def go_on(self, step: int, finite: torch.Tensor, norm: torch.Tensor) -> bool:
+        """Whether to update the weights; see `non_finite`."""
+        if self.scale is None and self.config.non_finite == "stop":
+            self.watch.note(step, finite & norm.isfinite())  # looked at when it matters, so that nothing waits here
+            return True
+        is_finite = bool(norm.isfinite())
+        if self.scale is not None:
+            self.scale.update(is_finite)
+        good = not self.processes.any(not (is_finite and bool(finite)))
+        if not good:
+            self.state.numbers["skipped_steps"] = self.state.numbers.get("skipped_steps", 0) + 1
+        return good
+
+    # Between steps ---------------------------------------------------------------------------------------------------
+
+    def checkpoint_due(self, step: int) -> bool:
+        every = self.config.checkpoint_every_steps
+        return step == self.config.max_steps or bool(every and step % every == 0)
+
+    def save(self) -> None:
+        """Save a checkpoint, if all losses since the last one were finite."""
+        self.watch.require_finite(self.last_checkpoint)
+        if self.scale is not None:
+            self.state.numbers["loss_scale"] = self.scale.scale
+        self.last_checkpoint = save_checkpoint(self.processes, self.config, self.state)
+        self.note("running")
+
+    def show(self, step: int) -> None:
+        """Sample pictures, where they are due, made by all processes together, without a trace in the run."""
+        every = self.config.sample_every_steps
+        if self.make_samples is None or not every or step % every:
+            return
+        average = self.state.average
+        with (
+            average.in_place_of_weights(self.model) if average is not None else contextlib.nullcontext(),
+            self.distributed.evaluating(),
+        ):
+            samples = self.make_samples(self.model)
+        self.processes.main_first(lambda: save_samples(samples, self.config, step))
+
+    def finish(self, finish: Callable[[nn.Module], None] | None, nothing_to_do: bool) -> nn.Module:
+        """The trained model, saved."""
+        config, step = self.config, self.state.step
+        if self.state.average is not None:
+            self.state.average.exchange(self.model)
+        final = self.distributed.whole_model().eval()
+        if finish is not None:
+            finish(final)
+        if nothing_to_do and read_run(config.output_dir).get("final_step") == step:
+            if self.processes.is_main:
+                logger.warning("The run has its %d steps; with more --max_steps it goes on.", step)
+        else:
+            self.processes.main_first(lambda: save_final(config.output_dir, step, final.save_pretrained))
+        self.note("finished", step)
+        self.processes.wait()
+        return final
+
+
+@dataclass
+class FiniteWatch:
+    """
+    The first step at which something was not finite, kept on the device until it is asked for.
+
+    Args:
+        processes ([`Processes`]): Who must agree.
+    """
+
+    processes: Processes
+    first: torch.Tensor | None = None
+
+    def note(self, step: int, finite: torch.Tensor) -> None:
+        """Note a step and whether all was finite in it, a boolean scalar."""
+        if self.first is None:
+            self.first = torch.full((), -1, device=finite.device)
+        self.first = torch.where((self.first < 0) & ~finite, step + 1, self.first)
+
+    def require_finite(self, last_checkpoint: Path | None) -> None:
+        """Raise `FloatingPointError` if something was not."""
+        first = -1 if self.first is None else int(self.first)
+        steps = [step for step in self.processes.gather(first) if step >= 0]
+        if steps:
+            after = f"{last_checkpoint.name} is the last checkpoint" if last_checkpoint else "there is no checkpoint"
+            raise FloatingPointError(
+                f"The loss or its gradient is not finite (NaN or infinite) at step {min(steps)}. Nothing was saved "
+                f"since; {after}. Go on from it with a lower `learning_rate` or in another `mixed_precision`, or "
+                "leave such steps out by `--non_finite skip`."
+            )

@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..generation.token_sequence import IGNORED_LABEL
 from .data.tokens import CanvasBatch
 
 
-def canvas_loss(model: nn.Module, batch: CanvasBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Mean cross-entropy over the labelled cells of the canvas, and no further scalars."""
+def canvas_loss(model: nn.Module, batch: CanvasBatch) -> tuple[torch.Tensor, dict]:
+    """Cross-entropy summed over the labelled cells of the canvas, of which there is one at least; no other scalars."""
     context = batch.context
     output = model(
         input_ids=context.input_ids,
@@ -21,7 +22,12 @@ def canvas_loss(model: nn.Module, batch: CanvasBatch) -> tuple[torch.Tensor, dic
         canvas_ids=batch.canvas_ids,
         labels=batch.labels,
     )
-    return output.loss, {}
+    return output.loss * (batch.labels != IGNORED_LABEL).sum(), {}
+
+
+def count_labels(batch) -> int:
+    """The positions of a batch that have a label."""
+    return int((batch.labels != IGNORED_LABEL).sum())
 
 
 def reconstruction_loss(

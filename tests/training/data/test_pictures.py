@@ -78,3 +78,13 @@ def test_pictures_to_train_on_are_in_the_colours_that_people_see(tmp_path):
         "c.png": [255, 255, 255],
         "d.tif": [128, 128, 128],
     }
+
+
+def test_windows_start_on_the_token_grid_and_stay_inside():
+    rows, columns = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+    pool = pictures.PicturePool(torch.stack([rows, columns, torch.zeros_like(rows)]).byte()[None])
+    windows = (pool.batch(64, 16, 8, torch.Generator().manual_seed(0)) * 255).round().long()
+    assert windows.shape == (64, 3, 16, 16)
+    assert set(windows[:, 0, 0, 0].tolist()) == set(windows[:, 1, 0, 0].tolist()) == {0, 8, 16}
+    assert (windows[:, 0, -1, 0] - windows[:, 0, 0, 0] == 15).all()
+    assert pool.batch(2, None, 8, torch.Generator()).shape == (2, 3, 32, 32)

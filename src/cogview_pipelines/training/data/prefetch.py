@@ -1,12 +1,7 @@
-"""
-Batches as pure functions of the step.
+"""Batches that are made ahead, in order; what is in them is a function of the draw alone (draws.py)."""
 
-Whatever is drawn for a step (samples, crops, captions, masks) comes from a generator seeded by (seed, step): an
-interrupted run goes on with exactly the batches that it would have seen, and the data order needs no saving.
-"""
-
-import hashlib
 import itertools
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,23 +13,6 @@ from torch.utils.data import DataLoader, Dataset
 
 Item = TypeVar("Item")
 Batch = TypeVar("Batch")
-
-
-def step_generator(seed: int, step: int, micro_step: int = 0, process_index: int = 0) -> torch.Generator:
-    """
-    The generator for all random choices of one forward pass.
-
-    Args:
-        seed (`int`): Seed of the run.
-        step (`int`): Update that the forward pass belongs to.
-        micro_step (`int`, defaults to 0): Which forward pass of the update, with gradient accumulation.
-        process_index (`int`, defaults to 0): Which process, in distributed training.
-
-    Returns:
-        `torch.Generator`: On the CPU, the same for the same arguments on every machine.
-    """
-    digest = hashlib.sha256(f"{seed}|{step}|{micro_step}|{process_index}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def draw_indices(dataset_size: int, count: int, generator: torch.Generator) -> torch.Tensor:
@@ -64,7 +42,12 @@ def prefetch(
         items, ahead = itertools.tee(items)
         # a generator of its own: the loader would draw from the global one, which dropout follows
         batches = DataLoader(
-            _Made(make), batch_size=None, sampler=ahead, num_workers=num_workers, generator=torch.Generator()
+            _Made(make),
+            batch_size=None,
+            sampler=ahead,
+            num_workers=num_workers,
+            generator=torch.Generator(),
+            worker_init_fn=_leave_signals_to_the_loop,
         )
         yield from zip(items, batches)
         return
@@ -81,6 +64,12 @@ def prefetch(
                 yield item, future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _leave_signals_to_the_loop(worker: int) -> None:
+    """Ctrl-C goes to all processes of a terminal: the loop that ends by itself still needs its batches."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class _Made(Dataset):

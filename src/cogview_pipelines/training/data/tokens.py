@@ -24,6 +24,8 @@ from ...json_lines import parse_object, read_lines, write_lines
 from ...models.cogview2.modeling_coglm import CogLMConfig
 from ...models.cogview2.tokenization_icetk import IcetkTokenizer
 from ..arguments import TrainConfig
+from ..run_folder import set_modes
+from .draws import WeightedIndex, draw_index
 
 TOKENS_FILE = "tokens.safetensors"
 CAPTIONS_FILE = "captions.jsonl"
@@ -85,7 +87,13 @@ class TokenData:
                 )
             if value is not None and not 0 <= int(value.min()) <= int(value.max()) < tokenizer.num_image_tokens:
                 raise ValueError(f"`data` has tokens in `{name}` outside of 0..{tokenizer.num_image_tokens - 1}.")
-        return cls(low, fine, captions, torch.tensor(weights), functools.lru_cache(2**16)(tokenizer.encode))
+        return cls(
+            low,
+            fine,
+            captions,
+            torch.tensor(weights, dtype=torch.float64),
+            functools.lru_cache(2**16)(tokenizer.encode),
+        )
 
     def with_auxiliary(self, auxiliary: "TokenData", probability: float) -> "TokenData":
         """
@@ -159,16 +167,21 @@ class TokenData:
         save_file({name: value.to(torch.int32).contiguous() for name, value in tensors.items()}, folder / TOKENS_FILE)
         with open(folder / CAPTIONS_FILE, "w", encoding="utf-8") as file:
             write_lines(file, captions)
+        set_modes(folder / TOKENS_FILE)
 
-    def draw(self, count: int, generator: torch.Generator) -> list[int]:
-        """Indices of `count` pictures by their weights, with replacement."""
-        return torch.multinomial(self.weights, count, replacement=True, generator=generator).tolist()
+    def draw(self, generator: torch.Generator) -> int:
+        """The index of a picture by its weight, with replacement."""
+        return self._index.draw(generator)
+
+    @functools.cached_property
+    def _index(self) -> WeightedIndex:
+        return WeightedIndex(self.weights)
 
     def draw_caption(self, index: int, generator: torch.Generator) -> list[int]:
         """Token ids of a random caption of a picture: first a language, then one of its captions."""
         by_language = list(self.captions[index].values())
-        texts = by_language[int(torch.randint(len(by_language), (), generator=generator))]
-        return self.encode(texts[int(torch.randint(len(texts), (), generator=generator))])
+        texts = by_language[draw_index(len(by_language), generator)]
+        return self.encode(texts[draw_index(len(texts), generator)])
 
 
 @dataclass

@@ -1,0 +1,74 @@
+"""
+What is drawn for a sample is a function of the seed and of the sample's number in the run.
+
+So an interrupted run goes on with exactly the samples that it would have seen, the order of the data needs no saving,
+and however many processes and forward passes share a step, together they see the same samples.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Draw:
+    """
+    The samples of one forward pass.
+
+    Args:
+        step (`int`): Updates before this one; what all samples of a step share (a resolution, say) is drawn from it.
+        samples (`range`): Numbers of the samples, counted through the whole run and over all processes.
+    """
+
+    step: int
+    samples: range
+
+    def generators(self, seed: int) -> Iterator[torch.Generator]:
+        """For each sample the generator of all its random choices, on the CPU."""
+        for number in self.samples:
+            yield seeded_generator(seed, "sample", number)
+
+    def shared_generator(self, seed: int) -> torch.Generator:
+        """The generator of the choices that all samples of the step share, on every process."""
+        return seeded_generator(seed, "step", self.step)
+
+
+def seeded_generator(seed: int, *key: int | str) -> torch.Generator:
+    """A generator on the CPU that is the same for the same arguments on every machine, and unlike all others."""
+    return torch.Generator().manual_seed(derived_seed(seed, *key))
+
+
+def derived_seed(seed: int, *key: int | str) -> int:
+    """A seed of 56 bits for one use of a run's seed."""
+    digest = hashlib.sha256("|".join(map(str, (seed, *key))).encode()).digest()
+    return int.from_bytes(digest[:7], "little")
+
+
+def draw_index(count: int, generator: torch.Generator) -> int:
+    """An index below `count`, all equally likely."""
+    return int(torch.randint(count, (), generator=generator))
+
+
+class WeightedIndex:
+    """
+    Indices by weight, with replacement, of any number of items: an index is looked up by one random number of 53 bits.
+
+    Args:
+        weights (`torch.Tensor` of shape `(count,)`): Relative chances, at least 0 and not all 0.
+
+    Raises:
+        ValueError: If no weight is above 0, or one is negative or not finite.
+    """
+
+    def __init__(self, weights: torch.Tensor):
+        if not len(weights) or not (weights >= 0).all() or not 0 < float(weights.sum(dtype=torch.float64)) < torch.inf:
+            raise ValueError("`weights` must be finite numbers of at least 0, of which one is above 0.")
+        self.last = int(weights.nonzero()[-1])
+        self.bounds = weights.to(torch.float64).cumsum(0)
+
+    def draw(self, generator: torch.Generator) -> int:
+        """The index of one item."""
+        place = torch.rand((), dtype=torch.float64, generator=generator) * self.bounds[-1]
+        return min(int(torch.searchsorted(self.bounds, place, right=True)), self.last)

@@ -1,0 +1,219 @@
+"""AdamW and Muon over weights that may be sharded, the learning rate, clipping, and the scale of float16 losses."""
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from .arguments import TrainConfig
+
+STATE_NAMES = {"adamw": ("exp_avg", "exp_avg_sq", "step"), "muon": ("momentum_buffer",)}
+
+
+class Optimizers:
+    """
+    The optimizers of the parameters of a model that require a gradient, as one.
+
+    Args:
+        model (`nn.Module`): The model.
+        config ([`TrainConfig`]): Its `optimizer`, `weight_decay` and `adam_beta2` count.
+        adamw_names (`tuple[str, ...]`):
+            With Muon, parts of names of linear layers that AdamW keeps, such as an output head.
+
+    Raises:
+        ValueError: If no parameter requires a gradient, or torch has no Muon.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig, adamw_names: tuple[str, ...] = ()):
+        self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        if not self.parameters:
+            raise ValueError("No parameter of `model` requires a gradient.")
+        rest, muon = dict(self.parameters), {}
+        if config.optimizer == "muon":
+            if not hasattr(torch.optim, "Muon"):
+                raise ValueError(
+                    f"`optimizer` 'muon' needs torch 2.9 or newer, but this is {torch.__version__}; use 'adamw'."
+                )
+            linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+            chosen = [name for name in rest if name in linear and not any(part in name for part in adamw_names)]
+            muon = {name: rest.pop(name) for name in chosen}
+        groups = [
+            {"params": [value for value in rest.values() if value.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [value for value in rest.values() if value.ndim < 2], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        self.parts: dict[str, torch.optim.Optimizer] = {}
+        if groups:
+            self.parts["adamw"] = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.adam_beta2))
+        if muon:
+            # both parts run at one learning rate: Muon's updates are scaled to the size of AdamW's
+            self.parts["muon"] = sharded_muon(muon.values(), config.learning_rate, config.weight_decay)
+
+    def step(self) -> None:
+        """Update the weights by their gradients."""
+        for part in self.parts.values():
+            part.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def set_learning_rate(self, rate: float) -> None:
+        """The rate of the next step, the same for all parameters."""
+        for part in self.parts.values():
+            for group in part.param_groups:
+                group["lr"] = rate
+
+    def gradients(self) -> list[torch.Tensor]:
+        """The gradients that are there."""
+        return [value.grad for value in self.parameters.values() if value.grad is not None]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The moments that there are, by `<moment>.<parameter>`, sharded as the parameters are."""
+        return {
+            f"{key}.{name}": value
+            for name, parameter in self.parameters.items()
+            for part in self.parts.values()
+            for key, value in part.state.get(parameter, {}).items()
+            if torch.is_tensor(value)
+        }
+
+    def prepare(self, names: Iterable[str]) -> int:
+        """
+        Make room for saved moments, as [`Optimizers.tensors`] names them, to be loaded into.
+
+        Returns:
+            `int`: How many parameters have none among them: their optimizer is another one, or they are new.
+        """
+        names, missing = set(names), 0
+        name_of = {id(parameter): name for name, parameter in self.parameters.items()}
+        for part_name, part in self.parts.items():
+            for group in part.param_groups:
+                for parameter in group["params"]:
+                    name = name_of[id(parameter)]
+                    keys = [key for key in STATE_NAMES[part_name] if f"{key}.{name}" in names]
+                    part.state[parameter].clear()
+                    if len(keys) < len(STATE_NAMES[part_name]):
+                        missing += 1
+                        continue
+                    for key in keys:
+                        part.state[parameter][key] = (
+                            torch.zeros(()) if key == "step" else torch.zeros_like(parameter.detach())
+                        )
+        return missing
+
+
+def sharded_muon(parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float):
+    """
+    Muon for matrices that may be sharded: `torch.optim.Muon`, with the update of each gathered to be orthogonalised.
+
+    Momentum stays sharded. Each process orthogonalises the whole matrix and keeps its share of the result: more
+    arithmetic than if they took turns, but no memory beyond one matrix, and the same numbers on any number of them.
+
+    Source: Muon (https://kellerjordan.github.io/posts/muon/), with updates scaled as in "Muon is Scalable for LLM
+    Training" (https://arxiv.org/abs/2502.16982).
+    """
+
+    class ShardedMuon(torch.optim.Muon):
+        @torch.no_grad()
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._update(parameter, group)
+
+        def _update(self, parameter, group):
+            state, gradient = self.state[parameter], parameter.grad
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(gradient)
+            momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+            update = gradient.lerp(momentum, group["momentum"])
+            change = _orthogonal_change(update.full_tensor() if isinstance(update, DTensor) else update, group["lr"])
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            if isinstance(parameter, DTensor):
+                change = distribute_tensor(change, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.add_(change)
+
+    return ShardedMuon(list(parameters), lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+
+
+def _orthogonal_change(update: torch.Tensor, learning_rate: float) -> torch.Tensor:
+    """What Muon without momentum adds to a matrix that has this gradient."""
+    change = nn.Parameter(torch.zeros_like(update))
+    change.grad = update
+    options = {"weight_decay": 0.0, "momentum": 0.0, "nesterov": False, "adjust_lr_fn": "match_rms_adamw"}
+    torch.optim.Muon([change], lr=learning_rate, **options).step()
+    return change.detach()
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """
+    The rate of the update after `step` updates: linear warm-up, a constant stretch, then a late decay (1 - sqrt).
+
+    The rate of the first update is 0 where there is a warm-up, that of the last is above 0. It is a function of the
+    step alone, so that a run resumed with another `learning_rate` goes on with that one.
+    """
+    if step < config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    # one more, so that the rate of the last update is above zero
+    end = max(config.max_steps + 1, config.warmup_steps + config.decay_steps)
+    begin = end - config.decay_steps
+    if config.decay_steps and step >= begin:
+        return config.learning_rate * (1 - math.sqrt((step - begin) / config.decay_steps))
+    return config.learning_rate
+
+
+def gradient_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """The norm of all gradients together, over all shards: a scalar, the same on every process."""
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def clip_gradients(gradients: list[torch.Tensor], norm: torch.Tensor, max_norm: float) -> None:
+    """Scale gradients of this norm down to `max_norm`, if it is larger."""
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(scale)
+
+
+class LossScale:
+    """
+    The factor that keeps gradients in float16 above zero: halved at each overflow, doubled after a while without one.
+
+    Unlike `torch.amp.GradScaler` it is told whether the norm over all shards and optimizers is finite, so that all of
+    them skip a step or none does.
+
+    Args:
+        scale (`float`): To begin with.
+        interval (`int`): Steps without an overflow until it is doubled.
+    """
+
+    LEAST = 2.0**-14
+
+    def __init__(self, scale: float = 2.0**16, interval: int = 2000):
+        self.scale, self.interval, self.good_steps = scale, interval, 0
+
+    def update(self, finite: bool) -> None:
+        """
+        Count a step.
+
+        Raises:
+            FloatingPointError: If the gradients overflow at any scale.
+        """
+        if not finite:
+            self.scale, self.good_steps = self.scale / 2, 0
+            if self.scale < self.LEAST:
+                raise FloatingPointError("Gradients overflow in float16 at any loss scale; train in bf16, or slower.")
+            return
+        self.good_steps += 1
+        if self.good_steps == self.interval:
+            self.scale, self.good_steps = 2 * self.scale, 0
+
+
+def unscale(gradients: Iterator[torch.Tensor] | list[torch.Tensor], scale: float) -> None:
+    """Divide gradients by the scale of their loss."""
+    for gradient in gradients:
+        gradient.div_(scale)

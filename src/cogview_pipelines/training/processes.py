@@ -1,0 +1,156 @@
+"""The processes that train together: who they are, what they agree on, and how `accelerate config` set them up."""
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from accelerate.utils import LoggerType, ProjectConfiguration, set_seed
+from torch import distributed
+
+from .arguments import TrainConfig
+
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+def start_processes() -> PartialState:
+    """This process among those that a launcher started (`accelerate launch`, `torchrun`), or alone."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """
+    An `Accelerator` for the config, which also seeds weights (the same on every process).
+
+    What the options leave open is as `accelerate config` says.
+
+    Raises:
+        ValueError: If a tracker is unknown or not installed, the device lacks `mixed_precision`, or the Accelerate
+            config asks for what this package does not do.
+    """
+    check_tracker(config.log_with)
+    start_processes()
+    refuse_other_engines()
+    precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "bf16", "fp16"):
+        raise ValueError(
+            f"`mixed_precision` {precision!r} of the Accelerate config is not supported; pass --mixed_precision bf16, "
+            "fp16 or no."
+        )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            cpu=not torch.accelerator.is_available(),
+            log_with=config.log_with,
+            project_config=ProjectConfiguration(
+                project_dir=config.output_dir, logging_dir=f"{config.output_dir}/logs"
+            ),
+        )
+    except ValueError as error:
+        if "precision" not in str(error):
+            raise
+        raise ValueError(f"`mixed_precision` {precision!r} does not work on this device: {error}") from error
+    set_seed(config.seed)
+    return accelerator
+
+
+def check_tracker(name: str | None) -> None:
+    """Raise `ValueError` if there is no such tracker, or its package is missing: Accelerate would log nothing."""
+    if name is None:
+        return
+    known = sorted(str(kind.value) for kind in LoggerType if kind != LoggerType.ALL)
+    if name not in known:
+        raise ValueError(f"`log_with` must be one of {known}, but is {name!r}.")
+    packages = {"comet_ml": ("comet_ml",), "tensorboard": ("tensorboard", "tensorboardX")}.get(name, (name,))
+    if name not in LOGGER_TYPE_TO_CLASS or not any(map(importlib.util.find_spec, packages)):
+        raise ValueError(f"`log_with` {name!r} needs the package {packages[0]}: pip install {packages[0]}.")
+
+
+def refuse_other_engines() -> None:
+    """Raise `ValueError` where the Accelerate config asks for an engine that would train something else than asked."""
+    engines = {
+        "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+        "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    }
+    for variable, engine in engines.items():
+        if os.environ.get(variable, "false").lower() == "true":
+            raise ValueError(
+                f"The Accelerate config asks for {engine}, which owns weights, optimizer and checkpoints: Muon, the "
+                "average of the weights and resuming on another number of processes would not work with it, and a "
+                "model saved from it may lack parameters. Choose another `distributed_type` in `accelerate config`."
+            )
+
+
+def resolve(config: Config) -> Config:
+    """The config with the number of forward passes per update that `accelerate config` gives where it leaves that."""
+    passes = config.gradient_accumulation_steps
+    if passes is None:
+        given = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+        passes = int(given) if given.isdecimal() and int(given) else 1
+    return dataclasses.replace(config, gradient_accumulation_steps=passes)
+
+
+class Processes:
+    """
+    What the processes tell each other outside of the model.
+
+    Small numbers go over gloo where it is there: the CPU does not wait for what the device is still computing.
+
+    Args:
+        accelerator (`Accelerator`): Of this process.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.count, self.index = accelerator.num_processes, accelerator.process_index
+        self.is_main, self.device = accelerator.is_main_process, accelerator.device
+        self.group, self.group_device = None, self.device
+        if self.count > 1 and self.device.type != "cpu" and distributed.is_gloo_available():
+            self.group, self.group_device = distributed.new_group(backend="gloo"), torch.device("cpu")
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """The sum over all processes of each of some numbers, in float64 where the device has it."""
+        if self.count == 1:
+            return list(values)
+        dtype = torch.float32 if self.group_device.type == "mps" else torch.float64
+        total = torch.tensor(list(values), dtype=dtype, device=self.group_device)
+        distributed.all_reduce(total, group=self.group)
+        return total.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Whether a flag is up on any process."""
+        return self.sum([float(flag)])[0] > 0
+
+    def gather(self, value) -> list:
+        """What each process has, in order: a small object that can be pickled."""
+        if self.count == 1:
+            return [value]
+        values = [None] * self.count
+        distributed.all_gather_object(values, value, group=self.group)
+        return values
+
+    def wait(self) -> None:
+        """Go on when all processes are here."""
+        self.sum([0.0])
+
+    def main_first(self, work: Callable[[], object]):
+        """
+        Do something on the main process, and give its result to all.
+
+        Raises:
+            Exception: What the main process raised, on all.
+        """
+        result = None
+        if self.is_main:
+            try:
+                result = (True, work())
+            except Exception as error:
+                result = (False, error)
+        succeeded, value = self.gather(result)[0]
+        if not succeeded:
+            raise value
+        return value
