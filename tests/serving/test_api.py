@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
-from cogview_pipelines.pipelines.cogview2.base import DEFAULT_SETTINGS
 from cogview_pipelines.pipelines.cogview2.pipeline_cogview2_caption import CogView2CaptionPipeline
+from cogview_pipelines.pipelines.cogview2.settings import SamplingSettings
 from cogview_pipelines.serving.schemas import DrawsTokens
 
 from .conftest import FINE, LOW, PROMPT, half_mask, picture, png
@@ -62,7 +62,7 @@ def test_settings_size_and_style_reach_the_pipeline(client, pipe):
 
 
 def test_every_setting_of_the_pipelines_is_a_field():
-    assert set(DEFAULT_SETTINGS) <= set(DrawsTokens.model_fields)
+    assert set(SamplingSettings.declared()) <= set(DrawsTokens.model_fields)
 
 
 def test_candidates_are_ranked_and_their_scores_told(client):

@@ -6,7 +6,7 @@ import torch
 
 from ..models.cogview2.modeling_coglm import CogLMContext, CogLMModel
 from ..schedulers.scheduling_lopar import LoPARScheduler
-from .sampling import Generators, draw_noise
+from .sampling import FiniteCheck, Generators, draw_noise
 from .token_sequence import TokenSequence
 
 # Super-resolution draws so many bytes of float32 logits at a time; drawing takes a few times as much.
@@ -24,7 +24,7 @@ def refine(
     cell_mask: torch.Tensor | None = None,
     generator: Generators = None,
     device: torch.device | str | None = None,
-    callback: Callable[[int, torch.Tensor], None] | None = None,
+    callback: Callable[[int, torch.Tensor], torch.Tensor | None] | None = None,
 ) -> torch.Tensor:
     """
     Predict the cells of a canvas pass by pass, as the scheduler says.
@@ -43,13 +43,13 @@ def refine(
         generator: One generator, or one per image.
         device (`torch.device`, *optional*): Where to compute if hooks move the model; default: where it is.
         callback: Called with the number of passes done and the canvas after each pass; what is not final yet has its
-            token of before.
+            token of before. If it returns a canvas, that one goes on.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, rows, columns)`.
 
     Raises:
-        ValueError: If `tokens` is left out although some cells are never predicted.
+        ValueError: If `tokens` is left out although some cells are never predicted, or the logits are not finite.
     """
     device = model.device if device is None else device
     rows, columns = model.config.fine_grid
@@ -69,6 +69,7 @@ def refine(
             f"`tokens` must be given, because {int(kept.sum())} of {kept.numel()} cells keep theirs with this "
             "`scheduler` and `cell_mask`."
         )
+    check = FiniteCheck()
     num_clusters = None if cluster_labels is None else int(cluster_labels.max()) + 1
     num_cells = max(1, LOGITS_BYTES // (4 * batch_size * model.config.num_image_tokens))
     for timestep in scheduler.timesteps.tolist():
@@ -83,9 +84,11 @@ def refine(
             canvas = canvas.clone()
             for part, some in zip(cells.split(num_cells), states.split(num_cells, 1)):
                 logits = model(last_hidden_state=some).logits
+                check.see(logits)
                 canvas.view(batch_size, -1)[:, part] = scheduler.draw(
                     logits, timestep, noise.flatten(1, 2)[:, part], cluster_labels, num_clusters
                 )
-        if callback is not None:
-            callback(timestep, canvas)
+        if callback is not None and (changed := callback(timestep, canvas)) is not None:
+            canvas = changed
+    check.finish()
     return canvas

@@ -41,6 +41,36 @@ def draw_noise(
     return torch.stack(rows)
 
 
+class FiniteCheck:
+    """
+    Notices logits that are no finite numbers, of which nothing can be drawn: of broken weights, or after an overflow.
+
+    On a CPU it raises at once. Elsewhere it raises at the end of the loop: to look earlier is to wait for the device.
+    """
+
+    def __init__(self):
+        self._total: torch.Tensor | None = None  # nan and infinity stay in a sum
+
+    def see(self, logits: torch.Tensor) -> None:
+        """Logits that are about to be drawn from."""
+        total = logits.sum(dtype=torch.float32)
+        self._total = total if self._total is None else self._total + total
+        if logits.device.type == "cpu":
+            self.finish()
+
+    def finish(self) -> None:
+        """
+        Raises:
+            ValueError: If some of the logits seen were not finite.
+        """
+        if self._total is not None and not bool(self._total.isfinite()):
+            raise ValueError(
+                "The model's logits are not finite, so nothing can be drawn from them. Either its weights hold NaN or "
+                "infinite numbers: load them again; or they overflow in this number format: load the model with "
+                "`dtype=torch.float32`."
+            )
+
+
 def draw(probabilities: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """
     Draw from each distribution over the last dimension by inverting its cumulative sum.
@@ -58,6 +88,8 @@ def draw(probabilities: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     # strictly below the total, or rounding could select what comes after the last positive weight
     threshold = torch.minimum(noise[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
     drawn = torch.searchsorted(cumulative, threshold, right=True)
+    # of nan nothing can be drawn, but an index out of bounds would end the process on a GPU: see `FiniteCheck`
+    drawn = drawn.clamp_(max=probabilities.shape[-1] - 1)
     # a GPU adds in parallel, so that a sum may differ by rounding from the one before it although the weight is zero
     likeliest = probabilities.argmax(-1, keepdim=True)
     return torch.where(probabilities.gather(-1, drawn) > 0, drawn, likeliest)[..., 0]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ..models.cogview2.modeling_coglm import CogLMCache, CogLMModel
-from .sampling import Generators, draw_noise
+from .sampling import FiniteCheck, Generators, draw_noise
 from .token_sequence import TokenSequence
 
 Choice = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -98,7 +98,9 @@ def write_texts(
     scores = torch.zeros(batch_size, max_length, device=device)
     has_ended = torch.zeros(batch_size, dtype=torch.bool, device=device)
     lengths = torch.full((batch_size,), max_length, device=device)
+    check = FiniteCheck()
     for step in range(max_length):
+        check.see(decoder.logits)
         logits = _restrict(decoder.logits, allowed if step else allowed & ~ends)
         tokens[:, step] = choose(logits, noise[:, step])
         scores[:, step] = logits.log_softmax(-1).gather(-1, tokens[:, step : step + 1])[:, 0]
@@ -108,6 +110,7 @@ def write_texts(
         if step + 1 == max_length or bool(has_ended.all()):
             break
         decoder.append(tokens[:, step])
+    check.finish()
     texts = []
     for row in range(batch_size):
         length, complete = int(lengths[row]), bool(has_ended[row])
@@ -147,7 +150,9 @@ def search_texts(
     histories: list[list[tuple[list[int], list[float]]]] = [[([], [])] * num_beams for _ in range(num_contexts)]
     finished: list[list[WrittenText]] = [[] for _ in range(num_contexts)]
     first_rows = torch.arange(num_contexts, device=device)[:, None] * num_beams
+    check = FiniteCheck()
     for step in range(max_length):
+        check.see(decoder.logits)
         logits = _restrict(decoder.logits, allowed if step else allowed & ~ends)
         log_probabilities = logits.log_softmax(-1).unflatten(0, (num_contexts, num_beams))
         candidates = (totals[..., None] + log_probabilities).flatten(1)
@@ -181,6 +186,7 @@ def search_texts(
             break
         decoder.reorder((first_rows + rows).flatten())
         decoder.append(tokens.flatten())
+    check.finish()
     results = []
     for picture, texts in enumerate(finished):
         texts = sorted(texts, key=lambda text: -text.mean_log_probability)[:num_beams]

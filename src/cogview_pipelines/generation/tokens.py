@@ -6,7 +6,7 @@ import torch
 
 from ..models.cogview2.modeling_coglm import CogLMModel
 from .decoders import encode_context, find_decoder
-from .sampling import Generators, draw_noise
+from .sampling import FiniteCheck, Generators, draw_noise
 from .token_sequence import TokenSequence
 
 Sampler = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -27,7 +27,7 @@ def generate(
     full_vocabulary: bool = False,
     generator: Generators = None,
     device: torch.device | str | None = None,
-    callback: Callable[[int, torch.Tensor], None] | None = None,
+    callback: Callable[[int, torch.Tensor], torch.Tensor | None] | None = None,
 ) -> torch.Tensor:
     """
     Append tokens to a context, each seeing the whole context and the tokens before it.
@@ -48,13 +48,15 @@ def generate(
         full_vocabulary (`bool`): Give the sampler logits of all tokens, not of image tokens only.
         generator: One generator, or one per sequence.
         device (`torch.device`, *optional*): Where to compute if hooks move the model; default: where it is.
-        callback: Called with the number of entries written and all entries, after each generated token.
+        callback: Called with the number of entries written and all entries, after each generated token. If it returns
+            entries, they replace them; of those that change, the model reads only the latest.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, num_entries)`: The entries, filled in. The argument stays as it is.
 
     Raises:
-        ValueError: If `entries` does not have one row per sequence, with -1 in the same columns.
+        ValueError: If `entries` does not have one row per sequence, with -1 in the same columns, or the logits are not
+            finite.
     """
     device = model.device if device is None else device
     context, entries, entry_positions = context.to(device), entries.to(device).clone(), entry_positions.to(device)
@@ -80,15 +82,18 @@ def generate(
     logits = logits.repeat_interleave(repeats, 0)
     del cache
 
-    num_read = 0
+    check, num_read = FiniteCheck(), 0
     for entry in (index for index, wanted in enumerate(is_wanted) if wanted):
         if entry > num_read:  # the entry written last and the known ones after it, at once
             new = entries[:, num_read:entry]
             logits = decoder.append(new if copies == 1 else new.repeat(copies, 1), entry_positions[num_read:entry])
             num_read = entry
-        entries[:, entry] = sampler(_guide(logits, guidance_scale), noise[:, entry])
-        if callback is not None:
-            callback(entry + 1, entries)
+        guided = _guide(logits, guidance_scale)
+        check.see(guided)
+        entries[:, entry] = sampler(guided, noise[:, entry])
+        if callback is not None and (changed := callback(entry + 1, entries)) is not None:
+            entries = changed.clone()
+    check.finish()
     return entries
 
 

@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from ..pipelines.cogview2.base import DEFAULT_SETTINGS
+from ..pipelines.cogview2.settings import CaptionSettings, SamplingSettings
+from ..pipelines.common.settings import Setting
 from .errors import ApiError, bad_request
 
 LARGEST_SEED = 2**62  # the pictures of a request have seeds from the first one on, and all must fit into 63 bits
@@ -22,10 +23,6 @@ def _check_not_blank(text: str) -> str:
     return text
 
 
-# Wide enough for anything sensible, and narrow enough that no sum or quotient overflows.
-Number = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
-Temperature = Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1, le=2**31)]
 Text = Annotated[str, AfterValidator(_check_text)]
 Prompt = Annotated[Text, AfterValidator(_check_not_blank)]
 Language = Literal["en", "zh"]
@@ -39,39 +36,59 @@ class Request(BaseModel):
     model: str | None = Field(None, description="One of `GET /v1/models`; there is only one.")
 
 
-class MakesPictures(Request):
-    """What every request for pictures may have."""
+def _field(setting: Setting, default: Any = None) -> tuple[Any, Any]:
+    """The type and the field of a setting, with its bounds and help."""
+    kind = int if setting.is_whole else float
+    field = Field(
+        default,
+        ge=setting.least,
+        le=setting.most,
+        allow_inf_nan=None if setting.is_whole else False,
+        description=setting.help,
+    )
+    return kind if default is not None else kind | None, field
 
+
+def _fields(pipeline: str) -> dict[str, Any]:
+    """The fields for the settings that a pipeline takes."""
+    return {name: _field(setting) for name, setting in SamplingSettings.declared(pipeline).items()}
+
+
+class _MakesPictures(Request):
     seed: int | None = Field(
         None, ge=0, le=LARGEST_SEED, description="Of the first picture; picture i has seed + i. By default by chance."
     )
     response_format: Literal["b64_json"] = Field("b64_json", description="Pictures are always part of the answer.")
     style: Text | None = Field(None, description="A style preset of the model.")
-    direct_sr_temperature: Temperature | None = None
-    direct_sr_top_k_clusters: Count | None = None
-    direct_sr_cluster_temperature: Temperature | None = None
-    iterative_sr_temperature: Temperature | None = None
-    iterative_sr_top_k: Count | None = None
-    num_lopar_steps: int | None = Field(None, ge=0, le=1000)
 
     def settings(self) -> dict[str, Any]:
         """Style and settings of sampling that were given, as the pipelines call them."""
-        given = {name: getattr(self, name, None) for name in ("style", "negative_prompt", *DEFAULT_SETTINGS)}
+        names = ("style", "negative_prompt", *SamplingSettings.declared())
+        given = {name: getattr(self, name, None) for name in names}
         return {name: value for name, value in given.items() if value is not None}
 
 
-class DrawsTokens(MakesPictures):
-    """What a request may have whose low-resolution tokens are drawn."""
+MakesPictures = create_model(
+    "MakesPictures",
+    __base__=_MakesPictures,
+    __doc__="What every request for pictures may have.",
+    **_fields("CogView2UpscalePipeline"),
+)
 
+
+class _DrawsTokens(MakesPictures):
     prompt: Prompt
     n: int = Field(1, ge=1, description="Pictures.")
     user: Text | None = Field(None, max_length=256, description="Taken for compatibility, and ignored.")
     negative_prompt: Text | None = None
-    guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
-    text_attention_bias: Number | None = None
-    temperature: Temperature | None = None
-    top_k_clusters: Count | None = None
-    cluster_temperature: Temperature | None = None
+
+
+DrawsTokens = create_model(
+    "DrawsTokens",
+    __base__=_DrawsTokens,
+    __doc__="What a request may have whose low-resolution tokens are drawn.",
+    **_fields("CogView2Pipeline"),
+)
 
 
 class GenerationRequest(DrawsTokens):
@@ -96,15 +113,20 @@ class UpscaleRequest(MakesPictures):
     num_levels: int = Field(1, ge=1, le=4, description="Enlarge again what came out, so many times in all.")
 
 
-class CaptionRequest(Request):
-    """`POST /v1/images/captions`, a form with one or more files `image`."""
-
+class _WritesCaptions(Request):
     language: Language = "en"
     n: int = Field(1, ge=1, description="Captions of each picture.")
     strategy: Literal["greedy", "sample", "beam", "best_of"] = "greedy"
     num_candidates: int = Field(8, ge=1, description="For `best_of`.")
-    temperature: Temperature = 1.0
     seed: int | None = Field(None, ge=0, le=LARGEST_SEED)
+
+
+CaptionRequest = create_model(
+    "CaptionRequest",
+    __base__=_WritesCaptions,
+    __doc__="`POST /v1/images/captions`, a form with one or more files `image`.",
+    temperature=_field(CaptionSettings.declared()["temperature"], CaptionSettings.temperature),
+)
 
 
 class ScoreRequest(Request):

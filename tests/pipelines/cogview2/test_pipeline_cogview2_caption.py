@@ -179,7 +179,7 @@ def test_tuples(caption):
         ({"strategy": "nucleus"}, ValueError, "`strategy` must be one of"),
         ({"end": "stop"}, ValueError, "`end` must be one of"),
         ({"rank_by": "clip"}, ValueError, "`rank_by` must be one of"),
-        ({"temperature": 0}, ValueError, "`temperature` must be above 0"),
+        ({"temperature": 0}, ValueError, r"`temperature` must be a number from 1e-06 to 1e\+06, but is 0"),
         ({"max_length": 31}, ValueError, "`max_length` may be 30 with this model"),
         ({"max_length": 0}, ValueError, "`max_length` must be a whole number"),
         ({"num_captions_per_image": 2}, ValueError, "may be 1 with `strategy='greedy'`"),

@@ -357,7 +357,7 @@ def test_an_animation_is_an_error(inpaint, tmp_path):
         ({"prompt": "a cat " * 40}, "`prompt` may have 30 tokens with its style"),
         ({"prompt": " "}, "`prompt` must not be empty"),
         ({"prompt": 3}, "`prompt` must be a string"),
-        ({"num_images_per_prompt": 0}, "`num_images_per_prompt` must be a whole number of at least 1"),
+        ({"num_images_per_prompt": 0}, "`num_images_per_prompt` must be a whole number from 1 to 10000"),
         ({"max_crop_size": 0}, "`max_crop_size` must be a whole number of at least 1"),
         ({"mask_share": 0}, "`mask_share` must be from 0.01 to 1"),
         ({"mask_rule": "all"}, r"`mask_rule` must be one of \('cover', 'nearest'\)"),
@@ -365,7 +365,7 @@ def test_an_animation_is_an_error(inpaint, tmp_path):
         ({"style": "oil"}, r"`style` must be one of \['cool', 'none'\]"),
         ({"generator": [torch.Generator()] * 2}, r"one per picture \(1\)"),
         ({"callback_on_step_end_tensor_inputs": ["logits"]}, "may name"),
-        ({"temperature": 0.0}, "`temperature` must be above 0"),
+        ({"temperature": 0.0}, r"`temperature` must be a number from 1e-06 to 1e\+06, but is 0"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_errors(inpaint, call, message):

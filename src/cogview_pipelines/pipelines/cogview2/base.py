@@ -1,6 +1,9 @@
 """What the pipelines of CogView2 share: components, settings, text, and the stages of super-resolution."""
 
 import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.utils import logging
@@ -11,30 +14,49 @@ from ...generation.sampling import sample_cluster_tokens
 from ...generation.tokens import Sampler
 from ...models.cogview2 import sequences
 from ...schedulers.scheduling_lopar import LoPARScheduler
-from ..common.arguments import quote
+from ..common.arguments import one_per_prompt, quote
 from ..common.base import PipelineBase
 from ..common.calls import Call
 from ..common.notifier import Notifier
 from .memory import MOST_PICTURES, bytes_per_picture
 from .outputs import CogView2PreviewOutput
+from .settings import SamplingSettings
 
 logger = logging.get_logger(__name__)
 
-# The released values; a style preset or a call argument overrides them. Super-resolution defaults are its schedulers'
-# own.
-DEFAULT_SETTINGS = {
-    "text_attention_bias": 1.4,
-    "guidance_scale": 1.0,
-    "temperature": 1.15,
-    "top_k_clusters": 16,
-    "cluster_temperature": 1.0,
-    "direct_sr_temperature": None,
-    "direct_sr_top_k_clusters": None,
-    "direct_sr_cluster_temperature": None,
-    "iterative_sr_temperature": None,
-    "iterative_sr_top_k": None,
-    "num_lopar_steps": None,
-}
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of super-resolution: the name of its component, and the scheduler with the settings of the call."""
+
+    name: str
+    scheduler: LoPARScheduler
+
+    @property
+    def num_steps(self) -> int:
+        """Passes."""
+        return len(self.scheduler.timesteps)
+
+
+@dataclass
+class Batch:
+    """
+    Pictures that are computed together.
+
+    Args:
+        texts (`list[list[int]]`): Token ids of the prompt of each.
+        generators (`list[torch.Generator]`): Of each.
+        notify ([`Notifier`]): Hears of each step.
+    """
+
+    texts: list[list[int]]
+    generators: list[torch.Generator]
+    notify: Notifier
+
+    @property
+    def call(self) -> Call:
+        """Which the batch belongs to."""
+        return self.notify.call
 
 
 class CogView2PipelineBase(PipelineBase):
@@ -118,25 +140,22 @@ class CogView2PipelineBase(PipelineBase):
 
     # Stages ----------------------------------------------------------------------------------------------------------
 
-    def _cluster_sampler(self, settings: dict) -> Sampler:
+    def _cluster_sampler(self, settings: SamplingSettings) -> Sampler:
         """The sampler of the low-resolution tokens."""
         return functools.partial(
             sample_cluster_tokens,
             cluster_labels=self.vqvae.cluster_labels.to(self._device_of(self.transformer)),
             num_clusters=self.vqvae.config.num_clusters,
-            temperature=settings["temperature"],
-            top_k_clusters=settings["top_k_clusters"],
-            cluster_temperature=settings["cluster_temperature"],
+            temperature=settings.temperature,
+            top_k_clusters=settings.top_k_clusters,
+            cluster_temperature=settings.cluster_temperature,
         )
 
     def _super_resolve(
         self,
-        texts: list[list[int]],
+        stages: list[Stage],
+        batch: Batch,
         tokens: torch.Tensor,
-        generators: list[torch.Generator],
-        schedulers: list[tuple[str, LoPARScheduler]],
-        call: Call,
-        notify: Notifier,
         known: torch.Tensor | None = None,
         cell_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -145,27 +164,27 @@ class CogView2PipelineBase(PipelineBase):
 
         With `known` fine tokens and a `cell_mask` of shape `(rows, columns)`, only cells in the mask are new.
         """
-        for stage, scheduler in schedulers:
-            model = getattr(self, stage)
+        for stage in stages:
+            model = getattr(self, stage.name)
             slots = model.config.num_text_slots
             direct = model.config.super_resolution == "direct"
             if direct:
-                cut = [text[: slots - 1] for text in texts]
+                cut = [text[: slots - 1] for text in batch.texts]
                 context = sequences.direct_super_resolution(cut, tokens.cpu(), slots, model.config.layout)
             else:
-                context = sequences.iterative_super_resolution(texts, slots)
+                context = sequences.iterative_super_resolution(batch.texts, slots)
             device = self._device_of(model)
-            with call.measure(stage):
+            with batch.call.measure(stage.name):
                 tokens = refine(
                     model,
-                    scheduler,
+                    stage.scheduler,
                     context,
                     None if direct else tokens,
                     cluster_labels=self.vqvae.cluster_labels.to(device),
                     cell_mask=None if direct else cell_mask,
-                    generator=generators,
+                    generator=batch.generators,
                     device=device,
-                    callback=functools.partial(notify, stage),
+                    callback=functools.partial(batch.notify, stage.name),
                 )
             if direct and known is not None:  # direct super-resolution reads no fine tokens
                 tokens = torch.where(cell_mask.to(tokens.device), tokens, known.to(tokens.device))
@@ -173,27 +192,15 @@ class CogView2PipelineBase(PipelineBase):
 
     # Arguments -------------------------------------------------------------------------------------------------------
 
-    def _settings(self, style: str | None, **given) -> dict:
+    def _settings(self, style: str | None, given: Mapping[str, Any]) -> SamplingSettings:
         """Call arguments over the style's settings over the defaults; nothing is kept for the next call."""
         preset = {name: value for name, value in self._preset(style).items() if name != "suffix"}
-        unknown = set(preset) - set(DEFAULT_SETTINGS)
+        unknown = set(preset) - set(SamplingSettings.declared())
         if unknown:
             raise ValueError(
                 f"The style {style or self.config.default_style!r} has unknown settings: {sorted(unknown)}."
             )
-        settings = {
-            **DEFAULT_SETTINGS,
-            **preset,
-            **{name: value for name, value in given.items() if value is not None},
-        }
-        for name, value in settings.items():
-            if name.endswith("temperature") and value is not None and not value > 0:
-                raise ValueError(f"`{name}` must be above 0, but is {value}.")
-        if not settings["top_k_clusters"] >= 1:
-            raise ValueError(f"`top_k_clusters` must be at least 1, but is {settings['top_k_clusters']}.")
-        if not settings["guidance_scale"] >= 0:
-            raise ValueError(f"`guidance_scale` must not be negative, but is {settings['guidance_scale']}.")
-        return settings
+        return SamplingSettings.choose(preset, given)
 
     def _preset(self, style: str | None) -> dict:
         style = self.config.default_style if style is None else style
@@ -203,21 +210,23 @@ class CogView2PipelineBase(PipelineBase):
             raise ValueError(f"`style` must be one of {sorted(self.config.styles)}, but is {style!r}.")
         return self.config.styles[style]
 
-    def _schedulers(self, settings: dict) -> list[tuple[str, LoPARScheduler]]:
-        """The super-resolution stages of this call, with its settings in their schedulers."""
-        direct = {
-            "temperature": settings["direct_sr_temperature"],
-            "top_k": settings["direct_sr_top_k_clusters"],
-            "cluster_temperature": settings["direct_sr_cluster_temperature"],
-        }
-        stages = [("direct_sr_transformer", _configure(self.direct_sr_scheduler, direct))]
-        num_steps = settings["num_lopar_steps"]
+    def _stages(self, settings: SamplingSettings) -> list[Stage]:
+        """The super-resolution stages of this call."""
+        direct = _configure(
+            self.direct_sr_scheduler,
+            temperature=settings.direct_sr_temperature,
+            top_k=settings.direct_sr_top_k_clusters,
+            cluster_temperature=settings.direct_sr_cluster_temperature,
+        )
+        stages = [Stage("direct_sr_transformer", direct)]
+        num_steps, scheduler = settings.num_lopar_steps, self.iterative_sr_scheduler
         if self.iterative_sr_transformer is not None and num_steps != 0:
-            scheduler = self.iterative_sr_scheduler
             if num_steps is not None:
                 scheduler = scheduler.with_num_steps(num_steps)
-            iterative = {"temperature": settings["iterative_sr_temperature"], "top_k": settings["iterative_sr_top_k"]}
-            stages.append(("iterative_sr_transformer", _configure(scheduler, iterative)))
+            iterative = _configure(
+                scheduler, temperature=settings.iterative_sr_temperature, top_k=settings.iterative_sr_top_k
+            )
+            stages.append(Stage("iterative_sr_transformer", iterative))
         return stages
 
     def _encode_prompts(self, prompts: list[str], style: str | None, super_resolve: bool) -> list[list[int]]:
@@ -243,21 +252,23 @@ class CogView2PipelineBase(PipelineBase):
             )
         return texts
 
-    def _encode_negative_prompt(self, negative_prompt: str, guidance_scale: float) -> list[int] | None:
-        """Token ids of what guidance leads away from; `None` if there is no guidance."""
-        if not isinstance(negative_prompt, str):
-            raise ValueError(f"`negative_prompt` must be a string, but is {negative_prompt!r}.")
+    def _encode_negative_prompts(
+        self, negative_prompt: str | Sequence[str], num_prompts: int, guidance_scale: float
+    ) -> list[list[int]] | None:
+        """Token ids of what guidance leads away from, for each prompt; `None` if there is no guidance."""
+        prompts = one_per_prompt("negative_prompt", negative_prompt, num_prompts)
         if guidance_scale == 1:
-            if negative_prompt.strip():
+            if any(prompt.strip() for prompt in prompts):
                 raise ValueError("`negative_prompt` has no effect without `guidance_scale` above 1. Set it.")
             return None
-        text, longest = self.tokenizer.encode(negative_prompt), self.transformer.config.max_text_tokens
-        if len(text) > longest:
-            raise ValueError(f"`negative_prompt` may have {longest} tokens, but has {len(text)}. Shorten it.")
-        return text
+        texts, longest = [self.tokenizer.encode(prompt) for prompt in prompts], self.transformer.config.max_text_tokens
+        for text in texts:
+            if len(text) > longest:
+                raise ValueError(f"`negative_prompt` may have {longest} tokens, but has {len(text)}. Shorten it.")
+        return texts
 
 
-def _configure(scheduler: LoPARScheduler, changes: dict) -> LoPARScheduler:
+def _configure(scheduler: LoPARScheduler, **changes: Any) -> LoPARScheduler:
     """The scheduler with the settings that are not `None`."""
     changes = {name: value for name, value in changes.items() if value is not None}
     return scheduler.with_settings(**changes) if changes else scheduler

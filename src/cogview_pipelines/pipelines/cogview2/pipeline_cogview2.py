@@ -1,7 +1,7 @@
 """Text to image with CogView2."""
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 
 import PIL.Image
 import torch
@@ -13,22 +13,49 @@ from ...generation.tokens import TO_GENERATE, generate
 from ...models.cogview2 import sequences
 from ..common.arguments import (
     PromptTranslator,
+    check_choice,
     check_counts,
-    check_output_type,
+    check_numbers_drawn,
     check_prompts,
     one_generator_per_image,
     run_lengths,
     translate,
 )
-from ..common.calls import Call
-from ..common.notifier import Callback, Notifier, progress_of_success
+from ..common.calls import Call, inference
+from ..common.notifier import Callback
 from ..common.previews import PreviewMixin
-from .base import DEFAULT_SETTINGS, CogView2PipelineBase
+from .base import Batch, CogView2PipelineBase, Stage
 from .outputs import CogView2PipelineOutput
+from .settings import SamplingSettings
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 Scorer = Callable[[list[PIL.Image.Image], list[str]], Sequence[float]]
+
+
+@dataclass
+class _Pictures:
+    """Text, what guidance leads away from (if it does), and generator of each of some pictures."""
+
+    texts: list[list[int]]
+    negatives: list[list[int]] | None
+    generators: list[torch.Generator]
+
+    def only(self, indices: Iterable[int]) -> "_Pictures":
+        """Some of them."""
+        indices = list(indices)
+        return _Pictures(
+            [self.texts[index] for index in indices],
+            None if self.negatives is None else [self.negatives[index] for index in indices],
+            [self.generators[index] for index in indices],
+        )
+
+    def contexts(self) -> tuple[list[list[int]], list[int]]:
+        """Texts to encode, once for neighbours that share one, then as many negative ones; and how many share each."""
+        if self.negatives is None:
+            return run_lengths(self.texts)
+        pairs, repeats = run_lengths(list(zip(self.texts, self.negatives)))
+        return [text for pair in zip(*pairs) for text in pair], repeats
 
 
 class CogView2Pipeline(PreviewMixin, CogView2PipelineBase):
@@ -55,7 +82,7 @@ class CogView2Pipeline(PreviewMixin, CogView2PipelineBase):
     Source: https://arxiv.org/abs/2204.14217.
     """
 
-    @torch.no_grad()
+    @inference
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -68,7 +95,7 @@ class CogView2Pipeline(PreviewMixin, CogView2PipelineBase):
         width: int | None = None,
         generator: Generators = None,
         prompt_translator: PromptTranslator | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | Sequence[str] = "",
         guidance_scale: float | None = None,
         text_attention_bias: float | None = None,
         temperature: float | None = None,
@@ -107,7 +134,7 @@ class CogView2Pipeline(PreviewMixin, CogView2PipelineBase):
                 One for all pictures, or one per picture (per candidate, if there are). The picture of a generator is
                 the same alone and in any batch.
             prompt_translator (*optional*): Called with each prompt; what it returns is used, and is in the output.
-            negative_prompt (`str`), guidance_scale (`float`, defaults to 1, no guidance):
+            negative_prompt (`str` or one for each prompt), guidance_scale (`float`, defaults to 1, no guidance):
                 Classifier-free guidance of the low-resolution tokens: their logits are led away from those of
                 `negative_prompt` (default: no text), the more the higher the scale. It takes a model that was trained
                 with a share of texts left out (`drop_text_probability` of `train_coglm.py`), as the shipped model was,
@@ -134,7 +161,8 @@ class CogView2Pipeline(PreviewMixin, CogView2PipelineBase):
                 counts through the whole picture, `timestep` through the stage, and `kwargs` holds `"stage"`
                 (`"transformer"`, `"direct_sr_transformer"` or `"iterative_sr_transformer"`), `"image_indices"`
                 (which pictures these are; of the candidates, in the first stage, if there are), and the tensors asked
-                for. A batch for which memory runs out begins again.
+                for. A dictionary that it returns may hold other `"tokens"` to go on with; of those that CogLM writes,
+                it reads only the latest. A batch for which memory runs out begins again.
             callback_on_step_end_tensor_inputs (list of `str`): Of `("tokens",)`: `(batch_size, rows, columns)`, -1
                 where still unknown.
 
@@ -142,80 +170,56 @@ class CogView2Pipeline(PreviewMixin, CogView2PipelineBase):
             ValueError: If an argument cannot be used; the message says which and why.
             GenerationInterrupted: If `pipe.interrupt` was set to True meanwhile.
         """
-        prompts = self._check_inputs(prompt, num_images_per_prompt, num_candidates, max_batch_size)
-        check_output_type(output_type, OUTPUT_TYPES)
+        settings = self._settings(style, locals())
+        check_choice("output_type", output_type, OUTPUT_TYPES)
         self._check_tensor_inputs(callback_on_step_end_tensor_inputs)
         if scorer is not None and num_candidates is None:
             raise ValueError("`scorer` has nothing to choose from without `num_candidates`. Set it.")
-        super_resolve = self._check_size(height, width)
-        settings = self._settings(
-            style,
-            guidance_scale=guidance_scale,
-            text_attention_bias=text_attention_bias,
-            temperature=temperature,
-            top_k_clusters=top_k_clusters,
-            cluster_temperature=cluster_temperature,
-            direct_sr_temperature=direct_sr_temperature,
-            direct_sr_top_k_clusters=direct_sr_top_k_clusters,
-            direct_sr_cluster_temperature=direct_sr_cluster_temperature,
-            iterative_sr_temperature=iterative_sr_temperature,
-            iterative_sr_top_k=iterative_sr_top_k,
-            num_lopar_steps=num_lopar_steps,
+        prompts, num_kept, num_candidates, max_batch_size = self._check_inputs(
+            prompt, num_images_per_prompt, num_candidates, max_batch_size
         )
-        schedulers = self._schedulers(settings) if super_resolve else []
-        negative = self._encode_negative_prompt(negative_prompt, settings["guidance_scale"])
+        super_resolve = self._check_size(height, width)
+        negatives = self._encode_negative_prompts(negative_prompt, len(prompts), settings.guidance_scale)
         prompts = translate(prompts, prompt_translator)
-        num_drafts = num_images_per_prompt if num_candidates is None else num_candidates
-        texts = [text for text in self._encode_prompts(prompts, style, super_resolve) for _ in range(num_drafts)]
-        generators = one_generator_per_image(generator, len(texts))
-
-        num_images = len(prompts) * num_images_per_prompt
-        num_draft_steps = self.layout.image_length
-        draft_size = self._batch_size(max_batch_size, self.transformer, copies=1 if negative is None else 2)
-        sizes = [self._batch_size(max_batch_size, getattr(self, stage)) for stage, _ in schedulers]
-        passes = [len(scheduler.timesteps) for _, scheduler in schedulers]
-        total = num_draft_steps * len(slices(len(texts), draft_size))
-        total += sum(count * len(slices(num_images, size)) for count, size in zip(passes, sizes))
-        scores = None
-        with self._running(return_statistics) as call, self.progress_bar(total=total) as progress:
-            notify = functools.partial(
-                Notifier, call, progress, callback_on_step_end, callback_on_step_end_tensor_inputs
-            )
-
-            def draft(batch: slice) -> torch.Tensor:
-                notifier = notify(image_indices=list(range(batch.start, batch.stop)))
-                with progress_of_success(progress):
-                    return self._draft(texts[batch], negative, generators[batch], settings, call, notifier)
-
-            tokens = self._batches(draft, draft_size, generators, progress, num_draft_steps)
+        texts = self._encode_prompts(prompts, style, super_resolve)
+        stages = self._stages(settings) if super_resolve else []
+        num_drafts = len(prompts) * (num_candidates or num_kept)
+        drafts = _Pictures(
+            [text for text in texts for _ in range(num_drafts // len(texts))],
+            None if negatives is None else [text for text in negatives for _ in range(num_drafts // len(texts))],
+            one_generator_per_image(generator, num_drafts),
+        )
+        draft_size = self._batch_size(max_batch_size, self.transformer, copies=1 if negatives is None else 2)
+        sizes = {stage.name: self._batch_size(max_batch_size, getattr(self, stage.name)) for stage in stages}
+        total = self.layout.image_length * len(slices(num_drafts, draft_size))
+        total += sum(stage.num_steps * len(slices(len(prompts) * num_kept, sizes[stage.name])) for stage in stages)
+        with self._running(
+            total=total,
+            return_statistics=return_statistics,
+            callback=callback_on_step_end,
+            tensor_inputs=callback_on_step_end_tensor_inputs,
+        ) as call:
+            tokens = self._draft(call, drafts, settings, draft_size)
+            pictures, scores = drafts, None
             if num_candidates is not None:
                 with call.measure("transformer"):
-                    chosen, scores = self._select(tokens, prompts, num_images_per_prompt, scorer, draft_size)
-                tokens = tokens[chosen]
-                texts, generators = ([values[index] for index in chosen] for values in (texts, generators))
+                    chosen, scores = self._select(tokens, prompts, num_kept, scorer, draft_size)
+                tokens, pictures = tokens[chosen], drafts.only(chosen)
             # stage by stage, so that offloading moves the weights of each only once
-            done = num_draft_steps
-            for stage, size, count in zip(schedulers, sizes, passes):
-
-                def refine(batch: slice, tokens=tokens, stage=stage, done=done) -> torch.Tensor:
-                    notifier = notify(image_indices=list(range(batch.start, batch.stop)), step=done)
-                    with progress_of_success(progress):
-                        return self._super_resolve(
-                            texts[batch], tokens[batch], generators[batch], [stage], call, notifier
-                        )
-
-                tokens = self._batches(refine, size, generators, progress, count)
-                done += count
+            num_done = self.layout.image_length
+            for stage in stages:
+                tokens = self._refine(call, pictures, stage, tokens, num_done, sizes[stage.name])
+                num_done += stage.num_steps
             with call.measure("vqvae"):
                 images = self._decode(tokens, output_type)
-            output = CogView2PipelineOutput(
-                images=images,
-                tokens=tokens,
-                seeds=[generator.initial_seed() for generator in generators],
-                prompts=[prompt for prompt in prompts for _ in range(num_images_per_prompt)],
-                scores=scores,
-                statistics=call.statistics,
-            )
+        output = CogView2PipelineOutput(
+            images=images,
+            tokens=tokens,
+            seeds=[generator.initial_seed() for generator in pictures.generators],
+            prompts=[prompt for prompt in prompts for _ in range(num_kept)],
+            scores=scores,
+            statistics=call.statistics,
+        )
         return output if return_dict else output.to_tuple()
 
     def check_inputs(
@@ -227,7 +231,7 @@ class CogView2Pipeline(PreviewMixin, CogView2PipelineBase):
         style: str | None = None,
         height: int | None = None,
         width: int | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | Sequence[str] = "",
         max_batch_size: int | None = None,
         **settings,
     ) -> dict:
@@ -247,15 +251,15 @@ class CogView2Pipeline(PreviewMixin, CogView2PipelineBase):
             TypeError: If there is no such setting.
             ValueError: If an argument cannot be used; the message says which and why.
         """
-        unknown = sorted(set(settings) - set(DEFAULT_SETTINGS))
+        unknown = sorted(set(settings) - set(SamplingSettings.declared()))
         if unknown:
-            raise TypeError(f"There are no settings {unknown}. Known: {list(DEFAULT_SETTINGS)}.")
-        prompts = self._check_inputs(prompt, num_images_per_prompt, num_candidates, max_batch_size)
+            raise TypeError(f"There are no settings {unknown}. Known: {list(SamplingSettings.declared())}.")
+        used = self._settings(style, settings)
+        prompts, *_ = self._check_inputs(prompt, num_images_per_prompt, num_candidates, max_batch_size)
         super_resolve = self._check_size(height, width)
-        used = self._settings(style, **settings)
         if super_resolve:
-            self._schedulers(used)
-        self._encode_negative_prompt(negative_prompt, used["guidance_scale"])
+            self._stages(used)
+        self._encode_negative_prompts(negative_prompt, len(prompts), used.guidance_scale)
         self._encode_prompts(prompts, style, super_resolve)
         height, width = self.sizes[int(super_resolve)]
         return {
@@ -263,59 +267,60 @@ class CogView2Pipeline(PreviewMixin, CogView2PipelineBase):
             "height": height,
             "width": width,
             "negative_prompt": negative_prompt,
-            **used,
+            **asdict(used),
         }
 
     # Stages ----------------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def _batches(
-        work: Callable[[slice], torch.Tensor],
-        batch_size: int,
-        generators: list[torch.Generator],
-        progress,
-        num_steps: int,
+    def _draft(self, call: Call, drafts: _Pictures, settings: SamplingSettings, batch_size: int) -> torch.Tensor:
+        """Low-resolution tokens of all drafts, `(num_drafts, rows, columns)`."""
+        layout, num_steps = self.layout, self.layout.image_length
+        sampler, device = self._cluster_sampler(settings), self._device_of(self.transformer)
+
+        def draft(part: slice) -> torch.Tensor:
+            own = drafts.only(range(part.start, part.stop))
+            with call.batch(list(range(part.start, part.stop))) as notify, call.measure("transformer"):
+
+                def report(step: int, entries: torch.Tensor) -> torch.Tensor | None:
+                    changed = notify("transformer", step, entries.unflatten(1, layout.image_grid))
+                    return None if changed is None else changed.flatten(1)
+
+                contexts, repeats = own.contexts()
+                return generate(
+                    self.transformer,
+                    sequences.text_to_image(contexts, layout),
+                    sampler,
+                    torch.full((len(own.texts), num_steps), TO_GENERATE),
+                    layout.image_positions,
+                    num_images_per_context=repeats,
+                    text_attention_bias=settings.text_attention_bias,
+                    guidance_scale=None if own.negatives is None else settings.guidance_scale,
+                    generator=own.generators,
+                    device=device,
+                    callback=report,
+                )
+
+        return _in_batches(draft, call, drafts.generators, batch_size, num_steps).unflatten(1, layout.image_grid)
+
+    def _refine(
+        self, call: Call, pictures: _Pictures, stage: Stage, tokens: torch.Tensor, num_done: int, batch_size: int
     ) -> torch.Tensor:
-        """Tokens of all pictures of a stage, each of whose batches takes so many steps."""
+        """Tokens of all pictures after a stage of super-resolution; `num_done` steps were before it."""
 
-        def lengthen(num_batches: int) -> None:
-            progress.total += num_batches * num_steps
+        def refine(part: slice) -> torch.Tensor:
+            with call.batch(list(range(part.start, part.stop)), num_done) as notify:
+                batch = Batch(pictures.texts[part], pictures.generators[part], notify)
+                return self._super_resolve([stage], batch, tokens[part])
 
-        return torch.cat(
-            run_in_batches(work, len(generators), batch_size, generators=generators, on_more_batches=lengthen)
-        )
-
-    def _draft(
-        self,
-        texts: list[list[int]],
-        negative: list[int] | None,
-        generators: list[torch.Generator],
-        settings: dict,
-        call: Call,
-        notify: Notifier,
-    ) -> torch.Tensor:
-        """Low-resolution tokens of one batch of pictures: `(batch_size, rows, columns)`."""
-        layout = self.layout
-        unique, repeats = run_lengths(texts)
-        contexts = unique if negative is None else unique + [negative] * len(unique)
-        with call.measure("transformer"):
-            tokens = generate(
-                self.transformer,
-                sequences.text_to_image(contexts, layout),
-                self._cluster_sampler(settings),
-                torch.full((len(texts), layout.image_length), TO_GENERATE),
-                layout.image_positions,
-                num_images_per_context=repeats,
-                text_attention_bias=settings["text_attention_bias"],
-                guidance_scale=None if negative is None else settings["guidance_scale"],
-                generator=generators,
-                device=self._device_of(self.transformer),
-                callback=lambda step, entries: notify("transformer", step, entries.unflatten(1, layout.image_grid)),
-            )
-        return tokens.unflatten(1, layout.image_grid)
+        return _in_batches(refine, call, pictures.generators, batch_size, stage.num_steps)
 
     def _select(
-        self, tokens: torch.Tensor, prompts: list[str], num_kept: int, scorer: Scorer | None, batch_size: int
+        self,
+        tokens: torch.Tensor,
+        prompts: list[str],
+        num_kept: int,
+        scorer: Scorer | None,
+        batch_size: int,
     ) -> tuple[list[int], list[float]]:
         """Indices of the `num_kept` best drafts of each prompt, best first, and their scores."""
         num_candidates = len(tokens) // len(prompts)
@@ -349,18 +354,19 @@ class CogView2Pipeline(PreviewMixin, CogView2PipelineBase):
         num_images_per_prompt: int,
         num_candidates: int | None,
         max_batch_size: int | None,
-    ) -> list[str]:
-        """The prompts as a list, if these arguments can be used."""
+    ) -> tuple[list[str], int, int | None, int | None]:
+        """These arguments, the prompts as a list and the numbers as plain ones, if they can be used."""
         prompts = check_prompts(prompt)
-        check_counts(
-            num_images_per_prompt=num_images_per_prompt, num_candidates=num_candidates, max_batch_size=max_batch_size
+        num_images_per_prompt, num_candidates = check_numbers_drawn(
+            len(prompts), num_images_per_prompt=num_images_per_prompt, num_candidates=num_candidates
         )
+        (max_batch_size,) = check_counts(max_batch_size=max_batch_size)
         if num_candidates is not None and num_candidates < num_images_per_prompt:
             raise ValueError(
                 f"`num_candidates` must be at least `num_images_per_prompt` ({num_images_per_prompt}), the number of "
                 f"pictures that are kept, but is {num_candidates}."
             )
-        return prompts
+        return prompts, num_images_per_prompt, num_candidates, max_batch_size
 
     def _check_size(self, height: int | None, width: int | None) -> bool:
         """Whether to super-resolve."""
@@ -375,6 +381,23 @@ class CogView2Pipeline(PreviewMixin, CogView2PipelineBase):
                 f"`height` x `width` must be {possible} with this model, but is {wanted[0]} x {wanted[1]}."
             )
         return sizes.index(wanted) == 1
+
+
+def _in_batches(
+    work: Callable[[slice], torch.Tensor],
+    call: Call,
+    generators: list[torch.Generator],
+    batch_size: int,
+    num_steps: int,
+) -> torch.Tensor:
+    """Tokens of all pictures of a stage, each of whose batches takes so many steps."""
+
+    def expect_more(num_batches: int) -> None:
+        call.expect(num_batches * num_steps)
+
+    return torch.cat(
+        run_in_batches(work, len(generators), batch_size, generators=generators, on_more_batches=expect_more)
+    )
 
 
 CogView2Pipeline.__module__ = "cogview_pipelines"

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizer
@@ -13,10 +14,18 @@ from ...generation.texts import WrittenText, search_texts, write_texts
 from ...models.cogview2 import sequences
 from ...pictures.pixels import Images, Picture, read_pictures
 from ...pictures.sizes import center_crop, resize
-from ..common.arguments import check_counts, check_prompts, one_generator_per_image
+from ..common.arguments import (
+    check_choice,
+    check_counts,
+    check_numbers_drawn,
+    check_prompts,
+    check_tokens,
+    one_generator_per_image,
+)
 from ..common.base import PipelineBase
-from ..common.calls import Call
+from ..common.calls import Call, inference
 from .outputs import CogView2CaptionPipelineOutput
+from .settings import CaptionSettings
 
 LANGUAGES = ("en", "zh")
 STRATEGIES = ("greedy", "sample", "beam", "best_of")
@@ -25,6 +34,35 @@ RANKINGS = ("image", "caption")
 END_PIECES = (".", "。", "!", "?", "！", "？")
 DEFAULT_MAX_LENGTH = 48
 DEFAULT_MAX_BATCH_SIZE = 16
+
+
+@dataclass(frozen=True)
+class _Request:
+    """How a call describes pictures; the names are those of its arguments."""
+
+    language: str
+    strategy: str
+    num_kept: int
+    num_drawn: int  # of each picture; 0 where nothing is drawn
+    num_beams: int
+    rank_by: str
+    settings: CaptionSettings
+    max_length: int
+    end: str
+    batch_size: int
+
+    @property
+    def num_texts(self) -> int:
+        """Texts of a picture that are computed at a time."""
+        return max(self.num_drawn, self.num_beams if self.strategy == "beam" else 1)
+
+
+@dataclass(frozen=True)
+class _Caption:
+    text: str
+    score: float
+    token_ids: list[int]
+    seed: int | None
 
 
 class CogView2CaptionPipeline(PipelineBase):
@@ -69,7 +107,7 @@ class CogView2CaptionPipeline(PipelineBase):
         rows, columns = self.transformer.config.image_grid
         return [(rows * self.config.compression_rate, columns * self.config.compression_rate)]
 
-    @torch.no_grad()
+    @inference
     def __call__(
         self,
         image: Images | None = None,
@@ -123,67 +161,58 @@ class CogView2CaptionPipeline(PipelineBase):
             TypeError: If a picture is none.
             ValueError: If an argument cannot be used; the message says which and why.
         """
-        check_counts(
-            num_captions_per_image=num_captions_per_image,
-            num_candidates=num_candidates,
-            num_beams=num_beams,
-            top_k=top_k,
-            max_length=max_length,
-            max_batch_size=max_batch_size,
+        settings = CaptionSettings.choose({}, locals())
+        for name, value, possible in (
+            ("language", language, LANGUAGES),
+            ("strategy", strategy, STRATEGIES),
+            ("rank_by", rank_by, RANKINGS),
+            ("end", end, ENDS),
+        ):
+            check_choice(name, value, possible)
+        num_kept, num_candidates, num_beams = check_numbers_drawn(
+            1, num_captions_per_image=num_captions_per_image, num_candidates=num_candidates, num_beams=num_beams
         )
-        options = {"language": LANGUAGES, "strategy": STRATEGIES, "rank_by": RANKINGS, "end": ENDS}
-        for name, value in (("language", language), ("strategy", strategy), ("rank_by", rank_by), ("end", end)):
-            if value not in options[name]:
-                raise ValueError(f"`{name}` must be one of {options[name]}, but is {value!r}.")
-        if not temperature > 0:
-            raise ValueError(f"`temperature` must be above 0, but is {temperature}.")
-        most = {"greedy": 1, "beam": num_beams, "best_of": num_candidates}.get(strategy, num_captions_per_image)
-        if num_captions_per_image > most:
+        max_length, max_batch_size = check_counts(max_length=max_length, max_batch_size=max_batch_size)
+        most = {"greedy": 1, "beam": num_beams, "best_of": num_candidates}.get(strategy, num_kept)
+        if num_kept > most:
             raise ValueError(
-                f"`num_captions_per_image` may be {most} with `strategy={strategy!r}`, but is "
-                f"{num_captions_per_image}."
+                f"`num_captions_per_image` may be {most} with `strategy={strategy!r}`, but is {num_kept}."
             )
         longest = self.transformer.config.max_text_tokens
         max_length = min(DEFAULT_MAX_LENGTH, longest) if max_length is None else max_length
         if max_length > longest:
             raise ValueError(f"`max_length` may be {longest} with this model, but is {max_length}.")
-        batch_size = max_batch_size or DEFAULT_MAX_BATCH_SIZE
-        num_drawn = {"sample": num_captions_per_image, "best_of": num_candidates}.get(strategy, 0)
-        with self._running(return_statistics) as call:
-            tokens = self._low_tokens(image, tokens, batch_size, call)
-            generators = one_generator_per_image(generator, len(tokens) * num_drawn) if num_drawn else []
-            output = CogView2CaptionPipelineOutput(
-                [], [], [], seeds=[] if num_drawn else None, statistics=call.statistics
+        request = _Request(
+            language=language,
+            strategy=strategy,
+            num_kept=num_kept,
+            num_drawn={"sample": num_kept, "best_of": num_candidates}.get(strategy, 0),
+            num_beams=num_beams,
+            rank_by=rank_by,
+            settings=settings,
+            max_length=max_length,
+            end=end,
+            batch_size=max_batch_size or DEFAULT_MAX_BATCH_SIZE,
+        )
+        with self._running(total=0, return_statistics=return_statistics) as call:
+            tokens = self._low_tokens(image, tokens, request.batch_size, call)
+            call.expect(len(tokens))
+            check_numbers_drawn(len(tokens), num_candidates=request.num_drawn or None)
+            generators = (
+                one_generator_per_image(generator, len(tokens) * request.num_drawn) if request.num_drawn else []
             )
-            pictures_at_a_time = max(1, batch_size // max(num_drawn, num_beams if strategy == "beam" else 1))
-
-            def write(batch: slice) -> list[list[WrittenText]]:
-                call.stop_if_interrupted()
-                own = generators[batch.start * num_drawn : batch.stop * num_drawn]
-                return self._write(
-                    tokens[batch], language, strategy, num_drawn, num_beams, temperature, top_k, max_length, end, own
-                )
-
-            with self.progress_bar(total=len(tokens)) as progress, call.measure("transformer"):
-                parts = run_in_batches(write, len(tokens), pictures_at_a_time, generators=generators)
-                for index, texts in enumerate(texts for part in parts for texts in part):
-                    own = generators[index * num_drawn : (index + 1) * num_drawn]
-                    self._add(
-                        output,
-                        tokens[index],
-                        texts,
-                        [one.initial_seed() for one in own],
-                        language,
-                        strategy,
-                        rank_by,
-                        end,
-                        num_captions_per_image,
-                        batch_size,
-                    )
-                    progress.update()
+            with call.measure("transformer"):
+                captions = self._captions(request, call, tokens, generators)
+        output = CogView2CaptionPipelineOutput(
+            captions=[caption.text for caption in captions],
+            scores=[caption.score for caption in captions],
+            token_ids=[caption.token_ids for caption in captions],
+            seeds=[caption.seed for caption in captions] if request.num_drawn else None,
+            statistics=call.statistics,
+        )
         return output if return_dict else output.to_tuple()
 
-    @torch.no_grad()
+    @inference
     def score(
         self,
         image: Images | None,
@@ -211,7 +240,7 @@ class CogView2CaptionPipeline(PipelineBase):
             TypeError, ValueError: If an argument cannot be used; the message says which and why.
         """
         prompts = check_prompts(prompt)
-        check_counts(max_batch_size=max_batch_size)
+        (max_batch_size,) = check_counts(max_batch_size=max_batch_size)
         batch_size = max_batch_size or DEFAULT_MAX_BATCH_SIZE
         with self._running() as call:
             tokens = self._low_tokens(image, tokens, batch_size, call)
@@ -254,14 +283,7 @@ class CogView2CaptionPipeline(PipelineBase):
             pixels = torch.stack([self._fit(picture) for picture in read_pictures(image)])
             with call.measure("vqvae"):
                 return torch.cat([self._encode_pixels(part) for part in pixels.split(batch_size)])
-        grid, limit = self.transformer.config.image_grid, self.transformer.config.num_image_tokens
-        if not isinstance(tokens, torch.Tensor):
-            raise TypeError(f"`tokens` must be a torch tensor, but is of type `{type(tokens).__name__}`.")
-        if tokens.ndim != 3 or tuple(tokens.shape[1:]) != grid or not len(tokens):
-            raise ValueError(f"`tokens` must have the shape (num_images, *{grid}), but have {tuple(tokens.shape)}.")
-        if tokens.is_floating_point() or not 0 <= int(tokens.min()) <= int(tokens.max()) < limit:
-            raise ValueError(f"`tokens` must be image codes, whole numbers in 0..{limit - 1}.")
-        return tokens.long()
+        return check_tokens(tokens, self.transformer.config.num_image_tokens, self.transformer.config.image_grid)
 
     def _fit(self, picture: Picture) -> torch.Tensor:
         """The middle of a picture at low resolution: `(3, height, width)`."""
@@ -271,99 +293,96 @@ class CogView2CaptionPipeline(PipelineBase):
             pixels = center_crop(pixels, min(picture.size))
         return resize(pixels[None], (height, width))[0]
 
+    def _captions(
+        self, request: _Request, call: Call, tokens: torch.Tensor, generators: list[torch.Generator]
+    ) -> list[_Caption]:
+        """The captions of all pictures, picture by picture."""
+        num_drawn = request.num_drawn
+
+        def write(part: slice) -> list[list[WrittenText]]:
+            call.stop_if_interrupted()
+            return self._write(request, tokens[part], generators[part.start * num_drawn : part.stop * num_drawn])
+
+        pictures_at_a_time = max(1, request.batch_size // request.num_texts)
+        parts = run_in_batches(write, len(tokens), pictures_at_a_time, generators=generators)
+        captions = []
+        for index, texts in enumerate(texts for part in parts for texts in part):
+            own = generators[index * num_drawn : (index + 1) * num_drawn]
+            captions += self._best(request, tokens[index], texts, [one.initial_seed() for one in own])
+            call.progress.update()
+        return captions
+
     def _write(
-        self,
-        tokens: torch.Tensor,
-        language: str,
-        strategy: str,
-        num_drawn: int,
-        num_beams: int,
-        temperature: float,
-        top_k: int | None,
-        max_length: int,
-        end: str,
-        generators: list[torch.Generator],
+        self, request: _Request, tokens: torch.Tensor, generators: list[torch.Generator]
     ) -> list[list[WrittenText]]:
         """Texts of each picture."""
-        start = {"en": self.tokenizer.start_of_english_id, "zh": self.tokenizer.start_of_chinese_id}[language]
-        context = sequences.caption(tokens.cpu(), [start] * len(tokens), self.layout)
-        allowed, ends = self._allowed(language), self._ends()
-        if end != "sentence":
+        starts = {"en": self.tokenizer.start_of_english_id, "zh": self.tokenizer.start_of_chinese_id}
+        context = sequences.caption(tokens.cpu(), [starts[request.language]] * len(tokens), self.layout)
+        allowed, ends = self._allowed(request.language), self._ends()
+        if request.end != "sentence":
             ends = torch.zeros_like(ends)
         device = self._device_of(self.transformer)
-        if strategy == "beam":
-            return search_texts(
-                self.transformer, context, allowed, ends, max_length, num_beams=num_beams, device=device
-            )
-        choose = functools.partial(sample_tokens, temperature=temperature, top_k=top_k)
+        about = (self.transformer, context)
+        bounds = (allowed, ends, request.max_length)
+        if request.strategy == "beam":
+            return search_texts(*about, *bounds, num_beams=request.num_beams, device=device)
+        settings = request.settings
+        sample = functools.partial(sample_tokens, temperature=settings.temperature, top_k=settings.top_k)
         texts = write_texts(
-            self.transformer,
-            context,
-            choose if num_drawn else (lambda logits, noise: logits.argmax(-1)),
-            allowed,
-            ends,
-            max_length,
-            num_texts_per_context=max(num_drawn, 1),
+            *about,
+            sample if request.num_drawn else _likeliest,
+            *bounds,
+            num_texts_per_context=request.num_texts,
             generator=generators or None,
             device=device,
         )
-        return [texts[part] for part in slices(len(texts), max(num_drawn, 1))]
+        return [texts[part] for part in slices(len(texts), request.num_texts)]
 
-    def _add(
-        self,
-        output: CogView2CaptionPipelineOutput,
-        picture: torch.Tensor,
-        texts: list[WrittenText],
-        seeds: list[int],
-        language: str,
-        strategy: str,
-        rank_by: str,
-        end: str,
-        num_kept: int,
-        batch_size: int,
-    ) -> None:
-        """Cut, rank and add the captions of one picture."""
+    def _best(
+        self, request: _Request, picture: torch.Tensor, texts: list[WrittenText], seeds: list[int]
+    ) -> list[_Caption]:
+        """The captions of one picture: its texts, cut and ranked."""
         ids = [text.token_ids for text in texts]
-        if end != "length":
-            ids = [
-                own if text.is_complete else self._cut(picture, own, language, batch_size)
-                for own, text in zip(ids, texts)
-            ]
+        if request.end != "length":
+            ids = [own if text.is_complete else self._cut(request, picture, own) for own, text in zip(ids, texts)]
         scores = torch.tensor([text.mean_log_probability for text in texts])
         order = list(range(len(texts)))
-        if strategy == "best_of":
-            if rank_by == "image":
-                scores = -self._image_losses(picture, ids, batch_size)
+        if request.strategy == "best_of":
+            if request.rank_by == "image":
+                scores = -self._image_losses(request, picture, ids)
             order.sort(key=lambda index: -float(scores[index]))
             first = {tuple(ids[index]): index for index in reversed(order)}
             order.sort(key=lambda index: first[tuple(ids[index])] != index)  # texts drawn twice come last
-        for index in order[:num_kept]:
-            output.captions.append(self.tokenizer.decode(ids[index]).strip())
-            output.scores.append(float(scores[index]))
-            output.token_ids.append(ids[index])
-            if output.seeds is not None:
-                output.seeds.append(seeds[index])
+        return [
+            _Caption(
+                self.tokenizer.decode(ids[index]).strip(),
+                float(scores[index]),
+                ids[index],
+                seeds[index] if seeds else None,
+            )
+            for index in order[: request.num_kept]
+        ]
 
-    def _cut(self, picture: torch.Tensor, ids: list[int], language: str, batch_size: int) -> list[int]:
+    def _cut(self, request: _Request, picture: torch.Tensor, ids: list[int]) -> list[int]:
         """The part of a text, up to the end of a word, after which the picture is most likely."""
         pieces = self.tokenizer.convert_ids_to_tokens(ids)
         lengths = [
             length
             for length in range(1, len(ids) + 1)
-            if (length == len(ids) or language == "zh" or pieces[length].startswith("▁"))
+            if (length == len(ids) or request.language == "zh" or pieces[length].startswith("▁"))
             and any(character.isalnum() for character in pieces[length - 1])
         ]
         if not lengths:
             return ids
-        losses = self._image_losses(picture, [ids[:length] for length in lengths], batch_size)
+        losses = self._image_losses(request, picture, [ids[:length] for length in lengths])
         return ids[: lengths[int(losses.argmin())]]
 
-    def _image_losses(self, picture: torch.Tensor, texts: list[list[int]], batch_size: int) -> torch.Tensor:
+    def _image_losses(self, request: _Request, picture: torch.Tensor, texts: list[list[int]]) -> torch.Tensor:
         return image_losses(
             self.transformer,
             picture[None].expand(len(texts), -1, -1),
             texts,
-            max_batch_size=batch_size,
+            max_batch_size=request.batch_size,
             device=self._device_of(self.transformer),
         )
 
@@ -390,6 +409,10 @@ class CogView2CaptionPipeline(PipelineBase):
                 index = tokenizer.convert_tokens_to_ids(piece)
                 ends[index] = tokenizer.convert_ids_to_tokens(index) == piece
         return ends
+
+
+def _likeliest(logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    return logits.argmax(-1)
 
 
 CogView2CaptionPipeline.__module__ = "cogview_pipelines"

@@ -8,27 +8,41 @@ import torch.nn.functional as F
 
 from ...generation.batching import run_in_batches
 from ...generation.sampling import Generators
-from ...generation.tokens import generate
+from ...generation.tokens import TO_GENERATE, generate
 from ...models.cogview2 import sequences
 from ...pictures.pixels import OUTPUT_TYPES, Images, Picture, read_masks, read_pictures, write_pictures
 from ...pictures.sizes import resize
-from ...schedulers.scheduling_lopar import LoPARScheduler
 from ..common.arguments import (
     PromptTranslator,
+    check_choice,
     check_counts,
-    check_output_type,
+    check_numbers_drawn,
     check_prompts,
     one_generator_per_image,
     translate,
 )
-from ..common.calls import Call
-from ..common.notifier import Callback, Notifier
+from ..common.calls import inference
+from ..common.notifier import Callback
 from ..common.previews import PreviewMixin
-from .base import CogView2PipelineBase
+from ..common.settings import whole_number
+from .base import Batch, CogView2PipelineBase, Stage
 from .completion_geometry import MASK_SHARE, Box, best_window, covering_token_mask, crop_box, token_mask
 from .outputs import CogView2InpaintPipelineOutput
+from .settings import SamplingSettings
 
 MASK_RULES = {"cover": covering_token_mask, "nearest": token_mask}
+
+
+@dataclass(frozen=True)
+class _Manner:
+    """How a call paints."""
+
+    settings: SamplingSettings
+    stages: list[Stage]
+    super_resolve: bool | None
+    mask_share: float
+    max_side: int | None
+    mask_rule: str
 
 
 @dataclass
@@ -39,15 +53,8 @@ class _Task:
     mask: torch.Tensor
     text: list[int]
     negative: list[int] | None
-    settings: dict
-    schedulers: list[tuple[str, LoPARScheduler]]
-    super_resolve: bool | None
-    mask_share: float
     min_side: int
-    max_side: int | None
-    mask_rule: str
-    call: Call | None = None
-    notify: Notifier | None = None
+    manner: _Manner
 
     def next_crop(self, remaining: torch.Tensor, grid: tuple[int, int]) -> Box:
         """
@@ -56,17 +63,17 @@ class _Task:
         Raises:
             ValueError: If all tokens of all squares that could be next are masked.
         """
-        limit = min(*remaining.shape, self.max_side or max(remaining.shape))
+        limit = min(*remaining.shape, self.manner.max_side or max(remaining.shape))
         side = self.min_side
         while True:
-            box = crop_box(remaining, self.mask_share, side, limit)
+            box = crop_box(remaining, self.manner.mask_share, side, limit)
             side = box[2] - box[0]
             if _cut(remaining, box).sum() == remaining.sum() and self._shows_something(remaining, box, grid):
                 return box
             if side >= limit:
                 break
             side = side * 5 // 4 + 1
-        for share in (self.mask_share, self.mask_share / 2, self.mask_share / 4):
+        for share in (self.manner.mask_share, self.manner.mask_share / 2, self.manner.mask_share / 4):
             box = best_window(remaining, share, limit)
             if self._shows_something(remaining, box, grid):
                 return box
@@ -80,13 +87,22 @@ class _Task:
 
     def tokens_of(self, mask: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """The mask in tokens, at least one of which is marked."""
-        marked = MASK_RULES[self.mask_rule](mask, grid)
+        marked = MASK_RULES[self.manner.mask_rule](mask, grid)
         return marked if marked.any() else covering_token_mask(mask, grid)
 
 
 def _cut(mask: torch.Tensor, box: Box) -> torch.Tensor:
     top, left, bottom, right = box
     return mask[top:bottom, left:right]
+
+
+@dataclass
+class _Painted:
+    """Results of one task: the pictures, the crops `(num_images, 3, height, width)` of each piece, and their boxes."""
+
+    pictures: list[Picture]
+    crops: list[torch.Tensor]
+    boxes: list[Box]
 
 
 class CogView2InpaintPipeline(PreviewMixin, CogView2PipelineBase):
@@ -104,7 +120,7 @@ class CogView2InpaintPipeline(PreviewMixin, CogView2PipelineBase):
     second `<start_of_image>`.
     """
 
-    @torch.no_grad()
+    @inference
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -120,7 +136,7 @@ class CogView2InpaintPipeline(PreviewMixin, CogView2PipelineBase):
         mask_rule: str = "cover",
         generator: Generators = None,
         prompt_translator: PromptTranslator | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | Sequence[str] = "",
         guidance_scale: float | None = None,
         text_attention_bias: float | None = None,
         temperature: float | None = None,
@@ -182,93 +198,65 @@ class CogView2InpaintPipeline(PreviewMixin, CogView2PipelineBase):
                 picture, one that marks nothing, or one that leaves nothing to complete.
             GenerationInterrupted: If `pipe.interrupt` was set to True meanwhile.
         """
-        prompts, pictures, masks = self._check_inputs(prompt, image, mask_image)
-        check_counts(
-            num_images_per_prompt=num_images_per_prompt,
-            max_batch_size=max_batch_size,
-            min_crop_size=min_crop_size,
-            max_crop_size=max_crop_size,
-        )
-        check_output_type(output_type, OUTPUT_TYPES)
+        settings = self._settings(style, locals())
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        check_choice("mask_rule", mask_rule, tuple(MASK_RULES))
         self._check_tensor_inputs(callback_on_step_end_tensor_inputs)
+        prompts, pictures, masks = self._check_inputs(prompt, image, mask_image)
+        (num_images_per_prompt,) = check_numbers_drawn(len(prompts), num_images_per_prompt=num_images_per_prompt)
+        max_batch_size, min_crop_size, max_crop_size = check_counts(
+            max_batch_size=max_batch_size, min_crop_size=min_crop_size, max_crop_size=max_crop_size
+        )
         if not 0.01 <= mask_share <= 1:
             raise ValueError(f"`mask_share` must be from 0.01 to 1, but is {mask_share}.")
-        if mask_rule not in MASK_RULES:
-            raise ValueError(f"`mask_rule` must be one of {tuple(MASK_RULES)}, but is {mask_rule!r}.")
         if super_resolve and self.direct_sr_transformer is None:
             raise ValueError("`super_resolve` needs a pipeline with a `direct_sr_transformer`, which this one lacks.")
-        settings = self._settings(
-            style,
-            guidance_scale=guidance_scale,
-            text_attention_bias=text_attention_bias,
-            temperature=temperature,
-            top_k_clusters=top_k_clusters,
-            cluster_temperature=cluster_temperature,
-            direct_sr_temperature=direct_sr_temperature,
-            direct_sr_top_k_clusters=direct_sr_top_k_clusters,
-            direct_sr_cluster_temperature=direct_sr_cluster_temperature,
-            iterative_sr_temperature=iterative_sr_temperature,
-            iterative_sr_top_k=iterative_sr_top_k,
-            num_lopar_steps=num_lopar_steps,
-        )
         has_fine = self.direct_sr_transformer is not None and super_resolve is not False
-        schedulers = self._schedulers(settings) if has_fine else []
-        negative = self._encode_negative_prompt(negative_prompt, settings["guidance_scale"])
+        stages = self._stages(settings) if has_fine else []
+        negatives = self._encode_negative_prompts(negative_prompt, len(prompts), settings.guidance_scale)
         prompts = translate(prompts, prompt_translator)
         texts = self._encode_prompts(prompts, style, has_fine)
-        common = {
-            "negative": negative,
-            "settings": settings,
-            "schedulers": schedulers,
-            "super_resolve": has_fine and super_resolve,
-            "mask_share": mask_share,
-            "max_side": max_crop_size,
-            "mask_rule": mask_rule,
-        }
+        manner = _Manner(settings, stages, has_fine and super_resolve, mask_share, max_crop_size, mask_rule)
         tasks = [
-            _Task(picture, mask, text, min_side=self._min_side(picture, min_crop_size), **common)
-            for picture, mask, text in zip(pictures, masks, texts)
+            _Task(picture, mask, text, negative, self._min_side(picture, min_crop_size), manner)
+            for picture, mask, text, negative in zip(pictures, masks, texts, negatives or [None] * len(texts))
         ]
         for task in tasks:
             task.next_crop(task.mask, self.layout.image_grid)  # or its error, before anything is computed
         generators = one_generator_per_image(generator, len(tasks) * num_images_per_prompt)
-
-        copies = 1 if negative is None else 2
-        sizes = [self._batch_size(max_batch_size, self.transformer, copies)]
-        sizes += [self._batch_size(max_batch_size, getattr(self, stage)) for stage, _ in schedulers]
+        sizes = [self._batch_size(max_batch_size, self.transformer, copies=1 if negatives is None else 2)]
+        sizes += [self._batch_size(max_batch_size, getattr(self, stage.name)) for stage in stages]
         results, crops, boxes = [], [], []
-        with self._running(return_statistics) as call:
+        with self._running(
+            total=0,
+            return_statistics=return_statistics,
+            callback=callback_on_step_end,
+            tensor_inputs=callback_on_step_end_tensor_inputs,
+        ) as call:
             for index, task in enumerate(tasks):
                 first = index * num_images_per_prompt
                 own = generators[first : first + num_images_per_prompt]
 
-                def paint(batch: slice, task=task, first=first, own=own):
-                    with self.progress_bar(total=0) as progress:
-                        task.call = call
-                        task.notify = Notifier(
-                            call,
-                            progress,
-                            callback_on_step_end,
-                            callback_on_step_end_tensor_inputs,
-                            list(range(first + batch.start, first + batch.stop)),
-                        )
-                        return self._paint(task, own[batch])
+                def paint(part: slice, task=task, first=first, own=own) -> _Painted:
+                    with call.batch(list(range(first + part.start, first + part.stop))) as notify:
+                        generators = own[part]
+                        return self._paint(task, Batch([task.text] * len(generators), generators, notify))
 
-                for painted, batch_crops, batch_boxes in run_in_batches(paint, len(own), min(sizes), generators=own):
-                    results += painted
+                for painted in run_in_batches(paint, len(own), min(sizes), generators=own):
+                    results += painted.pictures
                     crops += [
                         list(write_pictures([Picture(crop) for crop in steps], output_type))
-                        for steps in zip(*batch_crops)
+                        for steps in zip(*painted.crops)
                     ]
-                    boxes += [batch_boxes] * len(painted)
-            output = CogView2InpaintPipelineOutput(
-                images=write_pictures(results, output_type),
-                crops=crops,
-                crop_boxes=boxes,
-                seeds=[generator.initial_seed() for generator in generators],
-                prompts=[prompt for prompt in prompts for _ in range(num_images_per_prompt)],
-                statistics=call.statistics,
-            )
+                    boxes += [painted.boxes] * len(painted.pictures)
+        output = CogView2InpaintPipelineOutput(
+            images=write_pictures(results, output_type),
+            crops=crops,
+            crop_boxes=boxes,
+            seeds=[generator.initial_seed() for generator in generators],
+            prompts=[prompt for prompt in prompts for _ in range(num_images_per_prompt)],
+            statistics=call.statistics,
+        )
         return output if return_dict else output.to_tuple()
 
     def outpaint(
@@ -295,9 +283,7 @@ class CogView2InpaintPipeline(PreviewMixin, CogView2PipelineBase):
             TypeError, ValueError: As `__call__`, and if no side is to grow.
         """
         margins = {"top": top, "bottom": bottom, "left": left, "right": right}
-        for name, margin in margins.items():
-            if isinstance(margin, bool) or not isinstance(margin, int) or margin < 0:
-                raise ValueError(f"`{name}` must be a whole number of pixels from 0 on, but is {margin!r}.")
+        top, bottom, left, right = (whole_number(name, margin, least=0) for name, margin in margins.items())
         if not any(margins.values()):
             raise ValueError(
                 "One of `top`, `bottom`, `left` and `right` must be above 0, or there is nothing to paint."
@@ -314,10 +300,9 @@ class CogView2InpaintPipeline(PreviewMixin, CogView2PipelineBase):
 
     # Stages ----------------------------------------------------------------------------------------------------------
 
-    def _paint(
-        self, task: _Task, generators: list[torch.Generator]
-    ) -> tuple[list[Picture], list[torch.Tensor], list[Box]]:
-        """Results of one task, the crops `(num_images, 3, height, width)` of each piece, and their boxes."""
+    def _paint(self, task: _Task, batch: Batch) -> _Painted:
+        """Paint the whole mask, piece by piece."""
+        num_images = len(batch.generators)
         pixels = task.picture.on_white()[None]  # one row until the first piece is painted: all results begin alike
         remaining = task.mask.clone()
         crops, boxes = [], []
@@ -325,8 +310,8 @@ class CogView2InpaintPipeline(PreviewMixin, CogView2PipelineBase):
             top, left, bottom, right = box = task.next_crop(remaining, self.layout.image_grid)
             inside = (..., slice(top, bottom), slice(left, right))
             crop_mask = remaining[inside].clone()
-            crop = self._complete(task, pixels[inside], crop_mask, generators).cpu()
-            pixels = pixels.repeat(len(generators), 1, 1, 1) if len(pixels) < len(generators) else pixels.clone()
+            crop = self._complete(task, batch, pixels[inside], crop_mask).cpu()
+            pixels = pixels.repeat(num_images, 1, 1, 1) if len(pixels) < num_images else pixels.clone()
             pixels[inside] = torch.where(crop_mask, resize(crop, crop_mask.shape), pixels[inside])
             remaining[inside] = False
             crops.append(crop)
@@ -335,40 +320,28 @@ class CogView2InpaintPipeline(PreviewMixin, CogView2PipelineBase):
         if alpha is not None:
             alpha = torch.where(task.mask, 1.0, alpha)
         painted = torch.where(task.mask, pixels, task.picture.pixels)
-        return [Picture(one, alpha) for one in painted], crops, boxes
+        return _Painted([Picture(one, alpha) for one in painted], crops, boxes)
 
-    def _complete(
-        self, task: _Task, crop: torch.Tensor, mask: torch.Tensor, generators: list[torch.Generator]
-    ) -> torch.Tensor:
+    def _complete(self, task: _Task, batch: Batch, crop: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """A crop with its masked part anew, one for each generator, at the resolution of the model."""
         low_size, fine_size = self.sizes[0], self.sizes[-1]
-        num_images = len(generators)
-        with task.call.measure("vqvae"):
+        stages, super_resolve = task.manner.stages, task.manner.super_resolve
+        with batch.call.measure("vqvae"):
             known = self._encode_pixels(resize(crop, low_size))
-        tokens = self._fill(task, known, task.tokens_of(mask, self.layout.image_grid), generators)
-        super_resolve = max(crop.shape[-2:]) > max(low_size) if task.super_resolve is None else task.super_resolve
-        if super_resolve and task.schedulers:
-            with task.call.measure("vqvae"):
-                fine = self._encode_pixels(resize(crop, fine_size)).expand(num_images, -1, -1)
-            fine_mask = task.tokens_of(mask, fine.shape[-2:])
-            tokens = self._super_resolve(
-                [task.text] * num_images,
-                tokens,
-                generators,
-                task.schedulers,
-                task.call,
-                task.notify,
-                fine,
-                fine_mask,
-            )
-        with task.call.measure("vqvae"):
+        tokens = self._fill(task, batch, known, task.tokens_of(mask, self.layout.image_grid))
+        if super_resolve is None:
+            super_resolve = max(crop.shape[-2:]) > max(low_size)
+        if super_resolve and stages:
+            with batch.call.measure("vqvae"):
+                fine = self._encode_pixels(resize(crop, fine_size)).expand(len(batch.generators), -1, -1)
+            batch.call.expect(sum(stage.num_steps for stage in stages))
+            tokens = self._super_resolve(stages, batch, tokens, fine, task.tokens_of(mask, fine.shape[-2:]))
+        with batch.call.measure("vqvae"):
             return self._decode_pixels(tokens)
 
-    def _fill(
-        self, task: _Task, known: torch.Tensor, mask: torch.Tensor, generators: list[torch.Generator]
-    ) -> torch.Tensor:
+    def _fill(self, task: _Task, batch: Batch, known: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Low-resolution tokens with the masked ones written anew: `(num_images, rows, columns)`."""
-        num_contexts, num_images = len(known), len(generators)
+        num_contexts, num_images = len(known), len(batch.generators)
         texts = [task.text] * num_contexts
         contexts = known.cpu()
         if task.negative is not None:
@@ -377,25 +350,32 @@ class CogView2InpaintPipeline(PreviewMixin, CogView2PipelineBase):
         completion = sequences.completion(texts, contexts, mask, self.layout)
         grid = known.masked_fill(mask.to(known.device), -1).flatten(1).expand(num_images, -1)
         cells = completion.cells.to(known.device)
+        entries = completion.entries[:num_contexts].expand(num_images, -1)
+        batch.call.expect(int((entries[0] == TO_GENERATE).sum()))
 
         def place(entries: torch.Tensor) -> torch.Tensor:
             tokens = grid.clone()
             tokens[:, cells] = entries
             return tokens.unflatten(1, self.layout.image_grid)
 
-        with task.call.measure("transformer"):
+        def report(step: int, entries: torch.Tensor) -> torch.Tensor | None:
+            changed = batch.notify("transformer", step, place(entries))
+            return None if changed is None else changed.flatten(1)[:, cells]
+
+        settings = task.manner.settings
+        with batch.call.measure("transformer"):
             entries = generate(
                 self.transformer,
                 completion.context,
-                self._cluster_sampler(task.settings),
-                completion.entries[:num_contexts].expand(num_images, -1),
+                self._cluster_sampler(settings),
+                entries,
                 completion.positions,
                 num_images_per_context=num_images // num_contexts,
-                text_attention_bias=task.settings["text_attention_bias"],
-                guidance_scale=None if task.negative is None else task.settings["guidance_scale"],
-                generator=generators,
+                text_attention_bias=settings.text_attention_bias,
+                guidance_scale=None if task.negative is None else settings.guidance_scale,
+                generator=batch.generators,
                 device=self._device_of(self.transformer),
-                callback=lambda step, entries: task.notify("transformer", step, place(entries)),
+                callback=report,
             )
         return place(entries)
 

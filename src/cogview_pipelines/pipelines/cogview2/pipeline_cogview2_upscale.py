@@ -1,6 +1,7 @@
 """Super-resolution by itself: of tokens, and of people's own pictures, of any size."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,19 +15,41 @@ from ...pictures.sizes import agree_with
 from ...schedulers.scheduling_lopar import LoPARScheduler
 from ..common.arguments import (
     PromptTranslator,
+    check_choice,
     check_counts,
-    check_output_type,
     check_prompts,
+    check_tokens,
     one_generator_per_image,
     translate,
 )
-from ..common.calls import Call
+from ..common.calls import inference
 from ..common.notifier import Callback, Notifier
 from ..common.previews import PreviewMixin
-from .base import CogView2PipelineBase
+from .base import Batch, CogView2PipelineBase, Stage
 from .outputs import CogView2PipelineOutput
 
 DEFAULT_TILE_OVERLAP = 0.25
+
+
+@dataclass
+class _Request:
+    """What a call enlarges, and how: one entry of each list for each picture."""
+
+    inputs: list[Picture] | list[torch.Tensor]
+    texts: list[list[int]]
+    generators: list[torch.Generator]
+    stages: list[Stage]
+    num_levels: int
+    tile_overlap: float
+    faithful: bool
+
+
+@dataclass
+class _Result:
+    """An enlarged picture, and the tokens that it was decoded from."""
+
+    picture: Picture
+    tokens: torch.Tensor
 
 
 class CogView2UpscalePipeline(PreviewMixin, CogView2PipelineBase):
@@ -96,7 +119,7 @@ class CogView2UpscalePipeline(PreviewMixin, CogView2PipelineBase):
         low, fine = self.sizes
         return fine[0] // low[0], fine[1] // low[1]
 
-    @torch.no_grad()
+    @inference
     def __call__(
         self,
         image: Images | None = None,
@@ -156,78 +179,85 @@ class CogView2UpscalePipeline(PreviewMixin, CogView2PipelineBase):
             ValueError: If an argument cannot be used; the message says which and why.
             GenerationInterrupted: If `pipe.interrupt` was set to True meanwhile.
         """
-        if (image is None) == (tokens is None):
-            raise ValueError("Give either `image` or `tokens`.")
-        pictures = read_pictures(image) if tokens is None else None
-        grids = self._check_tokens(tokens) if pictures is None else None
-        num_images = len(pictures if grids is None else grids)
-        check_counts(num_levels=num_levels, max_batch_size=max_batch_size)
-        check_output_type(output_type, (*OUTPUT_TYPES, "latent"))
+        settings = self._settings(style, locals())
+        check_choice("output_type", output_type, (*OUTPUT_TYPES, "latent"))
         self._check_tensor_inputs(callback_on_step_end_tensor_inputs)
+        num_levels, max_batch_size = check_counts(num_levels=num_levels, max_batch_size=max_batch_size)
         if not 0 <= tile_overlap <= 0.75:
             raise ValueError(f"`tile_overlap` must be from 0 to 0.75, but is {tile_overlap}.")
-        settings = self._settings(
-            style,
-            direct_sr_temperature=direct_sr_temperature,
-            direct_sr_top_k_clusters=direct_sr_top_k_clusters,
-            direct_sr_cluster_temperature=direct_sr_cluster_temperature,
-            iterative_sr_temperature=iterative_sr_temperature,
-            iterative_sr_top_k=iterative_sr_top_k,
-            num_lopar_steps=num_lopar_steps,
-        )
-        schedulers = self._schedulers(settings)
+        inputs = self._read_inputs(image, tokens)
         prompts = check_prompts(prompt, allow_empty=True)
-        if len(prompts) not in (1, num_images):
-            raise ValueError(f"`prompt` must be one or one per picture ({num_images}), but there are {len(prompts)}.")
-        prompts = translate(prompts * (num_images if len(prompts) == 1 else 1), prompt_translator)
-        texts = self._encode_prompts(prompts, style, super_resolve=True)
-        generators = one_generator_per_image(generator, num_images)
+        if len(prompts) not in (1, len(inputs)):
+            raise ValueError(f"`prompt` must be one or one per picture ({len(inputs)}), but there are {len(prompts)}.")
+        prompts = translate(prompts * (len(inputs) if len(prompts) == 1 else 1), prompt_translator)
+        stages = self._stages(settings)
+        request = _Request(
+            inputs=inputs,
+            texts=self._encode_prompts(prompts, style, super_resolve=True),
+            generators=one_generator_per_image(generator, len(inputs)),
+            stages=stages,
+            num_levels=num_levels,
+            tile_overlap=tile_overlap,
+            faithful=faithful,
+        )
+        batch_size = min(self._batch_size(max_batch_size, getattr(self, stage.name)) for stage in stages)
+        results: list[_Result | None] = [None] * len(inputs)
+        with self._running(
+            total=0,
+            return_statistics=return_statistics,
+            callback=callback_on_step_end,
+            tensor_inputs=callback_on_step_end_tensor_inputs,
+        ) as call:
+            for group in _same_size(inputs):
 
-        batch_size = min(self._batch_size(max_batch_size, getattr(self, stage)) for stage, _ in schedulers)
-        num_steps = sum(len(scheduler.timesteps) for _, scheduler in schedulers)
-        results, fine_tokens = [None] * num_images, [None] * num_images
-        with self._running(return_statistics) as call:
-            for group in _same_size(pictures, num_images):
+                def enlarge(part: slice, group=group) -> None:
+                    indices = group[part]
+                    with call.batch(indices) as notify:
+                        for index, result in zip(indices, self._enlarge_pictures(request, indices, notify)):
+                            results[index] = result
 
-                def enlarge(batch: slice, group=group) -> None:
-                    indices = group[batch]
-                    own_texts, own_generators = ([each[index] for index in indices] for each in (texts, generators))
-                    pixels = None if pictures is None else torch.stack([pictures[i].on_white() for i in indices])
-                    low = None if grids is None else grids[indices]
-                    for _ in range(num_levels):
-                        size = None if pixels is None else tuple(pixels.shape[-2:])
-                        if low is None:
-                            with call.measure("vqvae"):
-                                low = self._encode_pixels(self._fill_tiles(pixels))
-                        tiles = self._tiles(low.shape[-2:], tile_overlap)
-                        with self.progress_bar(total=len(tiles) * num_steps) as progress:
-                            notify = Notifier(
-                                call, progress, callback_on_step_end, callback_on_step_end_tensor_inputs, indices
-                            )
-                            fine = self._enlarge(low, tiles, own_texts, own_generators, schedulers, call, notify)
-                        with call.measure("vqvae"):
-                            enlarged = self._decode_tiles(fine)
-                        if size is not None:
-                            enlarged = enlarged[..., : size[0] * self.scale[0], : size[1] * self.scale[1]]
-                            if faithful:
-                                enlarged = agree_with(enlarged.cpu(), pixels.cpu())
-                        pixels = enlarged
-                        low = None
-                    for index, one, own_tokens in zip(indices, pixels.cpu(), fine.cpu()):
-                        results[index], fine_tokens[index] = Picture(one), own_tokens
-
-                own = [generators[index] for index in group]
-                run_in_batches(enlarge, len(group), batch_size, generators=own)
-            output = CogView2PipelineOutput(
-                images=fine_tokens if output_type == "latent" else write_pictures(results, output_type),
-                tokens=fine_tokens,
-                seeds=[generator.initial_seed() for generator in generators],
-                prompts=prompts,
-                statistics=call.statistics,
-            )
+                run_in_batches(
+                    enlarge, len(group), batch_size, generators=[request.generators[index] for index in group]
+                )
+        fine_tokens = [result.tokens for result in results]
+        output = CogView2PipelineOutput(
+            images=fine_tokens
+            if output_type == "latent"
+            else write_pictures([result.picture for result in results], output_type),
+            tokens=fine_tokens,
+            seeds=[generator.initial_seed() for generator in request.generators],
+            prompts=prompts,
+            statistics=call.statistics,
+        )
         return output if return_dict else output.to_tuple()
 
     # Stages ----------------------------------------------------------------------------------------------------------
+
+    def _enlarge_pictures(self, request: _Request, indices: list[int], notify: Notifier) -> list[_Result]:
+        """What becomes of some pictures of one size, level by level."""
+        batch = Batch(
+            [request.texts[index] for index in indices], [request.generators[index] for index in indices], notify
+        )
+        inputs = [request.inputs[index] for index in indices]
+        has_tokens = isinstance(inputs[0], torch.Tensor)
+        pixels = None if has_tokens else torch.stack([picture.on_white() for picture in inputs])
+        low = torch.stack(inputs) if has_tokens else None
+        for _ in range(request.num_levels):
+            if low is None:
+                with batch.call.measure("vqvae"):
+                    low = self._encode_pixels(self._fill_tiles(pixels))
+            tiles = self._tiles(low.shape[-2:], request.tile_overlap)
+            batch.call.expect(len(tiles) * sum(stage.num_steps for stage in request.stages))
+            fine = self._enlarge(request.stages, batch, low, tiles)
+            with batch.call.measure("vqvae"):
+                enlarged = self._decode_tiles(fine)
+            if pixels is not None:
+                height, width = pixels.shape[-2:]
+                enlarged = enlarged[..., : height * self.scale[0], : width * self.scale[1]]
+                if request.faithful:
+                    enlarged = agree_with(enlarged.cpu(), pixels.cpu())
+            pixels, low = enlarged, None
+        return [_Result(Picture(one), own) for one, own in zip(pixels.cpu(), fine.cpu())]
 
     def _fill_tiles(self, pixels: torch.Tensor) -> torch.Tensor:
         """Go on with the last row and column to a whole number of tokens, and to a tile at least."""
@@ -241,14 +271,7 @@ class CogView2UpscalePipeline(PreviewMixin, CogView2PipelineBase):
         return [(row, column) for row in starts[0] for column in starts[1]]
 
     def _enlarge(
-        self,
-        low: torch.Tensor,
-        tiles: list[tuple[int, int]],
-        texts: list[list[int]],
-        generators: list[torch.Generator],
-        schedulers: list[tuple[str, LoPARScheduler]],
-        call: Call,
-        notify: Notifier,
+        self, stages: list[Stage], batch: Batch, low: torch.Tensor, tiles: list[tuple[int, int]]
     ) -> torch.Tensor:
         """Low-resolution tokens `(batch_size, rows, columns)` of any grid to fine tokens, tile by tile."""
         (tile_rows, tile_columns), (row_scale, column_scale) = self.layout.image_grid, self.scale
@@ -265,12 +288,8 @@ class CogView2UpscalePipeline(PreviewMixin, CogView2PipelineBase):
             # Along the edges that meet a neighbour, half of what overlaps is written again: the neighbour has seen
             # less around it there.
             kept = done[inside] & self._kept(tile, tiles)
-            if kept.any():
-                fine[inside] = self._super_resolve(
-                    texts, part, generators, schedulers, call, notify, fine[inside], ~kept
-                )
-            else:
-                fine[inside] = self._super_resolve(texts, part, generators, schedulers, call, notify)
+            seen = (fine[inside], ~kept) if kept.any() else ()
+            fine[inside] = self._super_resolve(stages, batch, part, *seen)
             done[inside] = True
         return fine
 
@@ -310,29 +329,21 @@ class CogView2UpscalePipeline(PreviewMixin, CogView2PipelineBase):
 
     # Arguments -------------------------------------------------------------------------------------------------------
 
-    def _check_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
-        rows, columns = self.layout.image_grid
-        if not isinstance(tokens, torch.Tensor):
-            raise TypeError(f"`tokens` must be a torch tensor, but is of type `{type(tokens).__name__}`.")
-        if tokens.ndim != 3 or not len(tokens) or tokens.shape[1] < rows or tokens.shape[2] < columns:
-            raise ValueError(
-                f"`tokens` must have the shape (num_images, rows, columns) with at least {rows} x {columns} tokens "
-                f"per picture, but have {tuple(tokens.shape)}."
-            )
-        limit = self.layout.num_image_tokens
-        if tokens.is_floating_point() or not 0 <= int(tokens.min()) <= int(tokens.max()) < limit:
-            raise ValueError(
-                f"`tokens` must be image codes, whole numbers in 0..{limit - 1}, but are {tokens.dtype} in "
-                f"{tokens.min().item()}..{tokens.max().item()}."
-            )
-        return tokens.long()
+    def _read_inputs(self, image: Images | None, tokens: torch.Tensor | None) -> list[Picture] | list[torch.Tensor]:
+        """The pictures, or the low-resolution tokens of each."""
+        if (image is None) == (tokens is None):
+            raise ValueError("Give either `image` or `tokens`.")
+        if tokens is None:
+            return read_pictures(image)
+        layout = self.layout
+        return list(check_tokens(tokens, layout.num_image_tokens, layout.image_grid, may_be_larger=True))
 
 
-def _same_size(pictures: list[Picture] | None, num_images: int) -> list[list[int]]:
+def _same_size(inputs: list[Picture] | list[torch.Tensor]) -> list[list[int]]:
     """Indices of the pictures of each size; tokens come in one."""
     groups: dict[tuple[int, int], list[int]] = {}
-    for index in range(num_images):
-        groups.setdefault(() if pictures is None else pictures[index].size, []).append(index)
+    for index, one in enumerate(inputs):
+        groups.setdefault(one.size if isinstance(one, Picture) else (), []).append(index)
     return list(groups.values())
 
 

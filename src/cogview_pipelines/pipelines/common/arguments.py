@@ -1,22 +1,45 @@
 """Arguments of the calls: prompts, counts, output types, generators. Each is checked here, once."""
 
+import itertools
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
 from ...generation.sampling import Generators
+from .settings import MOST_COUNT, MOST_PER_CALL, whole_number
 
+Value = TypeVar("Value")
 PromptTranslator = Callable[[str], str]
 
 
 def check_prompts(prompt: str | Sequence[str], allow_empty: bool = False) -> list[str]:
-    """The prompts as a list, if they are strings."""
+    """The prompts as a list, if they are texts."""
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, (list, tuple)) or not all(isinstance(text, str) for text in prompts):
         raise ValueError(f"`prompt` must be a string or a list of strings, but is {prompt!r}.")
     if not prompts or not (allow_empty or all(text.strip() for text in prompts)):
         raise ValueError(f"`prompt` must not be empty, but is {prompt!r}. Say what the picture shows.")
-    return list(prompts)
+    return [check_text("prompt", text) for text in prompts]
+
+
+def check_text(name: str, text: str) -> str:
+    """The text, if it is Unicode: half of a surrogate pair is none."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"`{name}` must be Unicode text, but {quote(text)} is not.") from None
+    return text
+
+
+def one_per_prompt(name: str, texts: str | Sequence[str], num_prompts: int) -> list[str]:
+    """Texts that go with the prompts, of which one serves all."""
+    texts = [texts] if isinstance(texts, str) else texts
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"`{name}` must be a string or a list of strings, but is {texts!r}.")
+    if len(texts) not in (1, num_prompts):
+        raise ValueError(f"`{name}` must be one, or one per prompt ({num_prompts}), but there are {len(texts)}.")
+    return [check_text(name, text) for text in texts] * (num_prompts if len(texts) == 1 else 1)
 
 
 def quote(text: str, longest: int = 60) -> str:
@@ -32,20 +55,54 @@ def translate(prompts: list[str], prompt_translator: PromptTranslator | None) ->
     for prompt, text in zip(prompts, translated):
         if not isinstance(text, str) or (prompt.strip() and not text.strip()):
             raise ValueError(f"`prompt_translator` must return a text, but made {text!r} of {prompt!r}.")
-    return translated
+    return [check_text("prompt_translator", text) for text in translated]
 
 
-def check_counts(**counts: int | None) -> None:
-    """Raise an error unless each of the named arguments is `None` or a whole number of at least 1."""
-    for name, value in counts.items():
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f"`{name}` must be a whole number of at least 1, but is {value!r}.")
+def check_counts(**counts: int | None) -> tuple[int | None, ...]:
+    """The named arguments as plain numbers, if each is `None` or a whole number of at least 1."""
+    return tuple(None if value is None else whole_number(name, value) for name, value in counts.items())
 
 
-def check_output_type(output_type: str, possible: Sequence[str]) -> None:
-    """Raise an error unless the output type is one of those possible."""
-    if output_type not in possible:
-        raise ValueError(f"`output_type` must be one of {tuple(possible)}, but is {output_type!r}.")
+def check_numbers_drawn(num_prompts: int, **counts: int | None) -> tuple[int | None, ...]:
+    """As [`check_counts`], of what is drawn for each prompt or picture: no more than memory has room for."""
+    checked = tuple(
+        None if value is None else whole_number(name, value, most=MOST_COUNT) for name, value in counts.items()
+    )
+    for name, value in zip(counts, checked):
+        if value is not None and num_prompts * value > MOST_PER_CALL:
+            raise ValueError(
+                f"`{name}` may be {MOST_PER_CALL // num_prompts} for {num_prompts} at a time, but is {value}. Make "
+                "several calls."
+            )
+    return checked
+
+
+def check_choice(name: str, value: str, possible: Sequence[str]) -> None:
+    """Raise an error unless the value is one of those possible."""
+    if value not in possible:
+        raise ValueError(f"`{name}` must be one of {tuple(possible)}, but is {value!r}.")
+
+
+def check_tokens(
+    tokens: torch.Tensor, num_image_tokens: int, grid: tuple[int, int], may_be_larger: bool = False
+) -> torch.Tensor:
+    """Image tokens of the caller, `(num_images, rows, columns)`, if they are codes in a grid of this size."""
+    if not isinstance(tokens, torch.Tensor):
+        raise TypeError(f"`tokens` must be a torch tensor, but is of type `{type(tokens).__name__}`.")
+    size = tuple(tokens.shape[1:])
+    fits = size == grid or (may_be_larger and all(own >= least for own, least in zip(size, grid)))
+    if tokens.ndim != 3 or not len(tokens) or not fits:
+        least = "at least " if may_be_larger else ""
+        raise ValueError(
+            f"`tokens` must have the shape (num_images, rows, columns) with {least}{grid[0]} x {grid[1]} tokens per "
+            f"picture, but have {tuple(tokens.shape)}."
+        )
+    if tokens.is_floating_point() or not 0 <= int(tokens.min()) <= int(tokens.max()) < num_image_tokens:
+        raise ValueError(
+            f"`tokens` must be image codes, whole numbers in 0..{num_image_tokens - 1}, but are {tokens.dtype} in "
+            f"{tokens.min().item()}..{tokens.max().item()}."
+        )
+    return tokens.long()
 
 
 def one_generator_per_image(generator: Generators, num_images: int) -> list[torch.Generator]:
@@ -78,14 +135,7 @@ def _new_generator(source: torch.Generator | None) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed)
 
 
-def run_lengths(texts: list[list[int]]) -> tuple[list[list[int]], list[int]]:
-    """Neighbouring equal texts as one, with their numbers: each is encoded once."""
-    unique: list[list[int]] = []
-    repeats: list[int] = []
-    for text in texts:
-        if unique and unique[-1] == text:
-            repeats[-1] += 1
-        else:
-            unique.append(text)
-            repeats.append(1)
-    return unique, repeats
+def run_lengths(values: Sequence[Value]) -> tuple[list[Value], list[int]]:
+    """Neighbouring equal values as one, with their numbers."""
+    groups = [list(group) for _, group in itertools.groupby(values)]
+    return [group[0] for group in groups], [len(group) for group in groups]

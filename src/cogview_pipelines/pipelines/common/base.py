@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from .calls import Call, RunningCalls
 from .memory import execution_device, pictures_that_fit
+from .notifier import Callback
 from .offloading import offload_stages
 from .outputs import PreviewOutput
 
@@ -166,12 +167,26 @@ class PipelineBase(DiffusionPipeline):
         self._calls.interrupted = value
 
     @contextlib.contextmanager
-    def _running(self, return_statistics: bool = False) -> Iterator[Call]:
-        """The computing part of a call, which has a state of its own. After the last one, all is as before."""
-        call = Call(self, return_statistics)
+    def _running(
+        self,
+        *,
+        total: int | None = None,
+        return_statistics: bool = False,
+        callback: Callback | None = None,
+        tensor_inputs: Sequence[str] = (),
+    ) -> Iterator[Call]:
+        """
+        The computing part of a call, with a state of its own; after the last one, all is as before.
+
+        Args:
+            total (`int`, *optional*): Steps that are known beforehand; there is no progress bar without.
+            return_statistics, callback, tensor_inputs: Arguments of the call.
+        """
         try:
-            with self._calls.enter(call):
-                yield call
+            with contextlib.nullcontext() if total is None else self.progress_bar(total=total) as progress:
+                call = Call(self, progress, return_statistics, callback, tensor_inputs)
+                with self._calls.enter(call):
+                    yield call
         finally:
             if not self._calls:  # offloaded weights stay where another call needs them
                 self.maybe_free_model_hooks()

@@ -2,9 +2,17 @@
 
 import contextlib
 import contextvars
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
+import torch
+
+from .notifier import Callback, Notifier
 from .outputs import StageStatistics
 from .statistics import Meter
+
+Function = TypeVar("Function", bound=Callable)
 
 # The call in whose thread we are: inside of a callback, say.
 _current: contextvars.ContextVar["Call | None"] = contextvars.ContextVar("current_call", default=None)
@@ -16,15 +24,24 @@ class GenerationInterrupted(RuntimeError):
 
 class Call:
     """
-    One running call: whether it is to stop, and how long its stages take.
+    One running call: whether it is to stop, whom it tells of its steps, and how long its stages take.
 
     Args:
         pipe ([`PipelineBase`]): Whose call it is.
-        return_statistics (`bool`): Whether to measure its stages.
+        progress: Its progress bar.
+        return_statistics (`bool`), callback, tensor_inputs: Arguments of the call.
     """
 
-    def __init__(self, pipe, return_statistics: bool):
-        self.pipe, self.interrupted = pipe, False
+    def __init__(
+        self,
+        pipe,
+        progress,
+        return_statistics: bool = False,
+        callback: Callback | None = None,
+        tensor_inputs: Sequence[str] = (),
+    ):
+        self.pipe, self.progress, self.interrupted = pipe, progress, False
+        self.callback, self.tensor_inputs = callback, tensor_inputs
         self._meter = Meter() if return_statistics else None
 
     @property
@@ -46,6 +63,30 @@ class Call:
         if self.interrupted:
             raise GenerationInterrupted("The call was stopped, because `interrupt` was set to True.")
 
+    def expect(self, num_steps: int) -> None:
+        """There are so many more steps than the progress bar knew of."""
+        self.progress.total += num_steps
+
+    @contextlib.contextmanager
+    def batch(self, image_indices: list[int], num_done: int = 0) -> Iterator[Notifier]:
+        """
+        Compute a batch of pictures, which tells the notifier of each step.
+
+        If it fails, the progress bar goes back to where it was, for smaller batches to do the same steps.
+
+        Args:
+            image_indices (`list[int]`): Which of the call's pictures these are.
+            num_done (`int`): Steps that they have behind them.
+        """
+        progress = self.progress
+        before = progress.n, progress.total
+        try:
+            yield Notifier(self, image_indices, num_done)
+        except BaseException:
+            progress.n, progress.total = before
+            progress.refresh()
+            raise
+
 
 class RunningCalls:
     """The calls of one pipeline that run now, in whichever threads."""
@@ -61,7 +102,7 @@ class RunningCalls:
         return bool(self._calls)
 
     @contextlib.contextmanager
-    def enter(self, call: Call):
+    def enter(self, call: Call) -> Iterator[None]:
         """Count a call among those that run while it does."""
         self._calls.add(call)
         token = _current.set(call)
@@ -88,6 +129,23 @@ class RunningCalls:
         self._was_interrupted = bool(value)
         for call in self.concerned():
             call.interrupted = bool(value)
+
+
+def inference(function: Function) -> Function:
+    """
+    For what users call: no gradients, and new tensors begin on the CPU, whatever `torch.set_default_device` says.
+
+    Devices are those of the components; nothing else moves.
+    """
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        # entered only where it is needed: it makes every operation a little slower
+        on_cpu = torch.get_default_device().type != "cpu"
+        with torch.no_grad(), torch.device("cpu") if on_cpu else contextlib.nullcontext():
+            return function(*args, **kwargs)
+
+    return run
 
 
 GenerationInterrupted.__module__ = "cogview_pipelines"

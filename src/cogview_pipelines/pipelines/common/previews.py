@@ -12,7 +12,7 @@ import PIL.Image
 import torch
 
 from .arguments import check_counts
-from .calls import GenerationInterrupted
+from .calls import GenerationInterrupted, inference
 from .cpu_threads import release_cpu_threads
 from .notifier import Callback
 from .outputs import PreviewOutput
@@ -34,7 +34,7 @@ class PreviewMixin:
 
     _preview_output: type[PreviewOutput]  # of the family
 
-    @torch.no_grad()
+    @inference
     def preview(self, tokens: torch.Tensor) -> list[PIL.Image.Image]:
         """
         Pictures of tokens some of which are not known yet; grey there.
@@ -97,23 +97,25 @@ class PreviewMixin:
         closed = threading.Event()
         num_unseen = 0
 
-        def watch(budget: PreviewBudget, pipe, step: int, timestep: int, kwargs: dict) -> None:
+        def watch(budget: PreviewBudget, pipe, step: int, timestep: int, kwargs: dict) -> dict | None:
             nonlocal num_unseen
+            returned = None
             if closed.is_set():
                 raise GenerationInterrupted(f"Stopped before step {step}, because the stream was closed.")
             if callback_on_step_end is not None:
                 unwanted = set(self._callback_tensor_inputs) - set(tensor_inputs)
                 own = {name: value for name, value in kwargs.items() if name not in unwanted}
-                callback_on_step_end(pipe, step, timestep, own)
+                returned = callback_on_step_end(pipe, step, timestep, own)
             stage, tokens = kwargs["stage"], kwargs["tokens"]
             num_unseen += 1
             if stage != "transformer" or num_unseen >= rows_per_preview * tokens.shape[-1]:
                 num_unseen = 0
                 if not budget.allows(tokens):
-                    return
+                    return returned
                 tokens = tokens.to("cpu", copy=True)  # the loop goes on writing into it
                 about = (stage, step, timestep, kwargs["image_indices"])
                 reports.put(self._preview_output(budget.make(self, tokens), tokens, *about))
+            return returned
 
         def work() -> None:
             inputs = {
