@@ -1,6 +1,9 @@
 """`cogview2 serve` up to the point where it listens; tests/serving has the rest."""
 
+import os
 import socket
+import subprocess
+import sys
 import types
 
 import pytest
@@ -68,3 +71,36 @@ def test_without_the_extra_it_is_named(cogview2, monkeypatch):
     result = cogview2("serve")
     assert result.exit_code == 1
     assert "cogview_pipelines[serve]" in result.stderr
+
+
+def test_proxies_and_certificates_of_the_environment_do_not_matter(model_folder):
+    """Gradio makes HTTP clients when it is imported, and they know no SOCKS."""
+    pytest.importorskip("gradio", reason="needs the extra `serve`")
+    odd = {
+        "ALL_PROXY": "socks5://127.0.0.1:1",
+        "HTTPS_PROXY": "ftp://127.0.0.1:1",
+        "http_proxy": "http://[::",
+        "SSL_CERT_FILE": "/nowhere/certificates.pem",
+    }
+    command = [
+        sys.executable,
+        "-c",
+        "from cogview_pipelines.cli import app; app()",
+        "serve",
+        "--port",
+        "0",
+        "--model",
+        str(model_folder),
+    ]
+    with subprocess.Popen(command, env={**os.environ, **odd}, stderr=subprocess.PIPE, text=True) as process:
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if line.startswith("Serving on "):
+                break
+        try:
+            assert said[-1].startswith("Serving on "), "".join(said)
+        finally:
+            process.terminate()
+            rest = process.stderr.read()
+        assert process.wait(30) == 0 and "Traceback" not in rest, rest

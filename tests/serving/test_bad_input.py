@@ -77,7 +77,12 @@ def test_what_is_not_a_json_object_is_refused(client, body, code):
         ({"prompt": PROMPT, "n": 4, "num_candidates": 2}, "num_candidates", "invalid_value"),
         ({"prompt": PROMPT, "size": "1024x1024"}, "size", "invalid_value"),
         ({"prompt": PROMPT, "size": f"{FINE}x{FINE}x3"}, "size", "invalid_value"),
-        ({"prompt": PROMPT, "seed": -1}, "seed", "invalid_value"),
+        ({"prompt": None}, "prompt", "missing_parameter"),
+        ({"prompt": PROMPT, "colour": None}, "colour", "unknown_parameter"),
+        ({"prompt": PROMPT, "seed": -2}, "seed", "invalid_value"),
+        ({"prompt": PROMPT, "stream": True}, "stream", "invalid_value"),
+        ({"prompt": PROMPT, "background": "transparent"}, "background", "invalid_value"),
+        ({"prompt": PROMPT, "output_format": "tiff"}, "output_format", "invalid_value"),
         ({"prompt": PROMPT, "seed": 2**63}, "seed", "invalid_value"),
         ({"prompt": PROMPT, "temperature": 0}, "temperature", "invalid_value"),
         ({"prompt": PROMPT, "temperature": 1e300}, "temperature", "invalid_value"),
@@ -257,6 +262,15 @@ def test_counts_and_sizes_of_forms_are_bounded(client):
     assert_error(answer, 400, "invalid_value", "image")
     answer = client.post("/v1/images/upscales", data={"num_levels": "4"}, files={"image": png(picture(200, 200))})
     assert_error(answer, 400, "invalid_value", "image")
+
+
+@pytest.mark.parametrize("size", [(60_000, 1), (300_000, 1), (1, 300_000)])
+def test_a_thin_picture_counts_with_what_fills_its_tiles(client, size):
+    files = {"image": png(Image.new("L", size))}
+    began = time.monotonic()
+    error = assert_error(client.post("/v1/images/upscales", files=files, data={"num_levels": "2"}), 400, param="image")
+    assert "fills its tiles" in error["message"]
+    assert time.monotonic() < began + 30  # nothing was computed
 
 
 def test_other_paths_and_methods_are_json_errors_too(client):

@@ -1,7 +1,6 @@
 """The queue, clients that leave, and clients that come all at once."""
 
 import concurrent.futures
-import contextlib
 import gc
 import socket
 import time
@@ -9,7 +8,7 @@ import weakref
 
 import httpx
 
-from cogview_pipelines.serving.worker import Job
+from cogview_pipelines.serving.jobs import Job
 
 from .conftest import LOW, PROMPT, assert_error, half_mask, picture, png, wait_for
 
@@ -159,21 +158,37 @@ def test_pictures_are_not_kept_after_their_request(server):
         del server.worker.enqueue
 
 
-def test_an_end_of_the_server_answers_or_refuses_everything(serve, hold):
-    running = serve(shutdown_timeout=1)
+def test_an_end_of_the_server_refuses_at_once_what_waits_and_lets_end_what_runs(serve, hold):
+    running = serve(shutdown_timeout=30)
     hold.close()
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        futures = [pool.submit(post, running, seed) for seed in range(3)]
+        first = pool.submit(post, running, 0)
+        assert hold.reached.wait(30)
+        others = [pool.submit(post, running, seed) for seed in (1, 2)]
         wait_for(lambda: running.worker.places_taken == 3)
         running.server.should_exit = True
-        wait_for(lambda: not running.worker.is_alive)
+        for answer in others:
+            assert_error(answer.result(), 503, "stopping")
+        assert not first.done()
         hold.open()
-        for future in futures:
-            with contextlib.suppress(httpx.TransportError):  # cut off when the time for running requests is over
-                assert future.result().status_code in (200, 503)
+        assert first.result().status_code == 200
     running.thread.join(30)
-    assert not running.thread.is_alive()
-    assert not running.worker._thread.is_alive()
+    assert not running.thread.is_alive() and not running.worker._thread.is_alive()
+
+
+def test_an_end_of_the_server_refuses_what_runs_when_its_time_is_over(serve, hold, caplog):
+    running = serve(shutdown_timeout=0.5)
+    hold.close()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(post, running, 0)
+        assert hold.reached.wait(30)
+        running.server.should_exit = True
+        error = assert_error(answer.result(), 503, "stopping")  # while the model is still at its step
+        assert error["type"] == "server_error"
+    hold.open()
+    running.thread.join(30)
+    assert not running.thread.is_alive() and not running.worker._thread.is_alive()
+    assert "Traceback" not in caplog.text
 
 
 def test_a_server_that_stops_lets_nobody_in(serve):
@@ -187,7 +202,7 @@ def test_a_server_that_stops_lets_nobody_in(serve):
 
 
 def test_a_job_that_nobody_asks_for_any_more_is_cancelled():
-    job = Job("generation", lambda job: None, lease=0.0)
+    job = Job("generation", [], lease=0.0)
     wait_for(lambda: job.is_cancelled)
     job.renew()
     assert job.is_cancelled  # for good

@@ -269,7 +269,7 @@ def test_stop_and_leaving_end_the_work(browser, server, pipe):
         finally:
             hold.remove()
             visit.context.close()
-        wait_for(lambda: server.worker._running is None)
+        wait_for(lambda: not server.worker.is_busy)
 
 
 def test_the_page_asks_nobody_else_for_anything(visit, server):

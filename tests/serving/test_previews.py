@@ -7,10 +7,10 @@ import torch
 
 from cogview_pipelines.pipelines.common import preview_budget
 from cogview_pipelines.serving import studio as studio_module
+from cogview_pipelines.serving.jobs import Job
 from cogview_pipelines.serving.schemas import GenerationRequest
 from cogview_pipelines.serving.settings import ServerSettings
 from cogview_pipelines.serving.studio import Studio
-from cogview_pipelines.serving.worker import Job
 
 from .conftest import PROMPT
 
@@ -23,7 +23,7 @@ class Listener(Job):
 
     def __init__(self):
         self.previews = []
-        super().__init__("generation", None, wants_previews=True)
+        super().__init__("generation", [], wants_previews=True)
 
     def __setattr__(self, name, value):
         super().__setattr__(name, value)
@@ -42,14 +42,14 @@ def previews(pipe, monkeypatch):
         monkeypatch.setattr(preview_budget, "perf_counter", lambda: clock.now)
         monkeypatch.setattr(preview_budget, "_warm_devices", {torch.device("cpu")})
 
-        def step():
+        def step(jobs):
             clock.now += 1.0
 
         def preview(tokens):
             clock.now += seconds
             return [len(job.previews)]
 
-        monkeypatch.setattr(job, "checkpoint", step)
+        monkeypatch.setattr(studio_module, "checkpoint", step)
         monkeypatch.setattr(pipe, "preview", preview, raising=False)
         Studio(pipe, "tiny", ServerSettings()).generate(GenerationRequest(prompt=PROMPT, n=1, seed=1), job)
         return job.previews

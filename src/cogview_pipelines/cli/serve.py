@@ -28,6 +28,7 @@ def serve(
     job_timeout: float = typer.Option(600, min=1, help="Seconds until the work for a request is stopped."),
     max_images: int = typer.Option(8, min=1, max=64, help="Pictures in a request."),
     max_pixels: int = typer.Option(4_200_000, min=1, max=100_000_000, help="Pixels that a request may send in."),
+    metadata: bool = typer.Option(True, help="Write prompt, seed, model and versions into the picture files."),
     model: str = MODEL_OPTION,
     device: str = DEVICE_OPTION,
     dtype: DType = DTYPE_OPTION,
@@ -53,6 +54,7 @@ def serve(
         job_timeout=job_timeout,
         max_images=max_images,
         max_pixels=max_pixels,
+        metadata=metadata,
     )
     if not settings.is_local and settings.token is None:
         fail(

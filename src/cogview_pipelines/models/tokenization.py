@@ -184,6 +184,21 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
             for index, piece in zip(ids, pieces)
         ]
 
+    def unknown_parts(self, text: str) -> list[str]:
+        """
+        The parts of a text that are lost on a model, each once, in order: runs of characters that have no piece.
+
+        Args:
+            text (`str`): Any text, also empty.
+
+        Raises:
+            TypeError: If `text` is not a string.
+        """
+        space = "\u2581"  # as SentencePiece writes it; by itself it says nothing
+        unknown = [part for part in self.tokenize(text) if self.convert_tokens_to_ids(part) == self.unk_token_id]
+        parts = dict.fromkeys(part.strip(space) for part in unknown)
+        return [part for part in parts if part and part != self.unk_token]
+
     # Ids to text -----------------------------------------------------------------------------------------------------
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:

@@ -15,14 +15,13 @@ from pydantic import BaseModel
 
 from ..pictures.files import as_mask, opacity_of
 from . import schemas
-from .errors import ApiError, bad_request
+from .errors import CLIENT_CLOSED_REQUEST, ApiError, bad_request
 from .forms import read_form, read_json, read_pictures
+from .jobs import Job, JobCancelled, alone
 from .metrics import Metrics
 from .settings import ServerSettings
 from .studio import Made, Studio
-from .worker import Job, JobCancelled, Place, Worker
-
-CLIENT_CLOSED_REQUEST = 499  # for the log: nobody is there to read it
+from .worker import Place, Worker
 
 
 def make_router(studio: Studio, worker: Worker, metrics: Metrics, settings: ServerSettings) -> APIRouter:
@@ -45,19 +44,28 @@ def make_router(studio: Studio, worker: Worker, metrics: Metrics, settings: Serv
         """The one model, its sizes and styles."""
         return {"object": "list", "data": [studio.describe()]}
 
+    @router.get("/v1/models/{model}")
+    async def model(model: str) -> dict[str, Any]:
+        """The same by its name."""
+        if model != studio.name:
+            raise ApiError(
+                404, f"There is no such model. This server has `{studio.name}`.", "model_not_found", "model"
+            )
+        return studio.describe()
+
     @router.post("/v1/images/generations", openapi_extra=_body(schemas.GenerationRequest))
     async def generations(request: Request) -> Response:
         """Pictures of a prompt."""
-        with worker.place() as place:
+        with worker.place(request.state.upload) as place:
             wanted = schemas.parse(schemas.GenerationRequest, await read_json(request), strict=True)
             studio.check_generation(wanted)
             made = await _result(request, place, "generation", functools.partial(studio.generate, wanted))
-            return await _pictures("generation", made)
+            return await _pictures("generation", wanted, made)
 
     @router.post("/v1/images/edits", openapi_extra=_body(schemas.EditRequest, "image", "mask"))
     async def edits(request: Request) -> Response:
         """A part of a picture painted anew: what the mask marks, or what is transparent."""
-        with worker.place() as place:
+        with worker.place(request.state.upload) as place:
             values, files = await read_form(request, ("image", "mask"))
             wanted = schemas.parse(schemas.EditRequest, values, strict=False)
             [image] = await read_pictures(files, "image", settings)
@@ -73,23 +81,23 @@ def make_router(studio: Studio, worker: Worker, metrics: Metrics, settings: Serv
                 )
             studio.check_edit(wanted, image, mask)
             made = await _result(request, place, "edit", functools.partial(studio.edit, wanted, image, mask))
-            return await _pictures("edit", made)
+            return await _pictures("edit", wanted, made)
 
     @router.post("/v1/images/upscales", openapi_extra=_body(schemas.UpscaleRequest, "image"))
     async def upscales(request: Request) -> Response:
         """A picture enlarged."""
-        with worker.place() as place:
+        with worker.place(request.state.upload) as place:
             values, files = await read_form(request, ("image",))
             wanted = schemas.parse(schemas.UpscaleRequest, values, strict=False)
             [image] = await read_pictures(files, "image", settings)
             studio.check_upscale(wanted, image)
             made = await _result(request, place, "upscale", functools.partial(studio.upscale, wanted, image))
-            return await _pictures("upscale", made)
+            return await _pictures("upscale", wanted, made)
 
     @router.post("/v1/images/captions", openapi_extra=_body(schemas.CaptionRequest, "image"))
     async def captions(request: Request) -> Response:
         """Captions of pictures."""
-        with worker.place() as place:
+        with worker.place(request.state.upload) as place:
             values, files = await read_form(request, ("image",))
             wanted = schemas.parse(schemas.CaptionRequest, values, strict=False)
             studio.check_caption(wanted, len(files.get("image", [])))
@@ -101,17 +109,19 @@ def make_router(studio: Studio, worker: Worker, metrics: Metrics, settings: Serv
     @router.post("/v1/images/scores", openapi_extra=_body(schemas.ScoreRequest, "image"))
     async def scores(request: Request) -> Response:
         """How well texts describe a picture, best first."""
-        with worker.place() as place:
+        with worker.place(request.state.upload) as place:
             values, files = await read_form(request, ("image",), lists=("prompt",))
             wanted = schemas.parse(schemas.ScoreRequest, values, strict=False)
             studio.check_scores(wanted)
             [image] = await read_pictures(files, "image", settings)
             data = await _result(request, place, "score", functools.partial(studio.score, wanted, image))
-            return JSONResponse({"object": "list", "model": studio.name, "data": data})
+            warnings = studio.warnings(prompt=" ".join(wanted.prompt))
+            return JSONResponse({"object": "list", "model": studio.name, "data": data, "warnings": warnings})
 
-    async def _pictures(kind: str, made: list[Made]) -> Response:
+    async def _pictures(kind: str, wanted: schemas.MakesPictures, made: list[Made]) -> Response:
         metrics.pictures.labels(kind).inc(len(made))
-        contents = await anyio.to_thread.run_sync(lambda: [studio.encode(one) for one in made])
+        form = (wanted.output_format, wanted.output_compression)
+        contents = await anyio.to_thread.run_sync(lambda: [studio.encode(one, *form) for one in made])
         data = [_entry(one, content) for one, content in zip(made, contents)]
         width, height = made[0].image.size
         return JSONResponse(
@@ -119,8 +129,11 @@ def make_router(studio: Studio, worker: Worker, metrics: Metrics, settings: Serv
                 "created": int(time.time()),
                 "model": studio.name,
                 "size": f"{width}x{height}",
-                "output_format": "png",
+                "output_format": wanted.output_format,
                 "data": data,
+                "warnings": studio.warnings(
+                    prompt=wanted.prompt, negative_prompt=getattr(wanted, "negative_prompt", None)
+                ),
             }
         )
 
@@ -134,7 +147,7 @@ def _entry(made: Made, content: bytes) -> dict[str, Any]:
 
 async def _result(request: Request, place: Place, kind: str, work: Callable[[Job], Any]) -> Any:
     """What the work makes; it is cancelled when the client leaves."""
-    job = place.submit(Job(kind, work, request.state.request_id))
+    job = place.submit(Job(kind, alone(work), request_id=request.state.request_id))
     future = asyncio.ensure_future(asyncio.wrap_future(job.future))
     gone = asyncio.ensure_future(_disconnected(request))
     try:
@@ -158,9 +171,22 @@ async def _disconnected(request: Request) -> None:
 def _body(kind: type[BaseModel], *files: str) -> dict[str, Any]:
     """What `/openapi.json` says of the body of a request; the handlers read it themselves, within bounds."""
     schema = kind.model_json_schema()
+    required = schema.get("required", [])
     if files:
         file = {"type": "string", "format": "binary"}
         schema["properties"] = {**schema["properties"], **dict.fromkeys(files, file)}
-        schema["required"] = [*schema.get("required", ()), files[0]]
+        schema["required"] = [*required, files[0]]
+    else:
+        schema["properties"] = {
+            name: field if name in required else _or_null(field) for name, field in schema["properties"].items()
+        }
     content = {"multipart/form-data" if files else "application/json": {"schema": schema}}
     return {"requestBody": {"required": True, "content": content}}
+
+
+def _or_null(field: dict[str, Any]) -> dict[str, Any]:
+    """A field that may be null, which stands for its default."""
+    if {"type": "null"} in field.get("anyOf", ()):
+        return field
+    about = {name: field[name] for name in ("title", "description", "default") if name in field}
+    return {"anyOf": [{name: value for name, value in field.items() if name not in about}, {"type": "null"}], **about}

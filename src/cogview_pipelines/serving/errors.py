@@ -2,6 +2,8 @@
 
 from starlette.responses import JSONResponse
 
+CLIENT_CLOSED_REQUEST = 499  # for the log: nobody is there to read it
+
 
 class ApiError(Exception):
     """

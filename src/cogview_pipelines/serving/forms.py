@@ -1,6 +1,7 @@
 """Bodies of requests, read within bounds and checked: JSON objects and forms with picture files."""
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from .errors import ApiError, bad_request
 from .settings import ServerSettings
 
 MOST_FIELDS = 64
+# `image[]` and `image[0]` are how common clients send a list, even of one
+_LIST_NAME = re.compile(r"(\w+)\[\d{0,3}\]")
 
 
 async def read_json(request: Request) -> dict[str, Any]:
@@ -68,6 +71,10 @@ async def read_form(
         raise bad_request(f"The form cannot be read: {message}", code="invalid_form") from None
     try:
         for name, value in form.multi_items():
+            if (listed := _LIST_NAME.fullmatch(name)) and listed[1] in (*files, *lists):
+                name = listed[1]
+            if name in files and _is_nothing(value):
+                continue
             if isinstance(value, UploadFile) != (name in files):
                 kind = "a file" if name in files else "a text"
                 if isinstance(value, UploadFile) and name not in lists:
@@ -121,6 +128,11 @@ async def decode_picture(content: bytes, name: str, most_pixels: int) -> Image.I
         return await anyio.to_thread.run_sync(open_picture, content, most_pixels)
     except ValueError as error:
         raise bad_request(f"`{name}` {error}", name, "invalid_image") from None
+
+
+def _is_nothing(value: UploadFile | str) -> bool:
+    """What a form sends for a file that nobody chose."""
+    return value == "" if isinstance(value, str) else not value.filename and not value.size
 
 
 def _check_type(request: Request, wanted: str) -> None:

@@ -2,6 +2,7 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+PICTURES = (1, 2, 4, 8, 16, 32, 64)
 SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 600)
 
 
@@ -30,8 +31,19 @@ class Metrics:
             registry=self.registry,
         )
         self.busy = Gauge("cogview2_busy", "1 while the model computes.", registry=self.registry)
+        self.batches = Histogram(
+            "cogview2_batch_pictures",
+            "Pictures computed together, by kind of work; counted at every stage.",
+            ["kind"],
+            buckets=PICTURES,
+            registry=self.registry,
+        )
         self.seconds = Histogram(
-            "cogview2_job_seconds", "Time the model took.", ["kind"], buckets=SECONDS, registry=self.registry
+            "cogview2_job_seconds",
+            "Time from the start of work to its end.",
+            ["kind"],
+            buckets=SECONDS,
+            registry=self.registry,
         )
         self.waited = Histogram(
             "cogview2_wait_seconds", "Time from arrival to the start of work.", buckets=SECONDS, registry=self.registry

@@ -1,6 +1,5 @@
 """What every request passes: a name and a line in the log, who may come in, and how much they may bring."""
 
-import asyncio
 import base64
 import binascii
 import contextlib
@@ -12,11 +11,13 @@ import uuid
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import ApiError, internal_error
+from .errors import CLIENT_CLOSED_REQUEST, ApiError, internal_error
 from .metrics import Metrics
 from .settings import ServerSettings, is_loopback
+from .uploads import Upload
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,8 @@ class RequestLog:
 
         try:
             await self.app(scope, receive, send_with_headers)
+        except ClientDisconnect:  # in mid-upload: nobody is there to answer
+            status = status or CLIENT_CLOSED_REQUEST
         except ApiError as error:
             if not status:
                 await error.response()(scope, receive, send_with_headers)
@@ -137,7 +140,8 @@ class BodyLimit:
     """How many bytes a request may bring, and how long it may take to."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings):
-        self.app, self.most, self.seconds = app, settings.max_body_bytes, settings.body_timeout
+        self.app, self.most = app, settings.max_body_bytes
+        self.timeout, self.grace = settings.body_timeout, settings.body_grace
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -145,21 +149,15 @@ class BodyLimit:
         length = Headers(scope=scope).get("content-length", "0")
         if not length.isdecimal() or int(length[:20]) > self.most:
             raise self._too_large()
-        seen, is_complete, deadline = 0, False, time.monotonic() + self.seconds
+        upload = scope.setdefault("state", {})["upload"] = Upload(self.timeout, self.grace)
 
         async def receive_within_limits() -> Message:
-            nonlocal seen, is_complete
-            if is_complete:  # what comes now is the end of the connection, whenever that is
+            if upload.is_complete:  # what comes now is the end of the connection, whenever that is
                 return await receive()
-            try:
-                message = await asyncio.wait_for(receive(), max(deadline - time.monotonic(), 0))
-            except asyncio.TimeoutError:
-                raise ApiError(
-                    408, f"The body of the request did not arrive in {self.seconds:g} s.", "body_timeout"
-                ) from None
-            seen += len(message.get("body", b""))
-            is_complete = not message.get("more_body", False)
-            if seen > self.most:
+            message = await upload.wait_for(receive())
+            upload.received += len(message.get("body", b""))
+            upload.is_complete = not message.get("more_body", False)
+            if upload.received > self.most:
                 raise self._too_large()
             return message
 

@@ -14,14 +14,15 @@ import anyio.to_thread
 import gradio as gr
 
 from ..pictures.files import as_mask
-from . import page_html, schemas
+from . import page_errors, page_html, schemas
 from .errors import ApiError, bad_request, internal_error
 from .forms import decode_picture
+from .jobs import Job, JobCancelled, alone
 from .metrics import Metrics
 from .page_texts import LANGUAGES, preferred_language, text
 from .settings import ServerSettings
 from .studio import Made, Studio
-from .worker import Job, JobCancelled, Worker
+from .worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -266,7 +267,8 @@ class Page:
                 yield page_html.waiting(language)
                 work = await prepare()
                 name = f"page-{uuid.uuid4().hex[:11]}"
-                job = place.submit(Job(kind, work, name, wants_previews=True, lease=LEASE_SECONDS))
+                job = Job(kind, alone(work), request_id=name, wants_previews=True, lease=LEASE_SECONDS)
+                place.submit(job)
                 shown, at = None, time.monotonic()
                 while not job.future.done():
                     job.renew()
@@ -277,12 +279,12 @@ class Page:
                         yield self._progress(job, preview, language)
                 yield await show(job.future.result(), kind, language)
         except ApiError as error:
-            yield page_html.failure(error.message, language)
+            yield page_html.failure(page_errors.explain(error, language), language)
         except JobCancelled:
             yield page_html.failure(text("stopped", language), language)
         except Exception:
             logger.exception("The page failed")
-            yield page_html.failure(internal_error().message, language)
+            yield page_html.failure(page_errors.explain(internal_error(), language), language)
 
     def _progress(self, job: Job, preview: Any, language: str) -> str:
         if not job.has_started:
@@ -292,7 +294,8 @@ class Page:
     async def _show_pictures(self, made: list[Made], kind: str, language: str) -> str:
         self.metrics.pictures.labels(kind).inc(len(made))
         contents = await anyio.to_thread.run_sync(lambda: [self.studio.encode(one) for one in made])
-        return page_html.pictures(made, contents, language)
+        parts = dict.fromkeys(self.studio.unreadable(one.prompt) for one in made)
+        return page_html.pictures(made, contents, [part for part in parts if part], language)
 
     async def _picture(self, url: Any, name: str) -> Any:
         if not isinstance(url, str) or not url.startswith(DATA_URL):

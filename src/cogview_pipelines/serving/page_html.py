@@ -75,8 +75,8 @@ def failure(message: str, language: str) -> str:
     return _state("failed", f'<p role="alert">{text("error", language)} {html.escape(message)}</p>')
 
 
-def pictures(made: list[Made], contents: list[bytes], language: str) -> str:
-    """Pictures with their seeds and scores, and what can be done with them."""
+def pictures(made: list[Made], contents: list[bytes], unreadable: list[str], language: str) -> str:
+    """Pictures with their seeds and scores, what can be done with them, and what the model could not read."""
     figures = []
     for one, content in zip(made, contents):
         facts = [text("seed_of", language, seed=one.seed)]
@@ -94,7 +94,11 @@ def pictures(made: list[Made], contents: list[bytes], language: str) -> str:
             f'{html.escape(" · ".join(facts))}</span><span class="cv-tools"><a download="{one.seed}.png" href="{url}">'
             f"{both('download')}</a>{buttons}</span></figcaption></figure>"
         )
-    return _state("done", f'<div class="cv-figures">{"".join(figures)}</div>')
+    notes = "".join(
+        f'<p class="cv-hint" role="status">{html.escape(text("unreadable_text", language, parts=parts))}</p>'
+        for parts in unreadable
+    )
+    return _state("done", f'{notes}<div class="cv-figures">{"".join(figures)}</div>')
 
 
 def table(headings: list[str], rows: list[tuple[str, float]], language: str) -> str:

@@ -58,6 +58,10 @@ TEXTS = {
     "working": ("Working", "处理中"),
     "stopped": ("Stopped.", "已停止。"),
     "error": ("This did not work:", "出错了："),
+    "unreadable_text": (
+        "The model cannot read this part of the text, and went by the rest: {parts}",
+        "模型无法识别这部分文字，已按其余文字生成：{parts}",
+    ),
     "seed_of": ("seed {seed}", "种子 {seed}"),
     "score_of": ("score {score}", "得分 {score}"),
     "download": ("Save", "保存"),

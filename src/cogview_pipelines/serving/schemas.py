@@ -8,6 +8,7 @@ from ..pipelines.cogview2.settings import CaptionSettings, SamplingSettings
 from ..pipelines.common.settings import Setting
 from .errors import ApiError, bad_request
 
+IGNORED = "Taken for compatibility, and ignored."
 LARGEST_SEED = 2**62  # the pictures of a request have seeds from the first one on, and all must fit into 63 bits
 
 
@@ -23,6 +24,12 @@ def _check_not_blank(text: str) -> str:
     return text
 
 
+def _check_whole(stream: bool) -> bool:
+    if stream:
+        raise ValueError("must be false; answers come whole")
+    return stream
+
+
 Text = Annotated[str, AfterValidator(_check_text)]
 Prompt = Annotated[Text, AfterValidator(_check_not_blank)]
 Language = Literal["en", "zh"]
@@ -34,6 +41,23 @@ class Request(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     model: str | None = Field(None, description="One of `GET /v1/models`; there is only one.")
+    user: Text | None = Field(None, max_length=256, description=IGNORED)
+
+
+class TakenForOthers(BaseModel):
+    """
+    What clients of other servers send whatever they talk to. It is taken where it asks for nothing that this server
+    cannot do; so is `null`, for every field.
+    """
+
+    quality: Literal["auto", "standard", "hd", "low", "medium", "high"] | None = Field(None, description=IGNORED)
+    background: Literal["auto", "opaque"] | None = Field(None, description="Pictures are opaque.")
+    moderation: Literal["auto", "low"] | None = Field(None, description=IGNORED)
+    input_fidelity: Literal["low", "high"] | None = Field(None, description=IGNORED)
+    output_format: Literal["png", "jpeg", "webp"] = Field("png", description="Kind of the files.")
+    output_compression: int = Field(100, ge=0, le=100, description="Quality of JPEG and WebP files; 100 is best.")
+    stream: Annotated[bool, AfterValidator(_check_whole)] | None = Field(None, description="Answers come whole.")
+    partial_images: int | None = Field(None, ge=0, le=3, description=IGNORED)
 
 
 def _field(setting: Setting, default: Any = None) -> tuple[Any, Any]:
@@ -54,12 +78,18 @@ def _fields(pipeline: str) -> dict[str, Any]:
     return {name: _field(setting) for name, setting in SamplingSettings.declared(pipeline).items()}
 
 
-class _MakesPictures(Request):
+class _MakesPictures(Request, TakenForOthers):
     seed: int | None = Field(
-        None, ge=0, le=LARGEST_SEED, description="Of the first picture; picture i has seed + i. By default by chance."
+        None,
+        ge=-1,
+        le=LARGEST_SEED,
+        description="Of the first picture; picture i has seed + i. By default, and for -1, by chance.",
     )
     response_format: Literal["b64_json"] = Field("b64_json", description="Pictures are always part of the answer.")
-    style: Text | None = Field(None, description="A style preset of the model.")
+    style: Text | None = Field(
+        None,
+        description="A style preset of the model. `vivid` and `natural`, where it has none of these, are ignored.",
+    )
 
     def settings(self) -> dict[str, Any]:
         """Style and settings of sampling that were given, as the pipelines call them."""
@@ -79,7 +109,6 @@ MakesPictures = create_model(
 class _DrawsTokens(MakesPictures):
     prompt: Prompt
     n: int = Field(1, ge=1, description="Pictures.")
-    user: Text | None = Field(None, max_length=256, description="Taken for compatibility, and ignored.")
     negative_prompt: Text | None = None
 
 
@@ -118,7 +147,7 @@ class _WritesCaptions(Request):
     n: int = Field(1, ge=1, description="Captions of each picture.")
     strategy: Literal["greedy", "sample", "beam", "best_of"] = "greedy"
     num_candidates: int = Field(8, ge=1, description="For `best_of`.")
-    seed: int | None = Field(None, ge=0, le=LARGEST_SEED)
+    seed: int | None = Field(None, ge=-1, le=LARGEST_SEED)
 
 
 CaptionRequest = create_model(
@@ -135,6 +164,9 @@ class ScoreRequest(Request):
     prompt: list[Prompt] = Field(min_length=1)
 
 
+TEXTS = ("prompt", "negative_prompt", "user")
+
+
 def parse(kind: type[BaseModel], values: dict, strict: bool) -> Any:
     """
     A request from its fields.
@@ -142,13 +174,21 @@ def parse(kind: type[BaseModel], values: dict, strict: bool) -> Any:
     Args:
         kind: One of the above.
         values (`dict`): By name.
-        strict (`bool`): Take no text for a number: JSON has both, a form has only text.
+        strict (`bool`): Take no text for a number: JSON has both, a form has only text. In a form an empty text, and
+            `null`, stand for a field that is left out, except where it is a text of its own.
 
     Raises:
         ApiError: What is wrong with the first bad field. It never repeats what came.
     """
+    absent = (None,) if strict else (None, "", "null")
+    fields = kind.model_fields
+    given = {
+        name: value
+        for name, value in values.items()
+        if name not in fields or not (value is None if name in TEXTS else value in absent)
+    }
     try:
-        return kind.model_validate(values, strict=strict)
+        return kind.model_validate(given, strict=strict)
     except ValidationError as error:
         raise _explain(error, kind) from None
 

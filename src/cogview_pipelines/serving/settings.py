@@ -19,6 +19,10 @@ class ServerSettings:
         job_timeout (`float`): Seconds from the arrival of a request until its work is stopped.
         head_timeout (`float`): Seconds for the head of a request to arrive on an open connection.
         body_timeout (`float`): Seconds for the body of a request to arrive.
+        body_grace (`float`): Seconds after which a body that still arrives may lose its place to somebody else, when
+            there is no other.
+        silence_grace (`float`): Seconds after which a connection without a request may be closed for another one, when
+            there are as many as may be.
         shutdown_timeout (`float`): Seconds that running requests get to end when the server stops.
         max_connections (`int`): Connections that are open at a time.
         max_body_bytes (`int`): Size of the body of a request.
@@ -28,6 +32,7 @@ class ServerSettings:
         max_candidates (`int`): Candidates of post-selection, and of captions.
         max_prompt_length (`int`): Characters of a text; the model's own limit in tokens holds, too.
         max_texts (`int`): Texts that one request may compare.
+        metadata (`bool`): Write prompt, seed, model and versions into the picture files.
     """
 
     host: str = "127.0.0.1"
@@ -39,6 +44,8 @@ class ServerSettings:
     job_timeout: float = 600.0
     head_timeout: float = 30.0
     body_timeout: float = 60.0
+    body_grace: float = 5.0
+    silence_grace: float = 1.0
     shutdown_timeout: float = 10.0
     max_connections: int = 256
     max_body_bytes: int = 16 * MEBIBYTE
@@ -48,6 +55,7 @@ class ServerSettings:
     max_candidates: int = 16
     max_prompt_length: int = 1000
     max_texts: int = 32
+    metadata: bool = True
 
     @property
     def is_local(self) -> bool:

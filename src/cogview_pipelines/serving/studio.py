@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import random
 import re
 from collections.abc import Iterator
@@ -20,10 +21,20 @@ from ..pipelines.cogview2.pipeline_cogview2_upscale import CogView2UpscalePipeli
 from ..pipelines.common.notifier import Callback
 from ..pipelines.common.preview_budget import PreviewBudget
 from .errors import ApiError, bad_request
-from .schemas import CaptionRequest, EditRequest, GenerationRequest, ScoreRequest, UpscaleRequest
+from .jobs import Job, checkpoint
+from .schemas import (
+    CaptionRequest,
+    EditRequest,
+    GenerationRequest,
+    MakesPictures,
+    ScoreRequest,
+    UpscaleRequest,
+)
 from .settings import ServerSettings
-from .worker import Job
 
+FOREIGN_STYLES = ("vivid", "natural")
+KINDS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
+MOST_PARTS = 8  # of a text that the model cannot read, in a warning
 PREVIEWED = 4  # pictures of a batch that a preview shows
 PREVIEW_SHARE = 0.1  # by which previews may make a job slower: more than in scripts, since somebody sits and watches
 # The arguments of the pipelines by other names
@@ -135,7 +146,7 @@ class Studio:
                 num_images_per_prompt=request.n,
                 num_candidates=request.num_candidates,
                 **self._size(request.size),
-                **request.settings(),
+                **self._settings(request),
             )
 
     def check_edit(self, request: EditRequest, image: Image.Image, mask: Image.Image) -> None:
@@ -145,7 +156,7 @@ class Studio:
         if request.size not in ("auto", size):
             raise bad_request(f"`size` must be auto or that of the picture, {size}: results are as large.", "size")
         with _explained():
-            self.text_to_image.check_inputs(request.prompt, **request.settings())
+            self.text_to_image.check_inputs(request.prompt, **self._settings(request))
             self.inpainting._check_inputs(request.prompt, image, mask)
 
     def check_upscale(self, request: UpscaleRequest, image: Image.Image) -> None:
@@ -153,16 +164,9 @@ class Studio:
         self._check_common(request.model, [request.prompt], 1)
         if self.upscaling is None:
             raise bad_request("This model has no super-resolution.", "model", "unsupported")
-        rows, columns = self.upscaling.scale
-        pixels = image.width * image.height * (rows * columns) ** request.num_levels
-        if pixels > self.bounds.max_output_pixels:
-            raise bad_request(
-                f"The enlarged picture may have {self.bounds.max_output_pixels:,} pixels, but would have {pixels:,}. "
-                "Send a smaller one or ask for fewer levels.",
-                "image",
-            )
+        self._check_pixels(image, request.num_levels)
         with _explained():
-            self.text_to_image.check_inputs(request.prompt.strip() or "a", **request.settings())
+            self.text_to_image.check_inputs(request.prompt.strip() or "a", **self._settings(request))
 
     def check_caption(self, request: CaptionRequest, num_pictures: int) -> None:
         """As [`Studio.check_generation`]."""
@@ -186,13 +190,13 @@ class Studio:
         """Pictures of a prompt, best first if there are candidates."""
         count = request.num_candidates or request.n
         pipe = self.text_to_image
-        with _explained():
+        with self._stoppable([job]), _explained():
             output = pipe(
                 request.prompt,
                 num_images_per_prompt=request.n,
                 num_candidates=request.num_candidates,
                 **self._size(request.size),
-                **request.settings(),
+                **self._settings(request),
                 generator=_generators(request.seed, count),
                 callback_on_step_end=self._watch(job),
             )
@@ -201,13 +205,13 @@ class Studio:
 
     def edit(self, request: EditRequest, image: Image.Image, mask: Image.Image, job: Job) -> list[Made]:
         """Pictures with the masked part painted anew."""
-        with _explained():
+        with self._stoppable([job]), _explained():
             output = self.inpainting(
                 request.prompt,
                 image,
                 mask,
                 num_images_per_prompt=request.n,
-                **request.settings(),
+                **self._settings(request),
                 generator=_generators(request.seed, request.n),
                 callback_on_step_end=self._watch(job),
             )
@@ -215,12 +219,12 @@ class Studio:
 
     def upscale(self, request: UpscaleRequest, image: Image.Image, job: Job) -> list[Made]:
         """The picture, enlarged."""
-        with _explained():
+        with self._stoppable([job]), _explained():
             output = self.upscaling(
                 image,
                 request.prompt,
                 num_levels=request.num_levels,
-                **request.settings(),
+                **self._settings(request),
                 generator=_generators(request.seed, 1),
                 callback_on_step_end=self._watch(job),
             )
@@ -231,9 +235,9 @@ class Studio:
         captions = []
         drawn = {"sample": request.n, "best_of": request.num_candidates}.get(request.strategy, 0)
         for index, image in enumerate(images):
-            job.checkpoint()
-            seed = None if request.seed is None else request.seed + index * drawn
-            with _explained():
+            checkpoint([job])
+            seed = None if request.seed in (None, -1) else request.seed + index * drawn
+            with self._stoppable([job]), _explained():
                 output = self.captioning(
                     image,
                     language=request.language,
@@ -248,24 +252,71 @@ class Studio:
 
     def score(self, request: ScoreRequest, image: Image.Image, job: Job) -> list[dict]:
         """Each text with its caption loss, best first."""
-        with _explained():
+        with self._stoppable([job]), _explained():
             losses = self.captioning.score(image, request.prompt).tolist()
         ranked = sorted(zip(losses, range(len(losses))))
         return [{"prompt": request.prompt[index], "index": index, "caption_loss": loss} for loss, index in ranked]
 
-    def encode(self, made: Made) -> bytes:
-        """A PNG file that says how its picture was made."""
-        metadata = {"prompt": made.prompt, "seed": made.seed, "model": self.name, "versions": versions()}
-        return encode_png(made.image, metadata)
+    def encode(self, made: Made, kind: str = "png", quality: int = 100) -> bytes:
+        """
+        A file of a picture; a PNG file says how its picture was made, unless the server is to leave that out.
+
+        Args:
+            made ([`Made`]): The picture.
+            kind (`str`): `"png"`, `"jpeg"` or `"webp"`.
+            quality (`int`): Of JPEG and WebP, from 0 to 100.
+        """
+        metadata = {}
+        if self.bounds.metadata:
+            metadata = {"prompt": made.prompt, "seed": made.seed, "model": self.name, "versions": versions()}
+        if kind == "png":
+            return encode_png(made.image, metadata)
+        content = io.BytesIO()
+        made.image.convert("RGB" if kind == "jpeg" else made.image.mode).save(content, KINDS[kind], quality=quality)
+        return content.getvalue()
+
+    def unreadable(self, text: str) -> str:
+        """What the model cannot read of a text, shortened; empty if it reads all of it."""
+        parts = self.text_to_image.tokenizer.unknown_parts(text)
+        shown = [part if len(part) <= 20 else f"{part[:20]}…" for part in parts[:MOST_PARTS]]
+        return ", ".join(shown) + (", …" if len(parts) > MOST_PARTS else "")
+
+    def warnings(self, **texts: str | None) -> list[dict[str, str]]:
+        """What an answer is to say about the texts of its request, by their fields: what the model cannot read."""
+        unreadable = {name: self.unreadable(text) for name, text in texts.items() if text}
+        return [
+            {
+                "message": f"The model cannot read this part of `{name}`, and went by the rest: {parts}",
+                "code": "unreadable_text",
+                "param": name,
+            }
+            for name, parts in unreadable.items()
+            if parts
+        ]
 
     # Parts -----------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _stoppable(self, jobs: list[Job]) -> Iterator[None]:
+        """Look for an end before each layer of the image tokenizer, too: a large picture takes long in there."""
+
+        def look(*_: Any) -> None:
+            checkpoint(jobs)
+
+        layers = [layer for layer in self.text_to_image.vqvae.modules() if next(layer.children(), None) is None]
+        handles = [layer.register_forward_pre_hook(look) for layer in layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _watch(self, job: Job) -> Callback:
         """A callback that ends the work when it is to stop, and says how far it is."""
         budget = PreviewBudget(PREVIEW_SHARE)
 
         def on_step(pipe: Any, step: int, timestep: int, kwargs: dict) -> None:
-            job.checkpoint()
+            checkpoint([job])
             if not job.wants_previews:
                 return
             stage, tokens = kwargs["stage"], kwargs["tokens"][:PREVIEWED]
@@ -285,6 +336,28 @@ class Studio:
             raise bad_request(f"`size` must be auto, {' or '.join(self.sizes)} with this model.", "size")
         width, height = map(int, size.split("x"))
         return {"width": width, "height": height}
+
+    def _settings(self, request: MakesPictures) -> dict[str, Any]:
+        """Style and settings of sampling that a request names, without what only other servers know."""
+        settings = request.settings()
+        if settings.get("style") in FOREIGN_STYLES and settings["style"] not in self.styles:
+            del settings["style"]
+        return settings
+
+    def _check_pixels(self, image: Image.Image, num_levels: int) -> None:
+        """Whether a picture is small enough to be enlarged, with what is added to fill its tiles."""
+        width, height = image.size
+        for _ in range(num_levels):
+            rows, columns = self.upscaling.padded_size(height, width)
+            row_scale, column_scale = self.upscaling.scale
+            pixels = rows * row_scale * columns * column_scale
+            if pixels > self.bounds.max_output_pixels:
+                raise bad_request(
+                    f"The enlarged picture may have {self.bounds.max_output_pixels:,} pixels, with what fills its "
+                    f"tiles, but would have {pixels:,}. Send a smaller one or ask for fewer levels.",
+                    "image",
+                )
+            width, height = width * column_scale, height * row_scale
 
     def _check_common(self, model: str | None, texts: list[str], count: int) -> None:
         self._check_model(model)
@@ -336,5 +409,5 @@ def _explained() -> Iterator[None]:
 
 
 def _generators(seed: int | None, count: int) -> list[torch.Generator]:
-    first = random.SystemRandom().randrange(2**31) if seed is None else seed
+    first = random.SystemRandom().randrange(2**31) if seed in (None, -1) else seed
     return [torch.Generator().manual_seed(first + index) for index in range(count)]

@@ -1,97 +1,44 @@
 """One thread owns the model; everything else hands it jobs through a queue with a limit."""
 
-import collections
 import contextlib
 import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from typing import Any
+from collections.abc import Iterator
 
 from .errors import ApiError, internal_error
+from .jobs import Job, JobCancelled, checkpoint
 from .metrics import Metrics
+from .uploads import Upload
 
 logger = logging.getLogger(__name__)
-
-
-class JobCancelled(Exception):
-    """The client left, or the server stops."""
-
-
-class JobExpired(Exception):
-    """The work took too long."""
-
-
-class Job:
-    """
-    A piece of work for the model.
-
-    Args:
-        kind (`str`): For the metrics.
-        work: Called with the job in the worker's thread; what it returns is the result of `future`.
-        request_id (`str`): For the log.
-        wants_previews (`bool`): Whether somebody looks at `preview`.
-        lease (`float`, *optional*): Cancel the job when `renew` was not called for so many seconds.
-    """
-
-    def __init__(
-        self,
-        kind: str,
-        work: Callable[["Job"], Any],
-        request_id: str = "-",
-        wants_previews: bool = False,
-        lease: float | None = None,
-    ):
-        self.kind, self.work, self.request_id, self.wants_previews = kind, work, request_id, wants_previews
-        self.future: Future = Future()
-        self.preview: Any = None  # the latest one only: nobody needs those before
-        self.deadline = math.inf
-        self.has_started = self.has_ended = False
-        self.created = time.monotonic()
-        self._lease, self._renewed = lease, self.created
-        self._is_cancelled = threading.Event()
-
-    def cancel(self) -> None:
-        """Stop at the next step, or never start."""
-        self._is_cancelled.set()
-
-    def renew(self) -> None:
-        """Somebody still waits for the result."""
-        self._renewed = time.monotonic()
-
-    @property
-    def is_cancelled(self) -> bool:
-        """Whether nobody wants the result any more."""
-        if self._lease is not None and time.monotonic() > self._renewed + self._lease:
-            self._is_cancelled.set()
-        return self._is_cancelled.is_set()
-
-    def checkpoint(self) -> None:
-        """
-        To be called at every step of the work.
-
-        Raises:
-            JobCancelled, JobExpired: If it is to stop.
-        """
-        if self.is_cancelled:
-            raise JobCancelled
-        if time.monotonic() > self.deadline:
-            raise JobExpired
 
 
 class Place:
     """Room for one job, from before its request is read until its result is answered."""
 
-    def __init__(self, worker: "Worker", deadline: float):
-        self._worker, self._deadline = worker, deadline
+    def __init__(self, worker: "Worker", upload: Upload | None):
+        self.upload = upload
+        self._worker, self._deadline = worker, time.monotonic() + worker.job_timeout
         self._job: Job | None = None
 
+    @property
+    def is_reading(self) -> bool:
+        """Whether the request has not led to a job yet."""
+        return self._job is None and self.upload is not None
+
     def submit(self, job: Job) -> Job:
-        """Queue the job; leaving the place cancels it, if it has not ended."""
+        """
+        Queue the job; leaving the place cancels it, if it has not ended.
+
+        Raises:
+            ApiError: If the place went to somebody else meanwhile.
+        """
         assert self._job is None, "a place is for one job"
-        job.deadline = self._deadline
+        if self.upload is not None:
+            self.upload.check()
+        job.deadline, job.timeout = self._deadline, self._worker.job_timeout
         self._job = job
         self._worker.enqueue(job)
         return job
@@ -106,18 +53,22 @@ class Worker:
     """
     The thread, its queue, and the places that bound both.
 
+    The oldest job is always the next one. Others whose next stage is of the same kind are computed together with it,
+    as many as fit into a batch; after each stage batches are formed anew.
+
     Args:
         limit (`int`): Places, and so the most jobs and requests that are held in memory.
         job_timeout (`float`): Seconds from taking a place until its job is stopped.
         metrics ([`Metrics`]): What to count.
+        batch_size (`int`): Pictures of several jobs that are computed together at the most.
     """
 
-    def __init__(self, limit: int, job_timeout: float, metrics: Metrics):
-        self.limit, self.job_timeout, self.metrics = limit, job_timeout, metrics
+    def __init__(self, limit: int, job_timeout: float, metrics: Metrics, batch_size: int = 1):
+        self.limit, self.job_timeout, self.metrics, self.batch_size = limit, job_timeout, metrics, batch_size
         self._changed = threading.Condition()
-        self._queue: collections.deque[Job] = collections.deque()
-        self._running: Job | None = None
-        self._places = 0
+        self._queue: list[Job] = []  # oldest first
+        self._running: list[Job] = []
+        self._places: list[Place] = []
         self._mean_seconds = 1.0
         self._is_closed = False
         self._is_stopping = False
@@ -130,16 +81,27 @@ class Worker:
         self._thread.start()
 
     def close(self) -> None:
-        """Let nobody in any more; what is queued goes on."""
-        self._is_closed = True
+        """Let nobody in any more, and end what has not begun; what has begun goes on."""
+        with self._changed:
+            self._is_closed = True
+            waiting = [job for job in self._queue if not job.has_started]
+        for job in waiting:
+            self.drop(job)
+
+    def abandon(self) -> None:
+        """End all jobs for those who wait for them, whatever the thread is at; it stops at its next step."""
+        self.close()
+        with self._changed:
+            jobs = [*self._queue, *self._running]
+        for job in jobs:
+            self.drop(job)
+            job.end_if_due()
 
     def stop(self) -> None:
         """Cancel everything and end the thread; it ends after the step that it is at."""
-        self.close()
+        self.abandon()
         with self._changed:
             self._is_stopping = True
-            for job in (*self._queue, *([self._running] if self._running else [])):
-                job.cancel()
             self._changed.notify()
         if self._thread.ident is not None:
             self._thread.join()
@@ -150,22 +112,32 @@ class Worker:
         return self._thread.is_alive() and not self._is_closed
 
     @property
+    def is_busy(self) -> bool:
+        """Whether the thread computes."""
+        return bool(self._running)
+
+    @property
     def places_taken(self) -> int:
         """Requests that are being read, wait, or are computed."""
-        return self._places
+        return len(self._places)
 
     @contextlib.contextmanager
-    def place(self) -> Iterator[Place]:
+    def place(self, upload: Upload | None = None) -> Iterator[Place]:
         """
         Room for one job while in the context.
+
+        Args:
+            upload ([`Upload`], *optional*): The body that is still to be read. If it comes slowly, the place may go to
+                somebody else when there is no other.
 
         Raises:
             ApiError: If the server is full (429) or stops (503).
         """
+        place = Place(self, upload)
         with self._changed:
             if self._is_closed:
                 raise ApiError(503, "The server is stopping.", "stopping", retry_after=10)
-            if self._places >= self.limit:
+            if len(self._places) >= self.limit and not self._evict():
                 seconds = min(max(math.ceil(self._mean_seconds), 1), 60)
                 raise ApiError(
                     429,
@@ -173,87 +145,131 @@ class Worker:
                     "queue_full",
                     retry_after=seconds,
                 )
-            self._places += 1
-            self.metrics.places.set(self._places)
-        place = Place(self, time.monotonic() + self.job_timeout)
+            self._places.append(place)
+            self.metrics.places.set(len(self._places))
         try:
             yield place
         finally:
             place.leave()
             with self._changed:
-                self._places -= 1
-                self.metrics.places.set(self._places)
+                if place in self._places:
+                    self._places.remove(place)
+                self.metrics.places.set(len(self._places))
+
+    def _evict(self) -> bool:
+        """Take the place of the slowest body, if there is one that has had its time."""
+        slow = [place for place in self._places if place.is_reading and place.upload.may_be_evicted]
+        if not slow:
+            return False
+        place = min(slow, key=lambda place: place.upload.rate)
+        place.upload.evict()
+        self._places.remove(place)
+        return True
 
     # For places ------------------------------------------------------------------------------------------------------
 
     def enqueue(self, job: Job) -> None:
         """Add a job that has a place."""
+        job.on_end = self._count
         with self._changed:
-            if self._is_stopping:
-                job.cancel()
-            self._queue.append(job)
-            self._changed.notify()
+            is_closed = self._is_closed
+            if not is_closed:
+                self._queue.append(job)
+                self._changed.notify()
+        if is_closed:
+            job.end("cancelled", error=JobCancelled())
 
     def drop(self, job: Job) -> None:
-        """Cancel a job; one that waits is forgotten at once, with all that it holds."""
+        """Cancel a job; one that is not being computed is forgotten at once, with all that it holds."""
         job.cancel()
         with self._changed:
-            if job in self._queue:
+            is_waiting = job in self._queue
+            if is_waiting:
                 self._queue.remove(job)
-                self._finish(job, "cancelled", error=JobCancelled())
+        if is_waiting:
+            job.end_if_due()
+
+    def _count(self, job: Job, outcome: str) -> None:
+        self.metrics.jobs.labels(job.kind, outcome).inc()
+        if not job.has_started:
+            return
+        seconds = time.monotonic() - job.started
+        self.metrics.seconds.labels(job.kind).observe(seconds)
+        logger.info("%s %s %s after %.2f s", job.request_id, job.kind, outcome, seconds)
 
     # The thread ------------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._running = None
+                self._running = []
                 self._changed.wait_for(lambda: self._queue or self._is_stopping)
                 if not self._queue:
                     return
-                job = self._running = self._queue.popleft()
-            self._run(job)
-            del job  # not to be held until the next one comes
+                jobs = self._running = self._next_batch()
+            self._run(jobs)
+            with self._changed:
+                if not self._is_stopping:
+                    left = [job for job in jobs if not job.has_ended]
+                    self._queue = sorted((*left, *self._queue), key=lambda job: job.created)
+            del jobs  # not to be held until the next ones come
 
-    def _run(self, job: Job) -> None:
-        started = time.monotonic()
-        job.has_started = True
-        self.metrics.waited.observe(started - job.created)
+    def _next_batch(self) -> list[Job]:
+        """The oldest job, and those that can be computed together with it."""
+        stages = {job: stage for job in self._queue if (stage := job.stage) is not None}
+        size, batch = 0, []
+        for job, stage in stages.items():
+            is_alike = not batch or stage.key == stages[batch[0]].key
+            if is_alike and (not batch or size + job.size <= self.batch_size):
+                batch.append(job)
+                size += job.size
+        self._queue = [job for job in stages if job not in batch]
+        return batch
+
+    def _run(self, jobs: list[Job]) -> None:
+        """The next stage of some jobs."""
+        began = time.monotonic()
+        for job in jobs:
+            if not job.has_started:
+                job.started = began
+                self.metrics.waited.observe(began - job.created)
         self.metrics.busy.set(1)
-        outcome, result, error = "done", None, None
         try:
-            job.checkpoint()
-            result = job.work(job)
+            checkpoint(jobs)
+            alive = {job: stage for job in jobs if (stage := job.stage) is not None}
+            if not alive:
+                raise JobCancelled
+            self.metrics.batches.labels(jobs[0].kind).observe(sum(job.size for job in alive))
+            next(iter(alive.values())).run(list(alive))
         except JobCancelled:
-            outcome, error = (
-                "cancelled",
-                JobCancelled(),
-            )  # a new one: that one's traceback holds the tensors of its step
-        except JobExpired:
-            outcome = "expired"
-            error = ApiError(
-                504, f"The work was not done {self.job_timeout:g} s after the request came. Ask for less.", "timeout"
-            )
-        except ApiError as raised:
-            outcome, error = "refused", raised.with_traceback(None)
-        except BaseException:  # the thread must outlive whatever a model raises
-            outcome, error = "failed", internal_error()
-            logger.exception("%s %s failed", job.request_id, job.kind)
-        seconds = time.monotonic() - started
-        self.metrics.busy.set(0)
-        self.metrics.seconds.labels(job.kind).observe(seconds)
-        if outcome == "done":
-            self._mean_seconds = 0.8 * self._mean_seconds + 0.2 * seconds
-        logger.info("%s %s %s after %.2f s", job.request_id, job.kind, outcome, seconds)
-        self._finish(job, outcome, result, error)
-
-    def _finish(self, job: Job, outcome: str, result: Any = None, error: BaseException | None = None) -> None:
-        self.metrics.jobs.labels(job.kind, outcome).inc()
-        job.has_ended = True
-        job.work = None  # and with it the pictures that came with the request
-        if not job.future.set_running_or_notify_cancel():
-            return
-        if error is None:
-            job.future.set_result(result)
+            pass  # nobody waits for any of them
+        except BaseException as raised:  # the thread must outlive whatever a model raises
+            failed, error = [job for job in jobs if not job.has_ended], raised
+            if len(failed) == 1:
+                self._fail(failed[0], error)
+            error = raised = None  # with its traceback, which holds the tensors of its step
+            if len(failed) > 1:
+                for job in failed:  # whoever's fault it was, the others are not to suffer from it
+                    self._run([job])
         else:
-            job.future.set_exception(error)
+            for job in jobs:
+                self._advance(job)
+            share = (time.monotonic() - began) / len(jobs)
+            self._mean_seconds = 0.8 * self._mean_seconds + 0.2 * share
+        self.metrics.busy.set(0)
+
+    @staticmethod
+    def _advance(job: Job) -> None:
+        state, rest = job.state, job.stages[1:]
+        if rest:
+            job.stages = rest
+        else:
+            job.end("done", result=state)
+
+    @staticmethod
+    def _fail(job: Job, error: BaseException) -> None:
+        if isinstance(error, ApiError):
+            job.end("refused", error=error.with_traceback(None))
+        else:
+            logger.error("%s %s failed", job.request_id, job.kind, exc_info=error)
+            job.end("failed", error=internal_error())

@@ -119,6 +119,17 @@ class CogView2UpscalePipeline(PreviewMixin, CogView2PipelineBase):
         low, fine = self.sizes
         return fine[0] // low[0], fine[1] // low[1]
 
+    def padded_size(self, height: int, width: int) -> tuple[int, int]:
+        """
+        Height and width that a picture is given before it is enlarged: a whole number of tokens, and a tile at least.
+
+        Args:
+            height, width (`int`): Of the picture, in pixels.
+        """
+        rate = self.config.compression_rate
+        rows, columns = (max(least, -(-side // rate) * rate) for side, least in zip((height, width), self.sizes[0]))
+        return rows, columns
+
     @inference
     def __call__(
         self,
@@ -260,9 +271,9 @@ class CogView2UpscalePipeline(PreviewMixin, CogView2PipelineBase):
         return [_Result(Picture(one), own) for one, own in zip(pixels.cpu(), fine.cpu())]
 
     def _fill_tiles(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Go on with the last row and column to a whole number of tokens, and to a tile at least."""
-        rate, tile = self.config.compression_rate, self.sizes[0]
-        missing = [max(least, -(-size // rate) * rate) - size for size, least in zip(pixels.shape[-2:], tile)]
+        """Go on with the last row and column to the padded size."""
+        height, width = pixels.shape[-2:]
+        missing = [padded - size for padded, size in zip(self.padded_size(height, width), (height, width))]
         return F.pad(pixels, (0, missing[1], 0, missing[0]), mode="replicate")
 
     def _tiles(self, grid: tuple[int, int], overlap: float) -> list[tuple[int, int]]:
