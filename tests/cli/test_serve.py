@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -73,6 +74,17 @@ def test_without_the_extra_it_is_named(cogview2, monkeypatch):
     assert "cogview_pipelines[serve]" in result.stderr
 
 
+def connect(port):
+    """A connection to a server that has its port and begins to listen."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=60)
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
 def test_proxies_and_certificates_of_the_environment_do_not_matter(model_folder):
     """Gradio makes HTTP clients when it is imported, and they know no SOCKS."""
     pytest.importorskip("gradio", reason="needs the extra `serve`")
@@ -100,7 +112,11 @@ def test_proxies_and_certificates_of_the_environment_do_not_matter(model_folder)
                 break
         try:
             assert said[-1].startswith("Serving on "), "".join(said)
+            port = int(said[-1].rpartition(":")[2])
+            with connect(port) as connection:
+                connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                assert connection.recv(100).startswith(b"HTTP/1.1 200")
         finally:
             process.terminate()
             rest = process.stderr.read()
-        assert process.wait(30) == 0 and "Traceback" not in rest, rest
+        assert "Traceback" not in rest, rest

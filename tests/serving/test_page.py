@@ -1,8 +1,10 @@
 """The page in a real browser, which talks to nobody but the server."""
 
 import base64
+import contextlib
 import io
 import os
+import re
 import shutil
 
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 from cogview_pipelines.serving.page_texts import TEXTS, text
 from cogview_pipelines.serving.settings import ServerSettings
 
-from .conftest import FINE, PROMPT, Hold, Running, half_mask, picture, png, wait_for
+from .conftest import FINE, PROMPT, Hold, Running, assert_error, half_mask, picture, png, wait_for
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
@@ -252,6 +254,18 @@ def test_what_is_wrong_is_said_on_the_page(visit):
     assert "`image`" in visit.result("failed", "caption").inner_text()
 
 
+def test_what_is_wrong_is_said_in_chinese_on_the_chinese_page(visit):
+    page = visit.page
+    page.locator("#cv-language").get_by_text("中文").click()
+    page.get_by_label(text("prompt", "zh")).wait_for()
+    page.locator("#cv-create-start").click()
+    said = visit.result("failed", "create").inner_text()
+    assert "不能为空" in said and not re.search("[a-z]{3}", said)
+    page.get_by_label(text("prompt", "zh")).fill("тигр 老虎")
+    page.locator("#cv-create-start").click()
+    assert "模型无法识别这部分文字，已按其余文字生成：тигр" in visit.result("done", "create").inner_text()
+
+
 def test_stop_and_leaving_end_the_work(browser, server, pipe):
     for leave in (False, True):
         visit = Visit(browser, server.url)
@@ -342,3 +356,61 @@ def test_gradio_serves_and_fetches_nothing_that_the_page_does_not_need(server, t
 def decode(url):
     """The picture of a data URL."""
     return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+
+
+JOIN = "/gradio_api/queue/join"
+SHAPES = [
+    (JOIN, {"data": [], "fn_index": -1, "session_hash": "abc"}, "fn_index"),
+    (JOIN, {"data": [], "fn_index": 999, "session_hash": "abc"}, "fn_index"),
+    (JOIN, {"data": [], "fn_index": True, "session_hash": "abc"}, "fn_index"),
+    (JOIN, {"data": [], "fn_index": "0", "session_hash": "abc"}, "fn_index"),
+    (JOIN, {"data": [], "session_hash": "abc"}, None),
+    (JOIN, {"data": ["en"], "fn_index": 0, "session_hash": ""}, "session_hash"),
+    (JOIN, {"data": ["en"], "fn_index": 0, "session_hash": None}, "session_hash"),
+    (JOIN, {"data": ["en"], "fn_index": 0, "session_hash": "a/../b"}, "session_hash"),
+    (JOIN, {"data": ["en"], "fn_index": 0, "session_hash": "x" * 65}, "session_hash"),
+    (JOIN, {"data": ["en"], "fn_index": 0, "session_hash": "abc", "trigger_id": [1]}, "trigger_id"),
+    (JOIN, {"data": ["en"] * 99, "fn_index": 0, "session_hash": "abc"}, "data"),
+    (JOIN, {"data": "en", "fn_index": 0, "session_hash": "abc"}, None),
+    (JOIN, [1, 2], None),
+    (JOIN, "text", None),
+    ("/gradio_api/cancel", {}, None),
+    ("/gradio_api/cancel", {"session_hash": "abc", "fn_index": "x", "event_id": 7}, None),
+    ("/gradio_api/reset", {"event_id": {}}, None),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "param"), SHAPES, ids=str)
+def test_what_the_page_does_not_send_is_refused_as_documented(server, path, body, param, caplog):
+    with server.client() as client:
+        answer = client.post(path, json=body)
+    assert 400 <= answer.status_code < 500
+    assert_error(answer, answer.status_code, param=param)
+    assert "Traceback" not in caplog.text
+
+
+def test_other_errors_of_gradio_have_the_documented_shape(server, caplog):
+    with server.client() as client:
+        for path in ("/gradio_api/queue/data", "/assets/nothing.js", "/static/nothing.css", "/svelte/nothing.js"):
+            answer = client.get(path)
+            assert 400 <= answer.status_code < 500, path
+            assert_error(answer, answer.status_code)
+        answer = client.post("/gradio_api/cancel", content=b"{", headers={"Content-Type": "application/json"})
+        assert_error(answer, answer.status_code)
+    assert "Traceback" not in caplog.text
+
+
+def test_pages_left_open_leave_connections_for_others(pipe):
+    running = Running(pipe, ServerSettings(port=0, max_connections=8, shutdown_timeout=1))
+    running.start()
+    try:
+        with contextlib.ExitStack() as stack:
+            answers = []
+            for number in range(6):
+                client = stack.enter_context(running.client())
+                answers.append(stack.enter_context(client.stream("GET", f"/gradio_api/heartbeat/visit{number}")))
+            assert [answer.status_code for answer in answers] == [200] * 4 + [503] * 2
+            with running.client() as client:
+                assert client.get("/health").status_code == 200
+    finally:
+        running.stop()

@@ -23,7 +23,7 @@ NAMES = {
     "language": "caption_language",
     "strategy": "strategy",
 }
-NUMBER = r"(-?[\d.,]+(?:e[+-]?\d+)?)"
+NUMBER = r"(-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?)"
 # What the pipelines, the forms and pydantic say, from the most special on
 MESSAGES = [
     (r"The queue is full: (\d+) requests .* Try again in (\d+) s", "队列已满（{0} 个请求），请在 {1} 秒后重试。"),

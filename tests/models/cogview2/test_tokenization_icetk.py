@@ -37,6 +37,12 @@ def by_protobuf():
     return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
 
 
+def test_what_a_text_loses_is_told_part_by_part(released):
+    assert released.unknown_parts("") == released.unknown_parts("cat") == []
+    assert released.unknown_parts("ꙮꙮ cat ☃ ꙮꙮ") == ["ꙮꙮ", "☃"]
+    assert released.unk_token_id in released.encode("ꙮꙮ")
+
+
 def write_model(path, change):
     """The fixture's model with the protobuf message changed by `change`."""
     proto = sentencepiece_model_pb2.ModelProto.FromString(MODEL.read_bytes())
