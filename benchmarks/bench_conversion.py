@@ -54,7 +54,7 @@ def generate(args: argparse.Namespace) -> dict:
     import numpy as np
     import torch
 
-    from cogview_pipelines import CogLMConfig, CogLMModel, IcetkVQConfig, IcetkVQModel
+    from cogview_pipelines import IcetkVQConfig, IcetkVQModel
     from cogview_pipelines.conversion.cogview2 import layout
 
     def random_tensors(model_class, config, rename, seed=0):
@@ -73,7 +73,8 @@ def generate(args: argparse.Namespace) -> dict:
 
     release, count = args.folder / "release", 0
     for stage in layout.STAGES:
-        config = CogLMConfig.released(
+        model_class = layout.model_class_of(stage.component)
+        config = model_class.config_class.released(
             stage.released_name,
             hidden_size=args.hidden_size,
             num_hidden_layers=args.num_layers,
@@ -85,7 +86,7 @@ def generate(args: argparse.Namespace) -> dict:
         folder.mkdir(parents=True)
         # the backbones of the first two are equal, that of the third is another
         seed = int(stage.super_resolution == "iterative")
-        tensors = random_tensors(CogLMModel, config, layout.released_transformer_key, seed)
+        tensors = random_tensors(model_class, config, layout.released_transformer_key, seed)
         count += sum(tensor.numel() for tensor in tensors.values())
         torch.save({"module": tensors}, folder / "mp_rank_00_model_states.pt")
         (folder.parent / "latest").write_text(iteration)

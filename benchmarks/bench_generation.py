@@ -23,6 +23,8 @@ from pathlib import Path
 import torch
 
 from cogview_pipelines import (
+    CogLMCanvasConfig,
+    CogLMCanvasModel,
     CogLMConfig,
     CogLMModel,
     CogView2Pipeline,
@@ -49,12 +51,12 @@ TINY = {
     "image_position": 40,
     "image_grid": (4, 4),
     "max_text_tokens": 31,
-    "fine_grid": (12, 12),
     "boi_token_id": 1742,
     "start_of_english_token_id": 1743,
     "start_of_chinese_token_id": 1744,
     "pad_token_id": 1027,
 }
+TINY_CANVAS = {"fine_grid": (12, 12)}
 TINY_VQ = {"num_embeddings": 1024, "base_channels": 32, "embedding_dim": 64, "compression_rates": (8,)}
 # the settings of docs/memory.md: gigabytes, weights, offload of models
 CAPPED = {
@@ -87,10 +89,11 @@ def random_pipeline(device: str, dtype: torch.dtype, **config) -> CogView2Pipeli
     try:
         with torch.device(device):
             transformer = CogLMModel(CogLMConfig(**config)).eval()
-            iterative = CogLMModel(CogLMConfig(**config, super_resolution="iterative")).eval()
+            canvas = TINY_CANVAS if config else {}
+            iterative = CogLMCanvasModel(CogLMCanvasConfig(**config, **canvas, super_resolution="iterative")).eval()
             vqvae = IcetkVQModel(IcetkVQConfig(**(TINY_VQ if config else {}))).eval()
             slots = {"num_text_slots": config["max_text_tokens"] + 1} if config else {}
-            direct = CogLMModel.from_transformer(
+            direct = CogLMCanvasModel.from_transformer(
                 transformer, "direct", iterative.config.fine_grid, shares_backbone=True, **slots
             ).eval()
     finally:
@@ -180,11 +183,11 @@ def measure_baseline(pipe: CogView2Pipeline, batch_size: int, limit: float) -> d
 def run_case(name: str, pipe: CogView2Pipeline, before: int | None, options: argparse.Namespace) -> dict:
     batch_size = 1 if name in CAPPED else int(name.rsplit("_b", 1)[1])
     line = {"case": name, "decoding": options.decoding}
-    pipe.transformer.set_decoding(**DECODING[options.decoding])
+    pipe.set_decoding(**DECODING[options.decoding])
     line |= bench_pipeline(pipe, batch_size, options.seconds, before=before)
     line["speedup_over_baseline"] = None
     if options.baseline and name not in CAPPED:
-        pipe.transformer.set_decoding()
+        pipe.set_decoding()
         line |= measure_baseline(pipe, batch_size, options.seconds)
         line["speedup_over_baseline"] = line["baseline_seconds"] / line["seconds"]
     return line

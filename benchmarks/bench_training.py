@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from cogview_pipelines import CogLMConfig, CogLMModel
+from cogview_pipelines import CogLMCanvasConfig, CogLMCanvasModel, CogLMConfig, CogLMModel
 from cogview_pipelines.environment import stamp
 from cogview_pipelines.generation.token_sequence import stack
 from cogview_pipelines.models.cogview2.sequences import direct_super_resolution, iterative_super_resolution
@@ -53,6 +53,15 @@ SMALL = {
     "pad_token_id": 131,
 }
 
+CANVAS_FIELDS = ("fine_grid", "num_text_slots", "kernel_size", "cross_kernel_size")
+
+
+def make_config(stage: str | None, fields: dict) -> CogLMConfig:
+    """The configuration of CogLM, or of the stage of super-resolution."""
+    if stage is not None:
+        return CogLMCanvasConfig(**fields, super_resolution=stage)
+    return CogLMConfig(**{name: value for name, value in fields.items() if name not in CANVAS_FIELDS})
+
 
 @dataclass
 class Case:
@@ -68,7 +77,7 @@ class Case:
     fields: dict = field(init=False)
 
     def __post_init__(self):
-        self.fields = {"hidden_dropout": 0.0, "attention_dropout": 0.0, **self.model, "super_resolution": self.stage}
+        self.fields = {"hidden_dropout": 0.0, "attention_dropout": 0.0, **self.model}
 
 
 def all_cases(layers: int) -> list[Case]:
@@ -107,9 +116,10 @@ def all_cases(layers: int) -> list[Case]:
     return cases
 
 
-def make_model(case: Case, device: str) -> CogLMModel:
+def make_model(case: Case, device: str) -> CogLMModel | CogLMCanvasModel:
+    model_class = CogLMModel if case.stage is None else CogLMCanvasModel
     with torch.device(device):
-        model = CogLMModel(CogLMConfig(**case.fields)).train()
+        model = model_class(make_config(case.stage, case.fields)).train()
     if case.frozen_backbone:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("canvas_" in name)
@@ -127,7 +137,7 @@ def make_batch(case: Case, config: CogLMConfig):
         return torch.randint(config.num_image_tokens, shape, generator=generator)
 
     low = draw(case.batch_size, layout.image_length)
-    length = (config.num_text_slots or config.max_text_tokens) // 2
+    length = (config.max_text_tokens if case.stage is None else config.num_text_slots) // 2
     texts = (draw(case.batch_size, length) % 100 + config.pad_token_id + 1).tolist()
     if case.stage is None:
         padding = [config.pad_token_id] * (config.max_text_tokens + 1 - len(texts[0]))

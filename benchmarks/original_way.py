@@ -13,7 +13,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from cogview_pipelines import CogLMModel, CogView2Pipeline
+from cogview_pipelines import CogLMCanvasModel, CogLMModel, CogView2Pipeline
 from cogview_pipelines.generation.sampling import sample_cluster_tokens, sample_tokens
 from cogview_pipelines.generation.token_sequence import TokenSequence
 from cogview_pipelines.models.cogview2.sequences import direct_super_resolution, iterative_super_resolution
@@ -56,10 +56,10 @@ def dense_layer(layer, states, mask, bias, past):
     return feed_forward(layer, states, layer.attention.dense(attended)), key, value
 
 
-def all_logits(model: CogLMModel, states: torch.Tensor) -> torch.Tensor:
+def all_logits(model: CogLMModel | CogLMCanvasModel, states: torch.Tensor) -> torch.Tensor:
     """Of the image tokens, at every position."""
     states, weight = model.final_layernorm(states), model.word_embeddings.weight[: model.config.num_image_tokens]
-    if model.config.super_resolution == "iterative":
+    if isinstance(model, CogLMCanvasModel) and model.config.super_resolution == "iterative":
         return (states @ weight.T).float()
     return states.float() @ weight.float().T
 
@@ -128,7 +128,7 @@ def draft(pipe: CogView2Pipeline, texts: list[list[int]], settings: dict, noise:
     return tokens
 
 
-def canvas_forward(model: CogLMModel, context: TokenSequence, canvas: torch.Tensor) -> torch.Tensor:
+def canvas_forward(model: CogLMCanvasModel, context: TokenSequence, canvas: torch.Tensor) -> torch.Tensor:
     """Logits at every cell, of context and canvas read together."""
     config = model.config
     states = model.word_embeddings(context.input_ids) + model.position_embeddings(context.position_ids)

@@ -9,21 +9,22 @@ Where the time goes: tables of `torch.profiler` for tokens of stage 1 and for on
 import argparse
 
 import torch
-from bench_training import SMALL
+from bench_training import SMALL, make_config
 from torch.profiler import ProfilerActivity, profile
 
-from cogview_pipelines import CogLMConfig, CogLMModel, LoPARScheduler
+from cogview_pipelines import CogLMCanvasModel, CogLMModel, LoPARScheduler
 from cogview_pipelines.generation.canvas import refine
 from cogview_pipelines.generation.tokens import TO_GENERATE, generate
 from cogview_pipelines.models.cogview2.sequences import direct_super_resolution, text_to_image
 
 
-def make_model(device: str, **fields) -> CogLMModel:
+def make_model(device: str, stage: str | None, fields: dict) -> CogLMModel | CogLMCanvasModel:
     """Random weights, made on the device in the type they are used in."""
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
-            return CogLMModel(CogLMConfig(**fields)).eval()
+            model_class = CogLMModel if stage is None else CogLMCanvasModel
+            return model_class(make_config(stage, fields)).eval()
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     fields = SMALL if options.small else {}
 
-    model = make_model(options.device, **fields)
+    model = make_model(options.device, None, fields)
     config, layout = model.config, model.config.layout
     text = list(range(config.pad_token_id + 1, config.pad_token_id + 8))
     entries = torch.full((1, min(options.tokens, layout.image_length)), TO_GENERATE)
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     show(f"Stage 1, {entries.shape[1]} tokens", write, options.device, options.rows)
     del model
 
-    model = make_model(options.device, **{**fields, "super_resolution": "direct"})
+    model = make_model(options.device, "direct", fields)
     low = torch.zeros(1, layout.image_length, dtype=torch.long)
     context = direct_super_resolution([text], low, model.config.num_text_slots, model.config.layout)
     scheduler = LoPARScheduler(step_grid=((1,),), top_k=5)

@@ -10,6 +10,8 @@ import torch
 from sentencepiece import sentencepiece_model_pb2
 
 from cogview_pipelines.models.cogview2.modeling_coglm import CogLMConfig, CogLMModel
+from cogview_pipelines.models.cogview2.modeling_coglm_canvas import CogLMCanvasConfig, CogLMCanvasModel
+from cogview_pipelines.models.cogview2.sequences import text_to_image
 from cogview_pipelines.models.cogview2.tokenization_icetk import IcetkTokenizer
 from cogview_pipelines.models.image_tokenizers.modeling_icetk_vq import IcetkVQConfig, IcetkVQModel
 
@@ -35,7 +37,7 @@ def randomize(model: torch.nn.Module, seed: int = 0, scale: float = 0.3) -> torc
     return model.eval()
 
 
-def make_coglm(super_resolution: str | None = None, seed: int = 0, **config) -> CogLMModel:
+def make_coglm(super_resolution: str | None = None, seed: int = 0, **config) -> CogLMModel | CogLMCanvasModel:
     """A CogLM of two layers for a 4 x 4 grid, or one of its super-resolution stages to 12 x 12."""
     fields = {
         "vocab_size": VOCAB_SIZE,
@@ -47,17 +49,21 @@ def make_coglm(super_resolution: str | None = None, seed: int = 0, **config) -> 
         "image_position": 32,
         "image_grid": IMAGE_GRID,
         "max_text_tokens": MAX_TEXT_TOKENS,
-        "super_resolution": super_resolution,
-        "fine_grid": FINE_GRID,
-        "num_text_slots": {"direct": MAX_TEXT_TOKENS, "iterative": 4}.get(super_resolution),
-        "kernel_size": (5, 3),
-        "cross_kernel_size": (3, 3),
         "boi_token_id": BOI,
         "start_of_english_token_id": START_OF_ENGLISH,
         "start_of_chinese_token_id": START_OF_CHINESE,
         "pad_token_id": NUM_IMAGE_TOKENS + 3,
     }
-    return randomize(CogLMModel(CogLMConfig(**{**fields, **config})), seed)
+    if super_resolution is None:
+        return randomize(CogLMModel(CogLMConfig(**{**fields, **config})), seed)
+    canvas = {
+        "super_resolution": super_resolution,
+        "fine_grid": FINE_GRID,
+        "num_text_slots": {"direct": MAX_TEXT_TOKENS, "iterative": 4}[super_resolution],
+        "kernel_size": (5, 3),
+        "cross_kernel_size": (3, 3),
+    }
+    return randomize(CogLMCanvasModel(CogLMCanvasConfig(**{**canvas, **fields, **config})), seed)
 
 
 def make_vq_model(seed: int = 0, **config) -> IcetkVQModel:
@@ -94,6 +100,19 @@ def make_texts(lengths: list[int], seed: int = 0) -> list[list[int]]:
 def make_image_tokens(batch_size: int, length: int = IMAGE_GRID[0] * IMAGE_GRID[1], seed: int = 0) -> torch.Tensor:
     """Random image tokens of shape `(batch_size, length)`."""
     return torch.randint(NUM_IMAGE_TOKENS, (batch_size, length), generator=torch.Generator().manual_seed(seed))
+
+
+def text_to_image_arguments(model: CogLMModel, lengths: list[int], bias: float = 1.4) -> dict:
+    """Arguments of one forward pass over texts of these lengths and random pictures."""
+    texts, image = make_texts(lengths), make_image_tokens(len(lengths))
+    sequence = text_to_image(texts, model.config.layout, image)
+    return {
+        "input_ids": sequence.input_ids,
+        "position_ids": sequence.position_ids,
+        "attention_mask": sequence.attention_mask,
+        "text_mask": sequence.text_mask,
+        "text_attention_bias": bias,
+    }
 
 
 def build_mask(length: int, may_attend: Callable[[int, int], bool]) -> torch.Tensor:

@@ -17,7 +17,14 @@ from pathlib import Path
 
 import torch
 
-from cogview_pipelines import CogLMModel, CogView2Pipeline, IcetkTokenizer, IcetkVQModel, LoPARScheduler
+from cogview_pipelines import (
+    CogLMCanvasModel,
+    CogLMModel,
+    CogView2Pipeline,
+    IcetkTokenizer,
+    IcetkVQModel,
+    LoPARScheduler,
+)
 from cogview_pipelines.training.arguments import parse_config, run_script
 
 
@@ -75,7 +82,7 @@ def main(arguments: list[str] | None = None) -> CogView2Pipeline:
     for stage in ("direct_sr", "iterative_sr"):
         folder = getattr(config, f"{stage}_transformer")
         if folder is not None:
-            parts[f"{stage}_transformer"] = CogLMModel.from_pretrained(folder, dtype=dtype)
+            parts[f"{stage}_transformer"] = CogLMCanvasModel.from_pretrained(folder, dtype=dtype)
             parts[f"{stage}_scheduler"] = LoPARScheduler(**options[f"{stage}_scheduler"])
     pipeline = CogView2Pipeline(
         IcetkTokenizer.from_pretrained(config.tokenizer),

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
 
-from cogview_pipelines import CogLMModel, IcetkTokenizer, IcetkVQModel, LoPARScheduler
+from cogview_pipelines import CogLMCanvasModel, CogLMModel, IcetkTokenizer, IcetkVQModel, LoPARScheduler
 from cogview_pipelines.generation.canvas import refine
 from cogview_pipelines.generation.token_sequence import TokenSequence
 from cogview_pipelines.models.cogview2.sequences import direct_super_resolution
@@ -60,11 +60,11 @@ class DirectSRTrainConfig(TokenTrainConfig):
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute layers to save memory."})
 
 
-def make_model(config: DirectSRTrainConfig, data: TokenData) -> CogLMModel:
+def make_model(config: DirectSRTrainConfig, data: TokenData) -> CogLMCanvasModel:
     """The CogLM with a canvas; unless asked otherwise, its backbone is frozen and saved with the CogLM only."""
     transformer = CogLMModel.from_pretrained(config.transformer, dtype=torch.float32)
     if config.init_from is not None:
-        model = CogLMModel.from_pretrained(config.init_from, dtype=torch.float32)
+        model = CogLMCanvasModel.from_pretrained(config.init_from, dtype=torch.float32)
         found = (model.config.super_resolution, model.config.shares_backbone, model.config.fine_grid)
         wanted = ("direct", not config.train_backbone, tuple(data.fine.shape[1:]))
         if found != wanted:
@@ -75,7 +75,7 @@ def make_model(config: DirectSRTrainConfig, data: TokenData) -> CogLMModel:
         if model.config.shares_backbone:
             model.share_backbone(transformer)
     else:
-        model = CogLMModel.from_transformer(
+        model = CogLMCanvasModel.from_transformer(
             transformer,
             "direct",
             tuple(data.fine.shape[1:]),
@@ -92,7 +92,9 @@ def make_model(config: DirectSRTrainConfig, data: TokenData) -> CogLMModel:
     return model
 
 
-def read_context(model: CogLMModel, data: TokenData, indices: list[int], texts: list[list[int]]) -> TokenSequence:
+def read_context(
+    model: CogLMCanvasModel, data: TokenData, indices: list[int], texts: list[list[int]]
+) -> TokenSequence:
     """The low-resolution tokens of pictures, each with a caption, as long as generation takes it."""
     slots = model.config.num_text_slots
     longest = min(slots - 1, model.config.max_text_tokens)
@@ -100,7 +102,7 @@ def read_context(model: CogLMModel, data: TokenData, indices: list[int], texts: 
     return direct_super_resolution([text[:longest] for text in texts], tokens, slots, model.config.layout)
 
 
-def make_batch(config: DirectSRTrainConfig, model: CogLMModel, data: TokenData, draw: Draw) -> CanvasBatch:
+def make_batch(config: DirectSRTrainConfig, model: CogLMCanvasModel, data: TokenData, draw: Draw) -> CanvasBatch:
     """The samples of one forward pass."""
     indices, texts = [], []
     for generator in draw.generators(config.seed):
@@ -112,7 +114,7 @@ def make_batch(config: DirectSRTrainConfig, model: CogLMModel, data: TokenData, 
 
 
 def make_samples(
-    config: DirectSRTrainConfig, vqvae: IcetkVQModel, data: TokenData, model: CogLMModel, count: int = 8
+    config: DirectSRTrainConfig, vqvae: IcetkVQModel, data: TokenData, model: CogLMCanvasModel, count: int = 8
 ) -> torch.Tensor:
     """True low-resolution pictures, enlarged, above their super-resolution: `(2 * count, 3, height, width)`."""
     generator = seeded_generator(config.seed, "pictures")
@@ -125,7 +127,7 @@ def make_samples(
     return torch.cat([F.interpolate(low, fine.shape[-2:], mode="nearest"), fine])
 
 
-def main(arguments: list[str] | None = None) -> CogLMModel | None:
+def main(arguments: list[str] | None = None) -> CogLMCanvasModel | None:
     config = parse_config(DirectSRTrainConfig, arguments, description=__doc__)
     set_seed(config.seed)
     tokenizer = IcetkTokenizer.from_pretrained(config.tokenizer)

@@ -25,7 +25,15 @@ from dataclasses import dataclass, field
 import torch
 from accelerate.utils import set_seed
 
-from cogview_pipelines import CogLMConfig, CogLMModel, IcetkTokenizer, IcetkVQModel, LoPARScheduler
+from cogview_pipelines import (
+    CogLMCanvasConfig,
+    CogLMCanvasModel,
+    CogLMConfig,
+    CogLMModel,
+    IcetkTokenizer,
+    IcetkVQModel,
+    LoPARScheduler,
+)
 from cogview_pipelines.generation.canvas import refine
 from cogview_pipelines.generation.token_sequence import IGNORED_LABEL
 from cogview_pipelines.models.cogview2.sequences import iterative_super_resolution
@@ -61,20 +69,23 @@ class IterativeSRTrainConfig(TokenTrainConfig):
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute layers to save memory."})
 
 
-def make_model(config: IterativeSRTrainConfig, data: TokenData) -> CogLMModel:
+def make_model(config: IterativeSRTrainConfig, data: TokenData) -> CogLMCanvasModel:
     """The CogLM with a canvas that sees the text."""
     options, fine_grid = json.loads(config.model), tuple(data.fine.shape[1:])
     if config.from_scratch:
-        fields = CogLMConfig.from_pretrained(config.transformer).to_dict()
-        fields.update({"num_text_slots": None, **options}, super_resolution="iterative", fine_grid=fine_grid)
-        return CogLMModel(CogLMConfig(**fields))
+        options |= {"super_resolution": "iterative", "fine_grid": fine_grid}
+        coglm_config = CogLMConfig.from_pretrained(config.transformer)
+        return CogLMCanvasModel(CogLMCanvasConfig.of_transformer(coglm_config, **options))
+    found, _ = CogLMConfig.get_config_dict(config.transformer)
+    if found.get("super_resolution") == "iterative":  # go on with it
+        return CogLMCanvasModel.from_pretrained(config.transformer, dtype=torch.float32)
     transformer = CogLMModel.from_pretrained(config.transformer, dtype=torch.float32)
-    if transformer.config.super_resolution == "iterative":
-        return transformer
-    return CogLMModel.from_transformer(transformer, "iterative", fine_grid, **options)
+    return CogLMCanvasModel.from_transformer(transformer, "iterative", fine_grid, **options)
 
 
-def make_batch(config: IterativeSRTrainConfig, model_config: CogLMConfig, data: TokenData, draw: Draw) -> CanvasBatch:
+def make_batch(
+    config: IterativeSRTrainConfig, model_config: CogLMCanvasConfig, data: TokenData, draw: Draw
+) -> CanvasBatch:
     """The samples of one forward pass."""
     texts, canvases, labels = [], [], []
     for generator in draw.generators(config.seed):
@@ -100,7 +111,7 @@ def sample_scheduler(rows: int, columns: int) -> LoPARScheduler:
 
 
 def make_samples(
-    config: IterativeSRTrainConfig, vqvae: IcetkVQModel, data: TokenData, model: CogLMModel, count: int = 16
+    config: IterativeSRTrainConfig, vqvae: IcetkVQModel, data: TokenData, model: CogLMCanvasModel, count: int = 16
 ) -> torch.Tensor:
     """True pictures with every cell that the schedule may change written anew: `(count, 3, height, width)` in 0..1."""
     generator = seeded_generator(config.seed, "pictures")
@@ -112,7 +123,7 @@ def make_samples(
     return vqvae.to(model.device).decode(tokens, config.compression_rate).sample
 
 
-def main(arguments: list[str] | None = None) -> CogLMModel | None:
+def main(arguments: list[str] | None = None) -> CogLMCanvasModel | None:
     config = parse_config(IterativeSRTrainConfig, arguments, description=__doc__)
     set_seed(config.seed)
     tokenizer = IcetkTokenizer.from_pretrained(config.tokenizer)

@@ -10,6 +10,8 @@ import importlib
 from ._version import __version__
 
 _EXPORTS = {
+    "CogLMCanvasConfig": ".models.cogview2.modeling_coglm_canvas",
+    "CogLMCanvasModel": ".models.cogview2.modeling_coglm_canvas",
     "CogLMConfig": ".models.cogview2.modeling_coglm",
     "CogLMModel": ".models.cogview2.modeling_coglm",
     "CogView2CaptionPipeline": ".pipelines.cogview2.pipeline_cogview2_caption",

@@ -11,11 +11,13 @@ import torch
 from cogview_pipelines.conversion import convert_to_pipeline
 from cogview_pipelines.conversion.cogview2.layout import (
     STAGES,
+    Stage,
     expected_shapes,
+    model_class_of,
     released_config,
     released_transformer_key,
 )
-from cogview_pipelines.models.cogview2.modeling_coglm import CogLMConfig, CogLMModel
+from cogview_pipelines.models.cogview2.modeling_coglm import CogLMConfig
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "cogview2" / "fixtures"
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 1024}
@@ -23,11 +25,18 @@ NUM_IMAGE_TOKENS = 512  # of the narrow image tokenizer among the parity fixture
 STAGES_BY_NAME = {stage.released_name: stage for stage in STAGES}
 
 
+def config_of(stage: Stage) -> CogLMConfig:
+    """The configuration of a tiny model of a stage."""
+    canvas = {} if stage.super_resolution is None else {"super_resolution": stage.super_resolution}
+    return model_class_of(stage.component).config_class(**canvas, **SHAPE)
+
+
 def make_state_dict(name: str, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random float16 tensors under the released names; the backbone depends on the seed only, not on the model."""
-    config = CogLMConfig(super_resolution=STAGES_BY_NAME[name].super_resolution, **SHAPE)
+    stage = STAGES_BY_NAME[name]
+    config = config_of(stage)
     tensors = OrderedDict()
-    for key, shape in sorted(expected_shapes(CogLMModel, config).items()):
+    for key, shape in sorted(expected_shapes(model_class_of(stage.component), config).items()):
         generator = torch.Generator().manual_seed(seed * 1000 + sum(map(ord, key)))
         noise = 0.1 * torch.randn(shape, generator=generator)
         is_scale = "norm" in key and key.endswith("weight")
@@ -38,7 +47,7 @@ def make_state_dict(name: str, seed: int = 0) -> dict[str, torch.Tensor]:
 def write_checkpoint(folder: Path, name: str, tensors: dict | None = None, content: dict | None = None) -> Path:
     """A folder in the layout of the release; `content` replaces what stands in the pickle."""
     stage = STAGES_BY_NAME[name]
-    config = released_config(CogLMConfig(super_resolution=stage.super_resolution, **SHAPE), stage)
+    config = released_config(config_of(stage), stage)
     (folder / "7").mkdir(parents=True)
     (folder / "latest").write_text("7")
     (folder / "model_config.json").write_text(json.dumps(config))

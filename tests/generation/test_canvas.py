@@ -46,13 +46,7 @@ def test_refining_is_masking_predicting_and_drawing_pass_by_pass(kind):
     steps, expected = SCHEDULER.step_map(*FINE_GRID), canvas.clone()
     for timestep, top_k in ((1, 10), (2, 5)):
         visible = expected.masked_fill(steps >= timestep, BOI)
-        logits = model(
-            context.input_ids,
-            context.position_ids,
-            context.attention_mask,
-            key_mask=context.key_mask,
-            canvas_ids=visible.flatten(1),
-        ).logits
+        logits = model(visible.flatten(1), context).logits
         # every unknown cell is drawn here, as in the release; the later ones are masked again, whatever they got
         tokens = sample_tokens(logits.unflatten(1, FINE_GRID), noise, top_k=top_k)
         expected = torch.where(steps >= timestep, tokens, expected)
@@ -98,13 +92,7 @@ def test_direct_super_resolution_fills_an_unknown_canvas_by_cluster_sampling():
     assert canvas.shape == (2, *FINE_GRID)
     assert canvas.min() >= 0 and canvas.max() < NUM_IMAGE_TOKENS
     with torch.no_grad():
-        logits = model(
-            context.input_ids,
-            context.position_ids,
-            context.attention_mask,
-            key_mask=context.key_mask,
-            canvas_ids=torch.full((2, FINE_GRID[0] * FINE_GRID[1]), BOI),
-        ).logits.unflatten(1, FINE_GRID)
+        logits = model(torch.full((2, FINE_GRID[0] * FINE_GRID[1]), BOI), context).logits.unflatten(1, FINE_GRID)
     noise = draw_noise((2, *FINE_GRID, 2), generators(1, 2))
     expected = sample_cluster_tokens(logits, noise, cluster_labels(), 1.0, 3, 0.8, num_clusters=NUM_CLUSTERS)
     assert torch.equal(canvas, expected)
@@ -180,9 +168,7 @@ def test_a_context_encoded_before_refines_alike():
     model, texts, canvas = make_coglm("iterative"), make_texts([2, 3]), make_canvas(2)
     context = make_context(model, texts)
     with torch.no_grad():
-        encoded = model(
-            context.input_ids, context.position_ids, context.attention_mask, key_mask=context.key_mask
-        ).context
+        encoded = model.encode_context(context)
     images = [refine(model, SCHEDULER, one, canvas, generator=generators(1, 2)) for one in (context, encoded)]
     assert torch.equal(*images)
 

@@ -1,13 +1,13 @@
 """Every way that a step can run writes the same tokens."""
 
 import functools
+import itertools
 
 import pytest
 import torch
 
 from cogview_pipelines.generation import decoders
-from cogview_pipelines.generation import tokens as token_loop
-from cogview_pipelines.generation.decoders import StaticDecoder
+from cogview_pipelines.generation.decoders import Decoding, StaticDecoder, encode_context
 from cogview_pipelines.generation.sampling import sample_cluster_tokens
 from cogview_pipelines.generation.tokens import generate
 from cogview_pipelines.models.cogview2.sequences import completion, text_to_image
@@ -41,7 +41,6 @@ def captured(monkeypatch):
 
     def capture(self, step):
         addresses = [tensor.data_ptr() for tensor in (*self.cache.layers, self.bias, self.input_ids, self.slot)]
-        captures.append((len(self.bias), self.key))
         step()
         logits = step().clone()
 
@@ -51,18 +50,30 @@ def captured(monkeypatch):
 
         return replay
 
-    def find(model, *arguments):
-        on_cuda = model.decoding.cuda_graph
-        model.decoding.compile, model.decoding.cuda_graph = True, False
-        decoder = decoders.find_decoder(model, *arguments)
-        model.decoding.cuda_graph = decoder.cuda_graph = on_cuda
+    find = Decoding.decoder
+
+    def find_elsewhere(decoding, *arguments):
+        decoding.compile, decoding.cuda_graph = True, False
+        decoder = find(decoding, *arguments)
+        decoding.cuda_graph = decoder.cuda_graph = True
         return decoder
 
-    captures = []
     without_compiler(monkeypatch)
     monkeypatch.setattr(StaticDecoder, "_capture", capture)
-    monkeypatch.setattr(token_loop, "find_decoder", find)
+    monkeypatch.setattr(Decoding, "decoder", find_elsewhere)
     return {"cuda_graph": True}
+
+
+def made_decoders(monkeypatch):
+    """All decoders of fixed shapes that are made from now on."""
+    made, make = [], StaticDecoder.__init__
+
+    def record(self, *arguments, **options):
+        made.append(self)
+        make(self, *arguments, **options)
+
+    monkeypatch.setattr(StaticDecoder, "__init__", record)
+    return made
 
 
 WAYS = {"without_compiler": without_compiler, "compiled": compiled, "captured": captured}
@@ -74,9 +85,9 @@ def test_steps_of_fixed_shapes_write_the_same_tokens(way, monkeypatch):
     expected = write_images(model, texts, generator=generators(1, 2, 3, 4))
     guided = write_guided(model, texts[:2], 2.0, generator=generators(1, 2))
     monkeypatch.setattr(decoders, "BLOCK", 8)  # attention reads more blocks step by step
-    model.set_decoding(**WAYS[way](monkeypatch))
-    assert torch.equal(write_images(model, texts, generator=generators(1, 2, 3, 4)), expected)
-    assert torch.equal(write_guided(model, texts[:2], 2.0, generator=generators(1, 2)), guided)
+    decoding = Decoding(**WAYS[way](monkeypatch))
+    assert torch.equal(write_images(model, texts, generator=generators(1, 2, 3, 4), decoding=decoding), expected)
+    assert torch.equal(write_guided(model, texts[:2], 2.0, generator=generators(1, 2), decoding=decoding), guided)
 
 
 @pytest.mark.parametrize("way", ["without_compiler", "captured"])
@@ -87,57 +98,50 @@ def test_steps_of_fixed_shapes_complete_alike(name, way, monkeypatch):
     mask[tuple(zip(*HOLES[name]))] = True
     task = completion(texts, image, mask, model.config.layout)
 
-    def complete():
+    def complete(decoding=None):
         arguments = (model, task.context, cluster_sampler, task.entries, task.positions)
-        return generate(*arguments, text_attention_bias=1.4, generator=generators(1, 2))
+        return generate(*arguments, text_attention_bias=1.4, generator=generators(1, 2), decoding=decoding)
 
     expected = complete()
-    model.set_decoding(**WAYS[way](monkeypatch))
-    assert torch.equal(complete(), expected)
+    decoding = Decoding(**WAYS[way](monkeypatch))
+    assert torch.equal(complete(decoding), expected)
 
 
 def test_fixed_shapes_serve_prompts_of_all_lengths_and_are_made_anew_for_another_batch_size(monkeypatch):
     model = make_coglm()
     prompts = [make_texts([length]) for length in (0, 3, MAX_TEXT_TOKENS)]
     expected = [write_images(model, texts, generator=generators(1)) for texts in prompts]
-    model.set_decoding(**without_compiler(monkeypatch))
-    kept = set()
+    decoding, made = Decoding(**without_compiler(monkeypatch)), made_decoders(monkeypatch)
     for texts, image in zip(prompts, expected):
-        assert torch.equal(write_images(model, texts, generator=generators(1)), image)
-        kept.add(model.decoding.decoder)
-    assert len(kept) == 1 and len(kept.pop().steps) == 1
-    one = model.decoding.decoder
-    write_images(model, make_texts([2, 2]), generator=generators(1, 2))
-    assert model.decoding.decoder is not one
-    model.set_decoding()
-    assert model.decoding.decoder is None
+        assert torch.equal(write_images(model, texts, generator=generators(1), decoding=decoding), image)
+    assert len(made) == 1 and len(made[0].steps) == 1
+    write_images(model, make_texts([2, 2]), generator=generators(1, 2), decoding=decoding)
+    assert len(made) == 2
 
 
 def test_what_a_sequence_before_left_in_the_fixed_memory_does_not_matter(monkeypatch):
     model = make_coglm()
     expected = write_images(model, make_texts([1]), generator=generators(1))
-    model.set_decoding(**without_compiler(monkeypatch))
-    write_images(model, make_texts([9]), generator=generators(2))
-    decoder = model.decoding.decoder
-    for layer in decoder.cache.layers:
+    decoding, made = Decoding(**without_compiler(monkeypatch)), made_decoders(monkeypatch)
+    write_images(model, make_texts([9]), generator=generators(2), decoding=decoding)
+    for layer in made[0].cache.layers:
         layer.fill_(float("nan"))  # as an overflow in half precision would leave it
-    assert torch.equal(write_images(model, make_texts([1]), generator=generators(1)), expected)
-    assert model.decoding.decoder is decoder
+    assert torch.equal(write_images(model, make_texts([1]), generator=generators(1), decoding=decoding), expected)
+    assert len(made) == 1
 
 
 def test_a_cuda_graph_on_a_cpu_is_refused():
     model = make_coglm()
-    model.set_decoding(cuda_graph=True)
     with pytest.raises(ValueError, match="`cuda_graph=True` needs a CUDA device, but the model computes on cpu"):
-        write_images(model, make_texts([1]))
+        write_images(model, make_texts([1]), decoding=Decoding(cuda_graph=True))
 
 
 @pytest.mark.slow
 def test_the_compiled_step_writes_the_same_tokens():
     model, texts = make_coglm(), make_texts(MIXED_LENGTHS)
     expected = write_images(model, texts, generator=generators(1, 2, 3, 4))
-    model.set_decoding(compile=True)
-    assert torch.equal(write_images(model, texts, generator=generators(1, 2, 3, 4)), expected)
+    decoding = Decoding(compile=True)
+    assert torch.equal(write_images(model, texts, generator=generators(1, 2, 3, 4), decoding=decoding), expected)
 
 
 @pytest.mark.gpu
@@ -147,11 +151,14 @@ def test_captured_and_compiled_steps_write_the_same_tokens_on_a_gpu(way):
     sampler = functools.partial(cluster_sampler, cluster_labels=cluster_labels().cuda(), num_clusters=NUM_CLUSTERS)
     prompts = [make_texts(lengths) for lengths in ([3, 0, 7, 1], [9, 2, 5, 4], [1, 1, 1, 1])]
     expected = [write_images(model, texts, sampler, generator=generators(1, 2, 3, 4)) for texts in prompts]
-    model.set_decoding(**way)
+    decoding = Decoding(**way)
     for texts, images in zip(prompts, expected):
-        assert torch.equal(write_images(model, texts, sampler, generator=generators(1, 2, 3, 4)), images)
+        assert torch.equal(
+            write_images(model, texts, sampler, generator=generators(1, 2, 3, 4), decoding=decoding), images
+        )
     model.to("cpu").to("cuda")  # as offloading does: a graph that was kept would read freed memory
-    assert torch.equal(write_images(model, prompts[0], sampler, generator=generators(1, 2, 3, 4)), expected[0])
+    again = write_images(model, prompts[0], sampler, generator=generators(1, 2, 3, 4), decoding=decoding)
+    assert torch.equal(again, expected[0])
 
 
 @pytest.mark.gpu
@@ -167,11 +174,11 @@ def test_writing_tokens_never_waits_for_the_gpu(way):
         steps.append(None)
         return sample_cluster_tokens(logits, noise, labels, 1.15, 4, 0.9, NUM_CLUSTERS)
 
-    model.set_decoding(**way)
+    decoding = Decoding(**way)
     try:
         for _ in range(2):  # a graph is captured in the first round
             steps.clear()
-            write_images(model, texts, sampler)
+            write_images(model, texts, sampler, decoding=decoding)
             torch.cuda.set_sync_debug_mode("default")
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -193,3 +200,133 @@ def test_a_16_bit_model_on_a_cpu_keeps_keys_and_values_in_float32_and_predicts_a
     exact = model.float()(*arguments).logits[:, -LENGTH - 1 : -1]
     rounding = (expected - exact).abs().mean()
     assert (torch.stack(seen, 1) - exact).abs().mean() <= 1.2 * rounding
+
+
+# What decoders can do besides
+
+
+def begun(model, num_sequences=3, max_new=6, **decoding):
+    """A decoder that continues texts of different lengths, and their context."""
+    context = text_to_image(make_texts([4, 1, 6][:num_sequences]), model.config.layout)
+    cache, bias, _ = encode_context(model, context, 1.4, False, "cpu")
+    decoder = Decoding(**decoding).decoder(model, num_sequences, cache.length + max_new, False, "cpu")
+    decoder.begin(cache, bias, torch.ones(num_sequences, dtype=torch.long))
+    return decoder
+
+
+KINDS = {"plain": {"fused": False}, "fused": {}, "fixed": {"compile": True}}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request, monkeypatch):
+    if request.param == "fixed":
+        without_compiler(monkeypatch)
+    return KINDS[request.param]
+
+
+@torch.no_grad()
+def test_several_tokens_at_once_give_the_logits_of_one_by_one(kind):
+    model = make_coglm()
+    tokens, positions = make_image_tokens(3, 5), model.config.layout.image_positions[:5]
+    one_by_one = begun(model, **kind)
+    expected = [one_by_one.append(tokens[:, i : i + 1], positions[i : i + 1]).clone() for i in range(5)]
+    at_once = begun(model, **kind)
+    torch.testing.assert_close(at_once.append_all(tokens, positions), torch.stack(expected, 1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(begun(model, **kind).append(tokens, positions), expected[-1], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_tokens_that_are_taken_back_leave_nothing(kind):
+    model = make_coglm()
+    tokens, positions = make_image_tokens(3, 5), model.config.layout.image_positions[:5]
+    decoder, other = begun(model, **kind), begun(model, **kind)
+    decoder.append(tokens[:, :2], positions[:2])
+    decoder.append_all(make_image_tokens(3, 3, seed=9), positions[2:])
+    decoder.truncate(decoder.cache.length - 3)
+    other.append(tokens[:, :2], positions[:2])
+    logits = [each.append_all(tokens[:, 2:], positions[2:]).clone() for each in (decoder, other)]
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fused", [False, True])
+def test_sequences_that_were_cut_to_different_lengths_go_on_as_each_alone(fused):
+    model = make_coglm()
+    tokens, positions = make_image_tokens(3, 6), model.config.layout.image_positions[:6]
+    decoder, kept = begun(model, fused=fused), torch.tensor([1, 3, 2])
+    start = decoder.cache.length
+    decoder.append_all(
+        make_image_tokens(3, 3, seed=9).where(torch.arange(3) >= kept[:, None], tokens[:, :3]), positions[:3]
+    )
+    decoder.truncate(start + kept)
+    own = kept[:, None] + torch.arange(2)
+    logits = decoder.append_all(tokens.gather(1, own), positions[own])
+    last = decoder.append(tokens.gather(1, kept[:, None] + 2), positions[kept[:, None] + 2])
+    alone = begun(model, fused=fused)
+    expected = alone.append_all(tokens, positions)
+    for row, count in enumerate(kept.tolist()):
+        torch.testing.assert_close(logits[row], expected[row, count : count + 2], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(last[row], expected[row, count + 2], atol=1e-5, rtol=1e-5)
+
+
+def test_steps_of_fixed_shapes_want_one_length(monkeypatch):
+    decoder = begun(make_coglm(), **without_compiler(monkeypatch))
+    decoder.append(make_image_tokens(3, 2), torch.tensor([40, 41]))
+    with pytest.raises(ValueError, match="`length` must be the same for all sequences"):
+        decoder.truncate(decoder.cache.length - torch.tensor([0, 1, 0]))
+
+
+@torch.no_grad()
+def test_sequences_go_on_in_another_order(kind):
+    model, rows = make_coglm(), torch.tensor([2, 0, 2])
+    tokens, positions = make_image_tokens(3, 3), model.config.layout.image_positions[:3]
+    decoder, other = begun(model, **kind), begun(model, **kind)
+    decoder.append(tokens[:, :2], positions[:2])
+    decoder.reorder(rows)
+    logits = decoder.append(tokens[rows, 2:], positions[2:])
+    other.append(tokens[:, :2], positions[:2])
+    torch.testing.assert_close(logits, other.append(tokens[:, 2:], positions[2:])[rows], atol=1e-5, rtol=1e-5)
+
+
+# What is noticed
+
+
+def test_a_model_is_looked_at_again_only_when_it_has_changed(monkeypatch):
+    looked, look = [], decoders.model_refusals
+    monkeypatch.setattr(decoders, "model_refusals", lambda model: looked.append(model) or look(model))
+    model, decoding = make_coglm(), Decoding()
+
+    def write():
+        write_images(model, make_texts([2]), generator=generators(1), decoding=decoding)
+        return len(looked)
+
+    assert [write(), write()] == [1, 1]
+    model.word_embeddings.weight.data.mul_(1.5)  # numbers are read where they are
+    assert write() == 1
+    hook = model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: output)
+    assert [write(), write()] == [2, 2]
+    hook.remove()
+    assert write() == 3
+    model.to(torch.bfloat16)
+    assert write() == 4
+
+
+@pytest.mark.parametrize("way", ["compiled", "captured"])
+def test_changes_between_calls_reach_steps_that_are_kept(way, monkeypatch):
+    model, texts = make_coglm(), make_texts([3])
+    decoding = Decoding(**WAYS[way](monkeypatch))
+
+    def both():
+        pictures = [write_images(model, texts, generator=generators(1), decoding=each) for each in (None, decoding)]
+        assert torch.equal(*pictures)
+        return pictures[0]
+
+    seen = [both()]
+    with torch.no_grad():
+        model.layers[1].mlp.dense_4h_to_h.weight.mul_(-1)
+    seen.append(both())
+    model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: -output)
+    seen.append(both())
+    model.layers[1].attention.dense = torch.nn.Linear(32, 32)
+    seen.append(both())
+    assert all(not torch.equal(one, other) for one, other in itertools.pairwise(seen))

@@ -44,6 +44,7 @@ class Mutation:
 
 
 SEQUENCES, COGLM = "models/cogview2/sequences.py", "models/cogview2/modeling_coglm.py"
+LAYERS, CANVAS = "models/layers.py", "models/cogview2/modeling_coglm_canvas.py"
 TOKEN_SEQUENCE, SAMPLES = "generation/token_sequence.py", "training/samples_cogview2.py"
 LOPAR, ATTENTION, SAMPLING = "schedulers/scheduling_lopar.py", "ops/local_attention.py", "generation/sampling.py"
 VQ = "models/image_tokenizers/modeling_icetk_vq.py"
@@ -81,7 +82,7 @@ MUTATIONS = [
     ),
     Mutation(
         "position: canvas cells without positions",
-        COGLM,
+        CANVAS,
         "self.dropout(self.word_embeddings(canvas_ids) + positions)",
         "self.dropout(self.word_embeddings(canvas_ids))",
         "test_super_resolution",
@@ -117,7 +118,7 @@ MUTATIONS = [
     ),
     Mutation(
         "mask: the canvas sees padded text slots",
-        COGLM,
+        CANVAS,
         '~context.key_mask, float("-inf")',
         '~context.key_mask, float("0")',
         "test_super_resolution",
@@ -146,7 +147,7 @@ MUTATIONS = [
     # the bias
     Mutation(
         "bias: on everything but the text",
-        COGLM,
+        LAYERS,
         "(text_mask * text_attention_bias)[:, None, None]",
         "(~text_mask * text_attention_bias)[:, None, None]",
         "test_text_to_image",
@@ -161,21 +162,21 @@ MUTATIONS = [
     # the transformer
     Mutation(
         "norms: after the residual addition",
-        COGLM,
+        LAYERS,
         "hidden_states + self.attention_output_layernorm(self.dropout(attended))",
         "self.attention_output_layernorm(hidden_states + self.dropout(attended))",
         "test_text_to_image",
     ),
     Mutation(
         "norms: none before the feed-forward layer",
-        COGLM,
+        LAYERS,
         "self.mlp(self.mlp_layernorm(hidden_states))",
         "self.mlp(hidden_states)",
         "test_text_to_image",
     ),
     Mutation(
         "norms: the fourth in the place of the third",
-        COGLM,
+        LAYERS,
         "self.attention_output_layernorm(self.dropout(attended))",
         "self.mlp_output_layernorm(self.dropout(attended))",
         "test_text_to_image",
@@ -196,14 +197,14 @@ MUTATIONS = [
     ),
     Mutation(
         "heads: query, key and value of each head side by side",
-        COGLM,
+        LAYERS,
         "unflatten(-1, (3, self.num_heads, -1))",
         "unflatten(-1, (self.num_heads, 3, -1)).transpose(2, 3)",
         "test_text_to_image",
     ),
     Mutation(
         "projections: the canvas uses the layer's own",
-        COGLM,
+        CANVAS,
         'self.canvas_attention if self.config.super_resolution == "direct" else self.attention',
         "self.attention",
         "test_super_resolution",
@@ -211,14 +212,14 @@ MUTATIONS = [
     # windows
     Mutation(
         "window: five rows by nine columns",
-        COGLM,
+        CANVAS,
         "kernel_size: Sequence[int] = (9, 5),",
         "kernel_size: Sequence[int] = (5, 9),",
         "test_super_resolution",
     ),
     Mutation(
         "window: three by three on the low-resolution tokens",
-        COGLM,
+        CANVAS,
         "cross_kernel_size: Sequence[int] = (5, 5),",
         "cross_kernel_size: Sequence[int] = (3, 3),",
         "test_super_resolution",

@@ -240,16 +240,16 @@ CHANGES = [
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_model_that_is_more_than_its_weights_runs_as_it_is(change):
     model = make_coglm(hidden_dropout=0.1)
-    assert isinstance(decoders.find_decoder(model, 1, 9, False, CPU), FusedDecoder)
+    decoding = decoders.Decoding()
+    assert isinstance(decoding.decoder(model, 1, 9, False, CPU), FusedDecoder)
     change(model)
-    assert type(decoders.find_decoder(model, 1, 9, False, CPU)) is Decoder
+    assert type(decoding.decoder(model, 1, 9, False, CPU)) is Decoder
     assert decoders.fused_decoding_refusals(model, 1, 9, CPU)
 
 
 def test_the_kernel_can_be_refused_and_refuses_what_it_cannot_run():
     model = make_coglm()
-    model.set_decoding(fused=False)
-    assert type(decoders.find_decoder(model, 1, 9, False, CPU)) is Decoder
+    assert type(decoders.Decoding(fused=False).decoder(model, 1, 9, False, CPU)) is Decoder
     assert "65 sequences" in decode_step.decode_step_refusals(torch.float32, "cpu", 65)[0]
     assert "100000 tokens long" in decode_step.decode_step_refusals(torch.float32, "cpu", 1, 100000)[0]
     assert "torch.float64" in decode_step.decode_step_refusals(torch.float64, "cpu")[0]

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cogview_pipelines import CogLMConfig, CogLMModel, CogView2Pipeline, IcetkTokenizer
+from cogview_pipelines import CogView2Pipeline, IcetkTokenizer
 from cogview_pipelines.conversion import convert_to_pipeline, verify
-from cogview_pipelines.conversion.cogview2.layout import STAGES, expected_shapes
+from cogview_pipelines.conversion.cogview2.layout import STAGES, expected_shapes, model_class_of
 from cogview_pipelines.conversion.reader import open_released_model
 
 pytestmark = pytest.mark.slow
@@ -50,8 +50,9 @@ def test_text_tokenizer_gives_the_ids_that_its_authors_show():
 def test_checkpoints_have_the_shapes_of_the_presets(stage, tmp_path):
     with open_released_model(checkpoint(stage.released_name), scratch=tmp_path) as model:
         rows = model.tensors["transformer.word_embeddings.weight"].shape[0]
-        config = CogLMConfig.released(stage.released_name, vocab_size=rows)
-        shapes = {tuple(shape) for shape in expected_shapes(CogLMModel, config).values()}
+        model_class = model_class_of(stage.component)
+        config = model_class.config_class.released(stage.released_name, vocab_size=rows)
+        shapes = {tuple(shape) for shape in expected_shapes(model_class, config).values()}
         assert {tensor.shape for tensor in model.tensors.values()} == shapes
         assert model.config["num_attention_heads"] == config.num_attention_heads
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cogview_pipelines.models.cogview2.modeling_coglm import CogLMCache
+from cogview_pipelines.generation.cache import KeyValueCache
 from cogview_pipelines.schedulers.scheduling_lopar import LoPARScheduler
 from cogview_pipelines.speed.generation_speed import (
     bench_pipeline,
@@ -37,7 +37,7 @@ def counted(function):
 
 def test_the_products_of_a_step_are_those_that_a_step_computes():
     model = make_coglm()
-    cache = CogLMCache(model.config, 3, 4, model.dtype, model.device)
+    cache = KeyValueCache(model.config, 3, 4, model.dtype, model.device)
     ids = make_image_tokens(3, 1)
     assert operations(step_products(model, 3)) == counted(lambda: model(ids, torch.tensor([[7]] * 3), cache=cache))
 
@@ -55,9 +55,7 @@ def test_the_products_of_the_canvas_are_those_that_its_passes_compute(kind):
         else direct_super_resolution(texts, make_image_tokens(2), slots, model.config.layout)
     )
     with torch.no_grad():
-        context = model(
-            sequence.input_ids, sequence.position_ids, sequence.attention_mask, key_mask=sequence.key_mask
-        ).context
+        context = model.encode_context(sequence)
     canvas = make_image_tokens(2, FINE_GRID[0] * FINE_GRID[1]).unflatten(1, FINE_GRID)
     expected = counted(lambda: refine(model, scheduler, context, canvas))
     assert operations(canvas_products(model, scheduler, 2)) == expected

@@ -7,7 +7,14 @@ import pytest
 import torch
 import yaml
 
-from cogview_pipelines import CogLMConfig, CogLMModel, IcetkTokenizer, IcetkVQConfig, IcetkVQModel, LoPARScheduler
+from cogview_pipelines import (
+    CogLMCanvasModel,
+    CogLMConfig,
+    IcetkTokenizer,
+    IcetkVQConfig,
+    IcetkVQModel,
+    LoPARScheduler,
+)
 from cogview_pipelines.demo import NATIVE_SIZE, STYLES, Scope
 from cogview_pipelines.training.arguments import parse_config
 from cogview_pipelines.training.data.tokens import TokenData
@@ -113,7 +120,7 @@ def make_models(name, configs, tokenizer_folder, tmp_path) -> dict[str, torch.nn
         models = {"vqvae": IcetkVQModel(IcetkVQConfig(**json.loads(configs["vq"].model)))}
         first = configs["coglm"] if name == "gpu" else small_config("coglm_small_first")
         coglm = models["transformer"] = load_script("train_coglm").make_model(first, tokenizer, data)
-        models["direct_sr_transformer"] = CogLMModel.from_transformer(
+        models["direct_sr_transformer"] = CogLMCanvasModel.from_transformer(
             coglm, "direct", GRIDS[name][1], **json.loads(direct.model)
         )
         if iterative.from_scratch:
@@ -121,7 +128,7 @@ def make_models(name, configs, tokenizer_folder, tmp_path) -> dict[str, torch.nn
             iterative.transformer = str(tmp_path)
             models["iterative_sr_transformer"] = load_script("train_iterative_sr").make_model(iterative, data)
         else:
-            models["iterative_sr_transformer"] = CogLMModel.from_transformer(
+            models["iterative_sr_transformer"] = CogLMCanvasModel.from_transformer(
                 coglm, "iterative", GRIDS[name][1], **json.loads(iterative.model)
             )
     return models

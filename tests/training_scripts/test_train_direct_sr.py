@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from cogview_pipelines import CogLMModel
+from cogview_pipelines import CogLMCanvasModel, CogLMModel
 from cogview_pipelines.models.cogview2.sequences import direct_super_resolution
 from cogview_pipelines.training.data.draws import Draw
 from cogview_pipelines.training.data.tokens import TokenData
@@ -49,7 +49,7 @@ def test_only_canvas_weights_train(run, untrained, options):
         pytest.skip("torch < 2.9")
     model = run(**options)
     trained = dict(model.named_parameters())
-    start = CogLMModel.from_transformer(untrained, "direct", (12, 12), num_text_slots=30, **WINDOWS)
+    start = CogLMCanvasModel.from_transformer(untrained, "direct", (12, 12), num_text_slots=30, **WINDOWS)
     for name, value in start.named_parameters():
         assert torch.equal(value, trained[name]) is ("canvas_" not in name), name
 
@@ -61,18 +61,17 @@ def test_the_saved_file_holds_canvas_weights_only_and_borrows_the_rest(run, untr
         names = set(file.keys())
     assert names == {name for name, _ in model.named_parameters() if "canvas_" in name}
 
-    loaded = CogLMModel.from_pretrained(tmp_path / "run/final").eval()
+    loaded = CogLMCanvasModel.from_pretrained(tmp_path / "run/final").eval()
     texts = [[60, 61, 62], [57, 58]]
     tokens = torch.zeros(2, 16, dtype=torch.long)
     context = direct_super_resolution(texts, tokens, 30, loaded.config.layout)
     canvas = torch.full((2, 144), loaded.config.boi_token_id)
-    inputs = (context.input_ids, context.position_ids, context.attention_mask)
     with pytest.raises(ValueError, match="Lend it first"):
-        loaded(*inputs, canvas_ids=canvas)
+        loaded(canvas, context)
     loaded.share_backbone(untrained)
     assert loaded.word_embeddings.weight is untrained.word_embeddings.weight
     with torch.no_grad():
-        assert torch.equal(loaded(*inputs, canvas_ids=canvas).logits, model.eval()(*inputs, canvas_ids=canvas).logits)
+        assert torch.equal(loaded(canvas, context).logits, model.eval()(canvas, context).logits)
 
 
 def test_training_goes_on_from_this_stage_on_another_coglm(run, untrained, tmp_path):
@@ -87,7 +86,7 @@ def test_training_goes_on_from_this_stage_on_another_coglm(run, untrained, tmp_p
     assert torch.equal(second.final_layernorm.weight, changed.final_layernorm.weight)
     for (name, before), after in zip(first.named_parameters(), second.parameters()):
         assert torch.equal(before, after) or "canvas_" not in name
-    with pytest.raises(ValueError, match="`init_from` must have `super_resolution`"):
+    with pytest.raises(ValueError, match="`CogLMCanvasModel` reads models of the type 'coglm_canvas'"):
         run(**{**options, "init_from": other})
     with pytest.raises(ValueError, match="`init_from` must have `super_resolution`"):
         run("--train_backbone", **options)
@@ -104,7 +103,7 @@ def test_with_train_backbone_everything_that_counts_trains_and_is_saved(run, unt
         "layers.1.attention.dense.weight",  # of no effect: the canvas reads only keys and values of the last layer
         "layers.1.attention.dense.bias",
     }
-    loaded = CogLMModel.from_pretrained(tmp_path / "run/final")
+    loaded = CogLMCanvasModel.from_pretrained(tmp_path / "run/final")
     assert not loaded.config.shares_backbone
     for name, value in model.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name]), name
@@ -136,7 +135,7 @@ def test_the_canvas_is_unknown_and_texts_are_as_long_as_in_generation(script, to
         config = script.DirectSRTrainConfig(
             output_dir="unused", data="unused", tokenizer="unused", transformer=str(coglm_folder)
         )
-        model = CogLMModel.from_transformer(
+        model = CogLMCanvasModel.from_transformer(
             CogLMModel.from_pretrained(coglm_folder, dtype=torch.float32), "direct", (12, 12), **options
         )
         batch = script.make_batch(config, model, data, Draw(0, range(40)))

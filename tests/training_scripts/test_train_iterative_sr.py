@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cogview_pipelines import CogLMModel, LoPARScheduler
+from cogview_pipelines import CogLMCanvasModel, CogLMModel, LoPARScheduler
 from cogview_pipelines.generation.token_sequence import IGNORED_LABEL
 from cogview_pipelines.training.data.draws import Draw
 from cogview_pipelines.training.data.tokens import TokenData
@@ -101,7 +101,7 @@ def test_it_starts_from_the_coglm_and_is_saved_whole(run, coglm_folder, tmp_path
     start = CogLMModel.from_pretrained(coglm_folder, dtype=torch.float32)
     for name, value in start.state_dict().items():
         assert (model.state_dict()[name] - value).abs().max() < 1e-4, name
-    loaded = CogLMModel.from_pretrained(tmp_path / "run/final")
+    loaded = CogLMCanvasModel.from_pretrained(tmp_path / "run/final")
     assert loaded.config.super_resolution == "iterative" and not loaded.config.shares_backbone
     for name, value in model.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name]), name
@@ -114,7 +114,7 @@ def test_from_scratch_takes_the_shape_only_and_other_options_win(run, coglm_fold
     assert (model.config.hidden_size, model.config.num_hidden_layers) == (16, 1)
     assert model.config.intermediate_size == start.config.intermediate_size  # given, so it does not follow the width
     assert model.config.vocab_size == start.config.vocab_size and model.config.fine_grid == (12, 12)
-    assert CogLMModel.from_pretrained(tmp_path / "run/final").config.num_text_slots == 4
+    assert CogLMCanvasModel.from_pretrained(tmp_path / "run/final").config.num_text_slots == 4
 
 
 @pytest.mark.parametrize("rows, columns, sigma", [(12, 12, None), (60, 18, None), (8, 8, 4), (10, 20, 10), (7, 9, 1)])

@@ -25,7 +25,7 @@ def bench(
     before = resident_bytes()  # by now everything is imported
     pipe = load_pipeline(model, device, dtype)
     pipe.set_progress_bar_config(disable=True)
-    pipe.transformer.set_decoding(compile=compile, cuda_graph=cuda_graph)
+    pipe.set_decoding(compile=compile, cuda_graph=cuda_graph)
     for size in batch_size:
         with failures():
             line = bench_pipeline(pipe, size, seconds, before=before) | {"compile": compile, "cuda_graph": cuda_graph}

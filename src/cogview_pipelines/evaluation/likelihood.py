@@ -32,7 +32,7 @@ def caption_losses(
     before English texts, too: `languages=["zh"] * len(texts)`.)
 
     Args:
-        transformer ([`CogLMModel`]): A model without super-resolution.
+        transformer ([`CogLMModel`]): The model.
         tokenizer ([`IcetkTokenizer`]): Text to ids.
         tokens (`torch.Tensor` of shape `(num_pairs, rows, columns)` or `(num_pairs, image_length)`):
             Low-resolution image tokens.
@@ -106,7 +106,7 @@ def image_losses(
     Mean cross-entropy per image token of each picture, given a text: the other direction, as in text to image.
 
     Args:
-        transformer ([`CogLMModel`]): A model without super-resolution.
+        transformer ([`CogLMModel`]): The model.
         tokens (`torch.Tensor` of shape `(num_pairs, rows, columns)` or `(num_pairs, image_length)`):
             Low-resolution image tokens.
         texts (sequence of sequences of `int`): Token ids of one text per picture.

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..models.cogview2.modeling_coglm import CogLMContext, CogLMModel
+from ..models.cogview2.modeling_coglm_canvas import CogLMCanvasModel, CogLMContext
 from ..schedulers.scheduling_lopar import LoPARScheduler
 from .sampling import FiniteCheck, Generators, draw_noise
 from .token_sequence import TokenSequence
@@ -15,7 +15,7 @@ LOGITS_BYTES = 128 * 2**20
 
 @torch.no_grad()
 def refine(
-    model: CogLMModel,
+    model: CogLMCanvasModel,
     scheduler: LoPARScheduler,
     context: TokenSequence | CogLMContext,
     tokens: torch.Tensor | None = None,
@@ -33,9 +33,9 @@ def refine(
     the result has the same distribution as drawing all of them.
 
     Args:
-        model (`CogLMModel`): A model with super-resolution.
+        model (`CogLMCanvasModel`): Direct or iterative super-resolution.
         scheduler (`LoPARScheduler`): Which cells in which pass, and how they are drawn.
-        context (`TokenSequence` or `CogLMContext`): What the canvas sees; encoded once.
+        context (`TokenSequence` or `CogLMContext`): What the canvas sees; encoded once, in the first pass.
         tokens (`torch.Tensor` of shape `(batch_size, rows, columns)`, *optional*): The canvas to start from; by
             default all unknown.
         cluster_labels (`torch.Tensor` of shape `(num_image_tokens,)`, *optional*): Needed for cluster sampling.
@@ -55,10 +55,7 @@ def refine(
     rows, columns = model.config.fine_grid
     if isinstance(context, TokenSequence):
         context = context.to(device)
-        context = model(
-            context.input_ids, context.position_ids, context.attention_mask, key_mask=context.key_mask
-        ).context
-    batch_size = context.key_mask.shape[0]
+    batch_size = len(context)
     boi = model.config.boi_token_id
     canvas = torch.full((batch_size, rows, columns), boi, device=device) if tokens is None else tokens.to(device)
     noise = draw_noise((batch_size, rows, columns, 2), generator, device)
@@ -78,12 +75,11 @@ def refine(
         cells = drawn.flatten().nonzero()[:, 0].to(device)
         if len(cells):
             visible = canvas.masked_fill(masked, boi).flatten(1)
-            states = model(
-                canvas_ids=visible, context=context, logits_positions=cells, output_logits=False
-            ).last_hidden_state
+            output = model(visible, context, logits_positions=cells, output_logits=False)
+            context = output.context  # encoded in the first pass
             canvas = canvas.clone()
-            for part, some in zip(cells.split(num_cells), states.split(num_cells, 1)):
-                logits = model(last_hidden_state=some).logits
+            for part, some in zip(cells.split(num_cells), output.last_hidden_state.split(num_cells, 1)):
+                logits = model.logits(some)
                 check.see(logits)
                 canvas.view(batch_size, -1)[:, part] = scheduler.draw(
                     logits, timestep, noise.flatten(1, 2)[:, part], cluster_labels, num_clusters

@@ -1,9 +1,10 @@
 """
-One more token for every sequence: the step that [`generation.generate`] repeats, in each way that it can run.
+One more token for every sequence: the step that text to image, completion and captions repeat, in each way that it
+can run.
 
 [`Decoder`] runs the model as it is. On a CPU, [`FusedDecoder`] runs all of a step in one kernel. [`StaticDecoder`]
 runs the model on tensors of fixed shapes at fixed addresses, so that one compilation and one captured CUDA graph serve
-all steps and prompts. `CogLMModel.set_decoding` says which.
+all steps and prompts. [`Decoding`] says which, and keeps what can be used again.
 """
 
 from collections.abc import Callable
@@ -13,24 +14,16 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..models.cogview2.modeling_coglm import (
-    CogLMAttention,
-    CogLMCache,
-    CogLMConfig,
-    CogLMDropout,
-    CogLMLayer,
-    CogLMMLP,
-    CogLMModel,
-    CogLMTokenEmbedding,
-    attention_bias,
-)
+from ..models.cogview2.modeling_coglm import CogLMConfig, CogLMModel
+from ..models.layers import DenseAttention, FeedForward, LazyDropout, SandwichLayer, TokenEmbedding, attention_bias
 from ..ops.decode_step import LAYER_PARTS, DecodeStep, decode_step_refusals
+from .cache import KeyValueCache, SlotCache
 from .token_sequence import TokenSequence
 
 # A fixed step reads a whole number of blocks of the cache: few variants, and little that is masked.
 BLOCK = 128
 # All that a CogLM consists of, as the fused step knows it.
-_PLAIN_MODULES = {CogLMModel, CogLMLayer, CogLMAttention, CogLMMLP, CogLMDropout, CogLMTokenEmbedding}
+_PLAIN_MODULES = {CogLMModel, SandwichLayer, DenseAttention, FeedForward, LazyDropout, TokenEmbedding}
 _PLAIN_MODULES |= {nn.Embedding, nn.LayerNorm, nn.Linear, nn.ModuleList}
 
 
@@ -39,7 +32,7 @@ class Decoder:
     Sequences that grow, and the logits of what comes next.
 
     Args:
-        model (`CogLMModel`): A model without super-resolution.
+        model (`CogLMModel`): The model.
         num_sequences (`int`): Number of sequences.
         max_length (`int`): The longest that they will get.
         full_vocabulary (`bool`): Logits of all tokens, not of image tokens only.
@@ -50,16 +43,16 @@ class Decoder:
         self, model: CogLMModel, num_sequences: int, max_length: int, full_vocabulary: bool, device: torch.device | str
     ):
         self.model, self.full_vocabulary = model, full_vocabulary
-        self.cache = CogLMCache(model.config, num_sequences, max_length, cache_dtype(model, device), device)
+        self.cache = KeyValueCache(model.config, num_sequences, max_length, cache_dtype(model, device), device)
         self.bias = torch.zeros(num_sequences, 1, max_length, dtype=self.cache.dtype, device=device)
         self.hidden = torch.finfo(self.cache.dtype).min / 2
 
-    def begin(self, context: CogLMCache, context_bias: torch.Tensor, repeats: torch.Tensor) -> None:
+    def begin(self, context: KeyValueCache, context_bias: torch.Tensor, repeats: torch.Tensor) -> None:
         """
         Start from encoded contexts, of which each is continued by `repeats` sequences.
 
         Args:
-            context (`CogLMCache`): Their keys and values.
+            context (`KeyValueCache`): Their keys and values.
             context_bias (`torch.Tensor` of shape `(num_contexts, 1, context_length)`): Added to the scores of their
                 keys in every step.
             repeats (`torch.Tensor` of shape `(num_contexts,)`): They add up to the number of sequences.
@@ -79,21 +72,62 @@ class Decoder:
         Returns:
             `torch.Tensor` of shape `(num_sequences, tokens)`: float32. The next call may overwrite it.
         """
+        return self._read(input_ids, position_ids, input_ids.shape[1] - 1)[:, 0]
+
+    def append_all(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """
+        Append tokens as `append` does, and predict what follows each of them.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(num_sequences, new)`): Each sees those before it.
+            position_ids (`torch.Tensor` of shape `(new,)` or `(num_sequences, new)`): Their position ids.
+
+        Returns:
+            `torch.Tensor` of shape `(num_sequences, new, tokens)`: float32.
+        """
+        return self._read(input_ids, position_ids, 0)
+
+    def truncate(self, length: int | torch.Tensor) -> None:
+        """
+        Forget the end of the sequences, so that others can be tried.
+
+        Args:
+            length (`int` or `torch.Tensor` of shape `(num_sequences,)`): What stays, of all or of each.
+        """
+        self.cache.truncate(length)
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Go on with these sequences; `rows` has as many entries as there are sequences, some of them alike."""
+        self.cache.reorder(rows)
+        self.bias.copy_(self.bias[rows])
+
+    def _read(self, input_ids: torch.Tensor, position_ids: torch.Tensor, first: int) -> torch.Tensor:
+        """Append tokens; logits after them, from the `first` on."""
         new = input_ids.shape[1]
-        bias = self.bias[:, :, : self.cache.length + new]
-        if new > 1:
-            later = torch.full((new, new), self.hidden, dtype=bias.dtype, device=bias.device).triu(1)
-            bias = bias.repeat(1, new, 1)
-            bias[:, :, self.cache.length :] = later
-        last = torch.tensor([new - 1], device=input_ids.device) if new > 1 else None
+        wanted = torch.arange(first, new, device=input_ids.device) if first else None
         return self.model(
             input_ids,
             position_ids.expand(len(input_ids), -1),
-            bias,
+            self._bias_of_new(new),
             cache=self.cache,
-            logits_positions=last,
+            logits_positions=wanted,
             full_vocabulary=self.full_vocabulary,
-        ).logits[:, -1]
+        ).logits
+
+    def _bias_of_new(self, new: int) -> torch.Tensor:
+        """What is added to the scores of `new` tokens, `(num_sequences, new, keys)`: none sees those after it."""
+        length, lengths = self.cache.length, self.cache.lengths
+        bias = self.bias[:, :, : length + new]
+        if lengths is not None:
+            # where each sequence has its own length, all beyond it is old
+            columns = torch.arange(length + new, device=bias.device)
+            last = lengths[:, None] + torch.arange(new, device=bias.device)
+            return torch.where(columns <= last[..., None], bias, self.hidden)
+        if new > 1:
+            later = torch.full((new, new), self.hidden, dtype=bias.dtype, device=bias.device).triu(1)
+            bias = bias.repeat(1, new, 1)
+            bias[:, :, length:] = later
+        return bias
 
 
 class FusedDecoder(Decoder):
@@ -113,14 +147,14 @@ class FusedDecoder(Decoder):
         )
 
     def append(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        if input_ids.shape[1] > 1:
+        if input_ids.shape[1] > 1 or self.cache.lengths is not None:
             return super().append(input_ids, position_ids)
         logits = self.step(input_ids[:, 0], int(position_ids[0]), self.cache.length, self.cache.layers)
-        self.cache.length += 1
+        self.cache.advance(1)
         return logits
 
 
-def _step_parts(layer: CogLMLayer) -> dict[str, nn.Module]:
+def _step_parts(layer: SandwichLayer) -> dict[str, nn.Module]:
     """Where the kernel finds what."""
     inside = {"query_key_value": layer.attention, "dense": layer.attention}
     inside |= {"dense_h_to_4h": layer.mlp, "dense_4h_to_h": layer.mlp}
@@ -134,7 +168,7 @@ def fused_decoding_refusals(
     Why [`FusedDecoder`] cannot run a model: reasons of the kernel, and all that makes the model more than its weights.
 
     Args:
-        model (`CogLMModel`): A model without super-resolution.
+        model (`CogLMModel`): The model.
         num_sequences (`int`): Number of sequences.
         max_length (`int`): The longest that they will get.
         device (`torch.device`): Where to compute.
@@ -142,13 +176,26 @@ def fused_decoding_refusals(
     Returns:
         `list[str]`: One reason a line; empty where it can.
     """
+    return call_refusals(model, num_sequences, max_length, device) + model_refusals(model)
+
+
+def call_refusals(model: CogLMModel, num_sequences: int, max_length: int, device: torch.device | str) -> list[str]:
+    """The part of [`fused_decoding_refusals`] that differs from call to call."""
     reasons = decode_step_refusals(model.dtype, device, num_sequences, max_length)
-    if [getattr(layer, "index", None) for layer in model.layers] != list(range(model.config.num_hidden_layers)):
-        reasons.append("its layers are not those of its config, in order")
     if torch.is_autocast_enabled("cpu"):
         reasons.append("autocast is on")
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         reasons.append("all modules have hooks")
+    return reasons
+
+
+def model_refusals(model: CogLMModel) -> list[str]:
+    """The part of [`fused_decoding_refusals`] that lies in the model, module by module and weight by weight."""
+    if type(model) is not CogLMModel:
+        return [f"the model is a {type(model).__name__}"]
+    reasons = []
+    if [getattr(layer, "index", None) for layer in model.layers] != list(range(model.config.num_hidden_layers)):
+        reasons.append("its layers are not those of its config, in order")
     for name, module in model.named_modules():
         # a changed class is an adapter, a quantised layer or a parametrised one; a `forward` of its own, offloading
         if type(module) not in _PLAIN_MODULES:
@@ -168,9 +215,9 @@ def fused_decoding_refusals(
 
 
 def _dropout(module: nn.Module) -> float:
-    if isinstance(module, CogLMAttention):
+    if isinstance(module, DenseAttention):
         return module.dropout
-    return module.p if isinstance(module, CogLMDropout) else 0.0
+    return module.p if isinstance(module, LazyDropout) else 0.0
 
 
 def _is_configured(name: str, module: nn.Module, config: CogLMConfig) -> bool:
@@ -183,7 +230,7 @@ def _is_configured(name: str, module: nn.Module, config: CogLMConfig) -> bool:
         return shape == linear.get(name) and module.bias is not None
     if isinstance(module, nn.LayerNorm):
         return shape == (hidden,) and module.bias is not None and module.eps == config.layer_norm_eps
-    if isinstance(module, CogLMTokenEmbedding):
+    if isinstance(module, TokenEmbedding):
         return shape[1:] == (hidden,) and shape[0] >= config.num_image_tokens
     return not isinstance(module, nn.Embedding) or shape[1:] == (hidden,)
 
@@ -196,12 +243,11 @@ class StaticDecoder(Decoder):
     Args:
         compile (`bool`): Run the step through `torch.compile`.
         cuda_graph (`bool`): Capture it and replay the capture.
-        key (`tuple`): What a captured step depends on; see [`find_decoder`].
     """
 
-    def __init__(self, *args, compile: bool, cuda_graph: bool, key: tuple):
+    def __init__(self, *args, compile: bool, cuda_graph: bool):
         super().__init__(*args)
-        self.compile, self.cuda_graph, self.key = compile, cuda_graph, key
+        self.compile, self.cuda_graph = compile, cuda_graph
         num_sequences, _, max_length = self.bias.shape
         device = self.bias.device
         self.input_ids = torch.zeros(num_sequences, 1, dtype=torch.long, device=device)
@@ -212,15 +258,27 @@ class StaticDecoder(Decoder):
 
     def append(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         for column in range(input_ids.shape[1]):
-            self.input_ids.copy_(input_ids[:, column : column + 1])
-            self.position_ids.copy_(position_ids[column].expand_as(self.position_ids))
-            self.slot.fill_(self.cache.length)
-            self.cache.length += 1
-            visible = min(-(-self.cache.length // BLOCK) * BLOCK, len(self.columns))
-            if visible not in self.steps:
-                self.steps[visible] = self._make_step(visible)
-            logits = self.steps[visible]()
+            logits = self._append_one(input_ids[:, column : column + 1], position_ids[..., column : column + 1])
         return logits
+
+    def append_all(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        columns = [slice(column, column + 1) for column in range(input_ids.shape[1])]
+        return torch.stack([self._append_one(input_ids[:, one], position_ids[..., one]).clone() for one in columns], 1)
+
+    def truncate(self, length: int | torch.Tensor) -> None:
+        super().truncate(length)
+        if self.cache.lengths is not None:
+            raise ValueError("`length` must be the same for all sequences where steps have fixed shapes.")
+
+    def _append_one(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        self.input_ids.copy_(input_ids)
+        self.position_ids.copy_(position_ids.expand_as(self.position_ids))
+        self.slot.fill_(self.cache.length)
+        self.cache.advance(1)
+        visible = min(-(-self.cache.length // BLOCK) * BLOCK, len(self.columns))
+        if visible not in self.steps:
+            self.steps[visible] = self._make_step(visible)
+        return self.steps[visible]()
 
     def _make_step(self, visible: int) -> Callable[[], torch.Tensor]:
         """A function without arguments that reads and writes the fixed tensors only."""
@@ -265,7 +323,7 @@ def _predict(
 ) -> torch.Tensor:
     """Logits after one token, whose keys and values go to `slot`, with attention to the first `visible` keys."""
     seen = torch.where(columns[:visible] <= slot, bias[:, :, :visible], hidden)
-    cache = CogLMCache.at_slot(layers, slot, visible)
+    cache = SlotCache(layers, slot, visible)
     return model(input_ids, position_ids, seen, cache=cache, full_vocabulary=full_vocabulary).logits[:, -1]
 
 
@@ -276,10 +334,11 @@ def _compiled_prediction(device_type: str) -> Callable[..., torch.Tensor]:
     compiled = torch.compile(_predict, fullgraph=True, dynamic=False, options=options)
 
     def run(*args) -> torch.Tensor:
-        # there is one variant for each batch size and number of blocks, and more of them than the default allows; for
-        # one query, the compiler's own fusion of products and softmax beats the attention kernels
+        # there is one variant for each batch size and number of blocks, and more of them than the default allows;
+        # hooks that come later must be noticed; for one query, the compiler's own fusion of products and softmax beats
+        # the attention kernels
         math_only = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-        with torch._dynamo.config.patch(recompile_limit=256), math_only:
+        with torch._dynamo.config.patch(recompile_limit=256, skip_nnmodule_hook_guards=False), math_only:
             return compiled(*args)
 
     return run
@@ -296,16 +355,16 @@ def encode_context(
     text_attention_bias: float,
     full_vocabulary: bool,
     device: torch.device | str,
-) -> tuple[CogLMCache, torch.Tensor, torch.Tensor]:
+) -> tuple[KeyValueCache, torch.Tensor, torch.Tensor]:
     """
     Read contexts in one forward pass.
 
     Returns:
-        `tuple[CogLMCache, torch.Tensor, torch.Tensor]`: Their keys and values, what is added to the scores of these
+        `tuple[KeyValueCache, torch.Tensor, torch.Tensor]`: Their keys and values, what is added to the scores of these
             keys in later steps, `(num_contexts, 1, length)`, and the logits after them, `(num_contexts, tokens)`.
     """
     length = context.input_ids.shape[1]
-    cache = CogLMCache(model.config, len(context), length, cache_dtype(model, device), device)
+    cache = KeyValueCache(model.config, len(context), length, cache_dtype(model, device), device)
     logits = model(
         context.input_ids,
         context.position_ids,
@@ -320,46 +379,96 @@ def encode_context(
     return cache, bias[:, 0], logits
 
 
-def find_decoder(
-    model: CogLMModel, num_sequences: int, max_length: int, full_vocabulary: bool, device: torch.device | str
-) -> Decoder:
+class Decoding:
     """
-    A decoder of the kind that `model.set_decoding` asks for. That of fixed shapes is kept for later calls, and made
-    anew for another number of sequences, longer ones, or weights at other addresses.
+    How tokens are appended, and what is kept for the next call: held by whoever decodes, a pipeline, for one.
 
-    Raises:
-        ValueError: If a CUDA graph is asked for on another device, or of weights that are not on it.
+    A step is small, and what surrounds its matrix products can take longer than they do. `compile` and `cuda_graph`
+    give a step fixed shapes and keep its memory (keys and values of the last batch size) as long as this lives.
+
+    What a model allows is looked at once, and again when its modules, hooks, dtype or device or the places of its
+    weights have changed.
+
+    Args:
+        compile (`bool`): Run the step through `torch.compile`. It takes a C++ compiler, on a GPU Triton, and a minute
+            or so for each new batch size.
+        cuda_graph (`bool`): Capture the step and replay it, with one launch for all of its kernels. It takes a CUDA
+            device, on which all weights stay, and a fraction of a second for each new batch size.
+        fused (`bool`, defaults to `True`): On a CPU, without the other two, run all of a step in one kernel where
+            there is one for it: built, for plain weights without hooks. It sums in float32 whatever the weights are,
+            so that 16-bit models may draw another token where two are nearly tied.
     """
-    decoding = model.decoding
-    if not decoding.compile and not decoding.cuda_graph:
-        fused = decoding.fused and not fused_decoding_refusals(model, num_sequences, max_length, device)
+
+    def __init__(self, compile: bool = False, cuda_graph: bool = False, fused: bool = True):
+        self.compile, self.cuda_graph, self.fused = compile, cuda_graph, fused
+        self._state: tuple | None = None  # of the model that the rest belongs to
+        self._refusals: list[str] = []
+        self._static: tuple[tuple, StaticDecoder] | None = None
+
+    def decoder(
+        self,
+        model: CogLMModel,
+        num_sequences: int,
+        max_length: int,
+        full_vocabulary: bool,
+        device: torch.device | str,
+    ) -> Decoder:
+        """
+        A decoder for new sequences. That of fixed shapes is kept for later calls, and made anew for another number of
+        sequences, longer ones, or a model that has changed.
+
+        Args:
+            model, num_sequences, max_length, full_vocabulary, device: As for [`Decoder`].
+
+        Raises:
+            ValueError: If a CUDA graph is asked for on another device, or of weights that are not on it.
+        """
+        state = _state(model)
+        if self._state != state:
+            self._static = None  # its memory goes before the next takes its own
+            self._refusals = model_refusals(model) if self.fused and not (self.compile or self.cuda_graph) else []
+            self._state = state
+        device = torch.device(device)
+        if self.compile or self.cuda_graph:
+            return self._static_decoder(model, num_sequences, max_length, full_vocabulary, device)
+        fused = self.fused and not self._refusals
+        fused = fused and not call_refusals(model, num_sequences, max_length, device)
         return (FusedDecoder if fused else Decoder)(model, num_sequences, max_length, full_vocabulary, device)
-    device = torch.device(device)
-    if decoding.cuda_graph and device.type != "cuda":
-        raise ValueError(f"`cuda_graph=True` needs a CUDA device, but the model computes on {device}.")
-    addresses = _addresses(model) if decoding.cuda_graph else ()
-    if any(one.type != device.type for one, _ in addresses):
-        raise ValueError(
-            "`cuda_graph=True` needs all weights to stay on the GPU, but some are elsewhere between calls. Leave it "
-            "out with group or sequential offloading."
-        )
-    # of all prompts, so that one capture serves them; whole blocks, so that the last one is no variant of its own
-    longest = max(max_length, model.config.max_text_tokens + 1 + model.config.layout.image_length)
-    longest = -(-longest // BLOCK) * BLOCK
-    key = (num_sequences, longest, full_vocabulary, device, model.dtype, decoding, addresses)
-    if decoding.decoder is None or decoding.decoder.key != key:
-        decoding.decoder = None  # its memory goes before the next takes its own
-        decoding.decoder = StaticDecoder(
-            model,
-            num_sequences,
-            longest,
-            full_vocabulary,
-            device,
-            compile=decoding.compile,
-            cuda_graph=decoding.cuda_graph,
-            key=key,
-        )
-    return decoding.decoder
+
+    def _static_decoder(
+        self, model: CogLMModel, num_sequences: int, max_length: int, full_vocabulary: bool, device: torch.device
+    ) -> StaticDecoder:
+        if self.cuda_graph and device.type != "cuda":
+            raise ValueError(f"`cuda_graph=True` needs a CUDA device, but the model computes on {device}.")
+        addresses = _addresses(model) if self.cuda_graph else ()
+        if any(place.type != device.type for place, _ in addresses):
+            raise ValueError(
+                "`cuda_graph=True` needs all weights to stay on the GPU, but some are elsewhere between calls. Leave "
+                "it out with group or sequential offloading."
+            )
+        # of all prompts, so that one capture serves them; whole blocks, so that the last one is no variant of its own
+        longest = -(-max(max_length, model.config.longest_sequence) // BLOCK) * BLOCK
+        key = (num_sequences, longest, full_vocabulary, device, torch.is_autocast_enabled(device.type), addresses)
+        if self._static is None or self._static[0] != key:
+            self._static = None
+            ways = {"compile": self.compile, "cuda_graph": self.cuda_graph}
+            self._static = key, StaticDecoder(model, num_sequences, longest, full_vocabulary, device, **ways)
+        return self._static[1]
+
+
+# Of modules: what decoders rely on, besides their class and weights.
+_SETTINGS = ("eps", "p", "dropout", "index", "num_heads", "pb_relaxation_alpha", "training")
+
+
+def _state(model: nn.Module) -> tuple:
+    """All of a model that a decoder relies on but the numbers in its weights, which it reads where they are."""
+    modules = []
+    for module in model.modules():
+        own = vars(module)
+        hooks = (*module._forward_hooks, *module._forward_pre_hooks)
+        modules.append((id(module), type(module), id(own.get("forward")), hooks, *map(own.get, _SETTINGS)))
+    weights = [(type(each.data), each.dtype, each.device, each.shape, each.stride()) for each in model.parameters()]
+    return modules, weights
 
 
 def _addresses(model: CogLMModel) -> tuple[tuple[torch.device, int], ...]:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..models.cogview2.modeling_coglm import CogLMCache, CogLMModel
+from ..models.cogview2.modeling_coglm import CogLMModel
+from .decoders import Decoding, encode_context
 from .sampling import FiniteCheck, Generators, draw_noise
 from .token_sequence import TokenSequence
 
@@ -31,34 +32,33 @@ class WrittenText:
         return sum(self.log_probabilities) / max(len(self.log_probabilities), 1)
 
 
-class _Decoder:
-    """The model with the cache of its sequences, one token a step."""
+class _Writer:
+    """A decoder that continues each context in `num_copies` ways, and what it predicts next."""
 
-    def __init__(self, model: CogLMModel, context: TokenSequence, max_length: int, num_copies: int, device):
+    def __init__(
+        self,
+        model: CogLMModel,
+        context: TokenSequence,
+        max_length: int,
+        num_copies: int,
+        device: torch.device | str,
+        decoding: Decoding | None,
+    ):
         context = context.to(device)
-        self.model, self.length = model, context.input_ids.shape[1]
-        self.cache = CogLMCache(model.config, len(context), self.length + max_length, model.dtype, device)
-        output = model(
-            context.input_ids,
-            context.position_ids,
-            context.attention_mask,
-            cache=self.cache,
-            logits_positions=torch.tensor([self.length - 1], device=device),
-            full_vocabulary=True,
-        )
-        self.cache = self.cache.repeat_interleave(num_copies)
-        self.logits = output.logits[:, -1].repeat_interleave(num_copies, 0)
-        self.position = int(context.position_ids[0, -1])  # every context ends with its start token
+        cache, bias, logits = encode_context(model, context, 0.0, True, device)
+        decoding = Decoding() if decoding is None else decoding
+        self.decoder = decoding.decoder(model, len(context) * num_copies, cache.length + max_length, True, device)
+        self.decoder.begin(cache, bias, torch.full((len(context),), num_copies, device=device))
+        self.logits = logits.repeat_interleave(num_copies, 0)
+        # every context ends with its start token
+        self.positions = context.position_ids[0, -1] + 1 + torch.arange(max_length, device=device)
+        self.num_written = 0
 
     def append(self, tokens: torch.Tensor) -> None:
         """One more token for each sequence; the logits are then those of the next."""
-        self.position += 1
-        positions = torch.full_like(tokens, self.position)[:, None]
-        self.logits = self.model(tokens[:, None], positions, cache=self.cache, full_vocabulary=True).logits[:, -1]
-
-    def reorder(self, rows: torch.Tensor) -> None:
-        """Go on with these rows of the batch."""
-        self.cache.reorder(rows)
+        position = self.positions[self.num_written : self.num_written + 1]
+        self.logits = self.decoder.append(tokens[:, None], position)
+        self.num_written += 1
 
 
 @torch.no_grad()
@@ -73,12 +73,13 @@ def write_texts(
     num_texts_per_context: int = 1,
     generator: Generators = None,
     device: torch.device | str | None = None,
+    decoding: Decoding | None = None,
 ) -> list[WrittenText]:
     """
     Write texts token by token; those that have ended wait for the others.
 
     Args:
-        model (`CogLMModel`): A model without super-resolution.
+        model (`CogLMModel`): The model.
         context (`TokenSequence`): Of `sequences.caption`; encoded once for all texts of a picture.
         choose: Function of float32 logits `(batch_size, tokens)` and noise `(batch_size, 2)` that returns tokens
             `(batch_size,)`: the way to sample.
@@ -88,11 +89,12 @@ def write_texts(
         num_texts_per_context (`int`): They come context by context.
         generator: One generator, or one per text.
         device (`torch.device`, *optional*): Where to compute if hooks move the model; default: where it is.
+        decoding (`Decoding`, *optional*): How steps run; it keeps what later calls can use. Default: a new one.
     """
     device = model.device if device is None else device
-    decoder = _Decoder(model, context, max_length, num_texts_per_context, device)
+    writer = _Writer(model, context, max_length, num_texts_per_context, device, decoding)
     allowed, ends = allowed.to(device), ends.to(device)
-    batch_size = len(decoder.logits)
+    batch_size = len(writer.logits)
     noise = draw_noise((batch_size, max_length, 2), generator, device)
     tokens = torch.zeros(batch_size, max_length, dtype=torch.long, device=device)
     scores = torch.zeros(batch_size, max_length, device=device)
@@ -100,8 +102,8 @@ def write_texts(
     lengths = torch.full((batch_size,), max_length, device=device)
     check = FiniteCheck()
     for step in range(max_length):
-        check.see(decoder.logits)
-        logits = _restrict(decoder.logits, allowed if step else allowed & ~ends)
+        check.see(writer.logits)
+        logits = _restrict(writer.logits, allowed if step else allowed & ~ends)
         tokens[:, step] = choose(logits, noise[:, step])
         scores[:, step] = logits.log_softmax(-1).gather(-1, tokens[:, step : step + 1])[:, 0]
         ending = ends[tokens[:, step]] & ~has_ended
@@ -109,7 +111,7 @@ def write_texts(
         has_ended |= ending
         if step + 1 == max_length or bool(has_ended.all()):
             break
-        decoder.append(tokens[:, step])
+        writer.append(tokens[:, step])
     check.finish()
     texts = []
     for row in range(batch_size):
@@ -128,6 +130,7 @@ def search_texts(
     *,
     num_beams: int = 4,
     device: torch.device | str | None = None,
+    decoding: Decoding | None = None,
 ) -> list[list[WrittenText]]:
     """
     Beam search: of each picture, up to `num_beams` texts of the highest mean log-probability, best first.
@@ -136,12 +139,12 @@ def search_texts(
     fill up the list.
 
     Args:
-        model, context, allowed, ends, max_length, device: As for [`write_texts`].
+        model, context, allowed, ends, max_length, device, decoding: As for [`write_texts`].
         num_beams (`int`): Texts that are followed at a time, for each picture.
     """
     device = model.device if device is None else device
     num_contexts = len(context)
-    decoder = _Decoder(model, context, max_length, num_beams, device)
+    writer = _Writer(model, context, max_length, num_beams, device, decoding)
     allowed, ends = allowed.to(device), ends.to(device)
     vocab_size = allowed.shape[0]
     # all beams of a picture begin alike: only the first one counts in the first step
@@ -152,8 +155,8 @@ def search_texts(
     first_rows = torch.arange(num_contexts, device=device)[:, None] * num_beams
     check = FiniteCheck()
     for step in range(max_length):
-        check.see(decoder.logits)
-        logits = _restrict(decoder.logits, allowed if step else allowed & ~ends)
+        check.see(writer.logits)
+        logits = _restrict(writer.logits, allowed if step else allowed & ~ends)
         log_probabilities = logits.log_softmax(-1).unflatten(0, (num_contexts, num_beams))
         candidates = (totals[..., None] + log_probabilities).flatten(1)
         # of twice as many as there are beams, enough do not end
@@ -184,8 +187,8 @@ def search_texts(
         )
         if enough or step + 1 == max_length or not bool(totals.isfinite().any()):
             break
-        decoder.reorder((first_rows + rows).flatten())
-        decoder.append(tokens.flatten())
+        writer.decoder.reorder((first_rows + rows).flatten())
+        writer.append(tokens.flatten())
     check.finish()
     results = []
     for picture, texts in enumerate(finished):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..models.cogview2.modeling_coglm import CogLMModel
-from .decoders import encode_context, find_decoder
+from .decoders import Decoding, encode_context
 from .sampling import FiniteCheck, Generators, draw_noise
 from .token_sequence import TokenSequence
 
@@ -27,13 +27,14 @@ def generate(
     full_vocabulary: bool = False,
     generator: Generators = None,
     device: torch.device | str | None = None,
+    decoding: Decoding | None = None,
     callback: Callable[[int, torch.Tensor], torch.Tensor | None] | None = None,
 ) -> torch.Tensor:
     """
     Append tokens to a context, each seeing the whole context and the tokens before it.
 
     Args:
-        model (`CogLMModel`): A model without super-resolution.
+        model (`CogLMModel`): The model.
         context (`TokenSequence`): What is known, encoded in one forward pass.
         sampler: Function of float32 logits `(batch_size, tokens)` and noise `(batch_size, 2)` that returns tokens
             `(batch_size,)`.
@@ -48,6 +49,7 @@ def generate(
         full_vocabulary (`bool`): Give the sampler logits of all tokens, not of image tokens only.
         generator: One generator, or one per sequence.
         device (`torch.device`, *optional*): Where to compute if hooks move the model; default: where it is.
+        decoding (`Decoding`, *optional*): How steps run; it keeps what later calls can use. Default: a new one.
         callback: Called with the number of entries written and all entries, after each generated token. If it returns
             entries, they replace them; of those that change, the model reads only the latest.
 
@@ -76,7 +78,8 @@ def generate(
     noise = draw_noise((batch_size, num_entries, 2), generator, device)
 
     cache, bias, logits = encode_context(model, context, text_attention_bias, full_vocabulary, device)
-    decoder = find_decoder(model, copies * batch_size, cache.length + num_entries, full_vocabulary, device)
+    decoding = Decoding() if decoding is None else decoding
+    decoder = decoding.decoder(model, copies * batch_size, cache.length + num_entries, full_vocabulary, device)
     repeats = repeats.repeat(copies).to(device)
     decoder.begin(cache, bias, repeats)
     logits = logits.repeat_interleave(repeats, 0)

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..environment import stamp
 from ..models.cogview2.modeling_coglm import CogLMModel
+from ..models.cogview2.modeling_coglm_canvas import CogLMCanvasModel
 from ..pipelines.cogview2.base import CogView2PipelineBase
 from ..schedulers.scheduling_lopar import LoPARScheduler
 from .timing import PeakMemory, machine_speed, median_seconds
@@ -31,7 +32,7 @@ def step_products(model: CogLMModel, num_sequences: int) -> list[Product]:
     return [*products, (num_sequences, model.word_embeddings.weight[: model.config.num_image_tokens], None)]
 
 
-def canvas_products(model: CogLMModel, scheduler: LoPARScheduler, batch_size: int) -> list[Product]:
+def canvas_products(model: CogLMCanvasModel, scheduler: LoPARScheduler, batch_size: int) -> list[Product]:
     """
     The matrix products of all passes of super-resolution over the canvas: every layer for every cell, but what follows
     the attention of the last layer, and the logits, only for cells that become final in the pass.

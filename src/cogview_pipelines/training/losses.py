@@ -13,15 +13,7 @@ from .data.tokens import CanvasBatch
 
 def canvas_loss(model: nn.Module, batch: CanvasBatch) -> tuple[torch.Tensor, dict]:
     """Cross-entropy summed over the labelled cells of the canvas, of which there is one at least; no other scalars."""
-    context = batch.context
-    output = model(
-        input_ids=context.input_ids,
-        position_ids=context.position_ids,
-        attention_mask=context.attention_mask,
-        key_mask=context.key_mask,
-        canvas_ids=batch.canvas_ids,
-        labels=batch.labels,
-    )
+    output = model(batch.canvas_ids, batch.context, labels=batch.labels)
     return output.loss * (batch.labels != IGNORED_LABEL).sum(), {}
 
 

@@ -8,7 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cogview_pipelines import CogLMConfig, CogLMModel, CogView2Pipeline, IcetkVQModel
+from cogview_pipelines import (
+    CogLMCanvasConfig,
+    CogLMCanvasModel,
+    CogLMConfig,
+    CogLMModel,
+    CogView2Pipeline,
+    IcetkVQModel,
+)
 from cogview_pipelines.conversion import ConversionError, convert_to_release, verify, writer
 from cogview_pipelines.conversion.cogview2.layout import (
     STAGES,
@@ -52,9 +59,9 @@ def released_table(config: CogLMConfig) -> dict[str, tuple[int, ...]]:
         }
         for name, shape in linear.items():
             table |= {f"{layer}.{name}.weight": shape, f"{layer}.{name}.bias": shape[:1]}
-    if config.super_resolution is not None:
+    if isinstance(config, CogLMCanvasConfig):
         table["mixins.extra_position_embedding.position_embeddings.weight"] = (3600, h)
-    if config.super_resolution == "direct":
+    if getattr(config, "super_resolution", None) == "direct":
         for i in layers:
             for name, rows in (("query_key_value", 3 * h), ("dense", h)):
                 key = f"mixins.attention_plus.{name}.{i}"
@@ -69,10 +76,11 @@ RELEASED_PARAMETERS = {"coglm": 5_441_476_608, "cogview2-dsr": 7_265_064_960, "c
 
 @pytest.mark.parametrize("name", RELEASED_PARAMETERS)
 def test_presets_have_the_shapes_of_the_released_checkpoints(name):
-    config = CogLMConfig.released(name)
+    model_class = CogLMModel if name == "coglm" else CogLMCanvasModel
+    config = model_class.config_class.released(name)
     assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (48, 3072, 48)
     table = released_table(config)
-    ours = expected_shapes(CogLMModel, config)
+    ours = expected_shapes(model_class, config)
     assert {released_transformer_key(key): shape for key, shape in ours.items()} == table
     assert {transformer_key(key): shape for key, shape in table.items()} == ours
     words = config.vocab_size * config.hidden_size
@@ -88,7 +96,9 @@ def test_presets_are_as_large_as_the_released_files():
 
 def test_unknown_presets_are_refused():
     with pytest.raises(ValueError, match="cogview2-itersr"):
-        CogLMConfig.released("cogview3")
+        CogLMCanvasConfig.released("cogview3")
+    with pytest.raises(ValueError, match=r"must be one of .'coglm'., but is 'cogview2-dsr'"):
+        CogLMConfig.released("cogview2-dsr")
 
 
 def test_names_of_the_image_tokenizer_go_there_and_back():
@@ -220,7 +230,7 @@ def test_parts_may_come_one_by_one_and_the_index_comes_last(release, convert, tm
 def test_super_resolution_alone_converts_in_full(release, convert, tmp_path, part):
     convert(**{part: release[part]})
     folder = tmp_path / "out" / f"{part}_transformer"
-    model = CogLMModel.from_pretrained(folder)
+    model = CogLMCanvasModel.from_pretrained(folder)
     assert not model.config.shares_backbone and model.word_embeddings.weight is not None
 
 
@@ -231,7 +241,7 @@ def test_number_of_heads_comes_from_coglm_as_in_the_release(release, convert, tm
     with pytest.raises(ConversionError, match="num_attention_heads"):
         convert(iterative_sr=folder)
     convert(coglm=release["coglm"], iterative_sr=folder)
-    assert CogLMConfig.from_pretrained(tmp_path / "out" / "iterative_sr_transformer").num_attention_heads == 2
+    assert CogLMCanvasConfig.from_pretrained(tmp_path / "out" / "iterative_sr_transformer").num_attention_heads == 2
 
 
 def test_converting_again_keeps_what_is_there(release, convert, tmp_path):

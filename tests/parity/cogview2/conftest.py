@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from cogview_pipelines import CogLMModel, IcetkTokenizer, IcetkVQModel, LoPARScheduler
+from cogview_pipelines import CogLMCanvasModel, CogLMModel, IcetkTokenizer, IcetkVQModel, LoPARScheduler
 from cogview_pipelines.conversion.reader import read_module
 
 from ..comparing import (  # noqa: F401 (the tests take them from here)
@@ -97,16 +97,20 @@ def coglm(converted, device) -> CogLMModel:
 
 
 @pytest.fixture(scope="session")
-def direct_sr(converted, coglm, device) -> CogLMModel:
-    model = CogLMModel.from_pretrained(converted / "direct_sr_transformer", dtype=torch.float32).eval().to(device)
+def direct_sr(converted, coglm, device) -> CogLMCanvasModel:
+    model = (
+        CogLMCanvasModel.from_pretrained(converted / "direct_sr_transformer", dtype=torch.float32).eval().to(device)
+    )
     if model.config.shares_backbone:
         model.share_backbone(coglm)
     return model
 
 
 @pytest.fixture(scope="session")
-def iterative_sr(converted, device) -> CogLMModel:
-    return CogLMModel.from_pretrained(converted / "iterative_sr_transformer", dtype=torch.float32).eval().to(device)
+def iterative_sr(converted, device) -> CogLMCanvasModel:
+    return (
+        CogLMCanvasModel.from_pretrained(converted / "iterative_sr_transformer", dtype=torch.float32).eval().to(device)
+    )
 
 
 @pytest.fixture(scope="session")

@@ -21,14 +21,8 @@ def direct_context(model, data, case):
 def direct_forward(model, context, logits_positions=None):
     canvas = torch.full((len(context), model.config.canvas_length), model.config.boi_token_id)
     with torch.no_grad():
-        return run(
-            model,
-            context.input_ids,
-            context.position_ids,
-            context.attention_mask,
-            canvas_ids=canvas,
-            logits_positions=logits_positions,
-        ).logits
+        context = context.to(model.device)
+        return run(model, canvas, context, logits_positions=logits_positions).logits
 
 
 def test_direct_input_is_the_originals(direct_sr, arrays):
@@ -119,12 +113,10 @@ def test_every_pass_takes_the_original_decisions(iterative_sr, arrays):
     for case in cases(data, "_inputs"):
         sequence = iterative_context(iterative_sr, data, case).to(iterative_sr.device)
         with torch.no_grad():
-            context = iterative_sr(
-                sequence.input_ids, sequence.position_ids, sequence.attention_mask, key_mask=sequence.key_mask
-            ).context
+            context = iterative_sr.encode_context(sequence)
             for step, canvas in enumerate(data[f"{case}_inputs"]):
                 canvas_ids = longs(canvas)[None].to(iterative_sr.device)
-                logits = iterative_sr(canvas_ids=canvas_ids, context=context).logits[0].cpu()
+                logits = iterative_sr(canvas_ids, context).logits[0].cpu()
                 assert_same_decisions(
                     logits.argmax(-1), data[f"{case}_argmax"][step], data[f"{case}_margin"][step], f"{case} {step}"
                 )

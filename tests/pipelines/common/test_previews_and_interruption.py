@@ -16,6 +16,7 @@ from cogview_pipelines import (
     GenerationInterrupted,
 )
 from cogview_pipelines.models.cogview2.modeling_coglm import CogLMModel
+from cogview_pipelines.models.cogview2.modeling_coglm_canvas import CogLMCanvasModel
 
 from ...utils import make_image_tokens
 from ..cogview2.test_shared_components import PIPELINES
@@ -51,17 +52,19 @@ def inputs(kind):
 
 @pytest.fixture
 def little_memory(monkeypatch):
-    """CogLM has no memory for more than two sequences at a time."""
-    forward = CogLMModel.forward
+    """The transformers have no memory for more than two sequences at a time."""
 
-    def limited(self, input_ids=None, *arguments, **named):
-        rows = [input_ids, *(named.get(name) for name in ("canvas_ids", "last_hidden_state"))]
-        if max(len(tensor) for tensor in rows if tensor is not None) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return forward(self, input_ids, *arguments, **named)
+    def limit(function):
+        def limited(self, rows, *arguments, **named):
+            if len(rows) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return function(self, rows, *arguments, **named)
+
+        return limited
 
     def use_it():
-        monkeypatch.setattr(CogLMModel, "forward", limited)
+        monkeypatch.setattr(CogLMModel, "forward", limit(CogLMModel.forward))
+        monkeypatch.setattr(CogLMCanvasModel, "forward", limit(CogLMCanvasModel.forward))
 
     return use_it
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from cogview_pipelines import CogLMModel, CogView2Pipeline
+from cogview_pipelines import CogLMCanvasModel, CogLMModel, CogView2Pipeline
 
 from ...utils import make_coglm, make_image_tokens
 
@@ -110,13 +110,13 @@ def test_eight_bits_can_be_saved_and_loaded(pipeline_folder, tmp_path):
 def test_four_bits_leave_the_place_of_a_shared_backbone_empty_until_it_is_lent(tmp_path):
     configuration = four_bits()
     transformer = make_coglm(hidden_size=128)
-    direct = CogLMModel.from_transformer(transformer, "direct", (12, 12), shares_backbone=True)
+    direct = CogLMCanvasModel.from_transformer(transformer, "direct", (12, 12), shares_backbone=True)
     exact = logits(transformer)
     for name, model in (("transformer", transformer), ("direct", direct)):
         model.save_pretrained(tmp_path / name)
     transformer, direct = (
-        CogLMModel.from_pretrained(tmp_path / name, quantization_config=configuration)
-        for name in ("transformer", "direct")
+        model_class.from_pretrained(tmp_path / name, quantization_config=configuration)
+        for name, model_class in (("transformer", CogLMModel), ("direct", CogLMCanvasModel))
     )
     assert all("canvas_" in name for name, _ in direct.named_parameters())
     assert direct.layers[0].canvas_attention.dense.weight.dtype == torch.uint8

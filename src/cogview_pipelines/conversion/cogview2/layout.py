@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ...models.cogview2.modeling_coglm import CogLMConfig, CogLMModel
+from ...models.cogview2.modeling_coglm_canvas import CogLMCanvasConfig, CogLMCanvasModel
 from ...models.image_tokenizers.modeling_icetk_vq import IcetkVQConfig, IcetkVQModel
 from ..reader import ConversionError
 
@@ -20,7 +21,7 @@ class Stage:
     Args:
         component (`str`): Its folder in a pipeline.
         released_name (`str`): Its folder in the release.
-        super_resolution (`str`, *optional*): As in [`CogLMConfig`].
+        super_resolution (`str`, *optional*): As in [`CogLMCanvasConfig`]; `None` is CogLM itself.
         model_class (`str`): Of the release.
         scheduler (`str`, *optional*): The scheduler component that belongs to it.
     """
@@ -101,7 +102,7 @@ def transformer_key(released: str) -> str:
 
 
 def released_transformer_key(key: str) -> str:
-    """The release's name of a tensor of [`CogLMModel`]."""
+    """The release's name of a tensor of [`CogLMModel`] or [`CogLMCanvasModel`]."""
     return _rename(key, [rule[2:] for rule in _TRANSFORMER_RULES])
 
 
@@ -228,7 +229,11 @@ def transformer_config(
             "embeddings. Give the text "
             "tokenizer that belongs to this checkpoint."
         )
-    return CogLMConfig(
+    config_class, own = CogLMConfig, {}
+    if stage.super_resolution is not None:
+        config_class, own = CogLMCanvasConfig, {"super_resolution": stage.super_resolution}
+    return config_class(
+        **own,
         vocab_size=vocab_size,
         num_image_tokens=num_image_tokens,
         hidden_size=hidden_size,
@@ -236,7 +241,6 @@ def transformer_config(
         num_attention_heads=heads,
         intermediate_size=_intermediate_size(tensors, hidden_size),
         max_position_embeddings=tensors["position_embeddings.weight"].shape[0],
-        super_resolution=stage.super_resolution,
         boi_token_id=boi_token_id,
         start_of_english_token_id=boi_token_id + 1,
         start_of_chinese_token_id=boi_token_id + 2,
@@ -280,13 +284,14 @@ def released_config(config: CogLMConfig, stage: Stage) -> dict[str, Any]:
         "layer_norm_eps": 1e-5,
         "intermediate_size": 4 * config.hidden_size,
     }
-    if config.super_resolution:
+    is_canvas = isinstance(config, CogLMCanvasConfig)
+    if is_canvas:
         wanted |= {
             "fine_grid": (60, 60),
             "kernel_size": (9, 5),
             "num_text_slots": {"direct": 96, "iterative": 16}[config.super_resolution],
         }
-    if config.super_resolution == "direct":
+    if is_canvas and config.super_resolution == "direct":
         wanted["cross_kernel_size"] = (5, 5)
     wrong = [
         f"`{key}` is {getattr(config, key)}, not {value}"
@@ -306,7 +311,7 @@ def released_config(config: CogLMConfig, stage: Stage) -> dict[str, Any]:
         "layernorm_order": "sandwich",
         "model_parallel_size": 1,
     }
-    if config.super_resolution:
+    if is_canvas:
         slots, fine = config.num_text_slots, config.canvas_length
         low = config.image_grid[0] * config.image_grid[1]
         layout = (
@@ -323,4 +328,6 @@ def released_config(config: CogLMConfig, stage: Stage) -> dict[str, Any]:
 
 def model_class_of(component: str) -> type:
     """The class that loads a component folder."""
-    return IcetkVQModel if component == "vqvae" else CogLMModel
+    if component == "vqvae":
+        return IcetkVQModel
+    return CogLMModel if component == "transformer" else CogLMCanvasModel

@@ -294,7 +294,9 @@ def _convert_transformer(
     source = _source_id(stage.component, model.fingerprint, model.size, settings, lender and lender["content_hash"])
     if _is_done(job, stage.component, source):
         return
-    surplus = layout.check_shapes(tensors, layout.expected_shapes(layout.CogLMModel, config), name)
+    surplus = layout.check_shapes(
+        tensors, layout.expected_shapes(layout.model_class_of(stage.component), config), name
+    )
     for key in surplus:
         tensors.pop(key)
     if surplus and job.strict:

@@ -95,16 +95,27 @@ def _iteration(pipeline: Path, stage: Stage) -> str:
         return "1"
 
 
+def _read_config(folder: Path, config_class: type[layout.CogLMConfig], stage: Stage) -> layout.CogLMConfig:
+    """The configuration of a component folder, which must be that of its stage."""
+    try:
+        config = config_class.from_pretrained(folder)
+    except ValueError as error:
+        raise ConversionError(f"{folder}: {error}") from None
+    found = getattr(config, "super_resolution", None)
+    if found != stage.super_resolution:
+        raise ConversionError(
+            f"{folder} must have `super_resolution` = {stage.super_resolution!r}, but has {found!r}."
+        )
+    return config
+
+
 def _write_transformer(pipeline, output, stage, iteration, dtype, say) -> Path:
     folder, target = pipeline / stage.component, _new(output / stage.released_name)
-    config = layout.CogLMConfig.from_pretrained(folder)
-    if config.super_resolution != stage.super_resolution:
-        raise ConversionError(
-            f"{folder} must have `super_resolution` = {stage.super_resolution!r}, but has {config.super_resolution!r}."
-        )
+    model_class = layout.model_class_of(stage.component)
+    config = _read_config(folder, model_class.config_class, stage)
     released_config = layout.released_config(config, stage)
     tensors = _load(folder)
-    if config.shares_backbone:
+    if getattr(config, "shares_backbone", False):
         lender = pipeline / "transformer"
         if not lender.is_dir():
             raise ConversionError(
@@ -112,7 +123,7 @@ def _write_transformer(pipeline, output, stage, iteration, dtype, say) -> Path:
             )
         tensors |= _load(lender)
         config.shares_backbone = False
-    surplus = layout.check_shapes(tensors, layout.expected_shapes(layout.CogLMModel, config), str(folder))
+    surplus = layout.check_shapes(tensors, layout.expected_shapes(model_class, config), str(folder))
     tensors = {layout.released_transformer_key(key): value for key, value in tensors.items() if key not in surplus}
     if dtype is not None:
         tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}

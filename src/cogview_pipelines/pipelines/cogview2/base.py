@@ -18,7 +18,7 @@ from ..common.arguments import one_per_prompt, quote
 from ..common.base import PipelineBase
 from ..common.calls import Call
 from ..common.notifier import Notifier
-from .memory import MOST_PICTURES, bytes_per_picture
+from .memory import bytes_per_picture, most_pictures
 from .outputs import CogView2PreviewOutput
 from .settings import SamplingSettings
 
@@ -136,7 +136,7 @@ class CogView2PipelineBase(PipelineBase):
             direct.share_backbone(self.transformer)
 
     def _memory_per_picture(self, model: PreTrainedModel) -> tuple[int, int]:
-        return bytes_per_picture(model.config, model.dtype.itemsize), MOST_PICTURES[model.config.super_resolution]
+        return bytes_per_picture(model.config, model.dtype.itemsize), most_pictures(model.config)
 
     # Stages ----------------------------------------------------------------------------------------------------------
 

@@ -1,9 +1,10 @@
 """How much memory the stages of CogView2 need for each picture."""
 
 from ...models.cogview2.modeling_coglm import CogLMConfig
+from ...models.cogview2.modeling_coglm_canvas import CogLMCanvasConfig
 
 # CogLM reads all of its weights for each token, whatever the number of pictures; super-resolution is busy with a few.
-MOST_PICTURES = {None: 32, "direct": 8, "iterative": 8}
+MOST_SEQUENCES, MOST_CANVASES = 32, 8
 # Copies of the states of all cells that live at the peak.
 STATES = 12
 
@@ -19,8 +20,8 @@ def bytes_per_picture(config: CogLMConfig, itemsize: int) -> int:
         config (`CogLMConfig`): Of the stage.
         itemsize (`int`): Bytes per number.
     """
-    if config.super_resolution is None:
-        length = config.max_text_tokens + 1 + config.layout.image_length
+    if not isinstance(config, CogLMCanvasConfig):
+        length = config.longest_sequence
         # the prompt's part is there twice while it is handed out to its pictures
         length += config.max_text_tokens + 1
         cells = 1
@@ -29,3 +30,8 @@ def bytes_per_picture(config: CogLMConfig, itemsize: int) -> int:
         cells = config.canvas_length
     cache = 2 * config.num_hidden_layers * length * config.hidden_size * itemsize
     return cache + cells * (STATES * config.hidden_size + 2 * config.intermediate_size) * itemsize
+
+
+def most_pictures(config: CogLMConfig) -> int:
+    """How many pictures at a time keep a stage busy."""
+    return MOST_CANVASES if isinstance(config, CogLMCanvasConfig) else MOST_SEQUENCES

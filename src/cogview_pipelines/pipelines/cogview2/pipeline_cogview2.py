@@ -67,8 +67,8 @@ class CogView2Pipeline(PreviewMixin, CogView2PipelineBase):
         tokenizer ([`IcetkTokenizer`]): Text to ids.
         transformer ([`CogLMModel`]): CogLM.
         vqvae ([`IcetkVQModel`]): Tokens to pixels; holds the cluster labels of its codebook.
-        direct_sr_transformer, iterative_sr_transformer ([`CogLMModel`], *optional*): The other two stages; without
-            them, pictures are low resolution.
+        direct_sr_transformer, iterative_sr_transformer ([`CogLMCanvasModel`], *optional*): The other two stages;
+            without them, pictures are low resolution.
         direct_sr_scheduler, iterative_sr_scheduler ([`LoPARScheduler`], *optional*): Which cells in which pass, and
             how they are drawn.
         compression_rate (`int`): Pixels per token along each side.
@@ -297,6 +297,7 @@ class CogView2Pipeline(PreviewMixin, CogView2PipelineBase):
                     guidance_scale=None if own.negatives is None else settings.guidance_scale,
                     generator=own.generators,
                     device=device,
+                    decoding=self._decoding,
                     callback=report,
                 )
 

@@ -325,7 +325,8 @@ class CogView2CaptionPipeline(PipelineBase):
         about = (self.transformer, context)
         bounds = (allowed, ends, request.max_length)
         if request.strategy == "beam":
-            return search_texts(*about, *bounds, num_beams=request.num_beams, device=device)
+            beams = {"num_beams": request.num_beams, "device": device, "decoding": self._decoding}
+            return search_texts(*about, *bounds, **beams)
         settings = request.settings
         sample = functools.partial(sample_tokens, temperature=settings.temperature, top_k=settings.top_k)
         texts = write_texts(
@@ -335,6 +336,7 @@ class CogView2CaptionPipeline(PipelineBase):
             num_texts_per_context=request.num_texts,
             generator=generators or None,
             device=device,
+            decoding=self._decoding,
         )
         return [texts[part] for part in slices(len(texts), request.num_texts)]
 

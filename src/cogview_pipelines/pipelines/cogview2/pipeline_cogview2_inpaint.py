@@ -375,6 +375,7 @@ class CogView2InpaintPipeline(PreviewMixin, CogView2PipelineBase):
                 guidance_scale=None if task.negative is None else settings.guidance_scale,
                 generator=batch.generators,
                 device=self._device_of(self.transformer),
+                decoding=self._decoding,
                 callback=report,
             )
         return place(entries)

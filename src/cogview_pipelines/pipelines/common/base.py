@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from diffusers.image_processor import VaeImageProcessor
 from transformers import PreTrainedModel
 
+from ...generation.decoders import Decoding
 from .calls import Call, RunningCalls
 from .memory import execution_device, pictures_that_fit
 from .notifier import Callback
@@ -34,6 +35,7 @@ class PipelineBase(DiffusionPipeline):
         super().__init__()
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
         self._calls = RunningCalls()
+        self._decoding = Decoding()
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "PipelineBase":
@@ -63,6 +65,7 @@ class PipelineBase(DiffusionPipeline):
                 f"{missing}. Pass them by name."
             )
         new = cls(**given)
+        new._decoding = getattr(pipeline, "_decoding", new._decoding)
         unused = {name for name in config if name not in given and name not in pipeline.components}
         new.register_to_config(**{f"_{name.removeprefix('_')}": config[name] for name in unused})
         return new
@@ -89,6 +92,27 @@ class PipelineBase(DiffusionPipeline):
         dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
         dtype = torch.float32 if dtype is None else None if dtype == "auto" else dtype
         return super().from_pretrained(pretrained_model_name_or_path, dtype=dtype, **kwargs)
+
+    # Speed -----------------------------------------------------------------------------------------------------------
+
+    def set_decoding(self, compile: bool = False, cuda_graph: bool = False, fused: bool = True) -> None:
+        """
+        How tokens are written one by one, in text to image, completion and captions: the same tokens in every way.
+
+        A step is small, and what surrounds its matrix products can take longer than they do. `compile` and
+        `cuda_graph` give a step fixed shapes and keep its memory (keys and values of the last batch size) until this
+        is called again. Pipelines that `from_pipe` makes of this one later share it.
+
+        Args:
+            compile (`bool`): Run the step through `torch.compile`. It takes a C++ compiler, on a GPU Triton, and a
+                minute or so for each new batch size.
+            cuda_graph (`bool`): Capture the step and replay it, with one launch for all of its kernels. It takes a
+                CUDA device, on which all weights stay, and a fraction of a second for each new batch size.
+            fused (`bool`, defaults to `True`): On a CPU, without the other two, run all of a step in one kernel where
+                there is one for it: built, for plain weights without hooks. It sums in float32 whatever the weights
+                are, so that 16-bit models may draw another token where two are nearly tied.
+        """
+        self._decoding = Decoding(compile, cuda_graph, fused)
 
     # Memory ----------------------------------------------------------------------------------------------------------
 
