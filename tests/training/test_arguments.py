@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from cogview_pipelines.training.arguments import TrainConfig, parse_config
+from cogview_pipelines.training.arguments import INTERRUPTED, TrainConfig, parse_config, run_script
 
 
 @dataclass
@@ -54,3 +54,60 @@ def test_required_options_may_come_from_either_side(parse, capsys):
     with pytest.raises(SystemExit):
         parse("seed: 1\n")
     assert "required: --data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--learning_rat", "1"], "no such option: --learning_rat (did you mean --learning_rate?); --help lists all"),
+        (["--zzz=1", "--yyy"], "no such option: --zzz=1, --yyy; --help lists all of them"),
+        (["here"], "nothing takes these: here"),
+        (["--max_steps", "many"], "argument --max_steps/--max-steps: invalid int value: 'many'"),
+    ],
+)
+def test_what_the_command_line_does_not_know_is_said_in_a_sentence(capsys, arguments, message):
+    with pytest.raises(SystemExit) as caught:
+        parse_config(Config, ["--output_dir", "out", "--data", "d", *arguments])
+    assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, value", [("max_steps", "0"), ("batch_size", "-1"), ("learning_rate", "nan"), ("log_every_steps", "0")]
+)
+def test_numbers_that_cannot_work_are_named_before_anything_is_loaded(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be at least"):
+        parse_config(Config, ["--output_dir", "out", "--data", "d", f"--{name}", value])
+
+
+def test_a_decay_of_one_would_never_move():
+    with pytest.raises(ValueError, match=r"`ema_decay` must be at least 0 and below 1, but is 1\.0"):
+        parse_config(Config, ["--output_dir", "out", "--data", "d", "--ema_decay", "1"])
+
+
+def test_a_file_that_is_no_yaml_is_named(parse):
+    with pytest.raises(ValueError, match=r"`--config` .*config\.yaml is no YAML file"):
+        parse("a: [1\n")
+
+
+@pytest.mark.parametrize("result, resumable, status", [("model", True, 0), (None, True, 75), (None, False, 0)])
+def test_the_exit_status_says_whether_to_resume(result, resumable, status):
+    assert INTERRUPTED == 75
+    with pytest.raises(SystemExit) as caught:
+        run_script(lambda: result, resumable)
+    assert (caught.value.code or 0) == status
+
+
+@pytest.mark.parametrize("error, status", [(ValueError("no `a`"), 2), (FloatingPointError("b"), 1), (OSError("c"), 1)])
+def test_a_program_says_what_went_wrong_in_a_sentence(capsys, error, status):
+    def fail():
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_script(fail)
+    said = capsys.readouterr().err
+    assert caught.value.code == status and said.endswith(f": error: {error}\n") and "Traceback" not in said
+
+
+def test_a_mistake_of_the_program_keeps_its_traceback():
+    with pytest.raises(KeyError):
+        run_script(lambda: {}["a"])

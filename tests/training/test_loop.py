@@ -341,6 +341,16 @@ def test_skipping_steps_changes_no_good_run(runner):
     assert same(runner("one", non_finite="skip"), runner("other"))
 
 
+def test_float16_trains_with_a_scaled_loss_and_resumes(runner):
+    """The scale of the first steps overflows: those are left out and the scale is halved, which is no error."""
+    options = {"mixed_precision": "fp16", "max_steps": 12}
+    whole = runner("whole", **options)
+    lines = [json.loads(line) for line in (runner.folder / "whole/metrics.jsonl").read_text().splitlines()]
+    assert all("loss" in line for line in lines[-5:]) and not same(whole, Regression())
+    runner("parts", **{**options, "max_steps": 7})
+    assert same(whole, runner("parts", **options, resume_from_checkpoint="latest"))
+
+
 # Resuming with other options -----------------------------------------------------------------------------------------
 
 

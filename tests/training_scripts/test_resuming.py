@@ -1,5 +1,11 @@
 """The training scripts of the transformers: two steps, a stop, and the rest give what one uninterrupted run gives."""
 
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -8,6 +14,7 @@ from cogview_pipelines.training.checkpoints import list_checkpoints
 
 from .conftest import COGLM, WINDOWS, as_arguments, load_script, metrics
 
+SCRIPTS_FOLDER = Path(__file__).parents[2] / "training_scripts"
 SCRIPTS = ("train_coglm", "train_direct_sr", "train_iterative_sr")
 needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch < 2.9")
 
@@ -115,6 +122,45 @@ def test_a_run_is_never_begun_in_the_folder_of_another(run, script, tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_a_finished_run_is_kept_and_extended(run, script, tmp_path):
+    options = {"max_steps": 2, "decay_steps": 0, "sample_every_steps": 0, "ema_decay": 0.5}
+    run(script, "run", **options)
+    before = (tmp_path / "run/final/model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"has a run already"):
+        run(script, "run", **{**options, "max_steps": 3})
+    extended = run(script, "run", **{**options, "max_steps": 3}, resume_from_checkpoint="latest")
+    whole = run(script, "whole", **{**options, "max_steps": 3})
+    assert (tmp_path / "run/final-2/model.safetensors").read_bytes() == before
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in extended.state_dict().items())
+
+
+def test_a_script_stopped_by_a_signal_ends_with_the_status_that_says_resume(
+    tokenizer_folder, token_folder, coglm_folder, tmp_path
+):
+    options = {
+        "output_dir": tmp_path / "run",
+        "data": token_folder,
+        "tokenizer": tokenizer_folder,
+        "max_steps": 100000,
+        "batch_size": 2,
+        **own_options("train_coglm", coglm_folder),
+    }
+    command = [sys.executable, str(SCRIPTS_FOLDER / "train_coglm.py"), *as_arguments(options)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "run/metrics.jsonl").is_file() and process.poll() is None:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=120)[1]
+    assert process.returncode == 75, said
+    assert "by SIGTERM; go on with --resume_from_checkpoint latest" in said
+    assert len(list_checkpoints(tmp_path / "run")) == 1
+    wrong = subprocess.run([*command, "--stepps", "3"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 2 and "error: `output_dir`" in again.stderr and "Traceback" not in again.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_the_command_line_says_what_is_missing(script, capsys):
     with pytest.raises(SystemExit):
         load_script(script).main(["--output_dir", "out"])
@@ -128,5 +174,9 @@ def test_help_begins_with_commands_and_gives_each_option_a_line_of_help(script, 
     with pytest.raises(SystemExit):
         load_script(script).main(["--help"])
     text = capsys.readouterr().out
+    for command in text.partition("\noptions:")[0].split(":\n")[1:]:
+        first, *rest = (line.strip() for line in command.splitlines()[: command.count("\\\n") + 2] if line.strip())
+        for line, following in zip([first, *rest], rest):
+            assert line.endswith("\\") or not following.startswith("--"), line  # a command goes on after a backslash
     assert f"python training_scripts/{script}.py" in text.partition("\noptions:")[0]
     assert "(default: " in text and "(default: None)" not in text

@@ -145,6 +145,7 @@ class _Run:
         notes = load_checkpoint(folder, content, self.state)
         if self.scale is not None and "loss_scale" in self.state.numbers:
             self.scale.scale = self.state.numbers["loss_scale"]
+            self.scale.good_steps = int(self.state.numbers["loss_scale_steps"])
         self.last_checkpoint = folder
         if self.processes.is_main:
             for line in [*changed_options(self.config, content["options"]), *notes]:
@@ -252,7 +253,7 @@ class _Run:
         """Save a checkpoint, if all losses since the last one were finite."""
         self.watch.require_finite(self.last_checkpoint)
         if self.scale is not None:
-            self.state.numbers["loss_scale"] = self.scale.scale
+            self.state.numbers.update(loss_scale=self.scale.scale, loss_scale_steps=self.scale.good_steps)
         self.last_checkpoint = save_checkpoint(self.processes, self.config, self.state)
         self.note("running")
 

@@ -30,8 +30,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     What the options leave open is as `accelerate config` says.
 
     Raises:
-        ValueError: If a tracker is unknown or not installed, the device lacks `mixed_precision`, or the Accelerate
-            config asks for what this package does not do.
+        ValueError: If a tracker is unknown or not installed, or the Accelerate config asks for what this package does
+            not do.
     """
     check_tracker(config.log_with)
     start_processes()
@@ -42,19 +42,12 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             f"`mixed_precision` {precision!r} of the Accelerate config is not supported; pass --mixed_precision bf16, "
             "fp16 or no."
         )
-    try:
-        accelerator = Accelerator(
-            mixed_precision=precision,
-            cpu=not torch.accelerator.is_available(),
-            log_with=config.log_with,
-            project_config=ProjectConfiguration(
-                project_dir=config.output_dir, logging_dir=f"{config.output_dir}/logs"
-            ),
-        )
-    except ValueError as error:
-        if "precision" not in str(error):
-            raise
-        raise ValueError(f"`mixed_precision` {precision!r} does not work on this device: {error}") from error
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        cpu=not torch.accelerator.is_available(),
+        log_with=config.log_with,
+        project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=f"{config.output_dir}/logs"),
+    )
     set_seed(config.seed)
     return accelerator
 
