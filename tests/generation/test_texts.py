@@ -5,9 +5,12 @@ import itertools
 import pytest
 import torch
 
+from cogview_pipelines.generation import decoders
+from cogview_pipelines.generation.decoders import Decoder, Decoding, FusedDecoder, StaticDecoder
 from cogview_pipelines.generation.sampling import sample_tokens
 from cogview_pipelines.generation.texts import search_texts, write_texts
 from cogview_pipelines.models.cogview2.sequences import caption
+from cogview_pipelines.ops import native
 
 from ..utils import START_OF_ENGLISH, VOCAB_SIZE, make_coglm, make_image_tokens
 
@@ -145,3 +148,49 @@ def test_beams_of_a_picture_do_not_depend_on_its_batch():
         alone = search_texts(MODEL, contexts(3)[row : row + 1], ALLOWED, ENDS, 8, num_beams=3)
         assert [text.token_ids for text in alone[0]] == [text.token_ids for text in together[row]]
         assert len({tuple(text.token_ids) for text in together[row]}) == 3
+
+
+WAYS = {"plain": {"fused": False}, "fused": {}, "fixed": {"compile": True}}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_texts_are_the_same_however_steps_run(way, monkeypatch):
+    monkeypatch.setattr(decoders, "_compiled_prediction", lambda device_type: decoders._predict)
+    used, find = [], Decoding.decoder
+    kinds = {"plain": Decoder, "fused": FusedDecoder, "fixed": StaticDecoder}
+
+    def record(decoding, *arguments):
+        used.append(find(decoding, *arguments))
+        return used[-1]
+
+    def texts(decoding):
+        generator = torch.Generator().manual_seed(2)
+        drawn = write_texts(
+            MODEL,
+            contexts(2),
+            sample_tokens,
+            ALLOWED,
+            ENDS,
+            6,
+            num_texts_per_context=2,
+            generator=generator,
+            decoding=decoding,
+        )
+        searched = search_texts(MODEL, contexts(2), ALLOWED, ENDS, 6, num_beams=3, decoding=decoding)
+        return [text.token_ids for text in [*drawn, *itertools.chain(*searched)]]
+
+    if way == "fused" and native.library() is None:
+        pytest.skip("the kernels are not built")
+    expected = texts(Decoding(fused=False))
+    monkeypatch.setattr(Decoding, "decoder", record)
+    assert texts(Decoding(**WAYS[way])) == expected
+    assert {type(decoder) for decoder in used} == {kinds[way]}
+
+
+@torch.no_grad()
+def test_a_16_bit_model_on_a_cpu_keeps_keys_and_values_of_texts_in_float32(monkeypatch):
+    used, find = [], Decoding.decoder
+    monkeypatch.setattr(Decoding, "decoder", lambda *arguments: used.append(find(*arguments)) or used[-1])
+    model = make_coglm().to(torch.bfloat16)
+    write_texts(model, contexts(1), greedy, ALLOWED, ENDS, 3)
+    assert used[0].cache.dtype == torch.float32

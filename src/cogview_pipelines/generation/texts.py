@@ -143,71 +143,94 @@ def search_texts(
         num_beams (`int`): Texts that are followed at a time, for each picture.
     """
     device = model.device if device is None else device
-    num_contexts = len(context)
     writer = _Writer(model, context, max_length, num_beams, device, decoding)
     allowed, ends = allowed.to(device), ends.to(device)
-    vocab_size = allowed.shape[0]
-    # all beams of a picture begin alike: only the first one counts in the first step
-    totals = torch.full((num_contexts, num_beams), float("-inf"), device=device)
-    totals[:, 0] = 0
-    histories: list[list[tuple[list[int], list[float]]]] = [[([], [])] * num_beams for _ in range(num_contexts)]
-    finished: list[list[WrittenText]] = [[] for _ in range(num_contexts)]
-    first_rows = torch.arange(num_contexts, device=device)[:, None] * num_beams
+    ending = set(ends.nonzero()[:, 0].tolist())
+    pictures = [_Beams(num_beams) for _ in range(len(context))]
     check = FiniteCheck()
     for step in range(max_length):
         check.see(writer.logits)
         logits = _restrict(writer.logits, allowed if step else allowed & ~ends)
-        log_probabilities = logits.log_softmax(-1).unflatten(0, (num_contexts, num_beams))
+        log_probabilities = logits.log_softmax(-1).unflatten(0, (len(context), num_beams))
+        totals = torch.tensor([beams.totals for beams in pictures], device=device)
         candidates = (totals[..., None] + log_probabilities).flatten(1)
         # of twice as many as there are beams, enough do not end
         best, indices = candidates.topk(min(2 * num_beams, candidates.shape[1]))
-        rows = torch.zeros(num_contexts, num_beams, dtype=torch.long, device=device)
-        tokens = torch.zeros_like(rows)
-        new_totals = torch.full_like(totals, float("-inf"))
-        new_histories = []
-        for picture in range(num_contexts):
-            kept = []
-            for total, index in zip(best[picture].tolist(), indices[picture].tolist()):
-                beam, token = divmod(index, vocab_size)
-                if total == float("-inf"):
-                    break
-                ids, scores = histories[picture][beam]
-                scores = [*scores, float(log_probabilities[picture, beam, token])]
-                if ends[token]:
-                    finished[picture].append(WrittenText(ids, scores, True))
-                elif len(kept) < num_beams:
-                    slot = len(kept)
-                    rows[picture, slot], tokens[picture, slot], new_totals[picture, slot] = beam, token, total
-                    kept.append(([*ids, token], scores))
-            new_histories.append(kept + [([], [])] * (num_beams - len(kept)))
-        histories, totals = new_histories, new_totals
-        enough = all(
-            len(texts) >= num_beams and _cannot_improve(texts, totals[picture], num_beams, max_length)
-            for picture, texts in enumerate(finished)
-        )
-        if enough or step + 1 == max_length or not bool(totals.isfinite().any()):
+        scores = log_probabilities.flatten(1).gather(1, indices)
+        going_on = [
+            beams.extend(list(zip(*choices)), len(allowed), ending)
+            for beams, *choices in zip(pictures, best.tolist(), indices.tolist(), scores.tolist())
+        ]
+        if step + 1 == max_length or all(beams.cannot_improve(max_length) for beams in pictures):
             break
+        if all(beams.is_empty for beams in pictures):
+            break
+        rows, tokens = torch.tensor(going_on, device=device).unbind(1)
+        first_rows = num_beams * torch.arange(len(context), device=device)[:, None]
         writer.decoder.reorder((first_rows + rows).flatten())
         writer.append(tokens.flatten())
     check.finish()
-    results = []
-    for picture, texts in enumerate(finished):
-        texts = sorted(texts, key=lambda text: -text.mean_log_probability)[:num_beams]
-        unfinished = [
+    return [beams.results() for beams in pictures]
+
+
+class _Beams:
+    """The texts of one picture that beam search follows, with the sums of their log-probabilities, and the ended."""
+
+    def __init__(self, num_beams: int):
+        self.num_beams = num_beams
+        self.texts: list[tuple[list[int], list[float]]] = [([], [])] * num_beams
+        # all beams begin alike: only the first one counts in the first step
+        self.totals = [0.0] + [float("-inf")] * (num_beams - 1)
+        self.finished: list[WrittenText] = []
+
+    def extend(
+        self, choices: list[tuple[float, int, float]], vocab_size: int, ending: set[int]
+    ) -> tuple[list[int], list[int]]:
+        """
+        Go on with the best of `(total, beam * vocab_size + token, score)`, which come best first.
+
+        Returns:
+            `tuple[list[int], list[int]]`: From which beam each goes on, and its token; zeros where none goes on.
+        """
+        kept, rows, tokens = [], [], []
+        for total, index, score in choices:
+            if total == float("-inf"):
+                break
+            beam, token = divmod(index, vocab_size)
+            ids, scores = self.texts[beam][0], [*self.texts[beam][1], score]
+            if token in ending:
+                self.finished.append(WrittenText(ids, scores, True))
+            elif len(kept) < self.num_beams:
+                kept.append((total, ([*ids, token], scores)))
+                rows.append(beam)
+                tokens.append(token)
+        missing = self.num_beams - len(kept)
+        self.totals = [total for total, _ in kept] + [float("-inf")] * missing
+        self.texts = [text for _, text in kept] + [([], [])] * missing
+        return rows + [0] * missing, tokens + [0] * missing
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no text goes on."""
+        return max(self.totals) == float("-inf")
+
+    def cannot_improve(self, max_length: int) -> bool:
+        """Whether no text that goes on can get a higher mean than the worst of those that would be kept."""
+        if len(self.finished) < self.num_beams:
+            return False
+        means = sorted((text.mean_log_probability for text in self.finished), reverse=True)
+        return max(self.totals) / max_length <= means[self.num_beams - 1]
+
+    def results(self) -> list[WrittenText]:
+        """The best texts that have ended, filled up with those that have not."""
+        going_on = [
             WrittenText(ids, scores, False)
-            for (ids, scores), total in zip(histories[picture], totals[picture].tolist())
+            for (ids, scores), total in zip(self.texts, self.totals)
             if total > float("-inf")
         ]
-        unfinished.sort(key=lambda text: -text.mean_log_probability)
-        results.append(texts + unfinished[: num_beams - len(texts)])
-    return results
+        parts = [sorted(texts, key=lambda text: -text.mean_log_probability) for texts in (self.finished, going_on)]
+        return [text for part in parts for text in part][: self.num_beams]
 
 
 def _restrict(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
     return logits[:, : len(allowed)].masked_fill(~allowed, float("-inf"))
-
-
-def _cannot_improve(texts: list[WrittenText], totals: torch.Tensor, num_kept: int, max_length: int) -> bool:
-    """Whether no text that goes on can get a higher mean than the worst of those that would be kept."""
-    worst = sorted((text.mean_log_probability for text in texts), reverse=True)[num_kept - 1]
-    return float(totals.max()) / max_length <= worst

@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from cogview_pipelines.evaluation.likelihood import caption_losses, image_losses
+from cogview_pipelines.generation import decoders
+from cogview_pipelines.generation.decoders import Decoder, Decoding, StaticDecoder
 from cogview_pipelines.generation.texts import WrittenText
 from cogview_pipelines.models.cogview2.sequences import text_to_image
+from cogview_pipelines.pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
 from cogview_pipelines.pipelines.cogview2.pipeline_cogview2_caption import CogView2CaptionPipeline
 
 from ...utils import NUM_IMAGE_TOKENS, make_image_tokens
@@ -207,3 +210,17 @@ def test_arguments_that_cannot_be_used_are_errors(caption, call, error, message)
 def test_pairs_that_cannot_be_scored_are_errors(caption, prompt, call, message):
     with pytest.raises(ValueError, match=message):
         caption.score(None, prompt, tokens=tokens_of(3), **call)
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "beam"])
+def test_what_is_set_for_decoding_holds_for_captions_and_pipelines_made_of_this_one(pipe, strategy, monkeypatch):
+    used, find = [], Decoding.decoder
+    monkeypatch.setattr(Decoding, "decoder", lambda *arguments: used.append(find(*arguments)) or used[-1])
+    monkeypatch.setattr(decoders, "_compiled_prediction", lambda device_type: decoders._predict)
+    first = CogView2Pipeline.from_pipe(pipe)
+    first.set_decoding(compile=True)
+    captions = CogView2CaptionPipeline.from_pipe(first)
+    captions(tokens=tokens_of(1), strategy=strategy, max_length=3)
+    captions.set_decoding(fused=False)
+    captions(tokens=tokens_of(1), strategy=strategy, max_length=3)
+    assert [type(decoder) for decoder in used] == [StaticDecoder, Decoder]
