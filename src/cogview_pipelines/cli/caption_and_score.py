@@ -23,6 +23,7 @@ from .loading import (
     DType,
     load_pipeline,
 )
+from .options import count_option
 from .requests import CAPTION, SCORE, Kind, Request, check_arguments, check_prompt, read_requests
 from .results import LineFailures, read_rows, replace_rows, write_row
 
@@ -58,11 +59,11 @@ def caption(
     strategy: Strategy = typer.Option(
         None, help="greedy, sample, beam, or best-of: draw --candidates and keep the best.  [default: greedy]"
     ),
-    num_captions: int = typer.Option(
-        None, "--num-captions", "-n", min=1, help="Of each picture; more than one not greedy.  [default: 1]"
+    num_captions: int = count_option(
+        "--num-captions", "-n", help="Of each picture; more than one not greedy.  [default: 1]"
     ),
-    candidates: int = typer.Option(None, min=1, help=f"For best-of.  [default: {DEFAULT_CANDIDATES}]"),
-    beams: int = typer.Option(None, min=1, help="For beam.  [default: 4]"),
+    candidates: int = count_option("--candidates", help=f"For best-of.  [default: {DEFAULT_CANDIDATES}]"),
+    beams: int = count_option("--beams", help="For beam.  [default: 4]"),
     max_length: int = typer.Option(None, min=1, help="The most tokens."),
     requests: Path = REQUESTS_OPTION,
     output: Path = OUTPUT_OPTION,

@@ -13,6 +13,7 @@ import typer
 
 from .console import bad_input, fail, fail_all, failures, make_writable_folder
 from .loading import DEVICE_OPTION, DTYPE_OPTION, MODEL_OPTION, SHIPPED, DType, load_pipeline
+from .options import count_option, setting_option
 from .requests import (
     ARGUMENTS,
     GENERATE,
@@ -89,8 +90,8 @@ def generate(
         max=LARGEST_SEED,
         help="Of the first picture of each prompt; picture i has seed + i.  [default: by chance]",
     ),
-    num_images: int = typer.Option(None, "--num-images", "-n", min=1, help="Pictures per prompt.  [default: 1]"),
-    num_candidates: int = typer.Option(None, min=1, help="Draw so many of each prompt, and keep the best."),
+    num_images: int = count_option("--num-images", "-n", help="Pictures per prompt.  [default: 1]"),
+    num_candidates: int = count_option("--num-candidates", help="Draw so many of each prompt, and keep the best."),
     style: str = typer.Option(None, help="A style of the model."),
     grid: bool = typer.Option(False, "--grid", help="Write one picture that shows all of them."),
     model: str = MODEL_OPTION,
@@ -98,18 +99,18 @@ def generate(
         None, min=1, help="In pixels: low-resolution or super-resolved.  [default: the largest]"
     ),
     width: int = typer.Option(None, min=1, help="In pixels, likewise."),
-    guidance_scale: float = typer.Option(None, help="Classifier-free guidance, 1 is none; twice the time."),
+    guidance_scale: float = setting_option("guidance_scale"),
     negative_prompt: str = typer.Option(None, help="What guidance leads away from."),
-    text_attention_bias: float = typer.Option(None, help="How closely to follow the prompt."),
-    temperature: float = typer.Option(None, help="Of the low-resolution tokens: lower is more regular."),
-    top_k_clusters: int = typer.Option(None, min=1, help="Of the low-resolution tokens: clusters to draw from."),
-    cluster_temperature: float = typer.Option(None, help="Of the low-resolution tokens, inside a cluster."),
-    direct_sr_temperature: float = typer.Option(None, help="Of direct super-resolution."),
-    direct_sr_top_k_clusters: int = typer.Option(None, min=1, help="Of direct super-resolution."),
-    direct_sr_cluster_temperature: float = typer.Option(None, help="Of direct super-resolution."),
-    iterative_sr_temperature: float = typer.Option(None, help="Of iterative super-resolution."),
-    iterative_sr_top_k: str = typer.Option(None, help="Of iterative super-resolution; one per pass: 60,40,20"),
-    num_lopar_steps: int = typer.Option(None, min=0, help="Passes of iterative super-resolution; 0 leaves it out."),
+    text_attention_bias: float = setting_option("text_attention_bias"),
+    temperature: float = setting_option("temperature"),
+    top_k_clusters: int = setting_option("top_k_clusters"),
+    cluster_temperature: float = setting_option("cluster_temperature"),
+    direct_sr_temperature: float = setting_option("direct_sr_temperature"),
+    direct_sr_top_k_clusters: int = setting_option("direct_sr_top_k_clusters"),
+    direct_sr_cluster_temperature: float = setting_option("direct_sr_cluster_temperature"),
+    iterative_sr_temperature: float = setting_option("iterative_sr_temperature"),
+    iterative_sr_top_k: str = setting_option("iterative_sr_top_k"),
+    num_lopar_steps: int = setting_option("num_lopar_steps"),
     max_batch_size: int = typer.Option(None, min=1, help="Pictures computed at a time.  [default: 8]"),
     device: str = DEVICE_OPTION,
     dtype: DType = DTYPE_OPTION,
@@ -168,7 +169,7 @@ def generate(
             jobs += _plan(pipe, request, own)
     common = _common_metadata(pipe, model)
     made = []
-    with failures():
+    with bad_input(), failures():
         for _, path, image, metadata in _make(pipe, jobs, quiet):
             if grid:
                 made.append((image, metadata))
@@ -293,7 +294,7 @@ def _generate_list(
 
     kept, missing, others = sort_existing(jobs, made_from)
     refuse_others(others, overwrite)
-    with failures(), manifest_of(folder, jobs, kept) as add_line:
+    with bad_input(), failures(), manifest_of(folder, jobs, kept) as add_line:
         for job, path, image, metadata in _make(pipe, missing, quiet):
             metadata = {**metadata, **common}
             _save(image, path, metadata)

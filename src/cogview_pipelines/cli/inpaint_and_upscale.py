@@ -21,6 +21,7 @@ from .loading import (
     DType,
     load_pipeline,
 )
+from .options import count_option, setting_option
 from .requests import (
     INPAINT,
     LARGEST_SEED,
@@ -69,11 +70,11 @@ def inpaint(
     requests: Path = REQUESTS_OPTION,
     output: Path = OUTPUT_OPTION,
     seed: int = SEED_OPTION,
-    num_images: int = typer.Option(None, "--num-images", "-n", min=1, help="Results.  [default: 1]"),
+    num_images: int = count_option("--num-images", "-n", help="Results.  [default: 1]"),
     style: str = STYLE_OPTION,
-    guidance_scale: float = typer.Option(None, help="Classifier-free guidance, 1 is none; twice the time."),
-    temperature: float = typer.Option(None, help="Of the low-resolution tokens: lower is more regular."),
-    num_lopar_steps: int = typer.Option(None, min=0, help="Passes of iterative super-resolution; 0 leaves it out."),
+    guidance_scale: float = setting_option("guidance_scale"),
+    temperature: float = setting_option("temperature"),
+    num_lopar_steps: int = setting_option("num_lopar_steps"),
     max_crop_size: int = typer.Option(None, min=1, help="Largest square that is completed at a time, in pixels."),
     max_batch_size: int = BATCH_OPTION,
     model: str = MODEL_OPTION,
@@ -146,7 +147,7 @@ def upscale(
         None, "--faithful/--free", help="Whether the result, reduced, is the picture again.  [default: faithful]"
     ),
     style: str = STYLE_OPTION,
-    num_lopar_steps: int = typer.Option(None, min=0, help="Passes of iterative super-resolution; 0 leaves it out."),
+    num_lopar_steps: int = setting_option("num_lopar_steps"),
     model: str = MODEL_OPTION,
     device: str = DEVICE_OPTION,
     dtype: DType = DTYPE_OPTION,

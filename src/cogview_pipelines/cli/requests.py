@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..pipelines.cogview2.settings import CaptionSettings, SamplingSettings
+from ..pipelines.common.settings import MOST_COUNT, Setting
+
 LARGEST_SEED = 2**63 - 1
 LONGEST_ID = 100  # characters
 
@@ -62,44 +65,39 @@ def _whole_number_or_none_at_all(value) -> int:
     return _whole_number(value, least=0)
 
 
-def _positive_number(value) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
-        raise ValueError("a number above 0")
-    return float(value)
+def _count(value) -> int:
+    """Of what is drawn: no more than memory has room for."""
+    if _whole_number(value) > MOST_COUNT:
+        raise ValueError(f"a whole number from 1 to {MOST_COUNT}")
+    return value
 
 
-def _whole_numbers(value) -> int | list[int]:
-    try:
-        return [_whole_number(entry) for entry in value] if isinstance(value, list) else _whole_number(value)
-    except ValueError:
-        raise ValueError("a whole number of at least 1, or a list of them, one per pass") from None
+def _setting(declared: Setting) -> Callable:
+    """What the pipelines take."""
+
+    def check(value):
+        try:
+            return declared.check("value", value)
+        except ValueError:
+            raise ValueError(declared.wanted) from None
+
+    return check
 
 
 # The arguments of the pipeline's call that a request may have, and how each is checked.
 ARGUMENTS: dict[str, Callable] = {
-    "num_images_per_prompt": _whole_number,
-    "num_candidates": _whole_number,
+    "num_images_per_prompt": _count,
+    "num_candidates": _count,
     "style": _text,
     "height": _whole_number,
     "width": _whole_number,
-    "guidance_scale": _number,
     "negative_prompt": _text,
-    "text_attention_bias": _number,
-    "temperature": _positive_number,
-    "top_k_clusters": _whole_number,
-    "cluster_temperature": _positive_number,
-    "direct_sr_temperature": _positive_number,
-    "direct_sr_top_k_clusters": _whole_number,
-    "direct_sr_cluster_temperature": _positive_number,
-    "iterative_sr_temperature": _positive_number,
-    "iterative_sr_top_k": _whole_numbers,
-    "num_lopar_steps": _whole_number_or_none_at_all,
+    **{name: _setting(declared) for name, declared in SamplingSettings.declared().items()},
     "max_batch_size": _whole_number,
 }
 _SUPER_RESOLUTION = {
-    name: check
-    for name, check in ARGUMENTS.items()
-    if name.startswith(("direct_sr", "iterative_sr")) or name in ("num_lopar_steps", "style", "max_batch_size")
+    name: ARGUMENTS[name]
+    for name in (*SamplingSettings.declared("CogView2UpscalePipeline"), "style", "max_batch_size")
 }
 MARGINS = ("top", "bottom", "left", "right")
 
@@ -157,12 +155,11 @@ CAPTION = Kind(
     {
         "language": _choice("en", "zh"),
         "strategy": _choice("greedy", "sample", "beam", "best_of"),
-        "num_captions_per_image": _whole_number,
-        "num_candidates": _whole_number,
-        "num_beams": _whole_number,
+        "num_captions_per_image": _count,
+        "num_candidates": _count,
+        "num_beams": _count,
         "rank_by": _choice("image", "caption"),
-        "temperature": _positive_number,
-        "top_k": _whole_number,
+        **{name: _setting(declared) for name, declared in CaptionSettings.declared().items()},
         "max_length": _whole_number,
         "end": _choice("sentence", "likelihood", "length"),
         "max_batch_size": _whole_number,

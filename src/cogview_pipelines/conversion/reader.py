@@ -328,7 +328,7 @@ class TorchArchive:
         entry = self.zip.getinfo(f"{self._prefix}data.pkl")
         if entry.file_size > MAX_PICKLE_BYTES:
             raise ConversionError(
-                f"{self.name}: its pickle is {entry.file_size} bytes long, which no list of tensors is."
+                f"{self.name}: its pickle has {entry.file_size} bytes, too many for a list of tensors."
             )
         return b"".join(self._bytes(entry.filename, 0, entry.file_size))
 

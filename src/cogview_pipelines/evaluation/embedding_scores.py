@@ -31,7 +31,7 @@ class EmbeddingScorer:
 
         Args:
             images (sequence of `PIL.Image.Image`): Pictures.
-            prompts (sequence of `str`): A text for each. What the model cannot read, it does not: texts are cut.
+            prompts (sequence of `str`): A text for each, cut to what the model can read.
 
         Raises:
             ValueError: If there is not one text per picture.

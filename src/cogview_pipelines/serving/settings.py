@@ -11,7 +11,7 @@ class ServerSettings:
     """
     Args:
         host (`str`), port (`int`): Where to listen; port 0 takes a free one.
-        token (`str`, *optional*): Who does not send it, gets nothing but `/health`.
+        token (`str`, *optional*): Requests without it are refused, except for `/health`.
         allowed_hosts (`tuple[str, ...]`): Names by which the server may be called, besides that of `host`. On a
             loopback address, only these and the names of this machine's loopback are answered.
         page (`bool`): Serve the page, too.

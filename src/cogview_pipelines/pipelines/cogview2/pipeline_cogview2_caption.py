@@ -1,6 +1,7 @@
 """Captions of pictures, and how well captions fit."""
 
 import functools
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from ..common.arguments import (
 )
 from ..common.base import PipelineBase
 from ..common.calls import Call, inference
+from .base import CogView2PipelineBase
 from .outputs import CogView2CaptionPipelineOutput
 from .settings import CaptionSettings
 
@@ -84,6 +86,7 @@ class CogView2CaptionPipeline(PipelineBase):
     """
 
     model_cpu_offload_seq = "transformer"
+    _passed_over = frozenset(inspect.signature(CogView2PipelineBase.__init__).parameters)
 
     def __init__(
         self,
@@ -229,7 +232,7 @@ class CogView2CaptionPipeline(PipelineBase):
 
         Args:
             image, tokens: As for `__call__`; `image` may be `None` with tokens.
-            prompt (`str` or list of `str`): Texts, one per picture; one picture or one text serves all of the others.
+            prompt (`str` or list of `str`): Texts, one per picture; a single picture or text is used for all.
             languages (sequence of `"en"` or `"zh"`, *optional*): Of each text; by default what the tokenizer says.
             max_batch_size (`int`, defaults to 16): Pairs that are computed at a time.
 

@@ -156,9 +156,9 @@ class CogView2InpaintPipeline(PreviewMixin, CogView2PipelineBase):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("tokens",),
     ) -> CogView2InpaintPipelineOutput | tuple:
         """
-        Paint.
+        Complete pictures.
 
-        Prompts, pictures and masks go together one by one; a single one of either serves all of the others.
+        The first prompt goes with the first picture and the first mask, and so on; a single one is used for all.
 
         Args:
             prompt (`str` or list of `str`): What the picture shows when it is done.
@@ -259,6 +259,7 @@ class CogView2InpaintPipeline(PreviewMixin, CogView2PipelineBase):
         )
         return output if return_dict else output.to_tuple()
 
+    @inference
     def outpaint(
         self,
         prompt: str | Sequence[str],

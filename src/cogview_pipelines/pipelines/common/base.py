@@ -1,7 +1,8 @@
 """What the pipelines of all families share: loading, devices, offload, calls and what they tell, pixels."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
@@ -27,6 +28,8 @@ class PipelineBase(DiffusionPipeline):
 
     _optional_components = ()
     _callback_tensor_inputs = ("tokens",)
+    # What folders may hold for other pipelines of the family.
+    _passed_over: Collection[str] = ()
     _preview_output = PreviewOutput
     # Offload leaves the image tokenizer on the device: it is small, and previews need it while another model works.
     _exclude_from_cpu_offload = ["vqvae"]  # noqa: RUF012 - diffusers takes a list
@@ -92,6 +95,15 @@ class PipelineBase(DiffusionPipeline):
         dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
         dtype = torch.float32 if dtype is None else None if dtype == "auto" else dtype
         return super().from_pretrained(pretrained_model_name_or_path, dtype=dtype, **kwargs)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """As diffusers does, but without a warning for what only other pipelines of the family have a use for."""
+        own = inspect.signature(cls.__init__).parameters
+        config_dict = {
+            name: value for name, value in config_dict.items() if name in own or name not in cls._passed_over
+        }
+        return super().extract_init_dict(config_dict, **kwargs)
 
     # Speed -----------------------------------------------------------------------------------------------------------
 
@@ -206,6 +218,11 @@ class PipelineBase(DiffusionPipeline):
             total (`int`, *optional*): Steps that are known beforehand; there is no progress bar without.
             return_statistics, callback, tensor_inputs: Arguments of the call.
         """
+        for name, part in self.components.items():
+            if getattr(part, "dtype", None) == torch.float64:
+                raise ValueError(
+                    f"`{name}` must be float32, bfloat16 or float16, but is float64. Call `pipe.to(torch.float32)`."
+                )
         try:
             with contextlib.nullcontext() if total is None else self.progress_bar(total=total) as progress:
                 call = Call(self, progress, return_statistics, callback, tensor_inputs)

@@ -37,6 +37,16 @@ class Setting:
     is_whole: bool = False
     is_per_pass: bool = False
 
+    @property
+    def wanted(self) -> str:
+        """What it must be, in words."""
+        kind = (
+            f"a whole number from {self.least:.0f} to {self.most:.0f}"
+            if self.is_whole
+            else (f"a number from {self.least:g} to {self.most:g}")
+        )
+        return f"{kind}, or a list of them, one per pass" if self.is_per_pass else kind
+
     def check(self, name: str, value: Any) -> Any:
         """
         The value as plain Python numbers.
@@ -46,13 +56,11 @@ class Setting:
         """
         if self.is_per_pass and isinstance(value, (list, tuple)) and value:
             return [self.check(f"{name}[{index}]", entry) for index, entry in enumerate(value)]
-        if self.is_whole:
-            return whole_number(name, value, int(self.least), int(self.most))
+        is_number = isinstance(value, numbers.Integral if self.is_whole else numbers.Real)
         # the comparison is false for nan, too
-        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if not is_number or not self.least <= value <= self.most:
-            raise ValueError(f"`{name}` must be a number from {self.least:g} to {self.most:g}, but is {value!r}.")
-        return float(value)
+        if not is_number or isinstance(value, bool) or not self.least <= value <= self.most:
+            raise ValueError(f"`{name}` must be {self.wanted}, but is {value!r}.")
+        return int(value) if self.is_whole else float(value)
 
 
 def setting(default: float | None, least: float, most: float, help: str, pipelines: tuple[str, ...], **more) -> Any:
