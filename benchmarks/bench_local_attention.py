@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from cogview_pipelines.environment import stamp
+from cogview_pipelines.ops.key_set import KeySet
 from cogview_pipelines.ops.local_attention import in_window, local_attention, window_mask
 from cogview_pipelines.ops.native import build_info
 
@@ -99,19 +100,27 @@ def make_inputs(case: Case, device: str) -> dict:
         return fused.unbind(2)
 
     query, key, value = views(math.prod(case.grid), 3)
-    inputs = {"query": query, "key": key, "value": value, "query_grid": case.grid, "kernel_size": case.kernel}
+    key_sets = [KeySet(key, value, case.grid, case.kernel)]
     if case.cross:
-        inputs["cross_key"], inputs["cross_value"] = views(math.prod(case.cross[0]), 2)
-        inputs["cross_grid"], inputs["cross_kernel_size"] = case.cross
+        key_sets.append(KeySet(*views(math.prod(case.cross[0]), 2), *case.cross))
     if case.context:
-        inputs["context_key"], inputs["context_value"] = views(case.context, 2)
-    return inputs
+        key_sets.append(KeySet(*views(case.context, 2)))
+    return {"query": query, "key_sets": key_sets, "query_grid": case.grid}
+
+
+def as_leaves(inputs: dict) -> dict:
+    """The same inputs, of which gradients can be had."""
+
+    def leaf(tensor):
+        return tensor.detach().requires_grad_()
+
+    sets = [keys.with_keys(leaf(keys.key), leaf(keys.value)) for keys in inputs["key_sets"]]
+    return {**inputs, "query": leaf(inputs["query"]), "key_sets": sets}
 
 
 def joined(inputs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Query and all keys and values, heads first."""
-    keys = [inputs[name] for name in ("key", "cross_key", "context_key") if name in inputs]
-    values = [inputs[name] for name in ("value", "cross_value", "context_value") if name in inputs]
+    keys, values = zip(*((keys.key, keys.value) for keys in inputs["key_sets"]), strict=True)
     return tuple(x.transpose(1, 2) for x in (inputs["query"], torch.cat(keys, 1), torch.cat(values, 1)))
 
 
@@ -178,6 +187,12 @@ def unfold(case, device):
         )
         return columns.to(tensor.dtype).view(batch_size * num_heads, head_dim, math.prod(kernel), -1)
 
+    def sources(inputs):
+        """Keys, and values, of the window on the own grid, of that on the coarse grid and of the context."""
+        pairs = iter([(keys.key, keys.value) for keys in inputs["key_sets"]])
+        absent = (None, None)
+        return zip(next(pairs), next(pairs) if case.cross else absent, next(pairs) if case.context else absent)
+
     def all_windows(tensor, coarse, context):
         parts = [windows(tensor, case.grid, case.kernel)]
         if case.cross:
@@ -199,8 +214,7 @@ def unfold(case, device):
 
     def run(inputs):
         query = inputs["query"].permute(0, 2, 3, 1).flatten(0, 1).unsqueeze(2) * case.head_dim**-0.5
-        key = all_windows(inputs["key"], inputs.get("cross_key"), inputs.get("context_key"))
-        value = all_windows(inputs["value"], inputs.get("cross_value"), inputs.get("context_value"))
+        key, value = (all_windows(*tensors) for tensors in sources(inputs))
         weights = (query * key).sum(1, keepdim=True).masked_fill(off_grid, -math.inf).softmax(2)
         output = (weights * value).sum(2).unflatten(0, (case.batch_size, case.num_heads))
         return output.permute(0, 3, 1, 2)
@@ -215,7 +229,8 @@ def natten_attention(case, device):
         raise NotImplementedError("NATTEN's windows cannot share a softmax with other keys in one call")
 
     def run(inputs):
-        image = [inputs[name].unflatten(1, case.grid) for name in ("query", "key", "value")]
+        (keys,) = inputs["key_sets"]
+        image = [tensor.unflatten(1, case.grid) for tensor in (inputs["query"], keys.key, keys.value)]
         return natten.na2d(*image, kernel_size=case.kernel).flatten(1, 2)
 
     return run
@@ -334,7 +349,6 @@ def run_case(case: Case, device: str, options: argparse.Namespace) -> dict:
     line |= {"cross": case.cross, "context": case.context, "bandwidth_gb_s": round(bandwidth / 1e9, 1)}
     line |= {"matmul_tflops": round(rate / 1e12, 3), "floor_ms": round(floor * 1e3, 4)}
     line["training_floor_ms"] = round(training_floor * 1e3, 4)
-    names = [name for name in inputs if name.endswith(("query", "key", "value"))]
     expected = None
     for way, build in WAYS.items():
         if options.only and way not in ("ours", *options.only):
@@ -354,11 +368,12 @@ def run_case(case: Case, device: str, options: argparse.Namespace) -> dict:
                 with PeakMemory(device) as memory:
                     run(inputs)
                 row["forward_mb"] = memory.bytes and memory.bytes / 1e6
-            leaves = {**inputs, **{name: inputs[name].detach().requires_grad_() for name in names}}
+            leaves = as_leaves(inputs)
             grad = torch.randn_like(output)
 
             def train(run=run, leaves=leaves, grad=grad):
-                torch.autograd.grad(run(leaves), [leaves[name] for name in names], grad)
+                tensors = [leaves["query"], *(t for keys in leaves["key_sets"] for t in (keys.key, keys.value))]
+                torch.autograd.grad(run(leaves), tensors, grad)
 
             row["training_ms"] = measure(train, device, options.seconds) * 1e3
             with PeakMemory(device) as memory:

@@ -18,6 +18,7 @@ from cogview_pipelines.generation.sampling import sample_cluster_tokens, sample_
 from cogview_pipelines.generation.token_sequence import TokenSequence
 from cogview_pipelines.models.cogview2.sequences import direct_super_resolution, iterative_super_resolution
 from cogview_pipelines.models.cogview2.sequences import text_to_image as text_to_image_context
+from cogview_pipelines.ops.key_set import KeySet
 from cogview_pipelines.ops.local_attention import local_attention
 
 CHUNK = 4  # pictures of super-resolution at a time
@@ -146,22 +147,13 @@ def canvas_forward(model: CogLMCanvasModel, context: TokenSequence, canvas: torc
         own = layer.canvas_attention if direct else layer.attention
         slots = config.num_text_slots
         seen = (
-            {
-                "cross_key": key[:, slots:],
-                "cross_value": value[:, slots:],
-                "cross_grid": config.image_grid,
-                "cross_kernel_size": config.cross_kernel_size,
-            }
+            KeySet(key[:, slots:], value[:, slots:], config.image_grid, config.cross_kernel_size)
             if direct
-            else {"context_key": key, "context_value": value, "context_bias": hidden}
+            else KeySet(key, value, bias=hidden)
         )
-        windows = local_attention(
-            *(part.transpose(1, 2) for part in project(own, normed[:, length:])),
-            query_grid=config.fine_grid,
-            kernel_size=config.kernel_size,
-            backend="reference",
-            **seen,
-        )
+        query, key, value = (part.transpose(1, 2) for part in project(own, normed[:, length:]))
+        canvas = KeySet(key, value, config.fine_grid, config.kernel_size)
+        windows = local_attention(query, [canvas, seen], config.fine_grid, backend="reference")
         attended = torch.cat([layer.attention.dense(attended), own.dense(windows.flatten(2))], 1)
         states = feed_forward(layer, states, attended)
     return all_logits(model, states)[:, length:]

@@ -4,7 +4,10 @@
 #include <pthread.h>
 #include <string.h>
 
+#include <initializer_list>
+
 #include "cpu_kernels.h"
+#include "local_attention_tiles.h"
 
 namespace {
 
@@ -71,12 +74,32 @@ void run_parallel(Task task, void* data, int threads, void* runtime) {
 }
 
 int run_local_attention(const LocalAttentionProblem* p, bool backward) {
-    const Isa* isa = p->abi == LOCAL_ATTENTION_ABI ? find_isa(p->isa) : nullptr;
-    const int shift = p->tile_rows;
-    if (!isa || p->head_dim < 1 || p->head_dim > LOCAL_ATTENTION_MAX_HEAD_DIM || p->threads < 1 || shift < 0 || shift > 16 ||
-        (shift & (shift - 1)))
+    const Isa* isa = p && p->abi == LOCAL_ATTENTION_ABI ? find_isa(p->isa) : nullptr;
+    if (!isa || !is_sound(*p, backward) || p->threads < 1 || p->threads > LOCAL_ATTENTION_MAX_THREADS || p->tile_rows < 0 ||
+        p->tile_rows > 16 || (p->tile_rows & (p->tile_rows - 1)))
         return LOCAL_ATTENTION_UNSUPPORTED;
-    return isa->local_attention(p, backward, run_parallel);
+    return is_empty(*p) ? LOCAL_ATTENTION_OK : isa->local_attention(p, backward, run_parallel);
+}
+
+// The sizes that the memory of a decoding step depends on.
+bool has_sound_sizes(const DecodeStep& s) {
+    constexpr int most = 1 << 24;
+    return s.sequences > 0 && s.sequences <= DECODE_STEP_MAX_SEQUENCES && s.layers > 0 && s.layers < most && s.hidden > 0 &&
+           s.hidden < most && s.intermediate > 0 && s.intermediate < most && s.heads > 0 && s.hidden % s.heads == 0;
+}
+
+// The sizes of a call, and that nothing which it reads or writes is missing.
+bool has_all_data(const DecodeStep& s) {
+    if (s.threads < 1 || s.threads > (1 << 16) || s.length < 0 || s.length >= s.capacity || s.length >= DECODE_STEP_MAX_KEYS) return false;
+    if (s.tokens < 1 || s.tokens > s.vocabulary || !s.layer || !s.final_layernorm.weight || !s.final_layernorm.bias) return false;
+    for (int i = 0; i < s.layers; i++) {
+        const DecodeLayer& l = s.layer[i];
+        for (const DecodeParameters& p : {l.attention_layernorm, l.query_key_value, l.dense, l.attention_output_layernorm, l.mlp_layernorm,
+                                          l.dense_h_to_4h, l.dense_4h_to_h, l.mlp_output_layernorm})
+            if (!p.weight || !p.bias) return false;
+        if (!l.cache) return false;
+    }
+    return s.word_embeddings && s.position_embedding && s.input_ids && s.bias && s.logits && s.scratch;
 }
 
 }  // namespace
@@ -87,13 +110,10 @@ int local_attention_cpu_forward(const LocalAttentionProblem* p) { return run_loc
 int local_attention_cpu_backward(const LocalAttentionProblem* p) { return run_local_attention(p, true); }
 
 int64_t decode_step_size(void) { return sizeof(DecodeStep); }
-int64_t decode_step_scratch_size(const DecodeStep* s) { return decode_step_scratch_baseline(s); }
+int64_t decode_step_scratch_size(const DecodeStep* s) { return s && has_sound_sizes(*s) ? decode_step_scratch_baseline(s) : 0; }
 int decode_step_cpu(const DecodeStep* s) {
-    const Isa* isa = s->abi == DECODE_STEP_ABI ? find_isa(s->isa) : nullptr;
-    const bool fits = isa && s->threads > 0 && s->sequences > 0 && s->sequences <= DECODE_STEP_MAX_SEQUENCES && s->length >= 0 &&
-                      s->length < s->capacity && s->length < DECODE_STEP_MAX_KEYS && s->layers > 0 && s->heads > 0 &&
-                      s->hidden % s->heads == 0 && s->tokens <= s->vocabulary;
-    if (!fits) return DECODE_STEP_UNSUPPORTED;
+    const Isa* isa = s && s->abi == DECODE_STEP_ABI ? find_isa(s->isa) : nullptr;
+    if (!isa || !has_sound_sizes(*s) || !has_all_data(*s)) return DECODE_STEP_UNSUPPORTED;
     for (int i = 0; i < s->sequences; i++) {
         const int64_t id = s->input_ids[i * s->input_stride];
         if (id < 0 || id >= s->vocabulary) return DECODE_STEP_BAD_ID;
@@ -102,7 +122,7 @@ int decode_step_cpu(const DecodeStep* s) {
 }
 
 int gelu_cpu(const void* values, void* results, int64_t count, int32_t dtype, int32_t threads, int32_t isa, void* parallel) {
-    const Isa* chosen = threads > 0 && count >= 0 ? find_isa(isa) : nullptr;
+    const Isa* chosen = threads > 0 && count >= 0 && (!count || (values && results)) ? find_isa(isa) : nullptr;
     return chosen ? chosen->gelu(values, results, count, dtype, threads, run_parallel, parallel) : GELU_UNSUPPORTED;
 }
 

@@ -35,6 +35,7 @@ template <>
 struct Simd<float> {
     typedef float V __attribute__((vector_size(VECTOR_BYTES), may_alias));
     typedef int32_t I __attribute__((vector_size(VECTOR_BYTES), may_alias));
+    typedef uint32_t Bits __attribute__((vector_size(VECTOR_BYTES), may_alias));
     typedef int32_t Int;
     static constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
     static constexpr int mantissa = 23, bias = 127;
@@ -44,6 +45,7 @@ template <>
 struct Simd<double> {
     typedef double V __attribute__((vector_size(VECTOR_BYTES), may_alias));
     typedef int64_t I __attribute__((vector_size(VECTOR_BYTES), may_alias));
+    typedef uint64_t Bits __attribute__((vector_size(VECTOR_BYTES), may_alias));
     typedef int64_t Int;
     static constexpr double magic = 6755399441055744.0;
     static constexpr int mantissa = 52, bias = 1023;
@@ -97,8 +99,9 @@ inline Vec<T> exp2(Vec<T> x) {
     p = p * f + splat<T>((T)2.4022650695910071e-1);
     p = p * f + splat<T>((T)6.9314718055994531e-1);
     p = p * f + splat<T>((T)1);
-    typename S::I bits = (typename S::I)shifted;
-    bits = (bits << S::mantissa) + ((typename S::Int)S::bias << S::mantissa);
+    // Unsigned: lanes that hold no number that counts may wrap around.
+    typedef typename S::Bits Bits;
+    const Bits bits = ((Bits)shifted << S::mantissa) + ((Bits{} + S::bias) << S::mantissa);
     return p * (Vec<T>)bits;
 }
 

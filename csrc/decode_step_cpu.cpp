@@ -5,6 +5,7 @@
  * matrix, a sequence, a head), which the threads take one after the other; a thread that finds none left waits until all are done. So the
  * work is shared well however many threads there really are, and no sum depends on their number.
  */
+#include <float.h>
 #include <sched.h>
 
 #include "cpu_kernels.h"
@@ -199,7 +200,7 @@ class Step {
         const int count = s.length + 1;
         const float *bias = s.bias + (int64_t)m * s.capacity, scale = 1 / sqrtf((float)head_dim);
         alignas(64) float scores[DECODE_STEP_MAX_KEYS + W];
-        float largest = -INFINITY;
+        float largest = -FLT_MAX;
         for (int j = 0; j < count; j++) {
             const float* key = keys + (int64_t)j * head_dim;
             V acc = V{};
@@ -207,7 +208,8 @@ class Step {
             for (; d + W <= head_dim; d += W) acc += read(query + d) * read(key + d);
             float score = sum(acc);
             for (; d < head_dim; d++) score += query[d] * key[d];
-            scores[j] = (score * scale + bias[j]) * (float)LOG2_E;
+            const float in_log2 = (score * scale + bias[j]) * (float)LOG2_E;
+            scores[j] = in_log2 < -FLT_MAX ? -FLT_MAX : in_log2;  // finite, so that keys that are all hidden share the weight
             largest = scores[j] > largest ? scores[j] : largest;
         }
         for (int j = count; j % W; j++) scores[j] = -INFINITY;

@@ -15,7 +15,10 @@
  * and half precision into contiguous memory that stays in the cache. Gradients of keys and values gather in a ring beside it, and a row is
  * written when no later query can see it: no atomics, and the result does not depend on the number of threads unless rows are split.
  */
+#include <float.h>
 #include <stdlib.h>
+
+#include <initializer_list>
 
 #include "cpu_kernels.h"
 #include "cpu_vectors.h"
@@ -53,6 +56,19 @@ template <class T, class S>
 inline void copy_row(T* to, const S* from, int head_dim, int padded_dim) {
     for (int d = 0; d < head_dim; d++) to[d] = (T)widen(from[d]);
     for (int d = head_dim; d < padded_dim; d++) to[d] = 0;
+}
+
+// The lowest finite number.
+template <class T>
+constexpr T lowest() {
+    return sizeof(T) == 4 ? (T)-FLT_MAX : (T)-DBL_MAX;
+}
+
+// A bias in units of log 2. What was finite stays so: the lowest number hides a key only beside others.
+template <class T>
+inline T to_log2(T bias) {
+    const T scaled = bias * (T)LOG2_E;
+    return fabs(bias) == (T)INFINITY || fabs(scaled) != (T)INFINITY ? scaled : bias > 0 ? -lowest<T>() : lowest<T>();
 }
 
 // ------------------------------------------------------------------------------------------------------------------------- micro kernels
@@ -129,7 +145,7 @@ struct ScoreBlock {
     void block(int first) {
         constexpr int N = lane_vectors<T>(), W = width<T>();
         Vec<T> acc[KEYS][N];
-        multiply_block<T, PITCH, KEYS>(run.key + first * PITCH, query, padded_dim, acc);
+        multiply_block<T, PITCH, KEYS>(run.key + (int64_t)first * PITCH, query, padded_dim, acc);
         for (int j = 0; j < KEYS; j++) {
             const uint16_t mask = run.mask(first + j);
             const T bias = run.bias ? run.bias[first + j] : 0;
@@ -143,26 +159,27 @@ struct ScoreBlock {
     }
 };
 
-// The weights of a run, from the scores and the known logsumexp.
+// The weights of a run, from the scores, their largest and the logarithm of the sum of the weights relative to it.
 template <class T, int PITCH>
 struct WeightBlock {
     const Run<T>& run;
     const T* query;
     int padded_dim;
     T* weights;
-    const T* logsumexp;
+    const T *largest, *log_sum;
 
     template <int KEYS>
     void block(int first) {
         constexpr int N = lane_vectors<T>(), W = width<T>();
         Vec<T> acc[KEYS][N];
-        multiply_block<T, PITCH, KEYS>(run.key + first * PITCH, query, padded_dim, acc);
+        multiply_block<T, PITCH, KEYS>(run.key + (int64_t)first * PITCH, query, padded_dim, acc);
         for (int j = 0; j < KEYS; j++) {
             const uint16_t mask = run.mask(first + j);
             const T bias = run.bias ? run.bias[first + j] : 0;
             T* to = weights + (int64_t)(run.start + first + j) * LANES;
             for (int n = 0; n < N; n++) {
-                const Vec<T> p = exp2<T>(acc[j][n] + splat(bias) - load(logsumexp + n * W));
+                // First what may be large, exactly as the forward did.
+                const Vec<T> p = exp2<T>(acc[j][n] + splat(bias) - load(largest + n * W) - load(log_sum + n * W));
                 store(to + n * W, keep_lanes<T>(p, mask, n, (T)0));
             }
         }
@@ -183,7 +200,7 @@ struct GradWeightBlock {
     void block(int first) {
         constexpr int N = lane_vectors<T>(), W = width<T>();
         Vec<T> acc[KEYS][N];
-        multiply_block<T, PITCH, KEYS>(run.value + first * PITCH, grad_output, padded_dim, acc);
+        multiply_block<T, PITCH, KEYS>(run.value + (int64_t)first * PITCH, grad_output, padded_dim, acc);
         for (int j = 0; j < KEYS; j++) {
             const int64_t at = (int64_t)(run.start + first + j) * LANES;
             for (int n = 0; n < N; n++) {
@@ -257,8 +274,8 @@ inline void scatter_block(T* to, const T* weights, const T* rows, int lane, int 
 template <class T, int PITCH, int COUNT>
 inline void scatter_columns(T* to, const T* weights, const T* rows, int count, int lane, int end) {
     int j = 0;
-    for (; j + 4 <= count; j += 4) scatter_block<T, PITCH, 4, COUNT>(to + j * PITCH, weights + j * LANES, rows, lane, end);
-    to += j * PITCH, weights += j * LANES;
+    for (; j + 4 <= count; j += 4, to += 4 * PITCH, weights += 4 * LANES)
+        scatter_block<T, PITCH, 4, COUNT>(to, weights, rows, lane, end);
     if (count - j == 3) scatter_block<T, PITCH, 3, COUNT>(to, weights, rows, lane, end);
     if (count - j == 2) scatter_block<T, PITCH, 2, COUNT>(to, weights, rows, lane, end);
     if (count - j == 1) scatter_block<T, PITCH, 1, COUNT>(to, weights, rows, lane, end);
@@ -270,7 +287,7 @@ __attribute__((noinline)) void scatter(
     constexpr int W = width<T>(), MOST = values_per_block<T>();
     for (int r = 0; r < num_runs; r++) {
         const Run<T>& run = runs[r];
-        if (!run.rows) continue;
+        if (!run.rows || !(run.*grads)) continue;
         const int lane = __builtin_ctz(run.rows), end = 32 - __builtin_clz(run.rows);
         const T* weight = weights + (int64_t)run.start * LANES;
         T* to = run.*grads;
@@ -305,6 +322,7 @@ struct Plan {
     int64_t partial_at[LOCAL_ATTENTION_SOURCES];      // where the partial gradients of a band start, in elements
     int64_t partial_size;                             // elements of the partial gradients of a unit
     char* partial;                                    // with several bands: gradients before they are added up
+    bool grad_scores;                                 // backward: wanted by any gradient but those of values
     int64_t next_unit, next_sum;                      // work counters of the threads
     int failed;
 };
@@ -362,7 +380,9 @@ inline Plan make_plan(const LocalAttentionProblem& p, bool backward) {
         }
         plan.partial_size += 2 * (int64_t)most * s.columns * plan.pitch;
         plan.num_sources++;
+        plan.grad_scores |= s.grad_key.data != nullptr;
     }
+    plan.grad_scores |= p.grad_query.data != nullptr;
     return plan;
 }
 
@@ -392,10 +412,10 @@ class Worker {
     struct Side {
         const LocalAttentionSource* source;
         int ring;
-        T *key, *value, *grad_key, *grad_value;  // rings of rows
+        T *key, *value, *grad_key, *grad_value;  // rings of rows; null for gradients that are not wanted
         T *partial_key, *partial_value;          // with several bands
         int partial_row;                         // the key row at which they start
-        const T* bias;
+        T* bias;                                 // of all keys, in units of log 2, or null
         int packed_from, packed_to;              // rows that have been in the ring, and the end of those
         int row, end;                            // rows that the current row of tiles sees
         uint16_t *rows, *before, *same;          // lanes that see them, by their row alone
@@ -409,7 +429,7 @@ class Worker {
     const int head_dim, padded_dim;
     Side sides[LOCAL_ATTENTION_SOURCES];
     Run<T>* runs;
-    T *bias, *scores, *grad_scores;
+    T *scores, *grad_scores;
     T *query, *query_rows, *grad_rows, *grad, *out;
     int batch, head;
 
@@ -424,10 +444,9 @@ class Worker {
             const int64_t row = (int64_t)s.columns * PITCH;
             side.key = arena.take<T>(side.ring * row);
             side.value = arena.take<T>(side.ring * row);
-            if (plan.backward) {
-                side.grad_key = arena.take<T>(side.ring * row);
-                side.grad_value = arena.take<T>(side.ring * row);
-            }
+            side.grad_key = plan.backward && s.grad_key.data ? arena.take<T>(side.ring * row) : nullptr;
+            side.grad_value = plan.backward && s.grad_value.data ? arena.take<T>(side.ring * row) : nullptr;
+            side.bias = s.bias ? arena.take<T>((int64_t)s.rows * s.columns) : nullptr;
             side.rows = arena.take<uint16_t>(side.ring);
             side.before = arena.take<uint16_t>(side.ring);
             side.same = arena.take<uint16_t>(side.ring);
@@ -441,8 +460,6 @@ class Worker {
             most_keys += (int64_t)side.ring * side.most_columns;
         }
         runs = arena.take<Run<T>>(most_runs);
-        const bool has_context = p.source[2].key.data && p.context_bias;
-        bias = has_context ? arena.take<T>(p.source[2].columns) : nullptr;
         scores = arena.take<T>(most_keys * LANES);
         grad_scores = plan.backward ? arena.take<T>(most_keys * LANES) : nullptr;
         query = arena.take<T>(PITCH * LANES);
@@ -469,8 +486,8 @@ class Worker {
                         seen |= (uint16_t)(abs(k - center) <= s.reach_columns) << lane;
                         upto |= (uint16_t)(k <= center) << lane;
                     }
-                    side.columns[tile * side.most_columns + k - side.column[tile]] = seen;
-                    side.upto[tile * side.most_columns + k - side.column[tile]] = upto;
+                    side.columns[(int64_t)tile * side.most_columns + k - side.column[tile]] = seen;
+                    side.upto[(int64_t)tile * side.most_columns + k - side.column[tile]] = upto;
                 }
             }
         }
@@ -496,45 +513,40 @@ class Worker {
         }
     }
 
-    void write_gradients(Side& side, int row) {
+    void write_gradients(const Side& side, int row) {
         const LocalAttentionSource& s = *side.source;
-        const int64_t slot = (int64_t)(row % side.ring) * s.columns * PITCH;
-        const T factor = (T)p.scale;
-        if (side.partial_key) {
-            const int64_t size = (int64_t)s.columns * PITCH, at = (row - side.partial_row) * size;
-            memcpy(side.partial_key + at, side.grad_key + slot, size * sizeof(T));
-            memcpy(side.partial_value + at, side.grad_value + slot, size * sizeof(T));
+        write_gradient(side, row, side.grad_key, s.grad_key, side.partial_key, (T)p.scale);
+        write_gradient(side, row, side.grad_value, s.grad_value, side.partial_value, (T)1);
+    }
+
+    // Writes one row of a ring to its tensor, or to the partial gradients of the band.
+    void write_gradient(const Side& side, int row, const T* ring, const LocalAttentionTensor& grad, T* partial, T factor) {
+        if (!ring) return;
+        const int columns = side.source->columns;
+        const int64_t size = (int64_t)columns * PITCH;
+        const T* from = ring + row % side.ring * size;
+        if (partial) {
+            memcpy(partial + (row - side.partial_row) * size, from, size * sizeof(T));
             return;
         }
-        S* key = row_of<S>(s.grad_key, batch, head);
-        S* value = row_of<S>(s.grad_value, batch, head);
-        for (int x = 0; x < s.columns; x++) {
-            const int64_t position = (int64_t)row * s.columns + x;
-            S* to = key + position * s.grad_key.position_stride;
-            const T* from = side.grad_key + slot + x * PITCH;
+        S* to = row_of<S>(grad, batch, head) + (int64_t)row * columns * grad.position_stride;
+        for (int x = 0; x < columns; x++, from += PITCH, to += grad.position_stride)
             for (int d = 0; d < head_dim; d++) narrow(from[d] * factor, to + d);
-            to = value + position * s.grad_value.position_stride;
-            from = side.grad_value + slot + x * PITCH;
-            for (int d = 0; d < head_dim; d++) narrow(from[d], to + d);
-        }
     }
 
     // Copies the rows of keys that the current row of tiles needs and that are not in the ring yet.
     void fill_ring(Side& side) {
         const LocalAttentionSource& s = *side.source;
-        const S* key = row_of<const S>(s.key, batch, head);
-        const S* value = row_of<const S>(s.value, batch, head);
         for (int row = maximum(side.packed_to, side.row); row < side.end; row++) {
-            const int64_t slot = (int64_t)(row % side.ring) * s.columns * PITCH;
-            if (plan.backward) {
-                if (row - side.ring >= side.packed_from) write_gradients(side, row - side.ring);
-                memset(side.grad_key + slot, 0, (size_t)s.columns * PITCH * sizeof(T));
-                memset(side.grad_value + slot, 0, (size_t)s.columns * PITCH * sizeof(T));
-            }
-            for (int x = 0; x < s.columns; x++) {
-                const int64_t position = (int64_t)row * s.columns + x;
-                copy_row(side.key + slot + x * PITCH, key + position * s.key.position_stride, head_dim, padded_dim);
-                copy_row(side.value + slot + x * PITCH, value + position * s.value.position_stride, head_dim, padded_dim);
+            const int64_t slot = (int64_t)(row % side.ring) * s.columns * PITCH, position = (int64_t)row * s.columns;
+            if (row - side.ring >= side.packed_from && plan.backward) write_gradients(side, row - side.ring);
+            for (T* grad : {side.grad_key, side.grad_value})
+                if (grad) memset(grad + slot, 0, (size_t)s.columns * PITCH * sizeof(T));
+            const S* key = row_of<const S>(s.key, batch, head) + position * s.key.position_stride;
+            const S* value = row_of<const S>(s.value, batch, head) + position * s.value.position_stride;
+            for (int64_t x = 0; x < s.columns; x++) {
+                copy_row(side.key + slot + x * PITCH, key + x * s.key.position_stride, head_dim, padded_dim);
+                copy_row(side.value + slot + x * PITCH, value + x * s.value.position_stride, head_dim, padded_dim);
             }
         }
         side.packed_to = maximum(side.packed_to, side.end);
@@ -550,13 +562,11 @@ class Worker {
                 Run<T>& run = runs[count++];
                 run.key = side.key + at;
                 run.value = side.value + at;
-                if (plan.backward) {
-                    run.grad_key = side.grad_key + at;
-                    run.grad_value = side.grad_value + at;
-                }
-                run.bias = side.bias;
-                run.columns = side.columns + tile * side.most_columns;
-                run.upto = side.upto + tile * side.most_columns;
+                run.grad_key = side.grad_key ? side.grad_key + at : nullptr;
+                run.grad_value = side.grad_value ? side.grad_value + at : nullptr;
+                run.bias = side.bias ? side.bias + (int64_t)row * side.source->columns + column : nullptr;
+                run.columns = side.columns + (int64_t)tile * side.most_columns;
+                run.upto = side.upto + (int64_t)tile * side.most_columns;
                 run.rows = side.rows[row - side.row];
                 run.before = side.before[row - side.row];
                 run.same = side.same[row - side.row];
@@ -595,7 +605,11 @@ class Worker {
         }
     }
 
-    T* logsumexp_of_head() const { return (T*)p.logsumexp + ((int64_t)batch * p.heads + head) * p.rows * p.columns; }
+    int64_t positions() const { return (int64_t)p.rows * p.columns; }
+    // The numbers of this head in a tensor of (batch, heads, positions).
+    T* of_head(const void* numbers) const { return (T*)numbers + ((int64_t)batch * p.heads + head) * positions(); }
+    // How far apart the two halves of `softmax` are.
+    int64_t half_of_softmax() const { return (int64_t)p.batch * p.heads * positions(); }
 
     void forward_tile(int tile, int y, int x) {
         constexpr int N = lane_vectors<T>(), W = width<T>();
@@ -625,13 +639,17 @@ class Worker {
         gather<T, PITCH>(runs, num_runs, &Run<T>::value, scores, padded_dim, out);
 
         T factors[LANES];
-        T* logsumexp = logsumexp_of_head();
+        T *logsumexp = of_head(p.logsumexp), *softmax = p.softmax ? of_head(p.softmax) : nullptr;
         for (int lane = 0; lane < LANES; lane++) {
             const T sum = total[lane / W][lane % W], most = largest[lane / W][lane % W];
             factors[lane] = sum == 0 ? 0 : 1 / sum;
             const int64_t position = position_of(lane, y, x);
-            if (position >= 0)
-                logsumexp[position] = sum == 0 ? -(T)INFINITY : (T)(((double)most + log2((double)sum)) / LOG2_E);
+            if (position < 0) continue;
+            const double log_sum = log2((double)sum);
+            logsumexp[position] = sum == 0 ? -(T)INFINITY : most == lowest<T>() ? most : (T)(((double)most + log_sum) / LOG2_E);
+            if (!softmax) continue;
+            softmax[position] = sum == 0 ? 0 : most;
+            softmax[half_of_softmax() + position] = sum == 0 ? 0 : (T)log_sum;
         }
         write_tile(p.output, out, factors, y, x);
     }
@@ -645,25 +663,26 @@ class Worker {
         transpose<T, PITCH>(query, query_rows, padded_dim, (T)(p.scale * LOG2_E));
         transpose<T, PITCH>(grad, grad_rows, padded_dim, (T)1);
 
-        alignas(64) T logsumexp[LANES], grad_logsumexp[LANES], factors[LANES];
-        const T* saved = logsumexp_of_head();
-        const T* saved_grad = (const T*)p.grad_logsumexp;
-        if (saved_grad) saved_grad += ((int64_t)batch * p.heads + head) * p.rows * p.columns;
+        alignas(64) T most[LANES], log_sum[LANES], grad_logsumexp[LANES], factors[LANES];
+        const T *saved = of_head(p.softmax), *saved_grad = p.grad_logsumexp ? of_head(p.grad_logsumexp) : nullptr;
         for (int lane = 0; lane < LANES; lane++) {
             const int64_t position = position_of(lane, y, x);
-            const T l = position >= 0 ? saved[position] : 0;
-            logsumexp[lane] = l == -(T)INFINITY ? 0 : (T)(l * LOG2_E);
+            most[lane] = position >= 0 ? saved[position] : 0;
+            log_sum[lane] = position >= 0 ? saved[half_of_softmax() + position] : 0;
             grad_logsumexp[lane] = position >= 0 && saved_grad ? saved_grad[position] : 0;
             factors[lane] = (T)p.scale;
         }
         Vec<T> sum[N];
         for (int n = 0; n < N; n++) sum[n] = Vec<T>{};
         for (int r = 0; r < num_runs; r++) {
-            WeightBlock<T, PITCH> weight = {runs[r], query, padded_dim, scores, logsumexp};
+            WeightBlock<T, PITCH> weight = {runs[r], query, padded_dim, scores, most, log_sum};
             in_blocks<T>(runs[r].count, weight);
+            if (!plan.grad_scores) continue;
             GradWeightBlock<T, PITCH> grad_weight = {runs[r], grad, padded_dim, scores, grad_scores, sum};
             in_blocks<T>(runs[r].count, grad_weight);
         }
+        scatter<T, PITCH>(runs, num_runs, &Run<T>::grad_value, scores, grad_rows, padded_dim);
+        if (!plan.grad_scores) return;
         // Through the softmax. The sum is taken from the weights and not from the output, which half precision has rounded.
         for (int n = 0; n < N; n++) {
             const Vec<T> delta = sum[n] - load(grad_logsumexp + n * W);
@@ -672,9 +691,10 @@ class Worker {
                 store(at, load(scores + (int64_t)k * LANES + n * W) * (load(at) - delta));
             }
         }
-        gather<T, PITCH>(runs, num_runs, &Run<T>::key, grad_scores, padded_dim, out);
-        write_tile(p.grad_query, out, factors, y, x);
-        scatter<T, PITCH>(runs, num_runs, &Run<T>::grad_value, scores, grad_rows, padded_dim);
+        if (p.grad_query.data) {
+            gather<T, PITCH>(runs, num_runs, &Run<T>::key, grad_scores, padded_dim, out);
+            write_tile(p.grad_query, out, factors, y, x);
+        }
         scatter<T, PITCH>(runs, num_runs, &Run<T>::grad_key, grad_scores, query_rows, padded_dim);
     }
 
@@ -686,13 +706,12 @@ class Worker {
             Side& side = sides[i];
             const Range rows = rows_of_band(plan, *side.source, band);
             side.packed_from = side.packed_to = rows.from;
-            side.bias = nullptr;
-            if (plan.source[i] == 2 && bias) {
-                const float* from = p.context_bias + batch * p.context_bias_stride;
-                for (int k = 0; k < side.source->columns; k++) bias[k] = (T)(from[k] * LOG2_E);
-                side.bias = bias;
+            if (side.bias) {
+                const T* from = (const T*)side.source->bias + batch * side.source->bias_stride;
+                const int64_t keys = (int64_t)side.source->rows * side.source->columns;
+                for (int64_t k = 0; k < keys; k++) side.bias[k] = to_log2(from[k]);
             }
-            side.partial_key = nullptr;
+            side.partial_key = side.partial_value = nullptr;
             if (plan.partial) {
                 side.partial_row = side.packed_from;
                 side.partial_key = (T*)plan.partial + unit * plan.partial_size + plan.partial_at[i];
@@ -726,9 +745,10 @@ class Worker {
         batch = (int)(index / p.heads);
         const LocalAttentionSource& s = *sides[i].source;
         const int64_t size = (int64_t)s.columns * PITCH;
-        T* sum = sides[i].grad_key;  // one row of the ring
         for (int part = 0; part < 2; part++) {
             const LocalAttentionTensor& grad = part ? s.grad_value : s.grad_key;
+            T* sum = part ? sides[i].grad_value : sides[i].grad_key;  // one row of the ring
+            if (!sum) continue;
             const T factor = part ? (T)1 : (T)p.scale;
             for (int row = 0; row < s.rows; row++) {
                 memset(sum, 0, size * sizeof(T));

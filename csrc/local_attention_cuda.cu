@@ -17,6 +17,7 @@
  */
 #include "local_attention_tiles.h"
 
+#include <float.h>
 #include <math.h>
 
 #ifndef LOCAL_ATTENTION_EMULATION
@@ -208,15 +209,15 @@ __device__ __forceinline__ void finish_segment(Segment& segment, Range rows, Ran
     segment.count = ceil_div(segment.cells, BLOCK) * BLOCK;
 }
 
-// Shared memory: two matrices of columns, and for each column its position, coordinates and two numbers.
+// Shared memory: two matrices of columns, and for each column its position, coordinates and three numbers.
 template <class E, int D>
 struct Columns {
     static constexpr int PITCH = D + 16 / (int)sizeof(E);  // 16 bytes more, so that rows start in different banks
-    static constexpr int BYTES = 2 * PITCH * (int)sizeof(E) + 16;
+    static constexpr int BYTES = 2 * PITCH * (int)sizeof(E) + 20;
     E *first, *second;
     int* position;
     uint32_t* coordinates;
-    float *number, *other;
+    float *number, *other, *third;
 
     __device__ __forceinline__ Columns(unsigned char* memory, int capacity) {
         first = (E*)memory;
@@ -225,6 +226,7 @@ struct Columns {
         coordinates = (uint32_t*)(position + capacity);
         number = (float*)(coordinates + capacity);
         other = number + capacity;
+        third = other + capacity;
     }
 };
 
@@ -478,6 +480,17 @@ __device__ __forceinline__ void write_rows(
     __syncthreads();
 }
 
+// How far apart the two halves of `softmax` are.
+__device__ __forceinline__ int64_t half_of_softmax(const LocalAttentionProblem& p) {
+    return (int64_t)p.batch * p.heads * p.rows * p.columns;
+}
+
+// The bias of a key in units of log 2. What was finite stays so: the lowest number hides a key only beside others.
+__device__ __forceinline__ float bias_of(const LocalAttentionSource& s, int batch, int64_t key) {
+    const float bias = ((const float*)s.bias)[batch * s.bias_stride + key], scaled = bias * LOG2_E;
+    return fabsf(bias) == INFINITY || fabsf(scaled) != INFINITY ? scaled : copysignf(FLT_MAX, bias);
+}
+
 // The rows of a warp among the keys or queries: coordinates of each own row on the grid of a source.
 template <int OWN>
 struct Cells {
@@ -518,6 +531,7 @@ __device__ __forceinline__ void attend(const Launch& launch, unsigned char* memo
         total += segment.count;
         if (threadIdx.x == 0) segments[i] = segment;
     }
+    if (BACKWARD && !p.grad_query.data) total = 0;  // only `delta` is wanted, for the gradients of keys
     __syncthreads();
 
 #pragma unroll 1
@@ -530,10 +544,10 @@ __device__ __forceinline__ void attend(const Launch& launch, unsigned char* memo
         Engine::load_rows(query, head_of<E>(p.query, tile), p.query.position_stride, position, p.head_dim);
         Engine::clear(sum);
         const int64_t of_head = ((int64_t)tile.batch * p.heads + tile.head) * p.rows * p.columns;
-        // Forward: the running maximum and sum of the weights. Backward: the logsumexp and dO . O - its gradient.
-        float most[OWN], weight_sum[OWN], delta[OWN], known[OWN];
+        // Forward: the running maximum and sum of the weights. Backward: both as they were, and dO . O - the gradient of the logsumexp.
+        float most[OWN], weight_sum[OWN], delta[OWN], log_sum[OWN];
 #pragma unroll
-        for (int i = 0; i < OWN; i++) most[i] = -INFINITY, weight_sum[i] = 0, delta[i] = 0, known[i] = 0;
+        for (int i = 0; i < OWN; i++) most[i] = BACKWARD ? 0 : -INFINITY, weight_sum[i] = 0, delta[i] = 0, log_sum[i] = 0;
         if constexpr (BACKWARD) {
             typename Engine::Rows output;
             Engine::load_rows(output, head_of<E>(p.output, tile), p.output.position_stride, position, p.head_dim);
@@ -542,8 +556,8 @@ __device__ __forceinline__ void attend(const Launch& launch, unsigned char* memo
 #pragma unroll
             for (int i = 0; i < OWN; i++) {
                 if (position[i] < 0) continue;
-                const float saved = ((const float*)p.logsumexp)[of_head + position[i]];
-                known[i] = saved == -INFINITY ? 0 : saved * LOG2_E;
+                most[i] = ((const float*)p.softmax)[of_head + position[i]];
+                log_sum[i] = ((const float*)p.softmax)[half_of_softmax(p) + of_head + position[i]];
                 if (p.grad_logsumexp) delta[i] -= ((const float*)p.grad_logsumexp)[of_head + position[i]];
                 p.delta[of_head + position[i]] = delta[i];  // every lane of a row writes the same
             }
@@ -561,8 +575,7 @@ __device__ __forceinline__ void attend(const Launch& launch, unsigned char* memo
                 const LocalAttentionSource& s = p.source[segment.source];
                 columns.position[c] = valid ? row * s.columns + column : -1;
                 columns.coordinates[c] = valid ? join(row, column) : join(NO_COLUMN, NO_COLUMN);
-                if (segment.source == 2 && p.context_bias)
-                    columns.number[c] = valid ? p.context_bias[tile.batch * p.context_bias_stride + column] * LOG2_E : 0;
+                if (s.bias) columns.number[c] = valid ? bias_of(s, tile.batch, (int64_t)row * s.columns + column) : 0;
             }
             __syncthreads();
 #pragma unroll 1
@@ -592,7 +605,7 @@ __device__ __forceinline__ void attend(const Launch& launch, unsigned char* memo
                     centers.row[k] = position[k] < 0 ? NO_ROW : group.row_of(cell) / s.ratio_rows;
                     centers.column[k] = position[k] < 0 ? NO_ROW : group.column_of(cell) / s.ratio_columns;
                 }
-                const bool causal = s.causal, has_bias = i == 2 && p.context_bias;
+                const bool causal = s.causal, has_bias = s.bias;
                 const int last = minimum(end, chunk + count);
 #pragma unroll 1
                 for (int at = maximum(begin, chunk); at < last; at += BLOCK) {
@@ -634,7 +647,7 @@ __device__ __forceinline__ void attend(const Launch& launch, unsigned char* memo
                     } else {
                         typename Engine::Scores grads;
                         Engine::score(grads, grad_output, columns.second, block);
-                        Engine::each(scores, [&](float& x, int k, int) { x = exponential<E>(x - known[k]); });
+                        Engine::each(scores, [&](float& x, int k, int) { x = exponential<E>(x - most[k] - log_sum[k]); });
                         // The two are indexed alike: multiply in place.
 #pragma unroll
                         for (int n = 0; n < (int)(sizeof(scores) / sizeof(float)); n++) {
@@ -655,10 +668,16 @@ __device__ __forceinline__ void attend(const Launch& launch, unsigned char* memo
             } else {
                 const float all = Engine::reduce_sum(weight_sum[k]);
                 factor[k] = all > 0 || all != all ? 1 / all : 0;
-                if (position[k] >= 0)
-                    ((float*)p.logsumexp)[of_head + position[k]] = all == 0 ? -INFINITY : (most[k] + log2f(all)) * LN_2;
+                if (position[k] < 0) continue;
+                const float log_sum = log2f(all);
+                ((float*)p.logsumexp)[of_head + position[k]] =
+                    all == 0 ? -INFINITY : most[k] == -FLT_MAX ? -FLT_MAX : (most[k] + log_sum) * LN_2;
+                if (!p.softmax) continue;
+                ((float*)p.softmax)[of_head + position[k]] = all == 0 ? 0 : most[k];
+                ((float*)p.softmax)[half_of_softmax(p) + of_head + position[k]] = all == 0 ? 0 : log_sum;
             }
         }
+        if (BACKWARD && !p.grad_query.data) continue;
         write_rows<E, D, Engine>(
             launch, tiling, BACKWARD ? p.grad_query : p.output, tile, memory, group_index, 0, 1, pass, sum, factor);
     }
@@ -680,7 +699,7 @@ __device__ __forceinline__ void attend_keys(const Launch& launch, unsigned char*
     const Group group(tiling, tile, group_index);
     const Columns<E, D> columns(memory, launch.capacity);
     const float scale = (float)(p.scale * (double)LOG2_E);
-    const bool causal = s.causal, has_bias = tiling.source == 2 && p.context_bias;
+    const bool causal = s.causal, has_bias = s.bias;
 
     Segment segment;
     const int last_row = minimum(s.rows, tile.row + tiling.groups_down * tiling.cell_rows) - 1;
@@ -708,7 +727,7 @@ __device__ __forceinline__ void attend_keys(const Launch& launch, unsigned char*
             position[k] = group.position_of(cell, tile);
             cells.row[k] = position[k] < 0 ? NO_ROW : group.row_of(cell);
             cells.column[k] = position[k] < 0 ? NO_ROW : group.column_of(cell);
-            bias[k] = has_bias && position[k] >= 0 ? p.context_bias[tile.batch * p.context_bias_stride + position[k]] * LOG2_E : 0;
+            bias[k] = has_bias && position[k] >= 0 ? bias_of(s, tile.batch, position[k]) : 0;
         }
         Engine::load_rows(key, head_of<E>(s.key, tile), s.key.position_stride, position, p.head_dim);
         Engine::load_rows(value, head_of<E>(s.value, tile), s.value.position_stride, position, p.head_dim);
@@ -726,9 +745,9 @@ __device__ __forceinline__ void attend_keys(const Launch& launch, unsigned char*
                 const int64_t at = row * p.columns + column;
                 columns.position[c] = valid ? (int)at : -1;
                 columns.coordinates[c] = valid ? join(row / s.ratio_rows, column / s.ratio_columns) : join(NO_COLUMN, NO_COLUMN);
-                const float saved = valid ? ((const float*)p.logsumexp)[of_head + at] : 0;
-                columns.number[c] = saved == -INFINITY ? 0 : saved * LOG2_E;
+                columns.number[c] = valid ? ((const float*)p.softmax)[of_head + at] : 0;
                 columns.other[c] = valid ? p.delta[of_head + at] : 0;
+                columns.third[c] = valid ? ((const float*)p.softmax)[half_of_softmax(p) + of_head + at] : 0;
             }
             __syncthreads();
             load_columns<E, D>(columns.first, p.query, tile, columns.position, count, p.head_dim);
@@ -747,7 +766,7 @@ __device__ __forceinline__ void attend_keys(const Launch& launch, unsigned char*
                     const uint32_t center = columns.coordinates[block + c];
                     const bool seen = in_window(
                         cells.row[k], cells.column[k], row_in(center), column_in(center), s.reach_rows, s.reach_columns, causal);
-                    x = seen ? exponential<E>(x * scale + bias[k] - columns.number[block + c]) : 0.0f;
+                    x = seen ? exponential<E>(x * scale + bias[k] - columns.number[block + c] - columns.third[block + c]) : 0.0f;
                 });
                 Engine::add(grad_value, weights, columns.second, block);
                 Engine::each(grads, [&](float& x, int, int c) { x -= columns.other[block + c]; });
@@ -759,10 +778,12 @@ __device__ __forceinline__ void attend_keys(const Launch& launch, unsigned char*
         float factor[OWN];
 #pragma unroll
         for (int k = 0; k < OWN; k++) factor[k] = (float)p.scale;
-        write_rows<E, D, Engine>(launch, tiling, s.grad_key, tile, memory, group_index, split, splits, pass, grad_key, factor);
+        if (s.grad_key.data)
+            write_rows<E, D, Engine>(launch, tiling, s.grad_key, tile, memory, group_index, split, splits, pass, grad_key, factor);
 #pragma unroll
         for (int k = 0; k < OWN; k++) factor[k] = 1;
-        write_rows<E, D, Engine>(launch, tiling, s.grad_value, tile, memory, group_index, split, splits, pass, grad_value, factor);
+        if (s.grad_value.data)
+            write_rows<E, D, Engine>(launch, tiling, s.grad_value, tile, memory, group_index, split, splits, pass, grad_value, factor);
     }
 }
 
@@ -898,12 +919,12 @@ int run_typed(const LocalAttentionProblem& p, bool backward) {
     launch.num_tilings = 0;
     int most = 0;
     for (int i = LOCAL_ATTENTION_SOURCES - 1; i >= 0; i--) {
-        if (!p.source[i].key.data) continue;
+        if (!p.source[i].key.data || (!p.source[i].grad_key.data && !p.source[i].grad_value.data)) continue;
         const Tiling key = choose_tiling(p, i);
         launch.tiling[launch.num_tilings++] = key;
         most = maximum(most, columns_of_extent(p, i, key.groups_down * key.cell_rows, key.groups_across << key.cell_columns_log2));
     }
-    return launch_kernel<E, D>(grad_key_kernel<E, D>, launch, most);
+    return launch.num_tilings ? launch_kernel<E, D>(grad_key_kernel<E, D>, launch, most) : LOCAL_ATTENTION_OK;
 }
 
 template <class E>
@@ -914,11 +935,13 @@ int run_dim(const LocalAttentionProblem& p, bool backward) {
 }
 
 int run(const LocalAttentionProblem* problem, bool backward) {
-    const LocalAttentionProblem& p = *problem;
     last_error = "";
-    if (p.abi != LOCAL_ATTENTION_ABI || p.head_dim < 8 || p.head_dim > LOCAL_ATTENTION_MAX_HEAD_DIM || p.head_dim % 8)
-        return LOCAL_ATTENTION_UNSUPPORTED;
-    if (p.rows > SIDE || p.columns > SIDE || p.source[2].columns > SIDE) return LOCAL_ATTENTION_UNSUPPORTED;
+    if (!problem || problem->abi != LOCAL_ATTENTION_ABI || !is_sound(*problem, backward)) return LOCAL_ATTENTION_UNSUPPORTED;
+    const LocalAttentionProblem& p = *problem;
+    if (is_empty(p)) return LOCAL_ATTENTION_OK;
+    if (p.head_dim % 8 || p.rows > SIDE || p.columns > SIDE || (backward && !p.delta)) return LOCAL_ATTENTION_UNSUPPORTED;
+    for (const LocalAttentionSource& s : p.source)
+        if (s.key.data && (s.rows > SIDE || s.columns > SIDE)) return LOCAL_ATTENTION_UNSUPPORTED;
     switch (p.dtype) {
         case LOCAL_ATTENTION_FLOAT32: return run_dim<float>(p, backward);
         case LOCAL_ATTENTION_BFLOAT16: return run_dim<bfloat16>(p, backward);

@@ -42,5 +42,28 @@ LOCAL_ATTENTION_INLINE bool in_window(
     return near && (!causal || key_row < center_row || (key_row == center_row && key_column <= center_column));
 }
 
+// Whether there is anything to compute, and tensors have data.
+inline bool is_empty(const LocalAttentionProblem& p) { return !p.batch || !p.heads; }
+
+// Whether the sizes and pointers of a call fit together, so that the kernels need not ask.
+inline bool is_sound(const LocalAttentionProblem& p, bool backward) {
+    const int most = LOCAL_ATTENTION_MAX_SIDE;
+    if (p.batch < 0 || p.heads < 0 || p.head_dim < 1 || p.head_dim > LOCAL_ATTENTION_MAX_HEAD_DIM) return false;
+    if (p.rows < 1 || p.rows > most || p.columns < 1 || p.columns > most) return false;
+    if (is_empty(p)) return true;
+    if (!p.query.data || (backward ? !p.output.data || !p.grad_output.data || !p.softmax : !p.output.data || !p.logsumexp)) return false;
+    bool any = false;
+    for (const LocalAttentionSource& s : p.source) {
+        if (!s.key.data) continue;
+        any = true;
+        if (!s.value.data || s.rows < 1 || s.rows > most || s.columns < 1 || s.columns > most) return false;
+        if (s.reach_rows < 0 || s.reach_rows > most || s.reach_columns < 0 || s.reach_columns > most) return false;
+        if (s.ratio_rows < 1 || s.ratio_columns < 1) return false;
+        // The centre of every window lies on the grid.
+        if ((p.rows - 1) / s.ratio_rows >= s.rows || (p.columns - 1) / s.ratio_columns >= s.columns) return false;
+    }
+    return any;
+}
+
 }  // namespace
 #endif

@@ -29,6 +29,7 @@ _EXPORTS = {
     "IcetkTokenizer": ".models.cogview2.tokenization_icetk",
     "IcetkVQConfig": ".models.image_tokenizers.modeling_icetk_vq",
     "IcetkVQModel": ".models.image_tokenizers.modeling_icetk_vq",
+    "KeySet": ".ops.key_set",
     "LoPARScheduler": ".schedulers.scheduling_lopar",
     "local_attention": ".ops.local_attention",
     # The base classes by which the diffusers loader recognises how to load a component.

@@ -16,17 +16,23 @@ import pytest
 import torch
 
 from cogview_pipelines.ops import native
+from cogview_pipelines.ops.key_set import KeySet
 from cogview_pipelines.ops.local_attention import local_attention
 
-from .test_local_attention import (
+from .attention_cases import (
     CASES,
     assert_as_accurate_as_pytorch,
     make_inputs,
+    mapped,
     needs_kernels,
     random_case,
     run_with_gradients,
+    tensors_of,
     to_dtype,
+    with_biases,
+    with_tensors,
 )
+from .test_local_attention import operator_arguments
 
 SOURCE = Path(__file__).resolve().parents[2] / "csrc" / "local_attention_cuda.cu"
 HALF = [torch.bfloat16, torch.float16]
@@ -36,12 +42,7 @@ def on_head_dim_of_cuda(arguments):
     """The same case with a head dimension that is a multiple of 8."""
     head_dim = arguments["query"].shape[-1]
     wanted = -(-head_dim // 8) * 8
-    return {
-        name: torch.nn.functional.pad(value, (0, wanted - head_dim))
-        if torch.is_tensor(value) and value.ndim == 4
-        else value
-        for name, value in arguments.items()
-    }
+    return mapped(arguments, lambda tensor: torch.nn.functional.pad(tensor, (0, wanted - head_dim)))
 
 
 # ------------------------------------------------------------------------------------------------- emulated on the CPU
@@ -122,11 +123,32 @@ def test_emulated_kernels_on_random_shapes_strides_and_biases(emulation, seed):
     assert_as_accurate_as_pytorch(to_dtype(arguments, dtype), factor=2 if dtype == torch.float32 else 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [-1e9, torch.finfo(torch.float32).min])
+def test_emulated_gradients_are_right_where_all_keys_have_a_bias_as_large_as_a_mask(emulation, bias, dtype):
+    inputs = with_biases(make_inputs("context", dtype, batch_size=1, num_heads=1), bias)
+    expected, found = (run_with_gradients(inputs, backend) for backend in ("reference", "fused"))
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=tolerance, rtol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("wanted", [{0}, {1}, {3}, {2, 4}, {1, 2, 3, 4}])
+def test_emulated_gradients_that_nobody_wants_leave_the_others_as_they_are(emulation, wanted):
+    inputs = make_inputs("direct", torch.bfloat16, batch_size=1, num_heads=1)
+    tensors = [tensor.requires_grad_(index in wanted) for index, tensor in enumerate(tensors_of(inputs))]
+    grads = []
+    for backend in ("reference", "fused"):
+        output = local_attention(**with_tensors(inputs, tensors), backend=backend)
+        grads.append(torch.autograd.grad(output.sin().sum(), [tensors[index] for index in sorted(wanted)]))
+    torch.testing.assert_close(*grads, atol=5e-2, rtol=5e-2)
+
+
 # ------------------------------------------------------------------------------------------------------------ on a GPU
 
 
 def to_cuda(arguments):
-    return {name: value.cuda() if torch.is_tensor(value) else value for name, value in arguments.items()}
+    return mapped(arguments, lambda tensor: tensor.cuda(), biases=True)
 
 
 @pytest.mark.gpu
@@ -146,10 +168,10 @@ def test_cuda_is_as_accurate_as_pytorch(case, dtype):
 @pytest.mark.parametrize(
     "geometry",
     [
-        {"query_grid": (60, 60), "kernel_size": (9, 5)},
-        {"query_grid": (60, 60), "kernel_size": (9, 5), "cross_grid": (20, 20), "cross_kernel_size": (5, 5)},
-        {"query_grid": (60, 60), "kernel_size": (9, 5), "context": 16},
-        {"query_grid": (64, 64), "kernel_size": (9, 9)},
+        ((60, 60), [{"kernel_size": (9, 5)}]),
+        ((60, 60), [{"kernel_size": (9, 5)}, {"grid": (20, 20), "kernel_size": (5, 5)}]),
+        ((60, 60), [{"kernel_size": (9, 5)}, {"keys": 16, "biased": True}]),
+        ((64, 64), [{"kernel_size": (9, 9)}]),
     ],
 )
 def test_cuda_is_as_accurate_as_pytorch_at_the_released_sizes(geometry, head_dim, dtype):
@@ -172,8 +194,9 @@ def test_cuda_is_as_accurate_as_pytorch_on_random_shapes_strides_and_biases(seed
 def test_cuda_copies_what_is_not_aligned():
     storage = torch.randn(2 * 63 * 3 * 2 * 16 + 1, device="cuda", dtype=torch.bfloat16)
     query, key, value = storage[1:].view(2, 63, 3, 2, 16).unbind(2)
-    output = local_attention(query, key, value, query_grid=(7, 9), kernel_size=(5, 3), backend="fused")
-    expected = local_attention(query, key, value, query_grid=(7, 9), kernel_size=(5, 3), backend="reference")
+    keys = KeySet(key, value, (7, 9), (5, 3))
+    output = local_attention(query, keys, (7, 9), backend="fused")
+    expected = local_attention(query, keys, (7, 9), backend="reference")
     torch.testing.assert_close(output, expected)
 
 
@@ -191,13 +214,8 @@ def test_cuda_gives_the_same_numbers_every_time():
 @needs_kernels
 @pytest.mark.parametrize("case", ["direct", "iterative", "context"])
 def test_cuda_operator_passes_opcheck(case):
-    inputs = to_cuda(make_inputs(case, torch.bfloat16))
-    names = ("query", "key", "value", "cross_key", "cross_value", "context_key", "context_value")
-    tensors = [inputs[name].requires_grad_() if name in inputs else None for name in names]
-    grids = [list(inputs.get(name, ())) for name in ("query_grid", "kernel_size", "cross_grid", "cross_kernel_size")]
-    torch.library.opcheck(
-        native.fused_local_attention, (*tensors, inputs.get("context_bias"), *grids, [False, False], 0.25)
-    )
+    inputs = mapped(to_cuda(make_inputs(case, torch.bfloat16)), lambda tensor: tensor.requires_grad_())
+    torch.library.opcheck(native.local_attention_forward, operator_arguments(inputs))
 
 
 @pytest.mark.gpu
@@ -212,12 +230,11 @@ def test_cuda_compiles_without_graph_breaks():
 @needs_kernels
 def test_cuda_graph_replays_forward_and_backward():
     inputs = to_cuda(make_inputs("direct", torch.bfloat16, head_dim=64))
-    names = [name for name in inputs if name.endswith(("query", "key", "value"))]
-    leaves = {name: inputs[name].requires_grad_() for name in names}
+    inputs = mapped(inputs, lambda tensor: tensor.requires_grad_())
 
     def step():
         output = local_attention(**inputs, backend="fused")
-        return output, torch.autograd.grad(output.square().sum(), list(leaves.values()))
+        return output, torch.autograd.grad(output.square().sum(), tensors_of(inputs))
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -228,7 +245,7 @@ def test_cuda_graph_replays_forward_and_backward():
     with torch.cuda.graph(graph):
         output, grads = step()
     with torch.no_grad():
-        leaves["query"].mul_(0.5)
+        inputs["query"].mul_(0.5)
     graph.replay()
     expected, expected_grads = step()
     assert torch.equal(output, expected)
@@ -243,7 +260,7 @@ def test_cuda_runs_on_the_current_stream():
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(20_000_000)
-        copy = {name: value * 1 if torch.is_tensor(value) else value for name, value in inputs.items()}
+        copy = mapped(inputs, lambda tensor: tensor * 1)
         output = local_attention(**copy, backend="fused")
     stream.synchronize()
     assert torch.equal(output, expected)
@@ -253,11 +270,11 @@ def test_cuda_runs_on_the_current_stream():
 @needs_kernels
 def test_cuda_needs_no_memory_but_its_results():
     query, key, value = torch.randn(1, 3600, 3, 48, 64, device="cuda", dtype=torch.bfloat16).unbind(2)
-    geometry = {"query_grid": (60, 60), "kernel_size": (9, 5), "backend": "fused"}
-    local_attention(query, key, value, **geometry)
+    inputs = {"query": query, "key_sets": KeySet(key, value, (60, 60), (9, 5)), "query_grid": (60, 60)}
+    local_attention(**inputs, backend="fused")
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    output, logsumexp = local_attention(query, key, value, **geometry, return_logsumexp=True)
+    output, logsumexp = local_attention(**inputs, backend="fused", return_logsumexp=True)
     extra = torch.cuda.max_memory_allocated() - before
     assert extra <= output.nbytes + logsumexp.nbytes + 4096

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.forward_ad import unpack_dual
 
 from .native import FLOAT32_AND_HALVES, library, openmp_parallel
+from .transforms import is_transformed
 
 # fewer numbers are left to PyTorch: the call would be most of the work
 SMALLEST = 2**15
@@ -54,7 +54,7 @@ def gelu(hidden_states: torch.Tensor) -> torch.Tensor:
         and hidden_states.is_contiguous()
         and not (torch.is_grad_enabled() and hidden_states.requires_grad)
         and not torch.compiler.is_compiling()  # a compiler fuses it with what is around it
-        and unpack_dual(hidden_states).tangent is None
+        and not is_transformed(hidden_states)
         and _kernel() is not None
     )
     return _fused_gelu(hidden_states) if fused else F.gelu(hidden_states, approximate="tanh")

@@ -1,27 +1,28 @@
 """
 Local attention on a grid of tokens: every query cell attends to the keys near it, under one softmax.
 
-The keys come from up to three sources: a window on the grid of the queries, a window on a coarser grid that covers
-the same picture, and dense context keys (text) that all queries see. [`local_attention`] takes any of them and
-normalises over all keys at once.
+The keys come in sets, each a [`KeySet`]: a window on the grid of the queries, a window on a coarser grid that covers
+the same picture, or dense keys (text) that all queries see. [`local_attention`] takes any of them and normalises over
+all keys at once.
 
 - [`in_window`] is the geometry, written once: the reference, the tests and the benchmarks build their masks from it,
   and the kernels are tested against it.
-- [`reference_local_attention`] is plain PyTorch. It attends to each source by itself, which gives an output and the
-  logsumexp of the scores, and [`merge_attention`] joins the parts into what one softmax over all keys would give.
+- [`reference_local_attention`] is plain PyTorch. It attends to each set by itself and joins the parts into what one
+  softmax over all keys would give; [`merge_attention`] does so for outputs and logsumexps.
 - The fused kernels (`csrc/`, called through `ops/native.py`) do the same in one launch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
+from .key_set import Grid, KeySet, bias_in, check_grid
 from .native import built_for, fused_local_attention, fused_refusals, say_that_kernels_are_missing
-
-Grid = tuple[int, int]
 
 # Edge of the reference's query tiles in cells: larger ones waste arithmetic, smaller ones copy more keys.
 _REFERENCE_TILE = 6
@@ -99,42 +100,69 @@ def merge_attention(pieces: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[to
     """
     if len(pieces) == 1:
         return pieces[0]
-    stacked = torch.stack([logsumexp for _, logsumexp in pieces])
-    weights, logsumexp = _normalised_exponentials(stacked, dim=0)
-    weights = weights.transpose(-1, -2).unsqueeze(-1)  # (pieces, batch_size, positions, num_heads, 1)
-    output = sum(weight * output for weight, (output, _) in zip(weights, pieces, strict=True))
-    return output, logsumexp
+    output, *sums = _join([(output, *_shifted(logsumexp)) for output, logsumexp in pieces])
+    return output, _logsumexp(*sums)
 
 
-def _normalised_exponentials(scores: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax and logsumexp that stay finite, with finite gradients, where all scores are `-inf`: zeros and `-inf`."""
-    largest = scores.detach().amax(dim, keepdim=True)
-    largest = largest.masked_fill(largest == -math.inf, 0.0)
-    exponentials = (scores - largest).exp()
-    total = exponentials.sum(dim, keepdim=True)
+# What the reference knows of a row of scores is their largest and the sum of the exponentials relative to it. Their
+# logarithm in one number, the logsumexp, has forgotten the sum where scores are large.
+Piece = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # output, largest (a constant), sum
+
+
+def _shifted(logsumexp: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A logsumexp as the largest score and a sum of about one, through which its gradient passes."""
+    largest = logsumexp.detach()
+    return largest, (logsumexp - _or_zero(largest)).exp()
+
+
+def _or_zero(largest: torch.Tensor) -> torch.Tensor:
+    """The largest score of each row, and zero where a row has none."""
+    return largest.masked_fill(largest == -math.inf, 0.0)
+
+
+def _softmax(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weights, largest score and sum of each row; finite, with finite gradients, in rows where all are `-inf`."""
+    largest = scores.detach().amax(-1)
+    exponentials = (scores - _or_zero(largest).unsqueeze(-1)).exp()
+    total = exponentials.sum(-1)
+    return exponentials / total.masked_fill(total == 0, 1.0).unsqueeze(-1), largest, total
+
+
+def _join(pieces: list[Piece]) -> Piece:
+    """Attention over disjoint sets of keys as one piece."""
+    if len(pieces) == 1:
+        return pieces[0]
+    largest = torch.stack([piece[1] for piece in pieces]).amax(0)
+    shares = [total * (most - _or_zero(largest)).exp() for _, most, total in pieces]
+    total = sum(shares)
+    divisor = total.masked_fill(total == 0, 1.0)
+    weights = [(share / divisor).transpose(-1, -2).unsqueeze(-1) for share in shares]  # as heads last
+    return sum(weight * piece[0] for weight, piece in zip(weights, pieces, strict=True)), largest, total
+
+
+def _logsumexp(largest: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     empty = total == 0
-    total = total.masked_fill(empty, 1.0)
-    logsumexp = (largest + total.log()).masked_fill(empty, -math.inf)
-    return exponentials / total, logsumexp.squeeze(dim)
+    return (_or_zero(largest) + total.masked_fill(empty, 1.0).log()).masked_fill(empty, -math.inf)
 
 
-def _context_attention(query, key, value, bias, scale):
-    """Dense attention of all queries to `context_key`: output and logsumexp."""
-    scores = torch.einsum("bqhd,bkhd->bhqk", query * scale, key)
+def _dense_attention(query, key, value, bias) -> Piece:
+    """Dense attention of scaled queries to all keys."""
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key)
     if bias is not None:
-        scores = scores + bias[:, None, None, :].to(scores.dtype)
-    weights, logsumexp = _normalised_exponentials(scores, dim=-1)
-    return torch.einsum("bhqk,bkhd->bqhd", weights, value), logsumexp
+        scores = scores + bias[:, None, None, :]
+    weights, *sums = _softmax(scores)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, value), *sums
 
 
-def _window_attention(query, key, value, query_grid, key_grid, kernel_size, causal, scale):
+def _window_attention(query, keys: KeySet, bias, query_grid) -> Piece:
     """
-    Attention of each query to its window: output and logsumexp.
+    Attention of each scaled query to its window.
 
     The queries are cut into tiles. A tile attends densely to the rectangle of keys that covers the windows of all
     its queries, and a mask removes what is not in the window of each. Scores therefore grow with the positions times
     the window and a constant border.
     """
+    key_grid, kernel_size = keys.grid, keys.kernel_size
     ratio = [size // coarse for size, coarse in zip(query_grid, key_grid, strict=True)]
     key_tile = [min(-(-_REFERENCE_TILE // r), coarse) for r, coarse in zip(ratio, key_grid, strict=True)]
     tile = [r * size for r, size in zip(ratio, key_tile, strict=True)]
@@ -143,21 +171,24 @@ def _window_attention(query, key, value, query_grid, key_grid, kernel_size, caus
     covered = [edge + 2 * border for edge, border in zip(key_tile, reach, strict=True)]
     batch_size, _, num_heads, head_dim = query.shape
 
-    def on_grid(tensor, grid, before, after):
-        tensor = tensor.reshape(tensor.shape[0], *grid, num_heads, head_dim)
+    def on_grid(tensor, grid, before, after):  # (batch_size, positions, heads, width)
+        tensor = tensor.unflatten(1, tuple(grid))
         return F.pad(tensor, (0, 0, 0, 0, before[1], after[1], before[0], after[0]))
 
     def key_tiles(tensor):
         after = [n * edge + border - size for n, edge, border, size in zip(tiles, key_tile, reach, key_grid)]
         tensor = on_grid(tensor, key_grid, reach, after)
         tensor = tensor.unfold(1, covered[0], key_tile[0]).unfold(2, covered[1], key_tile[1])
-        return tensor.permute(0, 3, 1, 2, 5, 6, 4).reshape(-1, covered[0] * covered[1], head_dim)
+        tensor = tensor.permute(
+            0, 3, 1, 2, 5, 6, 4
+        )  # (batch_size, heads, tiles down and across, rows, columns, width)
+        return tensor.reshape(-1, covered[0] * covered[1], tensor.shape[-1])
 
     after = [n * edge - size for n, edge, size in zip(tiles, tile, query_grid, strict=True)]
-    queries = on_grid(query * scale, query_grid, (0, 0), after)
+    queries = on_grid(query, query_grid, (0, 0), after)
     queries = queries.reshape(batch_size, tiles[0], tile[0], tiles[1], tile[1], num_heads, head_dim)
     queries = queries.permute(0, 5, 1, 3, 2, 4, 6).reshape(-1, tile[0] * tile[1], head_dim)
-    scores = torch.bmm(queries, key_tiles(key).transpose(1, 2))
+    scores = torch.bmm(queries, key_tiles(keys.key).transpose(1, 2))
 
     def rows_and_columns(axis):
         """Coordinates along one axis: of the queries and of the keys of each tile."""
@@ -175,12 +206,15 @@ def _window_attention(query, key, value, query_grid, key_grid, kernel_size, caus
         query_grid,
         key_grid,
         kernel_size,
-        causal,
+        keys.causal,
     )
-    mask = mask.reshape(1, tiles[0] * tiles[1], *scores.shape[1:])
-    scores = scores.unflatten(0, (-1, tiles[0] * tiles[1])).masked_fill(~mask, -math.inf).flatten(0, 1)
-    weights, logsumexp = _normalised_exponentials(scores, dim=-1)
-    output = torch.bmm(weights, key_tiles(value))
+    mask = mask.reshape(tiles[0] * tiles[1], *scores.shape[1:])
+    scores = scores.unflatten(0, (batch_size, num_heads, -1))
+    if bias is not None:
+        scores = scores + key_tiles(bias[:, :, None, None]).reshape(batch_size, 1, tiles[0] * tiles[1], 1, -1)
+    scores = scores.masked_fill(~mask, -math.inf).flatten(0, 2)
+    weights, *sums = _softmax(scores)
+    output = torch.bmm(weights, key_tiles(keys.value))
 
     def untile(tensor, width):
         tensor = tensor.reshape(batch_size, num_heads, tiles[0], tiles[1], tile[0], tile[1], width)
@@ -189,26 +223,16 @@ def _window_attention(query, key, value, query_grid, key_grid, kernel_size, caus
         )
         return tensor[:, :, : query_grid[0], : query_grid[1]].flatten(2, 3)
 
-    return untile(output, head_dim).transpose(1, 2), untile(logsumexp, 1).squeeze(-1)
+    return untile(output, head_dim).transpose(1, 2), *(untile(each, 1).squeeze(-1) for each in sums)
+
+
+def _float_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What inputs of a dtype are computed in: half precision in float32."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def reference_local_attention(
-    query: torch.Tensor,
-    key: torch.Tensor | None = None,
-    value: torch.Tensor | None = None,
-    *,
-    query_grid: Grid,
-    kernel_size: Grid | None = None,
-    causal: bool = False,
-    cross_key: torch.Tensor | None = None,
-    cross_value: torch.Tensor | None = None,
-    cross_grid: Grid | None = None,
-    cross_kernel_size: Grid | None = None,
-    cross_causal: bool = False,
-    context_key: torch.Tensor | None = None,
-    context_value: torch.Tensor | None = None,
-    context_bias: torch.Tensor | None = None,
-    scale: float | None = None,
+    query: torch.Tensor, key_sets: Sequence[KeySet], query_grid: Grid, scale: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     [`local_attention`] in plain PyTorch: any floating dtype (half precision is computed in float32), any device,
@@ -221,82 +245,45 @@ def reference_local_attention(
         `tuple[torch.Tensor, torch.Tensor]`: The output in the dtype of `query`, and the logsumexp, float32 (float64
         for float64).
     """
-    dtype = query.dtype
+    dtype, wide = query.dtype, _float_dtype(query.dtype)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-
-    def wide(tensor):
-        return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-    query = wide(query)
-    pieces = []
-    with torch.autocast(query.device.type, enabled=False):
-        if key is not None:
-            window = (query_grid, query_grid, kernel_size, causal)
-            pieces.append(_window_attention(query, wide(key), wide(value), *window, scale))
-        if cross_key is not None:
-            window = (query_grid, cross_grid, cross_kernel_size, cross_causal)
-            pieces.append(_window_attention(query, wide(cross_key), wide(cross_value), *window, scale))
-        if context_key is not None:
-            pieces.append(_context_attention(query, wide(context_key), wide(context_value), context_bias, scale))
-        output, logsumexp = merge_attention(pieces)
-    return output.to(dtype).contiguous(), logsumexp
+    query = query.to(wide) * scale
+    with _without_autocast(query.device.type):
+        pieces = [
+            _attend(query, keys.with_keys(keys.key.to(wide), keys.value.to(wide)), query_grid) for keys in key_sets
+        ]
+        output, *sums = _join(pieces)
+        return output.to(dtype).contiguous(), _logsumexp(*sums)
 
 
-def _check_grid(name: str, grid, tensor_name: str, tensor: torch.Tensor) -> None:
-    """Raise unless `grid` is two positive numbers whose product is the number of positions of `tensor`."""
-    if grid is None or len(grid) != 2 or min(grid) < 1:
-        raise ValueError(f"`{name}` must be two positive numbers, rows and columns, but is {grid}.")
-    if grid[0] * grid[1] != tensor.shape[1]:
-        raise ValueError(
-            f"`{name}` {tuple(grid)} needs {grid[0] * grid[1]} positions, but `{tensor_name}` has {tensor.shape[1]}."
-        )
+def _attend(query: torch.Tensor, keys: KeySet, query_grid: Grid) -> Piece:
+    """Attention of scaled queries to one set of keys."""
+    bias = None if keys.bias is None else bias_in(keys.bias, query.dtype)
+    if keys.grid is None:
+        return _dense_attention(query, keys.key, keys.value, bias)
+    return _window_attention(query, keys, bias, query_grid)
 
 
-def _check_kernel(name: str, kernel_size) -> None:
-    """Raise unless `kernel_size` is two odd positive numbers."""
-    if kernel_size is None or len(kernel_size) != 2 or any(size < 1 or size % 2 == 0 for size in kernel_size):
-        raise ValueError(
-            f"`{name}` must be two odd positive numbers, height and width in key cells, but is {kernel_size}."
-        )
+def _without_autocast(device_type: str):
+    """A context without autocast; devices that know none (`meta`) need none."""
+    known = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if known else contextlib.nullcontext()
 
 
-def _check_pair(name: str, key, value, query: torch.Tensor) -> None:
-    """Raise unless key and value fit each other and the query."""
-    if key is None or value is None:
-        missing, given = (f"{name}key", f"{name}value") if key is None else (f"{name}value", f"{name}key")
-        raise ValueError(f"`{given}` was given without `{missing}`: give both or neither.")
-    if key.shape != value.shape:
-        raise ValueError(
-            f"`{name}key` and `{name}value` must have one shape, but have {tuple(key.shape)} and {tuple(value.shape)}."
-        )
-    expected = (query.shape[0], query.shape[2], query.shape[3])
-    if key.ndim != 4 or (key.shape[0], key.shape[2], key.shape[3]) != expected:
-        raise ValueError(
-            f"`{name}key` must have the shape (batch_size, positions, num_heads, head_dim) with the sizes of `query` "
-            f"{tuple(query.shape)} in all but the positions, but has {tuple(key.shape)}."
-        )
-    for part, tensor in (("key", key), ("value", value)):
-        if tensor.dtype != query.dtype or tensor.device != query.device:
-            raise ValueError(
-                f"`{name}{part}` must have the dtype and device of `query` ({query.dtype} on {query.device}), but has "
-                f"{tensor.dtype} on {tensor.device}."
-            )
+def _cast_by_autocast(query: torch.Tensor, key_sets: Sequence[KeySet]) -> tuple[torch.Tensor, list[KeySet]]:
+    """Query, keys and values in the dtype of autocast, where it is on; float64 stays, as do biases."""
+    device_type = query.device.type
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return query, list(key_sets)
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def cast(tensor):
+        return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+    return cast(query), [keys.with_keys(cast(keys.key), cast(keys.value)) for keys in key_sets]
 
 
-def _check_inputs(
-    query,
-    key,
-    value,
-    query_grid,
-    kernel_size,
-    cross_key,
-    cross_value,
-    cross_grid,
-    cross_kernel_size,
-    context_key,
-    context_value,
-    context_bias,
-) -> None:
+def _check_inputs(query: torch.Tensor, key_sets: Sequence[KeySet], query_grid: Grid, backend: str | None) -> None:
     """Raise `ValueError` on the first argument that does not fit the others."""
     if query.ndim != 4:
         raise ValueError(
@@ -304,94 +291,38 @@ def _check_inputs(
         )
     if not query.is_floating_point():
         raise ValueError(f"`query` must be of a floating dtype, but is {query.dtype}.")
-    _check_grid("query_grid", query_grid, "query", query)
-    if (
-        key is None
-        and value is None
-        and cross_key is None
-        and cross_value is None
-        and context_key is None
-        and context_value is None
-    ):
-        raise ValueError("No keys were given: pass `key`, `cross_key` or `context_key` with their values.")
-    if key is not None or value is not None:
-        _check_pair("", key, value, query)
-        _check_grid("query_grid", query_grid, "key", key)
-        _check_kernel("kernel_size", kernel_size)
-    if cross_key is not None or cross_value is not None:
-        _check_pair("cross_", cross_key, cross_value, query)
-        _check_grid("cross_grid", cross_grid, "cross_key", cross_key)
-        _check_kernel("cross_kernel_size", cross_kernel_size)
-        if query_grid[0] % cross_grid[0] or query_grid[1] % cross_grid[1]:
-            raise ValueError(
-                f"Each side of `query_grid` must be a multiple of the same side of `cross_grid`, but they are "
-                f"{tuple(query_grid)} and {tuple(cross_grid)}."
-            )
-    if context_key is not None or context_value is not None:
-        _check_pair("context_", context_key, context_value, query)
-        if context_key.shape[1] == 0:
-            raise ValueError("`context_key` has no positions: leave it out if there is no context.")
-    if context_bias is not None:
-        if context_key is None:
-            raise ValueError("`context_bias` was given without `context_key`: give both or neither.")
-        if tuple(context_bias.shape) != (query.shape[0], context_key.shape[1]) or not context_bias.is_floating_point():
-            raise ValueError(
-                f"`context_bias` must be of a floating dtype and of shape (batch_size, context_positions) = "
-                f"{(query.shape[0], context_key.shape[1])}, but is {context_bias.dtype} of shape "
-                f"{tuple(context_bias.shape)}."
-            )
+    check_grid("`query_grid`", query_grid, "`query`", query)
+    if not key_sets:
+        raise ValueError("`key_sets` is empty: pass at least one `KeySet`.")
+    for index, keys in enumerate(key_sets):
+        keys.check("the key set" if len(key_sets) == 1 else f"key set {index}", query, query_grid)
+    if backend not in (None, "reference", "fused"):
+        raise ValueError(f'`backend` must be "reference", "fused" or None, but is {backend!r}.')
 
 
 def local_attention(
     query: torch.Tensor,
-    key: torch.Tensor | None = None,
-    value: torch.Tensor | None = None,
-    *,
+    key_sets: KeySet | Sequence[KeySet],
     query_grid: Grid,
-    kernel_size: Grid | None = None,
-    causal: bool = False,
-    cross_key: torch.Tensor | None = None,
-    cross_value: torch.Tensor | None = None,
-    cross_grid: Grid | None = None,
-    cross_kernel_size: Grid | None = None,
-    cross_causal: bool = False,
-    context_key: torch.Tensor | None = None,
-    context_value: torch.Tensor | None = None,
-    context_bias: torch.Tensor | None = None,
+    *,
     scale: float | None = None,
     return_logsumexp: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """
-    Attention of every query cell to the keys near it and to the context, under one softmax.
+    Attention of every query cell to the keys near it and to others, under one softmax.
 
-    The keys are any of three sets, at least one: the window of `kernel_size` around the cell on the grid of the
-    queries, the window of `cross_kernel_size` around the cell that contains it on a coarser grid, and all context
-    keys. Windows are cut off at the border of their grid (see [`in_window`]). Inputs may be strided views, such as
-    the three parts of one fused projection. Under autocast, query, keys and values are cast to the autocast dtype
-    first.
+    Each [`KeySet`] is a grid of keys, of which a query sees the window around its own place (cut off at the border,
+    see [`in_window`]), or keys that all queries see. The softmax is over the keys of all sets. Inputs may be strided
+    views, such as the three parts of one fused projection. Under autocast, query, keys and values are cast to the
+    autocast dtype first. Under transforms of `torch.func` and in forward-mode differentiation PyTorch operations
+    compute it, since the kernels have a backward pass for ordinary autograd only.
 
     Args:
         query (`torch.Tensor` of shape `(batch_size, query_positions, num_heads, head_dim)`):
             Queries in row-major grid order, not yet scaled.
-        key, value (`torch.Tensor` of the shape of `query`, *optional*): Keys and values on the grid of the queries.
-        query_grid (`tuple[int, int]`): Rows and columns of the query grid, in cells.
-        kernel_size (`tuple[int, int]`, *optional*): Height and width of the window on the query grid; both odd.
-        causal (`bool`, defaults to `False`):
-            Attend only up to the own cell, in raster order, in the window on the query grid.
-        cross_key, cross_value (`torch.Tensor` of shape `(batch_size, cross_positions, num_heads, head_dim)`,
-        *optional*):
-            Keys and values on the coarser grid.
-        cross_grid (`tuple[int, int]`, *optional*):
-            Rows and columns of the coarser grid; they divide those of `query_grid`.
-        cross_kernel_size (`tuple[int, int]`, *optional*):
-            Height and width of the window on the coarser grid; both odd.
-        cross_causal (`bool`, defaults to `False`): As `causal`, up to the coarse cell that contains the query.
-        context_key, context_value (`torch.Tensor` of shape `(batch_size, context_positions, num_heads, head_dim)`,
-        *optional*):
-            Keys and values that every query sees.
-        context_bias (`torch.Tensor` of shape `(batch_size, context_positions)`, *optional*):
-            Added to the scores of the context keys; `-inf` hides a key.
+        key_sets (`KeySet` or sequence of `KeySet`): What they attend to.
+        query_grid (`tuple[int, int]`): Rows and columns of the grid of the queries, in cells.
         scale (`float`, *optional*): Factor of the scores, by default `head_dim ** -0.5`.
         return_logsumexp (`bool`, defaults to `False`): Return the logsumexp too.
         backend (`str`, *optional*): `"reference"` or `"fused"`; by default fused where it supports the inputs.
@@ -400,36 +331,15 @@ def local_attention(
         `torch.Tensor` or `tuple[torch.Tensor, torch.Tensor]`: The output, shaped like `query`, and with
         `return_logsumexp` the logsumexp of the scaled scores, float32 (float64 for float64 inputs), of shape
         `(batch_size, num_heads, query_positions)`, which [`merge_attention`] needs. A query that sees no key at all
-        (possible without a window) gets zeros and `-inf`.
+        (all are hidden by their bias) gets zeros and `-inf`.
 
     Raises:
         ValueError: If arguments do not fit each other, or `backend="fused"` cannot run these inputs.
     """
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        tensors = (query, key, value, cross_key, cross_value, context_key, context_value)
-        query, key, value, cross_key, cross_value, context_key, context_value = (
-            tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors
-        )
-    _check_inputs(
-        query,
-        key,
-        value,
-        query_grid,
-        kernel_size,
-        cross_key,
-        cross_value,
-        cross_grid,
-        cross_kernel_size,
-        context_key,
-        context_value,
-        context_bias,
-    )
-    if backend not in (None, "reference", "fused"):
-        raise ValueError(f'`backend` must be "reference", "fused" or None, but is {backend!r}.')
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    longest_side = max(*query_grid, context_key.shape[1] if context_key is not None else 0)
-    reasons = [] if backend == "reference" else fused_refusals(query, context_bias, longest_side)
+    query, key_sets = _cast_by_autocast(query, [key_sets] if isinstance(key_sets, KeySet) else key_sets)
+    _check_inputs(query, key_sets, query_grid, backend)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    reasons = [] if backend == "reference" else fused_refusals(query, key_sets, query_grid)
     if reasons and backend == "fused":
         listed = "".join(f"\n    {reason}" for reason in reasons)
         raise ValueError(
@@ -437,39 +347,8 @@ def local_attention(
         )
     if reasons and not torch.compiler.is_compiling() and not built_for():
         say_that_kernels_are_missing()
-    if backend != "reference" and not reasons:
-        output, logsumexp = fused_local_attention(
-            query,
-            key,
-            value,
-            cross_key,
-            cross_value,
-            context_key,
-            context_value,
-            context_bias,
-            list(query_grid),
-            list(kernel_size) if key is not None else [],
-            list(cross_grid) if cross_key is not None else [],
-            list(cross_kernel_size) if cross_key is not None else [],
-            [bool(causal), bool(cross_causal)],
-            float(scale),
-        )
+    if backend == "reference" or reasons:
+        output, logsumexp = reference_local_attention(query, key_sets, query_grid, scale)
     else:
-        output, logsumexp = reference_local_attention(
-            query,
-            key,
-            value,
-            query_grid=query_grid,
-            kernel_size=kernel_size,
-            causal=causal,
-            cross_key=cross_key,
-            cross_value=cross_value,
-            cross_grid=cross_grid,
-            cross_kernel_size=cross_kernel_size,
-            cross_causal=cross_causal,
-            context_key=context_key,
-            context_value=context_value,
-            context_bias=context_bias,
-            scale=scale,
-        )
+        output, logsumexp = fused_local_attention(query, key_sets, query_grid, scale)
     return (output, logsumexp) if return_logsumexp else output

@@ -11,13 +11,20 @@ from __future__ import annotations
 import ctypes
 import functools
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-_ABI = 1
+from .key_set import KeySet, bias_in
+from .transforms import is_transformed
+
+_ABI = 2
 _LIBRARY = Path(__file__).with_name("_kernels.so")
 _MAX_HEAD_DIM = 128
+_MAX_KEY_SETS = 3
+_MAX_SIDE = 2**28
 _MAX_CUDA_SIDE = 16384  # the CUDA kernels keep coordinates in 16 bits
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # those of the other CPU kernels, which compute in float32
@@ -34,18 +41,23 @@ class _Tensor(ctypes.Structure):
 
 
 class _Source(ctypes.Structure):
-    _fields_ = [(name, _Tensor) for name in ("key", "value", "grad_key", "grad_value")] + [
-        (name, ctypes.c_int32)
-        for name in (
-            "rows",
-            "columns",
-            "reach_rows",
-            "reach_columns",
-            "ratio_rows",
-            "ratio_columns",
-            "causal",
-            "reserved",
-        )
+    _fields_ = [
+        *[(name, _Tensor) for name in ("key", "value", "grad_key", "grad_value")],
+        ("bias", ctypes.c_void_p),
+        ("bias_stride", ctypes.c_int64),
+        *[
+            (name, ctypes.c_int32)
+            for name in (
+                "rows",
+                "columns",
+                "reach_rows",
+                "reach_columns",
+                "ratio_rows",
+                "ratio_columns",
+                "causal",
+                "reserved",
+            )
+        ],
     ]
 
 
@@ -70,9 +82,8 @@ class _Problem(ctypes.Structure):
         ],
         ("scale", ctypes.c_double),
         *[(name, _Tensor) for name in ("query", "output", "grad_output", "grad_query")],
-        *[(name, ctypes.c_void_p) for name in ("logsumexp", "grad_logsumexp", "context_bias")],
-        ("context_bias_stride", ctypes.c_int64),
-        ("source", _Source * 3),
+        *[(name, ctypes.c_void_p) for name in ("logsumexp", "grad_logsumexp", "softmax")],
+        ("source", _Source * _MAX_KEY_SETS),
         *[(name, ctypes.c_void_p) for name in ("parallel", "stream", "delta")],
     ]
 
@@ -134,15 +145,16 @@ def say_that_kernels_are_missing() -> None:
     )
 
 
-def fused_refusals(query: torch.Tensor, context_bias: torch.Tensor | None = None, longest_side: int = 1) -> list[str]:
+def fused_refusals(
+    query: torch.Tensor, key_sets: Sequence[KeySet] = (), query_grid: tuple[int, int] | None = None
+) -> list[str]:
     """
     Why the fused kernels cannot run these inputs.
 
     Args:
-        query (`torch.Tensor` of shape `(batch_size, positions, num_heads, head_dim)`):
-            The queries; keys and values are like them.
-        context_bias (`torch.Tensor`, *optional*): The bias of the context keys.
-        longest_side (`int`, defaults to 1): The most rows or columns of a grid, or the number of context keys.
+        query (`torch.Tensor` of shape `(batch_size, positions, num_heads, head_dim)`): The queries.
+        key_sets (sequence of `KeySet`, *optional*): What they attend to, in the dtype of the queries.
+        query_grid (`tuple[int, int]`, *optional*): Rows and columns of the grid of the queries.
 
     Returns:
         `list[str]`: One reason a line; empty where they can run.
@@ -163,14 +175,18 @@ def fused_refusals(query: torch.Tensor, context_bias: torch.Tensor | None = None
     if head_dim > _MAX_HEAD_DIM or (device == "cuda" and head_dim % 8):
         limit = f"multiples of 8 up to {_MAX_HEAD_DIM}" if device == "cuda" else f"up to {_MAX_HEAD_DIM}"
         reasons.append(f"head_dim is {head_dim} (supported on {device}: {limit})")
-    if device == "cuda" and longest_side > _MAX_CUDA_SIDE:
-        reasons.append(
-            f"a grid or the context has {longest_side} cells in a row (supported on cuda: up to {_MAX_CUDA_SIDE})"
-        )
+    if len(key_sets) > _MAX_KEY_SETS:
+        reasons.append(f"there are {len(key_sets)} key sets (supported: up to {_MAX_KEY_SETS})")
+    longest = max((*(query_grid or ()), *(keys.longest_side for keys in key_sets)), default=1)
+    most = _MAX_CUDA_SIDE if device == "cuda" else _MAX_SIDE
+    if longest > most:
+        reasons.append(f"a grid or a context has {longest} cells in a row (supported on {device}: up to {most})")
     if device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(query.device)[0] < 8:
         reasons.append("the device is older than compute capability 8.0")
-    if context_bias is not None and context_bias.requires_grad:
-        reasons.append("`context_bias` requires a gradient (detach it, or use the reference)")
+    if torch.is_grad_enabled() and any(keys.bias is not None and keys.bias.requires_grad for keys in key_sets):
+        reasons.append("a `bias` requires a gradient (detach it, or use the reference)")
+    if is_transformed(query, *(tensor for keys in key_sets for tensor in keys.tensors)):
+        reasons.append("a torch.func transform or forward-mode differentiation is at work")
     return reasons
 
 
@@ -233,37 +249,59 @@ def _readable(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return tensor if readable else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _problem(query, sources, context_bias, grids, causal, scale) -> _Problem:
-    """
-    A call without outputs: `grids` are query grid, kernel, coarse grid, coarse kernel; `sources` keys with values.
-    """
-    query_grid, kernel_size, cross_grid, cross_kernel_size = grids
+class _Geometry(NamedTuple):
+    """A call but for its tensors, as the numbers that `torch.library` passes on."""
+
+    query_grid: tuple[int, int]
+    sets: tuple[tuple[int, int, int, int, int, int], ...]  # rows, columns, height and width, causal, has a bias
+
+    @classmethod
+    def of(cls, key_sets: Sequence[KeySet], query_grid: tuple[int, int]) -> _Geometry:
+        # without a grid: one row, seen whole from everywhere, which a height of 0 says
+        return cls(
+            tuple(query_grid),
+            tuple(
+                (
+                    *(keys.grid or (1, keys.key.shape[1])),
+                    *(keys.kernel_size or (0, 0)),
+                    keys.causal,
+                    keys.bias is not None,
+                )
+                for keys in key_sets
+            ),
+        )
+
+    def to_list(self) -> list[int]:
+        return [int(number) for part in (self.query_grid, *self.sets) for number in part]
+
+    @classmethod
+    def from_list(cls, numbers: list[int]) -> _Geometry:
+        return cls(tuple(numbers[:2]), tuple(tuple(numbers[at : at + 6]) for at in range(2, len(numbers), 6)))
+
+
+def _problem(query, keys, values, biases, geometry: _Geometry, scale: float) -> _Problem:
+    """A call without its outputs."""
     problem = _Problem(abi=_ABI, dtype=_DTYPES[query.dtype], batch=query.shape[0], heads=query.shape[2])
     problem.head_dim, problem.scale = query.shape[3], scale
-    problem.rows, problem.columns = query_grid
+    problem.rows, problem.columns = geometry.query_grid
     for name, number in _TUNING.items():
         setattr(problem, name, number)
     problem.query = _describe(query)
-    for source, (key, value) in zip(problem.source, sources, strict=True):
-        source.key, source.value = _describe(key), _describe(value)
-    window, cross, context = problem.source
-    for source, grid, kernel, is_causal in (
-        (window, query_grid, kernel_size, causal[0]),
-        (cross, cross_grid, cross_kernel_size, causal[1]),
+    biases = iter(biases)
+    for source, key, value, (*grid, height, width, causal, has_bias) in zip(
+        problem.source, keys, values, geometry.sets, strict=False
     ):
-        if grid and kernel:
-            source.rows, source.columns = grid
-            source.reach_rows, source.reach_columns = (
-                min(size // 2, edge) for size, edge in zip(kernel, grid, strict=True)
-            )
-            source.ratio_rows, source.ratio_columns = query_grid[0] // grid[0], query_grid[1] // grid[1]
-            source.causal = is_causal
-    if sources[2][0] is not None:  # a grid of one row that every query sees all of
-        context.rows, context.columns = 1, sources[2][0].shape[1]
-        context.reach_columns = context.columns
-        context.ratio_rows, context.ratio_columns = query_grid
-    if context_bias is not None:
-        problem.context_bias, problem.context_bias_stride = context_bias.data_ptr(), context_bias.stride(0)
+        source.key, source.value, source.causal = _describe(key), _describe(value), causal
+        source.rows, source.columns = grid
+        if height:
+            source.reach_rows, source.reach_columns = min(height // 2, grid[0]), min(width // 2, grid[1])
+            source.ratio_rows, source.ratio_columns = (fine // edge for fine, edge in zip(geometry.query_grid, grid))
+        else:
+            source.reach_columns = grid[1]
+            source.ratio_rows, source.ratio_columns = geometry.query_grid
+        if has_bias:
+            bias = next(biases)
+            source.bias, source.bias_stride = bias.data_ptr(), bias.stride(0)
     return problem
 
 
@@ -284,120 +322,137 @@ def _launch(problem: _Problem, direction: str, device: torch.device) -> None:
         raise RuntimeError(f"The local-attention kernel failed on {device}: {reason}.")
 
 
-def _prepare(query, key, value, cross_key, cross_value, context_key, context_value, context_bias):
-    """Tensors as the kernels read them."""
-    query, *rest = map(_readable, (query, key, value, cross_key, cross_value, context_key, context_value))
-    if context_bias is not None:
-        context_bias = context_bias.detach().to(torch.float32).contiguous()
-    return query, list(zip(rest[::2], rest[1::2], strict=True)), context_bias
+def _statistics_dtype(query: torch.Tensor) -> torch.dtype:
+    """The dtype of what the kernels know of each row of scores."""
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
-def _logsumexp_like(query: torch.Tensor) -> torch.Tensor:
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty((query.shape[0], query.shape[2], query.shape[1]), dtype=dtype)
+def _results_like(query: torch.Tensor, for_backward: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Room for the output, the logsumexp and, where the backward will need it, the largest score and the sum."""
+    rows = (query.shape[0], query.shape[2], query.shape[1])
+    dtype = _statistics_dtype(query)
+    return (
+        query.new_empty(query.shape),
+        query.new_empty(rows, dtype=dtype),
+        query.new_empty((2, *rows) if for_backward else (0,), dtype=dtype),
+    )
 
 
 @torch.library.custom_op("cogview_pipelines::local_attention", mutates_args=())
-def fused_local_attention(
+def local_attention_forward(
     query: torch.Tensor,
-    key: torch.Tensor | None,
-    value: torch.Tensor | None,
-    cross_key: torch.Tensor | None,
-    cross_value: torch.Tensor | None,
-    context_key: torch.Tensor | None,
-    context_value: torch.Tensor | None,
-    context_bias: torch.Tensor | None,
-    query_grid: list[int],
-    kernel_size: list[int],
-    cross_grid: list[int],
-    cross_kernel_size: list[int],
-    causal: list[bool],
+    keys: list[torch.Tensor],
+    values: list[torch.Tensor],
+    biases: list[torch.Tensor],
+    geometry: list[int],
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and logsumexp by the kernels; grids are empty where a source is absent, `causal` is (own, coarse)."""
-    query, sources, context_bias = _prepare(
-        query, key, value, cross_key, cross_value, context_key, context_value, context_bias
-    )
-    output, logsumexp = torch.empty_like(query, memory_format=torch.contiguous_format), _logsumexp_like(query)
-    problem = _problem(
-        query, sources, context_bias, (query_grid, kernel_size, cross_grid, cross_kernel_size), causal, scale
-    )
+    for_backward: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Output, logsumexp and, if `for_backward`, the softmax's largest score and logarithm of the sum, by the kernels.
+
+    `biases` are those of the sets that have one, and `geometry` is `_Geometry.to_list()`.
+    """
+    query, keys, values = _readable(query), [_readable(key) for key in keys], [_readable(value) for value in values]
+    biases = [bias.contiguous() for bias in biases]
+    output, logsumexp, softmax = _results_like(query, for_backward)
+    problem = _problem(query, keys, values, biases, _Geometry.from_list(geometry), scale)
     problem.output, problem.logsumexp = _describe(output), logsumexp.data_ptr()
+    problem.softmax = softmax.data_ptr() if for_backward else None
     _launch(problem, "forward", query.device)
-    return output, logsumexp
+    return output, logsumexp, softmax
 
 
-@fused_local_attention.register_fake
-def _(query, *arguments):
-    return query.new_empty(query.shape), _logsumexp_like(query)
+@local_attention_forward.register_fake
+def _(query, keys, values, biases, geometry, scale, for_backward):
+    return _results_like(query, for_backward)
 
 
 @torch.library.custom_op("cogview_pipelines::local_attention_backward", mutates_args=())
-def fused_local_attention_backward(
+def local_attention_backward(
     grad_output: torch.Tensor,
     grad_logsumexp: torch.Tensor,
     output: torch.Tensor,
-    logsumexp: torch.Tensor,
+    softmax: torch.Tensor,
     query: torch.Tensor,
-    key: torch.Tensor | None,
-    value: torch.Tensor | None,
-    cross_key: torch.Tensor | None,
-    cross_value: torch.Tensor | None,
-    context_key: torch.Tensor | None,
-    context_value: torch.Tensor | None,
-    context_bias: torch.Tensor | None,
-    query_grid: list[int],
-    kernel_size: list[int],
-    cross_grid: list[int],
-    cross_kernel_size: list[int],
-    causal: list[bool],
+    keys: list[torch.Tensor],
+    values: list[torch.Tensor],
+    biases: list[torch.Tensor],
+    geometry: list[int],
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, keys and values in the order of the arguments; an empty tensor where a source is absent."""
-    query, sources, context_bias = _prepare(
-        query, key, value, cross_key, cross_value, context_key, context_value, context_bias
-    )
-    problem = _problem(
-        query, sources, context_bias, (query_grid, kernel_size, cross_grid, cross_kernel_size), causal, scale
-    )
-    grad_output, output = _readable(grad_output), _readable(output)
-    logsumexp, grad_logsumexp = logsumexp.contiguous(), grad_logsumexp.to(logsumexp.dtype).contiguous()
+    wanted: list[bool],
+) -> list[torch.Tensor]:
+    """Gradients of the query, all keys and all values; an empty tensor where it is not `wanted`."""
+    query, keys, values = _readable(query), [_readable(key) for key in keys], [_readable(value) for value in values]
+    biases = [bias.contiguous() for bias in biases]
+    problem = _problem(query, keys, values, biases, _Geometry.from_list(geometry), scale)
+    grad_output, output, softmax = _readable(grad_output), _readable(output), softmax.contiguous()
+    grad_logsumexp = grad_logsumexp.to(softmax.dtype).contiguous()
     problem.grad_output, problem.output = _describe(grad_output), _describe(output)
-    problem.logsumexp, problem.grad_logsumexp = logsumexp.data_ptr(), grad_logsumexp.data_ptr()
+    problem.softmax, problem.grad_logsumexp = softmax.data_ptr(), grad_logsumexp.data_ptr()
     if query.device.type == "cuda":
-        delta = torch.empty_like(logsumexp)
+        delta = torch.empty_like(softmax[0])
         problem.delta = delta.data_ptr()
-    grads = [torch.empty_like(query, memory_format=torch.contiguous_format)]
-    problem.grad_query = _describe(grads[0])
-    for source, pair in zip(problem.source, sources, strict=True):
-        pair_grads = [_gradient_like(query, tensor) for tensor in pair]
-        if pair[0] is not None:
-            source.grad_key, source.grad_value = map(_describe, pair_grads)
-        grads += pair_grads
+    grads = _gradients_like([query, *keys, *values], wanted)
+    problem.grad_query, *described = [
+        _describe(grad) if is_wanted else _Tensor() for grad, is_wanted in zip(grads, wanted, strict=True)
+    ]
+    for source, grad_key, grad_value in zip(problem.source, described[: len(keys)], described[len(keys) :]):
+        source.grad_key, source.grad_value = grad_key, grad_value
     _launch(problem, "backward", query.device)
-    return tuple(grads)
+    return grads
 
 
-def _gradient_like(query: torch.Tensor, tensor: torch.Tensor | None) -> torch.Tensor:
-    return query.new_empty(0) if tensor is None else query.new_empty(tensor.shape)
+def _gradients_like(tensors: list[torch.Tensor], wanted: list[bool]) -> list[torch.Tensor]:
+    return [
+        tensor.new_empty(tensor.shape if is_wanted else 0) for tensor, is_wanted in zip(tensors, wanted, strict=True)
+    ]
 
 
-@fused_local_attention_backward.register_fake
-def _(grad_output, grad_logsumexp, output, logsumexp, query, *arguments):
-    return (query.new_empty(query.shape), *(_gradient_like(query, tensor) for tensor in arguments[:6]))
+@local_attention_backward.register_fake
+def _(
+    grad_output, grad_logsumexp, output, softmax, query, keys, values, biases, geometry, scale, wanted
+):  # fmt: skip
+    return _gradients_like([query, *keys, *values], wanted)
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.query_grid, ctx.kernel_size, ctx.cross_grid, ctx.cross_kernel_size, ctx.causal, ctx.scale = inputs
-    ctx.save_for_backward(*output, *tensors)
+    query, keys, values, biases, ctx.geometry, ctx.scale, _ = inputs
+    ctx.counts = [len(keys), len(values), len(biases)]
+    output, _, softmax = output
+    ctx.mark_non_differentiable(softmax)
+    ctx.save_for_backward(output, softmax, query, *keys, *values, *biases)
 
 
-def _backward(ctx, grad_output, grad_logsumexp):
-    geometry = (ctx.query_grid, ctx.kernel_size, ctx.cross_grid, ctx.cross_kernel_size, ctx.causal, ctx.scale)
-    output, logsumexp, *tensors = ctx.saved_tensors
-    grads = fused_local_attention_backward(grad_output, grad_logsumexp, output, logsumexp, *tensors, *geometry)
-    grads = [grad if tensor is not None else None for grad, tensor in zip(grads, tensors[:7], strict=True)]
-    return *grads, *[None] * 7
+def _backward(ctx, grad_output, grad_logsumexp, _):
+    if is_transformed(grad_output, grad_logsumexp):
+        raise NotImplementedError(
+            "The gradients of fused local attention have no derivative of their own and take no tangents. Pass "
+            '`backend="reference"` to differentiate them.'
+        )
+    output, softmax, query, *rest = ctx.saved_tensors
+    if not softmax.numel() and query.numel():
+        raise RuntimeError("Local attention was run without keeping what its backward pass needs.")
+    num_sets, num_biases = ctx.counts[0], ctx.counts[2]
+    keys, values, biases = rest[:num_sets], rest[num_sets : 2 * num_sets], rest[2 * num_sets :]
+    wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1], *ctx.needs_input_grad[2]]
+    grads = local_attention_backward(
+        grad_output, grad_logsumexp, output, softmax, query, keys, values, biases, ctx.geometry, ctx.scale, wanted
+    )
+    grad_query, *grads = [grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True)]
+    return grad_query, grads[:num_sets], grads[num_sets:], [None] * num_biases, None, None, None
 
 
-fused_local_attention.register_autograd(_backward, setup_context=_save)
+local_attention_forward.register_autograd(_backward, setup_context=_save)
+
+
+def fused_local_attention(
+    query: torch.Tensor, key_sets: Sequence[KeySet], query_grid: tuple[int, int], scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and logsumexp of `local_attention`, of inputs that [`fused_refusals`] has nothing against."""
+    keys, values = [keys.key for keys in key_sets], [keys.value for keys in key_sets]
+    biases = [bias_in(keys.bias.detach(), _statistics_dtype(query)) for keys in key_sets if keys.bias is not None]
+    wants_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, *keys, *values))
+    geometry = _Geometry.of(key_sets, query_grid).to_list()
+    output, logsumexp, _ = local_attention_forward(query, keys, values, biases, geometry, scale, wants_grad)
+    return output, logsumexp

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from cogview_pipelines.ops.key_set import KeySet
 from cogview_pipelines.ops.local_attention import local_attention
 from cogview_pipelines.ops.native import fused_refusals
 
@@ -38,21 +39,8 @@ def attend(query, key, value, params, **kwargs):
     """Our function on a case of the original: the queries come scaled already."""
     _, _, _, height, width, key_height, key_width, kernel_height, kernel_width, causal = params
     grid, key_grid, kernel = (height, width), (key_height, key_width), (kernel_height, kernel_width)
-    if grid == key_grid:
-        return local_attention(
-            query, key, value, query_grid=grid, kernel_size=kernel, causal=bool(causal), scale=1.0, **kwargs
-        )
-    return local_attention(
-        query,
-        query_grid=grid,
-        cross_key=key,
-        cross_value=value,
-        cross_grid=key_grid,
-        cross_kernel_size=kernel,
-        cross_causal=bool(causal),
-        scale=1.0,
-        **kwargs,
-    )
+    keys = KeySet(key, value, key_grid, kernel, bool(causal))
+    return local_attention(query, keys, grid, scale=1.0, **kwargs)
 
 
 def run(data, name, params, device, **kwargs):

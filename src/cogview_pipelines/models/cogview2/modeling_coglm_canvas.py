@@ -10,6 +10,7 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from ...generation.token_sequence import TokenSequence
+from ...ops.key_set import KeySet
 from ...ops.local_attention import local_attention
 from ..layers import DenseAttention, LazyDropout, SandwichLayer, TokenEmbedding, attention_bias, select_positions
 from .modeling_coglm import (
@@ -191,15 +192,12 @@ class CogLMCanvasLayer(SandwichLayer):
         config = self.config
         query, key, value = attention.project(normed)
         if config.super_resolution == "direct":
-            seen = {
-                "cross_key": context_key[:, config.num_text_slots :],
-                "cross_value": context_value[:, config.num_text_slots :],
-                "cross_grid": config.image_grid,
-                "cross_kernel_size": config.cross_kernel_size,
-            }
+            image = slice(config.num_text_slots, None)
+            seen = KeySet(context_key[:, image], context_value[:, image], config.image_grid, config.cross_kernel_size)
         else:
-            seen = {"context_key": context_key, "context_value": context_value, "context_bias": context_bias}
-        return local_attention(query, key, value, query_grid=config.fine_grid, kernel_size=config.kernel_size, **seen)
+            seen = KeySet(context_key, context_value, bias=context_bias)
+        canvas = KeySet(key, value, config.fine_grid, config.kernel_size)
+        return local_attention(query, [canvas, seen], config.fine_grid)
 
 
 class CogLMCanvasModel(CogLMPreTrainedModel):
