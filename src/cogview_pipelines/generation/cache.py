@@ -99,6 +99,12 @@ class KeyValueCache:
             own[:, :, :, :length] = theirs[:, :, :, :length].repeat_interleave(repeats, 1)
             own[:, :, :, length:] = 0
 
+    def keep_rows(self, rows: torch.Tensor) -> None:
+        """Go on with these sequences only, in memory of their own."""
+        self.layers = [layer[:, rows] for layer in self.layers]
+        if self.lengths is not None:
+            self.lengths = self.lengths[rows]
+
     def reorder(self, rows: torch.Tensor) -> None:
         """Go on with these sequences, in the same memory. `rows` has as many entries as there are sequences."""
         for layer in self.layers:

@@ -22,6 +22,8 @@ from .token_sequence import TokenSequence
 
 # A fixed step reads a whole number of blocks of the cache: few variants, and little that is masked.
 BLOCK = 128
+# Positions that a pass predicts at once, unless told otherwise (`benchmarks/bench_parallel_decoding.py`).
+PARALLEL_ON_DEVICES, PARALLEL_ON_CPU, CPU_CACHE_BYTES = 32, 16, 64 * 2**20
 # All that a CogLM consists of, as the fused step knows it.
 _PLAIN_MODULES = {CogLMModel, SandwichLayer, DenseAttention, FeedForward, LazyDropout, TokenEmbedding}
 _PLAIN_MODULES |= {nn.Embedding, nn.LayerNorm, nn.Linear, nn.ModuleList}
@@ -96,6 +98,11 @@ class Decoder:
         """
         self.cache.truncate(length)
 
+    def keep_rows(self, rows: torch.Tensor) -> None:
+        """Go on with these sequences only: the others are whole."""
+        self.cache.keep_rows(rows)
+        self.bias = self.bias[rows]
+
     def reorder(self, rows: torch.Tensor) -> None:
         """Go on with these sequences; `rows` has as many entries as there are sequences, some of them alike."""
         self.cache.reorder(rows)
@@ -135,8 +142,11 @@ class FusedDecoder(Decoder):
 
     def __init__(self, *args):
         super().__init__(*args)
+        self.step = self._make_step()
+
+    def _make_step(self) -> DecodeStep:
         model = self.model
-        self.step = DecodeStep(
+        return DecodeStep(
             model.word_embeddings.weight,
             model.position_embeddings.weight,
             model.final_layernorm,
@@ -145,6 +155,10 @@ class FusedDecoder(Decoder):
             len(model.word_embeddings.weight) if self.full_vocabulary else model.config.num_image_tokens,
             self.bias[:, 0],
         )
+
+    def keep_rows(self, rows: torch.Tensor) -> None:
+        super().keep_rows(rows)
+        self.step = self._make_step()
 
     def append(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         if input_ids.shape[1] > 1 or self.cache.lengths is not None:
@@ -397,13 +411,38 @@ class Decoding:
         fused (`bool`, defaults to `True`): On a CPU, without the other two, run all of a step in one kernel where
             there is one for it: built, for plain weights without hooks. It sums in float32 whatever the weights are,
             so that 16-bit models may draw another token where two are nearly tied.
+        parallel (`int`, *optional*): How many positions a pass predicts at once, of which as many are kept as are
+            certain to be those of the loop of one by one: see [`generate`]. 1 writes them one by one. Default: 32 on a
+            GPU, 16 on a CPU where a step has to read more weights than its caches hold, else 1. Not with `compile` and
+            `cuda_graph`, whose steps are of one token.
     """
 
-    def __init__(self, compile: bool = False, cuda_graph: bool = False, fused: bool = True):
-        self.compile, self.cuda_graph, self.fused = compile, cuda_graph, fused
+    def __init__(
+        self, compile: bool = False, cuda_graph: bool = False, fused: bool = True, parallel: int | None = None
+    ):
+        if parallel is not None and parallel < 1:
+            raise ValueError(f"`parallel` must be at least 1, but is {parallel}.")
+        if parallel is not None and parallel > 1 and (compile or cuda_graph):
+            raise ValueError(
+                f"`parallel={parallel}` predicts several positions at once, but the steps of `compile` and "
+                "`cuda_graph` are of one. Choose one of them."
+            )
+        self.compile, self.cuda_graph, self.fused, self.parallel = compile, cuda_graph, fused, parallel
         self._state: tuple | None = None  # of the model that the rest belongs to
         self._refusals: list[str] = []
         self._static: tuple[tuple, StaticDecoder] | None = None
+
+    def num_parallel(self, model: CogLMModel, device: torch.device | str) -> int:
+        """How many positions a pass predicts at once."""
+        if self.parallel is not None:
+            return self.parallel
+        if self.compile or self.cuda_graph:
+            return 1
+        if torch.device(device).type != "cpu":
+            return PARALLEL_ON_DEVICES
+        # what fits into the caches is read so fast that a pass over several positions costs as much as several passes
+        weight_bytes = sum(parameter.nbytes for parameter in model.layers.parameters())
+        return PARALLEL_ON_CPU if weight_bytes > CPU_CACHE_BYTES else 1
 
     def decoder(
         self,

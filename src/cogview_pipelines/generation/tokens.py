@@ -1,11 +1,13 @@
-"""`generate` appends tokens to sequences one by one. Tensors only."""
+"""`generate` appends tokens to sequences, one by one or as many at once as are certain. Tensors only."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from ..models.cogview2.modeling_coglm import CogLMModel
-from .decoders import Decoding, encode_context
+from .decoders import Decoder, Decoding, encode_context
+from .parallel import ParallelLoop, Window
 from .sampling import FiniteCheck, Generators, draw_noise
 from .token_sequence import TokenSequence
 
@@ -28,10 +30,16 @@ def generate(
     generator: Generators = None,
     device: torch.device | str | None = None,
     decoding: Decoding | None = None,
+    row_length: int = 1,
     callback: Callable[[int, torch.Tensor], torch.Tensor | None] | None = None,
+    on_pass: Callable[[], None] | None = None,
 ) -> torch.Tensor:
     """
     Append tokens to a context, each seeing the whole context and the tokens before it.
+
+    With a `decoding` that predicts several positions at once ([`Decoding`], `parallel`), the tokens are the same, in
+    fewer passes: see `generation/parallel.py`. In 16 bits, sums of another order may draw another token where two are
+    nearly tied.
 
     Args:
         model (`CogLMModel`): The model.
@@ -50,8 +58,11 @@ def generate(
         generator: One generator, or one per sequence.
         device (`torch.device`, *optional*): Where to compute if hooks move the model; default: where it is.
         decoding (`Decoding`, *optional*): How steps run; it keeps what later calls can use. Default: a new one.
-        callback: Called with the number of entries written and all entries, after each generated token. If it returns
-            entries, they replace them; of those that change, the model reads only the latest.
+        row_length (`int`): Where several positions are predicted at once: a token is guessed to be like the one so
+            many entries before it, the columns of a grid. It changes how many passes are made, and nothing else.
+        callback: Called with the number of entries written and all entries, after each generated token, in order. If
+            it returns entries, they replace those written, and what follows is predicted from them.
+        on_pass: Called after each pass of the model over new tokens.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, num_entries)`: The entries, filled in. The argument stays as it is.
@@ -77,27 +88,107 @@ def generate(
         raise ValueError("`entries` must have -1 in the same columns of every row, but its rows differ.")
     noise = draw_noise((batch_size, num_entries, 2), generator, device)
 
-    cache, bias, logits = encode_context(model, context, text_attention_bias, full_vocabulary, device)
     decoding = Decoding() if decoding is None else decoding
-    decoder = decoding.decoder(model, copies * batch_size, cache.length + num_entries, full_vocabulary, device)
+    window = Window(decoding.num_parallel(model, device), row_length)
     repeats = repeats.repeat(copies).to(device)
-    decoder.begin(cache, bias, repeats)
-    logits = logits.repeat_interleave(repeats, 0)
-    del cache
 
-    check, num_read = FiniteCheck(), 0
-    for entry in (index for index, wanted in enumerate(is_wanted) if wanted):
-        if entry > num_read:  # the entry written last and the known ones after it, at once
-            new = entries[:, num_read:entry]
-            logits = decoder.append(new if copies == 1 else new.repeat(copies, 1), entry_positions[num_read:entry])
-            num_read = entry
-        guided = _guide(logits, guidance_scale)
+    def begin() -> tuple[Decoder, torch.Tensor]:
+        """A decoder that has read the contexts, and the logits of the first entry."""
+        cache, bias, logits = encode_context(model, context, text_attention_bias, full_vocabulary, device)
+        longest = cache.length + num_entries + (window.size if window.size > 1 else 0)
+        decoder = decoding.decoder(model, copies * batch_size, longest, full_vocabulary, device)
+        decoder.begin(cache, bias, repeats)
+        return decoder, logits.repeat_interleave(repeats, 0)
+
+    check = FiniteCheck()
+
+    def draw(logits: torch.Tensor, rows: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Tokens of entries `(rows, new)` from the logits of all copies, `(copies * rows, new, tokens)`."""
+        guided = _guide(logits, guidance_scale).flatten(0, 1)
         check.see(guided)
-        entries[:, entry] = sampler(guided, noise[:, entry])
-        if callback is not None and (changed := callback(entry + 1, entries)) is not None:
-            entries = changed.clone()
+        return sampler(guided, noise[rows[:, None], indices].flatten(0, 1)).unflatten(0, indices.shape)
+
+    write = _write_in_parallel if window.size > 1 and any(is_wanted) else _write_one_by_one
+    task = _Task(begin, draw, entries, entry_positions, is_wanted, copies, callback, on_pass or (lambda: None))
+    entries = write(task, window)
     check.finish()
     return entries
+
+
+@dataclass
+class _Task:
+    """What the loops of [`generate`] have in common."""
+
+    begin: Callable[[], tuple[Decoder, torch.Tensor]]
+    draw: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    entries: torch.Tensor
+    positions: torch.Tensor
+    is_wanted: list[bool]
+    copies: int
+    callback: Callable[[int, torch.Tensor], torch.Tensor | None] | None
+    on_pass: Callable[[], None]
+
+    def report(self, entry: int, entries: torch.Tensor) -> torch.Tensor | None:
+        """Tell the callback of one more entry; what it wants in place of the entries."""
+        return None if self.callback is None else self.callback(entry + 1, entries)
+
+
+def _write_one_by_one(task: _Task, window: Window) -> torch.Tensor:
+    decoder, logits = task.begin()
+    entries, rows = task.entries, torch.arange(len(task.entries), device=task.entries.device)
+    context_length, num_read = decoder.cache.length, 0
+    for entry in (index for index, wanted in enumerate(task.is_wanted) if wanted):
+        if entry > num_read:  # the entry written last and the known ones after it, at once
+            new = entries[:, num_read:entry]
+            logits = decoder.append(torch.cat([new] * task.copies), task.positions[num_read:entry])
+            num_read = entry
+            task.on_pass()
+        entries[:, entry] = task.draw(logits[:, None], rows, torch.full_like(rows, entry)[:, None])[:, 0]
+        changed = task.report(entry, entries)
+        if changed is not None:
+            first = _first_change(entries, changed, entry)
+            entries = changed.clone()
+            if first < num_read:
+                decoder.truncate(context_length + first)
+                num_read = first
+    return entries
+
+
+def _write_in_parallel(task: _Task, window: Window) -> torch.Tensor:
+    wanted = torch.tensor(task.is_wanted, device=task.entries.device)
+
+    def start(entries: torch.Tensor, num_settled: int) -> ParallelLoop:
+        decoder, logits = task.begin()
+        loop = ParallelLoop(decoder, entries, task.positions, wanted, task.draw, window, task.copies)
+        if num_settled:
+            loop.begin_after(num_settled)
+        else:
+            loop.begin(logits)
+        return loop
+
+    loop, num_reported = start(task.entries, 0), 0
+    while True:
+        settled = loop.num_settled
+        for entry in range(num_reported, settled):
+            if not task.is_wanted[entry]:
+                continue
+            so_far = loop.entries.clone()
+            so_far[:, entry + 1 :][:, wanted[entry + 1 :]] = TO_GENERATE
+            changed = task.report(entry, so_far)
+            if changed is not None and not torch.equal(changed, so_far):
+                loop, settled = start(changed.clone(), entry + 1), entry + 1
+                break
+        num_reported = settled
+        if loop.is_done:
+            return loop.entries
+        loop.run_pass()
+        task.on_pass()
+
+
+def _first_change(entries: torch.Tensor, changed: torch.Tensor, last: int) -> int:
+    """The first entry in which any sequence was changed; the one after `last` if none was."""
+    differs = (entries != changed)[:, : last + 1].any(0).nonzero()
+    return int(differs[0]) if len(differs) else last + 1
 
 
 def _guide(logits: torch.Tensor, guidance_scale: float | None) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Text to image with CogView2."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -298,7 +299,9 @@ class CogView2Pipeline(PreviewMixin, CogView2PipelineBase):
                     generator=own.generators,
                     device=device,
                     decoding=self._decoding,
+                    row_length=layout.image_grid[1],
                     callback=report,
+                    on_pass=functools.partial(call.count_pass, "transformer"),
                 )
 
         return _in_batches(draft, call, drafts.generators, batch_size, num_steps).unflatten(1, layout.image_grid)

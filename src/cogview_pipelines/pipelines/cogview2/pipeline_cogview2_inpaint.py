@@ -1,5 +1,6 @@
 """Paint a part of a picture anew, or around it, as a text says."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -377,7 +378,9 @@ class CogView2InpaintPipeline(PreviewMixin, CogView2PipelineBase):
                 generator=batch.generators,
                 device=self._device_of(self.transformer),
                 decoding=self._decoding,
+                row_length=int(torch.bincount(cells // self.layout.image_grid[1]).max()),  # of a rectangle, its width
                 callback=report,
+                on_pass=functools.partial(batch.call.count_pass, "transformer"),
             )
         return place(entries)
 

@@ -107,9 +107,11 @@ class PipelineBase(DiffusionPipeline):
 
     # Speed -----------------------------------------------------------------------------------------------------------
 
-    def set_decoding(self, compile: bool = False, cuda_graph: bool = False, fused: bool = True) -> None:
+    def set_decoding(
+        self, compile: bool = False, cuda_graph: bool = False, fused: bool = True, parallel: int | None = None
+    ) -> None:
         """
-        How tokens are written one by one, in text to image, completion and captions: the same tokens in every way.
+        How tokens are written, in text to image, completion and captions: the same tokens in every way.
 
         A step is small, and what surrounds its matrix products can take longer than they do. `compile` and
         `cuda_graph` give a step fixed shapes and keep its memory (keys and values of the last batch size) until this
@@ -123,8 +125,16 @@ class PipelineBase(DiffusionPipeline):
             fused (`bool`, defaults to `True`): On a CPU, without the other two, run all of a step in one kernel where
                 there is one for it: built, for plain weights without hooks. It sums in float32 whatever the weights
                 are, so that 16-bit models may draw another token where two are nearly tied.
+            parallel (`int`, *optional*): In text to image and completion, how many positions a pass predicts at once.
+                As many of them are kept as are certain to be the tokens of one by one, so that the picture stays the
+                same and takes fewer passes. 1 writes them one by one. Default: 32 on a GPU, 16 on a CPU for models of
+                more than 64 MiB, else 1; always 1 with `compile` or `cuda_graph`, whose steps are of one token. In 16
+                bits, sums of another order may draw another token where two are nearly tied.
+
+        Raises:
+            ValueError: If `parallel` is below 1, or above it with `compile` or `cuda_graph`.
         """
-        self._decoding = Decoding(compile, cuda_graph, fused)
+        self._decoding = Decoding(compile, cuda_graph, fused, parallel)
 
     # Memory ----------------------------------------------------------------------------------------------------------
 

@@ -55,6 +55,11 @@ class Call:
             return contextlib.nullcontext()
         return self._meter.measure(stage, self.pipe._device_of(getattr(self.pipe, stage)))
 
+    def count_pass(self, stage: str) -> None:
+        """A model has read new tokens to write others."""
+        if self._meter is not None:
+            self._meter.count_pass(stage)
+
     def stop_if_interrupted(self) -> None:
         """
         Raises:

@@ -15,10 +15,14 @@ class StageStatistics:
         peak_memory_bytes (`int`, *optional*):
             The most memory that was taken during it: by tensors on the GPU, or by the whole process on the CPU. `None`
             where that cannot be measured.
+        num_passes (`int`, *optional*):
+            How often the model read new tokens to write tokens, in all batches together; `None` where it does not
+            write tokens one after another.
     """
 
     seconds: float
     peak_memory_bytes: int | None = None
+    num_passes: int | None = None
 
 
 @dataclass

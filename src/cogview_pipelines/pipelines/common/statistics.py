@@ -20,6 +20,11 @@ class Meter:
     def __init__(self):
         self.stages: dict[str, StageStatistics] = {}
         self._is_measuring = False
+        self._passes: dict[str, int] = {}
+
+    def count_pass(self, stage: str) -> None:
+        """One more pass of a stage that is being measured."""
+        self._passes[stage] = self._passes.get(stage, 0) + 1
 
     @contextlib.contextmanager
     def measure(self, stage: str, device: torch.device) -> Iterator[None]:
@@ -38,6 +43,7 @@ class Meter:
             seconds = time.perf_counter() - start
             before = self.stages.setdefault(stage, StageStatistics(0.0, peak))
             before.seconds += seconds
+            before.num_passes = self._passes.get(stage)
             if peak is not None:
                 before.peak_memory_bytes = max(before.peak_memory_bytes, peak)
 
