@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from cogview_pipelines.conversion import ConversionError
-from cogview_pipelines.conversion.reader import open_released_model, read_module
+from cogview_pipelines.conversion.reader import read_module
+from cogview_pipelines.conversion.released_models import open_released_model
 
 from .conftest import make_state_dict, weights_of, write_checkpoint
 

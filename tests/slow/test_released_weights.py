@@ -16,7 +16,7 @@ import torch
 from cogview_pipelines import CogView2Pipeline, IcetkTokenizer
 from cogview_pipelines.conversion import convert_to_pipeline, verify
 from cogview_pipelines.conversion.cogview2.layout import STAGES, expected_shapes, model_class_of
-from cogview_pipelines.conversion.reader import open_released_model
+from cogview_pipelines.conversion.released_models import open_released_model
 
 pytestmark = pytest.mark.slow
 

@@ -1,5 +1,5 @@
 """
-Tensors out of the files of the CogView2 release: streamed, and without running anything that a file says.
+Tensors out of the files of the releases: streamed, and without running anything that a file says.
 
 A `.pt` file is a zip archive with one pickle (`data.pkl`) that describes the tensors and one stored record of bytes
 for each storage. The pickle is read by an unpickler that knows tensors and plain containers only. Files written during
@@ -8,28 +8,21 @@ for each. Anything of Python's own library that is no container (`os.system`, `b
 checkpoint, so such a file is refused.
 """
 
-import contextlib
 import hashlib
 import io
-import json
 import math
 import pickle
-import re
-import shutil
 import sys
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import torch
 
 CHUNK_BYTES = 2**24
 MAX_PICKLE_BYTES = 2**28
-WEIGHTS_FILE = "mp_rank_00_model_states.pt"
 
 
 class ConversionError(ValueError):
@@ -413,218 +406,3 @@ def _load_old_format(file: BinaryIO, name: str) -> object:
             "its `module` with a "
             "current torch."
         ) from error
-
-
-# Folders and zip files -----------------------------------------------------------------------------------------------
-
-
-class _FileSlice(io.RawIOBase):
-    """A part of a file as a file: an entry that stands unpacked in a zip is read in place."""
-
-    def __init__(self, file: BinaryIO, start: int, size: int):
-        self._file, self._start, self._size, self._position = file, start, size, 0
-
-    def readable(self):
-        return True
-
-    def seekable(self):
-        return True
-
-    def tell(self):
-        return self._position
-
-    def seek(self, offset, whence=io.SEEK_SET):
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def readinto(self, buffer):
-        count = max(0, min(len(buffer), self._size - self._position))
-        self._file.seek(self._start + self._position)
-        data = self._file.read(count)
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
-
-
-@dataclass
-class ReleasedModel:
-    """
-    One of the three transformer checkpoints, opened.
-
-    Args:
-        path (`Path`): What the user named.
-        iteration (`str`): From the file `latest`.
-        config (`dict`): `model_config.json`; empty if there is none.
-        tensors: The state dict, still on disk.
-        others (`list[str]`): What was left out.
-        fingerprint: Tells this file from others.
-        size (`int`): Bytes of the weights file.
-    """
-
-    path: Path
-    iteration: str
-    config: dict
-    tensors: dict[str, StoredTensor | LoadedTensor]
-    others: list[str]
-    fingerprint: object
-    size: int
-
-
-def _check_members(archive: zipfile.ZipFile, path: Path) -> list[str]:
-    names = []
-    for entry in archive.infolist():
-        name = entry.filename.replace("\\", "/")
-        if name.startswith("/") or re.match(r"[A-Za-z]:", name) or ".." in PurePosixPath(name).parts:
-            raise ConversionError(
-                f"{path} has an entry that points out of the archive ({entry.filename!r}). Do not unpack it."
-            )
-        if not entry.is_dir():
-            names.append(name)
-    return names
-
-
-def _locate(names: list[str], path: Path) -> tuple[str, str, str | None]:
-    """
-    Of the files of a checkpoint: the folder that holds `latest`, and paths of the weights and (if any) the
-    configuration.
-    """
-    latest = [name for name in names if PurePosixPath(name).name == "latest"]
-    if len(latest) != 1:
-        found = f"{len(latest)} ({', '.join(latest[:4])})" if latest else "none"
-        raise ConversionError(f"{path} must hold one checkpoint, with one file `latest`, but has {found}.")
-    root = str(PurePosixPath(latest[0]).parent)
-    config = str(PurePosixPath(root, "model_config.json"))
-    return root, latest[0], config if config in names else None
-
-
-def _weights_name(names: list[str], root: str, iteration: str, path: Path) -> str:
-    iteration = iteration.strip()
-    if not re.fullmatch(r"[1-9][0-9]*|release", iteration):
-        raise ConversionError(
-            f"{path}: `latest` must hold a number or the word release, but holds {iteration[:40]!r}."
-        )
-    folder = PurePosixPath(root, iteration)
-    parts = sorted(
-        n for n in names if PurePosixPath(n).parent == folder and PurePosixPath(n).name.startswith("mp_rank_")
-    )
-    weights = str(folder / WEIGHTS_FILE)
-    if weights not in parts:
-        raise ConversionError(f"{path}: `latest` names iteration {iteration}, but {weights} is missing.")
-    if len(parts) > 1:
-        raise ConversionError(
-            f"{path} is cut into {len(parts)} model-parallel parts. Merge them first; only one part is read."
-        )
-    return weights
-
-
-@contextlib.contextmanager
-def open_released_model(path: str | Path, scratch: str | Path | None = None) -> Iterator[ReleasedModel]:
-    """
-    Open one of the three checkpoints (`coglm`, `cogview2-dsr`, `cogview2-itersr`).
-
-    Args:
-        path (`str` or `Path`): The zip as released, the unpacked folder (at any depth around the file `latest`), or
-            the `.pt` file itself.
-        scratch (`str` or `Path`, *optional*):
-            Where a compressed zip entry is unpacked for as long as it is open. Entries that are only stored are read
-            in place.
-
-    Raises:
-        ConversionError: If it holds no readable checkpoint.
-    """
-    path = Path(path)
-    with contextlib.ExitStack() as stack:
-        if path.is_dir():
-            model = _open_folder(path, stack)
-        elif not path.is_file():
-            raise ConversionError(f"{path} does not exist.")
-        elif path.suffix == ".pt" or not zipfile.is_zipfile(path):
-            model = _open_weights(path, stack)
-        else:
-            model = _open_zip(path, stack, scratch)
-        yield model
-
-
-def _model(path: Path, iteration: str, config: dict, file: BinaryIO, size: int) -> ReleasedModel:
-    tensors, others, fingerprint = read_module(file, str(path))
-    return ReleasedModel(path, iteration.strip(), config, tensors, others, fingerprint, size)
-
-
-def _open_weights(path: Path, stack: contextlib.ExitStack) -> ReleasedModel:
-    config = next(
-        (f for f in (path.parent / "model_config.json", path.parent.parent / "model_config.json") if f.is_file()), None
-    )
-    iteration = path.parent.name if re.fullmatch(r"[1-9][0-9]*|release", path.parent.name) else "release"
-    file = stack.enter_context(path.open("rb"))
-    return _model(
-        path, iteration, _read_config(config.read_bytes() if config else None, path), file, path.stat().st_size
-    )
-
-
-def _open_folder(path: Path, stack: contextlib.ExitStack) -> ReleasedModel:
-    names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
-    root, latest, config = _locate(names, path)
-    weights = path / _weights_name(names, root, (path / latest).read_text(errors="replace"), path)
-    file = stack.enter_context(weights.open("rb"))
-    content = (path / config).read_bytes() if config else None
-    return _model(path, weights.parent.name, _read_config(content, path), file, weights.stat().st_size)
-
-
-def _open_zip(path: Path, stack: contextlib.ExitStack, scratch: str | Path | None) -> ReleasedModel:
-    archive = stack.enter_context(zipfile.ZipFile(path))
-    names = _check_members(archive, path)
-    root, latest, config = _locate(names, path)
-    weights = archive.getinfo(
-        _weights_name(names, root, _read_small(archive, latest, path).decode(errors="replace"), path)
-    )
-    if weights.compress_type == zipfile.ZIP_STORED and not weights.flag_bits & 1:
-        file = stack.enter_context(path.open("rb"))
-        file.seek(weights.header_offset)
-        header = file.read(30)  # a local header: 30 bytes, then name and extra field, whose lengths stand at its end
-        start = (
-            weights.header_offset
-            + 30
-            + int.from_bytes(header[26:28], "little")
-            + int.from_bytes(header[28:30], "little")
-        )
-        content = io.BufferedReader(_FileSlice(file, start, weights.file_size), CHUNK_BYTES)
-    else:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".unpacked-", dir=scratch)))
-        if shutil.disk_usage(folder).free < weights.file_size + 2**28:
-            raise ConversionError(
-                f"{path}: unpacking the weights needs {weights.file_size / 2**30:.1f} GiB beside the output, which "
-                "are not free."
-            )
-        unpacked = folder / WEIGHTS_FILE
-        try:
-            with archive.open(weights) as source, unpacked.open("wb") as target:
-                shutil.copyfileobj(source, target, CHUNK_BYTES)
-        except (zipfile.BadZipFile, EOFError, RuntimeError) as error:
-            raise ConversionError(
-                f"{path}: {weights.filename} cannot be unpacked ({error}). Fetch the zip again."
-            ) from error
-        content = stack.enter_context(unpacked.open("rb"))
-    settings = _read_config(_read_small(archive, config, path) if config else None, path)
-    return _model(path, PurePosixPath(weights.filename).parent.name, settings, content, weights.file_size)
-
-
-def _read_small(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:
-    if archive.getinfo(name).file_size > 2**20:
-        raise ConversionError(
-            f"{path}: {name} is {archive.getinfo(name).file_size} bytes long, which cannot be right."
-        )
-    try:
-        return archive.read(name)
-    except (zipfile.BadZipFile, EOFError, RuntimeError) as error:
-        raise ConversionError(f"{path}: {name} cannot be read ({error}). Fetch the zip again.") from error
-
-
-def _read_config(content: bytes | None, path: Path) -> dict:
-    try:
-        config = json.loads(content) if content is not None else {}
-    except ValueError as error:
-        raise ConversionError(f"{path}: `model_config.json` is no JSON ({error}).") from error
-    if not isinstance(config, dict):
-        raise ConversionError(f"{path}: `model_config.json` must hold an object, but holds {type(config).__name__}.")
-    return config

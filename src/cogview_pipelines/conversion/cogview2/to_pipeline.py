@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from ...models.cogview2.tokenization_icetk import IcetkTokenizer
 from ...schedulers.scheduling_lopar import LoPARScheduler
-from ..reader import ConversionError, LoadedTensor, ReleasedModel, open_released_model, read_module
+from ..reader import ConversionError, LoadedTensor, read_module
+from ..released_models import ReleasedModel, open_released_model
 from ..writer import Tensors, content_hash, hash_file, hash_tensor, write_component, write_json
 from . import layout
 from .layout import STAGES, Stage

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from ..reader import WEIGHTS_FILE, ConversionError
+from ..reader import ConversionError
+from ..released_models import WEIGHTS_FILE
 from . import layout
 from .layout import STAGES, Stage
 from .to_pipeline import RECORD_FILE
