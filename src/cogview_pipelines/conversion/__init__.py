@@ -1,15 +1,17 @@
 """
-Between the files of the CogView2 release and folders that `from_pretrained` loads; `conversion_scripts/` is the
-command line of it.
+Between the files of the releases and folders that `from_pretrained` loads; `conversion_scripts/` is the command line
+of it.
 
-- [`reader`]: tensors out of released files, one at a time, without running anything that stands in them.
-- [`layout`]: names, shapes and configurations on both sides.
-- [`writer`]: streamed safetensors shards that can be continued after an interruption.
-- [`to_pipeline`], [`to_release`]: the two directions.
+- [`reader`], [`released_models`]: tensors out of released files, one at a time, without running anything that stands
+  in them; folders, zips and tars.
+- [`writer`], [`job`]: streamed safetensors shards that can be continued after an interruption; what was made of what.
+- [`shapes`]: whether the tensors of a file are those of a model.
+- `cogview2/`, `cogview/`: names and configurations on both sides, and the two directions.
 """
 
-from .cogview2.to_pipeline import convert_to_pipeline, verify
+from .cogview2.to_pipeline import convert_to_pipeline
 from .cogview2.to_release import convert_to_release
+from .job import verify
 from .reader import ConversionError
 
 __all__ = ["ConversionError", "convert_to_pipeline", "convert_to_release", "verify"]

@@ -321,7 +321,7 @@ class TorchArchive:
         entry = self.zip.getinfo(f"{self._prefix}data.pkl")
         if entry.file_size > MAX_PICKLE_BYTES:
             raise ConversionError(
-                f"{self.name}: its pickle has {entry.file_size} bytes, too many for a list of tensors."
+                f"{self.name}: its pickle is {entry.file_size} bytes long, which no list of tensors is."
             )
         return b"".join(self._bytes(entry.filename, 0, entry.file_size))
 
@@ -353,9 +353,16 @@ class TorchArchive:
             raise ConversionError(f"{self.name}: {entry} is damaged ({error}). Fetch the file again.") from error
 
 
-def read_module(file: BinaryIO, name: str) -> tuple[dict[str, StoredTensor | LoadedTensor], list[str], object]:
+def read_module(
+    file: BinaryIO, name: str, is_bare: bool = False
+) -> tuple[dict[str, StoredTensor | LoadedTensor], list[str], object]:
     """
     The state dict under the key `module` of a `.pt` file.
+
+    Args:
+        file (binary file): Seekable; stays open as long as its tensors are read.
+        name (`str`): For messages.
+        is_bare (`bool`): The file is the state dict itself.
 
     Returns:
         tuple: Tensors by name; what else the file holds (names of entries and of classes that were left out); a
@@ -374,6 +381,8 @@ def read_module(file: BinaryIO, name: str) -> tuple[dict[str, StoredTensor | Loa
         fingerprint = hashlib.sha256(file.read()).hexdigest()
         file.seek(0)
         content, ignored = _load_old_format(file, name), set()
+    if is_bare:
+        content = {"module": content}
     module = content.get("module") if isinstance(content, dict) else None
     if not isinstance(module, dict) or not module:
         keys = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__

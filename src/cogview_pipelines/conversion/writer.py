@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from .reader import CHUNK_BYTES, ConversionError, LoadedTensor, StoredTensor
 
@@ -233,3 +234,37 @@ def _continue_or_clear(partial: Path, source: str) -> dict:
     progress = {"source": source, "shards": {}}
     write_json(partial / PROGRESS_FILE, progress)
     return progress
+
+
+# Saved models, and files of the releases ---------------------------------------------------------------------------
+
+
+def new_path(path: Path) -> Path:
+    """The path, where nothing may be yet."""
+    if path.exists():
+        raise ConversionError(f"{path} exists already. Delete it, or choose another output folder.")
+    return path
+
+
+def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a saved model, mapped from its files: they are read when they are used."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    tensors = {}
+    for name in names:
+        if not (folder / name).is_file():
+            raise ConversionError(f"{folder / name} is missing.")
+        with safe_open(folder / name, "pt") as file:
+            tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return tensors
+
+
+def save_state_dict(state_dict: dict[str, torch.Tensor], path: Path, entry: str | None = "module") -> None:
+    """Write a `.pt` file that is never there in part: a dict with the state dict as `entry`, or the state dict."""
+    temporary = path.with_name(path.name + ".tmp")
+    tensors = {key: tensor.contiguous() for key, tensor in state_dict.items()}
+    torch.save(tensors if entry is None else {entry: tensors}, temporary)
+    temporary.replace(path)

@@ -1,43 +1,21 @@
 """From the released files to a `CogView2Pipeline` folder."""
 
-import hashlib
 import importlib.resources
 import json
-import shutil
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ...models.cogview2.tokenization_icetk import IcetkTokenizer
 from ...schedulers.scheduling_lopar import LoPARScheduler
+from ..job import Job, source_id
 from ..reader import ConversionError, LoadedTensor, read_module
 from ..released_models import ReleasedModel, open_released_model
-from ..writer import Tensors, content_hash, hash_file, hash_tensor, write_component, write_json
+from ..writer import Tensors, hash_file, hash_tensor
 from . import layout
 from .layout import STAGES, Stage
-
-RECORD_FILE = "conversion.json"
-RECORD_VERSION = 1
-
-
-@dataclass
-class _Job:
-    """What one call converts, and where it stands."""
-
-    output: Path
-    dtype: torch.dtype | None
-    max_shard_size: int
-    strict: bool
-    record: dict
-    say: Callable[[str], None]
-
-    def save(self) -> None:
-        write_json(self.output / RECORD_FILE, self.record)
 
 
 def convert_to_pipeline(
@@ -95,115 +73,37 @@ def convert_to_pipeline(
             "original scripts. Give "
             '"compute" instead for clusters of our own, which make pictures that are not those of the release.'
         )
-    output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    record = _read_record(output)
-    there = {name: entry for name, entry in record["components"].items() if (output / name).is_dir()}
-    job = _Job(output, dtype, max_shard_size, strict, {**record, "components": there}, say)
+    job = Job.start(output, dtype, max_shard_size, strict, say)
     if text_tokenizer is not None:
         _convert_text_tokenizer(job, Path(text_tokenizer), num_image_tokens)
     if image_tokenizer is not None:
         _convert_image_tokenizer(job, Path(image_tokenizer), cluster_labels)
-    boi_token_id = _boi_token_id(output)
+    boi_token_id = _boi_token_id(job.output)
     for stage in STAGES:
         if paths[stage.component] is not None:
-            with open_released_model(paths[stage.component], scratch=output) as model:
+            with open_released_model(paths[stage.component], scratch=job.output) as model:
                 _convert_transformer(job, stage, model, boi_token_id, num_image_tokens, share_backbone)
     _write_index(job)
     return job.record
 
 
-def verify(folder: str | Path, say: Callable[[str], None] = print) -> list[str]:
-    """
-    Hash every file of a converted pipeline again.
-
-    Args:
-        folder (`str` or `Path`): As converted.
-        say: Called with a line for each component.
-
-    Returns:
-        `list[str]`: Files that are missing or differ from what was written; empty if all is well.
-    """
-    folder, wrong = Path(folder), []
-    if not (folder / RECORD_FILE).is_file():
-        raise ConversionError(f"{folder} has no `{RECORD_FILE}`: it was not made by this converter.")
-    for component, entry in _read_record(folder)["components"].items():
-        bad = [n for n, sha256 in entry["files"].items() if not _matches(folder / component / n, sha256)]
-        wrong += [f"{component}/{name}" for name in bad]
-        say(f"{component}: {len(entry['files'])} files, " + (f"WRONG: {', '.join(bad)}" if bad else "as written"))
-    return wrong
-
-
-def _matches(path: Path, sha256: str) -> bool:
-    return path.is_file() and hash_file(path) == sha256
-
-
-def _read_record(output: Path) -> dict:
-    try:
-        record = json.loads((output / RECORD_FILE).read_text())
-        assert record["version"] == RECORD_VERSION
-        return record
-    except FileNotFoundError:
-        return {"version": RECORD_VERSION, "components": {}}
-    except (ValueError, KeyError, AssertionError):
-        raise ConversionError(f"{output / RECORD_FILE} cannot be read. Choose another output folder.") from None
-
-
-def _source_id(*parts: object) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-def _is_done(job: _Job, component: str, source: str) -> bool:
-    """Whether the component is there already, from the same files and unharmed."""
-    folder, entry = job.output / component, job.record["components"].get(component)
-    if not folder.exists():
-        return False
-    if entry is None or entry["source_id"] != source:
-        raise ConversionError(
-            f"{folder} exists already and was made from other files or with other settings. Delete it, or choose "
-            "another output folder."
-        )
-    if not all(_matches(folder / name, sha256) for name, sha256 in entry["files"].items()):
-        raise ConversionError(f"{folder} has changed since it was converted. Delete it to convert it again.")
-    job.say(f"{component}: already converted, files are as written")
-    return True
-
-
-def _enter(job: _Job, component: str, entry: dict, files: Mapping[str, str]) -> None:
-    job.record["components"][component] = {**entry, "files": dict(files)}
-    job.save()
-
-
-def _save_small(job: _Job, component: str, save: Callable[[Path], object]) -> dict[str, str]:
-    """Let a component save itself in a partial folder, then rename it; returns hashes of its files."""
-    partial, folder = job.output / f"{component}.partial", job.output / component
-    if partial.exists():
-        shutil.rmtree(partial)
-    save(partial)
-    files = {path.name: hash_file(path) for path in sorted(partial.iterdir())}
-    if folder.exists():  # of schedulers only, whose settings are constants
-        shutil.rmtree(folder)
-    partial.replace(folder)
-    return files
-
-
 # Components ----------------------------------------------------------------------------------------------------------
 
 
-def _convert_text_tokenizer(job: _Job, path: Path, num_image_tokens: int) -> None:
+def _convert_text_tokenizer(job: Job, path: Path, num_image_tokens: int) -> None:
     if not path.is_file():
         raise ConversionError(f"`text_tokenizer` {path} does not exist.")
     sha256 = hash_file(path)
-    source = _source_id("tokenizer", sha256, num_image_tokens)
-    if _is_done(job, "tokenizer", source):
+    source = source_id("tokenizer", sha256, num_image_tokens)
+    if job.is_done("tokenizer", source):
         return
     try:
         tokenizer = IcetkTokenizer(path, num_image_tokens=num_image_tokens)
     except ValueError as error:
         raise ConversionError(str(error)) from error
-    files = _save_small(job, "tokenizer", tokenizer.save_pretrained)
+    files = job.save_small("tokenizer", tokenizer.save_pretrained)
     entry = {"source": path.name, "source_id": source, "sha256": sha256, "pieces": len(tokenizer) - num_image_tokens}
-    _enter(job, "tokenizer", entry, files)
+    job.enter("tokenizer", entry, files)
     job.say(f"tokenizer: {path.name}, {len(tokenizer) - num_image_tokens} pieces, sha256 {sha256}")
 
 
@@ -228,7 +128,7 @@ def _read_cluster_labels(path: str | Path, num_codes: int) -> torch.Tensor:
     return labels
 
 
-def _convert_image_tokenizer(job: _Job, path: Path, cluster_labels: str | Path) -> None:
+def _convert_image_tokenizer(job: Job, path: Path, cluster_labels: str | Path) -> None:
     if not path.is_file():
         raise ConversionError(f"`image_tokenizer` {path} does not exist.")
     with path.open("rb") as file:
@@ -238,8 +138,8 @@ def _convert_image_tokenizer(job: _Job, path: Path, cluster_labels: str | Path) 
         labels_id = (
             "compute" if computed else hash_file(Path(cluster_labels)) if Path(cluster_labels).is_file() else None
         )
-        source = _source_id("vqvae", fingerprint, path.stat().st_size, labels_id, job.max_shard_size)
-        if _is_done(job, "vqvae", source):
+        source = source_id("vqvae", fingerprint, path.stat().st_size, labels_id, job.max_shard_size)
+        if job.is_done("vqvae", source):
             return
         config = layout.image_tokenizer_config(tensors, 1, str(path))
         if computed:
@@ -248,10 +148,12 @@ def _convert_image_tokenizer(job: _Job, path: Path, cluster_labels: str | Path) 
             labels = _read_cluster_labels(cluster_labels, config.num_embeddings)
         config.num_clusters = int(labels.max()) + 1
         tensors["cluster_labels"] = LoadedTensor(labels)
-        entry = _write_model(job, "vqvae", tensors, config, source, str(path), dtype=None)
+        entry = job.write_model(
+            "vqvae", layout.model_class_of("vqvae"), tensors, config, source, str(path), dtype=None
+        )
         entry |= {"source": path.name, "num_clusters": config.num_clusters, "released_clusters": not computed}
-        _enter(job, "vqvae", entry, entry.pop("files"))
-        _report(job, "vqvae", entry, others)
+        job.enter("vqvae", entry, entry.pop("files"))
+        job.report("vqvae", entry, others)
 
 
 def _own_cluster_labels(codes: torch.Tensor, say: Callable[[str], None]) -> torch.Tensor:
@@ -265,7 +167,7 @@ def _own_cluster_labels(codes: torch.Tensor, say: Callable[[str], None]) -> torc
 
 
 def _convert_transformer(
-    job: _Job,
+    job: Job,
     stage: Stage,
     model: ReleasedModel,
     boi_token_id: int | None,
@@ -292,8 +194,8 @@ def _convert_transformer(
     lender = (
         job.record["components"].get("transformer") if stage.super_resolution == "direct" and share_backbone else None
     )
-    source = _source_id(stage.component, model.fingerprint, model.size, settings, lender and lender["content_hash"])
-    if _is_done(job, stage.component, source):
+    source = source_id(stage.component, model.fingerprint, model.size, settings, lender and lender["content_hash"])
+    if job.is_done(stage.component, source):
         return
     surplus = layout.check_shapes(
         tensors, layout.expected_shapes(layout.model_class_of(stage.component), config), name
@@ -308,7 +210,9 @@ def _convert_transformer(
     if shared:
         config.shares_backbone = True
         tensors = {key: tensor for key, tensor in tensors.items() if key not in lender["tensors"]}
-    entry = _write_model(job, stage.component, tensors, config, source, name, job.dtype)
+    entry = job.write_model(
+        stage.component, layout.model_class_of(stage.component), tensors, config, source, name, job.dtype
+    )
     entry |= {
         "source": model.path.name,
         "iteration": model.iteration,
@@ -316,12 +220,12 @@ def _convert_transformer(
         "shares_backbone_of": lender["content_hash"] if shared else None,
         "left_out": [layout.released_transformer_key(key) for key in surplus],
     }
-    _enter(job, stage.component, entry, entry.pop("files"))
+    job.enter(stage.component, entry, entry.pop("files"))
     if stage.scheduler is not None:
-        files = _save_small(job, stage.scheduler, released_scheduler(stage).save_pretrained)
-        _enter(job, stage.scheduler, {"source_id": _source_id(stage.scheduler)}, files)
+        files = job.save_small(stage.scheduler, released_scheduler(stage).save_pretrained)
+        job.enter(stage.scheduler, {"source_id": source_id(stage.scheduler)}, files)
     others = [*model.others, *(f"tensor `{key}`" for key in surplus)]
-    _report(job, stage.component, entry, others)
+    job.report(stage.component, entry, others)
 
 
 def released_scheduler(stage: Stage) -> LoPARScheduler:
@@ -344,59 +248,6 @@ def _equal_backbone(tensors: Tensors, hashes: Mapping[str, str], say: Callable[[
     return True
 
 
-def _write_model(job, component, tensors, config, source, name, dtype) -> dict:
-    model_class = layout.model_class_of(component)
-    surplus = layout.check_shapes(tensors, layout.expected_shapes(model_class, config), name)
-    if surplus and job.strict:
-        raise ConversionError(f"{name} has tensors that the model does not know: {', '.join(surplus)}.")
-    tensors = {key: tensor for key, tensor in tensors.items() if key not in surplus}
-    sizes: dict[torch.dtype, int] = {}
-    for tensor in tensors.values():
-        if tensor.dtype.is_floating_point:
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
-    main_dtype = dtype or max(sizes, key=sizes.get)
-    config.architectures = [model_class.__name__]
-    config.dtype = main_dtype
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    with ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=total, desc=component, unit="B", unit_scale=True, mininterval=0.5))
-        written = write_component(
-            job.output / component,
-            tensors,
-            json.loads(config.to_json_string(use_diff=True)),
-            source,
-            dtype=dtype,
-            max_shard_size=job.max_shard_size,
-            advance=bar.update,
-        )
-    return {
-        "source_id": source,
-        "dtypes": sorted(str(one) for one in sizes),
-        "dtype": str(main_dtype),
-        "num_tensors": len(tensors),
-        "num_parameters": sum(tensor.nbytes // tensor.dtype.itemsize for tensor in tensors.values()),
-        "nbytes_read": total,
-        "content_hash": content_hash(written["tensors"]),
-        "shards_reused": written["reused"],
-        "tensors": written["tensors"],
-        "files": written["files"],
-    }
-
-
-def _report(job: _Job, component: str, entry: Mapping, others: list[str]) -> None:
-    what = ", ".join(entry["dtypes"]) + (f" stored as {entry['dtype']}" if entry["dtypes"] != [entry["dtype"]] else "")
-    iteration = f", iteration {entry['iteration']}" if entry.get("iteration") else ""
-    job.say(
-        f"{component}: {entry['source']}{iteration}, {entry['num_tensors']} tensors, {entry['num_parameters']:,} "
-        f"parameters, {what}, "
-        f"{entry['nbytes_read'] / 2**30:.2f} GiB, sha256 of the tensors {entry['content_hash']}"
-    )
-    if entry["shards_reused"]:
-        job.say(f"{component}: {entry['shards_reused']} shards of an interrupted run were verified and kept")
-    if others:
-        job.say(f"{component}: left out: {', '.join(others[:12])}{', ...' if len(others) > 12 else ''}")
-
-
 # The pipeline --------------------------------------------------------------------------------------------------------
 
 
@@ -412,7 +263,7 @@ def released_styles() -> dict:
     return json.loads(folder.joinpath("released_styles.json").read_text("utf-8"))
 
 
-def _write_index(job: _Job) -> None:
+def _write_index(job: Job) -> None:
     """Write `model_index.json`, if all that a pipeline needs is there and fits together."""
     from ...pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
 

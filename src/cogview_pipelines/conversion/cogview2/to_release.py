@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
+from ..job import RECORD_FILE
 from ..reader import ConversionError
 from ..released_models import WEIGHTS_FILE
+from ..writer import load_tensors, new_path, save_state_dict
 from . import layout
 from .layout import STAGES, Stage
-from .to_pipeline import RECORD_FILE
 
 
 def convert_to_release(
@@ -52,41 +52,13 @@ def convert_to_release(
         written += _write_image_tokenizer(pipeline / "vqvae", output, say)
     vocabulary = pipeline / "tokenizer" / "ice_text.model"
     if vocabulary.is_file():
-        target = _new(output / "ice_text.model")
+        target = new_path(output / "ice_text.model")
         shutil.copyfile(vocabulary, target)
         written.append(target)
         say(f"{target}")
     if not written:
         raise ConversionError(f"{pipeline} has no component of a CogView2Pipeline.")
     return written
-
-
-def _new(path: Path) -> Path:
-    if path.exists():
-        raise ConversionError(f"{path} exists already. Delete it, or choose another output folder.")
-    return path
-
-
-def _load(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a saved model, mapped from its files: they are read when they are used."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    tensors = {}
-    for name in names:
-        if not (folder / name).is_file():
-            raise ConversionError(f"{folder / name} is missing.")
-        with safe_open(folder / name, "pt") as file:
-            tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    return tensors
-
-
-def _save(state_dict: dict[str, torch.Tensor], path: Path) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save({"module": {key: tensor.contiguous() for key, tensor in state_dict.items()}}, temporary)
-    temporary.replace(path)
 
 
 def _iteration(pipeline: Path, stage: Stage) -> str:
@@ -111,18 +83,18 @@ def _read_config(folder: Path, config_class: type[layout.CogLMConfig], stage: St
 
 
 def _write_transformer(pipeline, output, stage, iteration, dtype, say) -> Path:
-    folder, target = pipeline / stage.component, _new(output / stage.released_name)
+    folder, target = pipeline / stage.component, new_path(output / stage.released_name)
     model_class = layout.model_class_of(stage.component)
     config = _read_config(folder, model_class.config_class, stage)
     released_config = layout.released_config(config, stage)
-    tensors = _load(folder)
+    tensors = load_tensors(folder)
     if getattr(config, "shares_backbone", False):
         lender = pipeline / "transformer"
         if not lender.is_dir():
             raise ConversionError(
                 f"{folder} has no backbone of its own, and {lender}, whose backbone it shares, is missing."
             )
-        tensors |= _load(lender)
+        tensors |= load_tensors(lender)
         config.shares_backbone = False
     surplus = layout.check_shapes(tensors, layout.expected_shapes(model_class, config), str(folder))
     tensors = {layout.released_transformer_key(key): value for key, value in tensors.items() if key not in surplus}
@@ -133,7 +105,7 @@ def _write_transformer(pipeline, output, stage, iteration, dtype, say) -> Path:
     if partial.exists():
         shutil.rmtree(partial)
     (partial / step).mkdir(parents=True)
-    _save(tensors, partial / step / WEIGHTS_FILE)
+    save_state_dict(tensors, partial / step / WEIGHTS_FILE)
     (partial / "model_config.json").write_text(json.dumps(released_config, indent=4) + "\n")
     (partial / "latest").write_text(step)
     partial.replace(target)
@@ -171,10 +143,10 @@ def _write_image_tokenizer(folder: Path, output: Path, say: Callable[[str], None
     ]
     if wrong:
         raise ConversionError(f"{folder}: the original image tokenizer has another architecture: {'; '.join(wrong)}.")
-    tensors = _load(folder)
+    tensors = load_tensors(folder)
     labels = tensors.pop("cluster_labels")
-    image, clusters = _new(output / "ice_image.pt"), _new(output / "cluster_label.npy")
-    _save({layout.released_image_tokenizer_key(key): value for key, value in tensors.items()}, image)
+    image, clusters = new_path(output / "ice_image.pt"), new_path(output / "cluster_label.npy")
+    save_state_dict({layout.released_image_tokenizer_key(key): value for key, value in tensors.items()}, image)
     temporary = clusters.with_suffix(".tmp")
     with temporary.open("wb") as file:
         np.save(file, labels.numpy())
