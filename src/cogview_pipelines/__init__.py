@@ -22,6 +22,8 @@ _EXPORTS = {
     "CogView2PipelineOutput": ".pipelines.cogview2.outputs",
     "CogView2PreviewOutput": ".pipelines.cogview2.outputs",
     "CogView2UpscalePipeline": ".pipelines.cogview2.pipeline_cogview2_upscale",
+    "CogViewConfig": ".models.cogview.modeling_cogview",
+    "CogViewModel": ".models.cogview.modeling_cogview",
     "CogViewTokenizer": ".models.cogview.tokenization_cogview",
     "CogViewVQConfig": ".models.image_tokenizers.modeling_cogview_vq",
     "CogViewVQModel": ".models.image_tokenizers.modeling_cogview_vq",

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from cogview_pipelines.conversion.cogview.layout import TRANSPOSED, image_tokenizer_key
+from cogview_pipelines.conversion.cogview.layout import TRANSPOSED, image_tokenizer_key, transformer_key
+from cogview_pipelines.models.cogview.modeling_cogview import CogViewConfig, CogViewModel
 from cogview_pipelines.models.cogview.tokenization_cogview import CogViewTokenizer
 from cogview_pipelines.models.image_tokenizers.modeling_cogview_vq import CogViewVQConfig, CogViewVQModel
 
@@ -78,3 +79,28 @@ def vqvae(fixture_folder, device) -> CogViewVQModel:
     model = CogViewVQModel(config)
     model.load_state_dict(tensors)
     return model.eval().to(device)
+
+
+@pytest.fixture(scope="session")
+def transformer(fixture_folder, notes, device) -> CogViewModel:
+    """The tiny model, with the released norms: one largest value for the whole tensor."""
+    return load_transformer(fixture_folder, notes).to(device)
+
+
+def load_transformer(fixture_folder, notes, **config) -> CogViewModel:
+    (path,) = (fixture_folder / "checkpoints" / "cogview-tiny").glob("*/mp_rank_00_model_states.pt")
+    released = torch.load(path, weights_only=True)["module"]
+    tensors = {transformer_key(key): value.float() for key, value in released.items()}
+    vocab_size, hidden_size = tensors["word_embeddings.weight"].shape
+    fields = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("layers.")),
+        "num_attention_heads": 2,
+        "num_image_tokens": notes["ids"]["image_codes"],
+        "command_token_id": notes["ids"]["command_tokens"]["[PAD]"],
+        "norm_scale": "tensor",
+    }
+    model = CogViewModel(CogViewConfig(**{**fields, **config}))
+    model.load_state_dict(tensors)
+    return model.eval()
