@@ -266,3 +266,51 @@ def test_save_and_load_gives_the_same_logits(tmp_path, model):
 def test_impossible_configurations_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
         make_cogview(**config)
+
+
+# Sparse attention ----------------------------------------------------------------------------------------------------
+
+SPARSE = {"window_size": 4, "num_windows": 2, "num_pivots": 10}
+
+
+def test_training_is_sparse_with_new_pivots_for_each_layer_and_evaluation_is_dense():
+    model = make_cogview(sparse_attention=SPARSE, hidden_dropout=0.0, attention_dropout=0.0)
+    sequence = sequence_of(6)
+    dense = model(sequence.input_ids, sequence.position_ids).logits
+    pivots = model.draw_pivots(sequence.input_ids)
+    assert len(pivots) == 2 and not torch.equal(*pivots)
+    model.train()
+    given = model(sequence.input_ids, sequence.position_ids, pivots=pivots).logits
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(model(sequence.input_ids, sequence.position_ids).logits)
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert not torch.allclose(given, dense, atol=1e-3)
+
+
+def test_sparse_training_reaches_every_parameter_and_checkpointing_keeps_the_pivots():
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_cogview(sparse_attention=SPARSE, hidden_dropout=0.0, attention_dropout=0.0).train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        sequence = sequence_of(6)
+        torch.manual_seed(5)
+        model(
+            sequence.input_ids, sequence.position_ids, labels=sequence.input_ids, full_vocabulary=True
+        ).loss.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        gradients.append(model.layers[0].attention.query_key_value.weight.grad)
+    assert torch.allclose(*gradients, atol=1e-6)
+
+
+def test_sparse_attention_takes_no_mask_and_needs_its_numbers():
+    model = make_cogview(sparse_attention=SPARSE).train()
+    sequence = sequence_of(6)
+    with pytest.raises(ValueError, match="must be left out with sparse attention"):
+        model(sequence.input_ids, sequence.position_ids, sequence.attention_mask)
+    with pytest.raises(
+        ValueError, match="`sparse_attention` must have window_size, num_windows, num_pivots, but has x"
+    ):
+        make_cogview(sparse_attention={"x": 1})

@@ -11,6 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from ...generation.token_sequence import IGNORED_LABEL
+from ...ops.three_region_attention import draw_pivots, three_region_attention
 from ..layers import (
     DenseAttention,
     FeedForward,
@@ -25,6 +26,7 @@ from .sequences import SequenceLayout
 from .tokenization_cogview import COMMAND_TOKENS
 
 LAYER_NORM_ORDERS = ("sandwich", "pre", "post")
+SPARSE_ATTENTION = ("window_size", "num_windows", "num_pivots")
 NORM_SCALES = ("sequence", "tensor", None)
 
 
@@ -54,6 +56,9 @@ class CogViewConfig(PreTrainedConfig):
             multiplied back after the row maximum has been taken away. The result is the same; it is slower than fused
             attention. The released code only has the relaxed norms.
         embedding_gradient_scale (`float`): What gradients of the input embeddings are multiplied by (paper: 0.1).
+        sparse_attention (`dict`, *optional*): Three-region sparse attention in training: `window_size` and
+            `num_windows`, whose product is the window, and `num_pivots` (release: 128, 6 and 768, or 64, 4 and 256).
+            Dense without it, and always outside of training.
         hidden_dropout, attention_dropout (`float`): Dropout of embeddings and sub-layer outputs, and of attention.
         initializer_range (`float`): Standard deviation of new weights.
     """
@@ -77,6 +82,7 @@ class CogViewConfig(PreTrainedConfig):
         layer_norm_eps: float = 1e-5,
         pb_relaxation_alpha: float | None = None,
         embedding_gradient_scale: float = 1.0,
+        sparse_attention: dict[str, int] | None = None,
         hidden_dropout: float = 0.1,
         attention_dropout: float = 0.1,
         initializer_range: float = 0.02,
@@ -97,6 +103,11 @@ class CogViewConfig(PreTrainedConfig):
             )
         if image_grid[0] % 2 or image_grid[1] % 2:
             raise ValueError(f"`image_grid` must have even sides, but is {tuple(image_grid)}.")
+        if sparse_attention is not None and set(sparse_attention) != set(SPARSE_ATTENTION):
+            raise ValueError(
+                f"`sparse_attention` must have {', '.join(SPARSE_ATTENTION)}, but has "
+                f"{', '.join(sparse_attention) or 'nothing'}."
+            )
         self.vocab_size = vocab_size
         self.num_image_tokens = num_image_tokens
         self.command_token_id = command_token_id
@@ -112,6 +123,7 @@ class CogViewConfig(PreTrainedConfig):
         self.layer_norm_eps = layer_norm_eps
         self.pb_relaxation_alpha = pb_relaxation_alpha
         self.embedding_gradient_scale = embedding_gradient_scale
+        self.sparse_attention = None if sparse_attention is None else dict(sparse_attention)
         self.hidden_dropout = hidden_dropout
         self.attention_dropout = attention_dropout
         self.initializer_range = initializer_range
@@ -191,12 +203,25 @@ class RelaxedLayerNorm(nn.LayerNorm):
 
 
 class CogViewAttention(DenseAttention):
-    """Dense attention that is causal where it is not told otherwise."""
+    """Attention that is causal where it is not told otherwise, dense or to a window and pivots."""
+
+    def __init__(self, config: CogViewConfig):
+        super().__init__(config)
+        sparse = config.sparse_attention or {}
+        self.window = {name: value for name, value in sparse.items() if name != "num_pivots"}
 
     def forward(
-        self, hidden_states: torch.Tensor, bias: torch.Tensor | None, cache: LayerCache | None, layer: int
+        self,
+        hidden_states: torch.Tensor,
+        bias: torch.Tensor | None,
+        cache: LayerCache | None,
+        layer: int,
+        pivots: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attended values, heads last, before the output projection."""
+        if pivots is not None:
+            dropout = self.dropout if self.training else 0.0
+            return three_region_attention(*self.project(hidden_states), pivots, **self.window, dropout=dropout)
         projected = self._project(hidden_states)
         query, key, value = projected.permute(2, 0, 3, 1, 4).unbind()
         if cache is not None:
@@ -252,11 +277,12 @@ class CogViewLayer(GradientCheckpointingLayer):
         bias: torch.Tensor | None = None,
         cache: LayerCache | None = None,
         is_real: torch.Tensor | None = None,
+        pivots: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The new states; `is_real` is False at padding."""
+        """The new states; `is_real` is False at padding, and with `pivots` attention is sparse."""
 
         def attend(normed: torch.Tensor) -> torch.Tensor:
-            attended = self.attention(normed, bias, cache, self.index)
+            attended = self.attention(normed, bias, cache, self.index, pivots)
             return self.dropout(self.attention.dense(attended.flatten(2)))
 
         def feed_forward(normed: torch.Tensor) -> torch.Tensor:
@@ -340,6 +366,7 @@ class CogViewModel(PreTrainedModel):
         logits_positions: torch.Tensor | None = None,
         full_vocabulary: bool = False,
         output_hidden_states: bool = False,
+        pivots: Sequence[torch.Tensor] | None = None,
     ) -> CogViewModelOutput:
         """
         Read sequences; `sequences.py` makes the arguments of each task.
@@ -359,7 +386,19 @@ class CogViewModel(PreTrainedModel):
                 Compute logits at these positions only.
             full_vocabulary (`bool`): Score text and commands too; by default image tokens only.
             output_hidden_states (`bool`): Return the input of the first layer and the states after each.
+            pivots (sequence of `torch.Tensor` of shape `(batch_size, num_pivots)`, *optional*): Of each layer, for
+                sparse attention. In training with `config.sparse_attention` they are drawn anew for every layer.
+
+        Raises:
+            ValueError: If attention is sparse and something but the causal mask is asked for.
         """
+        if pivots is None and self.config.sparse_attention is not None and self.training:
+            pivots = self.draw_pivots(input_ids, labels)
+        if pivots is not None and (attention_mask is not None or cache is not None or text_attention_bias):
+            raise ValueError(
+                "`attention_mask`, `cache` and `text_attention_bias` must be left out with sparse attention, which is "
+                "causal. Use `eval()` for dense attention."
+            )
         if attention_mask is None and text_mask is not None and text_attention_bias:
             length = input_ids.shape[1]
             attention_mask = text_mask.new_ones(length, text_mask.shape[1]).tril(text_mask.shape[1] - length)[None]
@@ -370,8 +409,8 @@ class CogViewModel(PreTrainedModel):
         embeddings = shrink_gradient(self.word_embeddings(input_ids), self.config.embedding_gradient_scale)
         hidden_states = self.dropout(embeddings + self.position_embeddings(position_ids))
         states = [hidden_states]
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, bias, cache, is_real)
+        for layer, own_pivots in zip(self.layers, pivots or [None] * len(self.layers)):
+            hidden_states = layer(hidden_states, bias, cache, is_real, own_pivots)
             if output_hidden_states:
                 states.append(hidden_states)
         hidden_states = self.final_layernorm(hidden_states, is_real)
@@ -387,6 +426,25 @@ class CogViewModel(PreTrainedModel):
             hidden_states = select_positions(hidden_states, logits_positions)
         output.logits = self.score(hidden_states, full_vocabulary)
         return output
+
+    def draw_pivots(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """
+        Pivots of each layer: all text and command tokens, and image positions drawn anew, from torch's own generator.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(batch_size, length)`): The sequences.
+            labels (`torch.Tensor` of shape `(batch_size, length)`, *optional*): A token that predicts nothing is no
+                pivot by itself.
+
+        Raises:
+            ValueError: If there is more text than pivots.
+        """
+        is_real = input_ids != self.config.pad_token_id
+        is_text = is_real & (input_ids >= self.config.num_image_tokens)
+        if labels is not None:
+            is_text = is_text & (labels != IGNORED_LABEL)
+        num_pivots = min(self.config.sparse_attention["num_pivots"], input_ids.shape[1])
+        return [draw_pivots(is_text, num_pivots, is_real) for _ in self.layers]
 
     def score(self, hidden_states: torch.Tensor, full_vocabulary: bool = False) -> torch.Tensor:
         """
