@@ -34,6 +34,7 @@ _EXPORTS = {
     "KeySet": ".ops.key_set",
     "LoPARScheduler": ".schedulers.scheduling_lopar",
     "local_attention": ".ops.local_attention",
+    "three_region_attention": ".ops.three_region_attention",
     # The base classes by which the diffusers loader recognises how to load a component.
     "PreTrainedModel": "transformers",
     "PreTrainedTokenizer": "transformers",

@@ -229,13 +229,25 @@ def test_a_wrong_number_of_rows_to_generate_is_an_error(count):
         )
 
 
-def test_rows_that_are_to_be_generated_in_other_places_are_an_error():
-    model = make_coglm()
-    entries = torch.full((2, LENGTH), TO_GENERATE)
-    entries[1, 3] = 5
-    context = text_to_image(make_texts([2, 3]), model.config.layout)
-    with pytest.raises(ValueError, match="`entries` must have -1 in the same columns of every row"):
-        generate(model, context, cluster_sampler, entries, model.config.layout.image_positions)
+@pytest.mark.parametrize("own_positions", [False, True])
+def test_rows_with_known_tokens_in_other_places_are_what_each_is_alone(own_positions):
+    model, texts = make_coglm(), make_texts([2, 3, 1])
+    known = make_image_tokens(3)
+    entries = torch.full((3, LENGTH), TO_GENERATE)
+    entries[1, 3:7], entries[2, 0], entries[2, 6] = known[1, 3:7], known[2, 0], known[2, 6]
+    positions = model.config.layout.image_positions
+    if own_positions:  # each row has position ids of its own
+        positions = torch.stack([positions, positions - 1, positions - 2])
+
+    def fill_in(rows, *seeds):
+        context = text_to_image([texts[row] for row in rows], model.config.layout)
+        own = positions[rows] if own_positions else positions
+        return generate(model, context, cluster_sampler, entries[rows], own, generator=generators(*seeds))
+
+    together = fill_in([0, 1, 2], 4, 5, 6)
+    assert torch.equal(together[1, 3:7], known[1, 3:7]) and torch.equal(together[2, [0, 6]], known[2, [0, 6]])
+    for row in range(3):
+        assert torch.equal(fill_in([row], 4 + row)[0], together[row])
 
 
 def test_a_wrong_number_of_generators_is_an_error():

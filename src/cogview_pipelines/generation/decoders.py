@@ -69,7 +69,7 @@ class Decoder:
 
         Args:
             input_ids (`torch.Tensor` of shape `(num_sequences, new)`): Each sees those before it.
-            position_ids (`torch.Tensor` of shape `(new,)`): Their position ids.
+            position_ids (`torch.Tensor` of shape `(new,)` or `(num_sequences, new)`): Their position ids.
 
         Returns:
             `torch.Tensor` of shape `(num_sequences, tokens)`: float32. The next call may overwrite it.
@@ -161,7 +161,7 @@ class FusedDecoder(Decoder):
         self.step = self._make_step()
 
     def append(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        if input_ids.shape[1] > 1 or self.cache.lengths is not None:
+        if input_ids.shape[1] > 1 or position_ids.ndim > 1 or self.cache.lengths is not None:
             return super().append(input_ids, position_ids)
         logits = self.step(input_ids[:, 0], int(position_ids[0]), self.cache.length, self.cache.layers)
         self.cache.advance(1)

@@ -101,25 +101,50 @@ def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
     return logits.masked_fill(logits < threshold, float("-inf"))
 
 
-def token_probabilities(logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None) -> torch.Tensor:
-    """Float32 distribution of top-k sampling, shaped like `logits`."""
+def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
+    """
+    Set all but the likeliest tokens, whose probabilities first add up to more than `p`, to `-inf`.
+
+    The likeliest one always stays.
+    """
+    values, order = logits.sort(-1, descending=True)
+    probabilities = values.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    dropped = before > p
+    dropped[..., 0] = False
+    return logits.masked_fill(torch.zeros_like(dropped).scatter_(-1, order, dropped), float("-inf"))
+
+
+def token_probabilities(
+    logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> torch.Tensor:
+    """Float32 distribution of top-k and then top-p sampling, shaped like `logits`."""
     logits = logits.float() / temperature
-    return (logits if top_k is None else keep_top_k(logits, top_k)).softmax(-1)
+    if top_k is not None:
+        logits = keep_top_k(logits, top_k)
+    if top_p is not None:
+        logits = keep_top_p(logits, top_p)
+    return logits.softmax(-1)
 
 
 def sample_tokens(
-    logits: torch.Tensor, noise: torch.Tensor, temperature: float = 1.0, top_k: int | None = None
+    logits: torch.Tensor,
+    noise: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
 ) -> torch.Tensor:
     """
-    Temperature and top-k sampling.
+    Temperature, top-k and top-p sampling.
 
     Args:
         logits (`torch.Tensor` of shape `(..., num_tokens)`): Scores.
         noise (`torch.Tensor` of shape `(..., 2)`): Uniform numbers; the second one is used.
         temperature (`float`): Divides the logits.
         top_k (`int`, *optional*): How many tokens stay; by default all.
+        top_p (`float`, *optional*): Of these, the likeliest that together have more than this probability stay.
     """
-    return draw(token_probabilities(logits, temperature, top_k), noise[..., 1])
+    return draw(token_probabilities(logits, temperature, top_k, top_p), noise[..., 1])
 
 
 def cluster_masses(probabilities: torch.Tensor, cluster_labels: torch.Tensor, num_clusters: int) -> torch.Tensor:

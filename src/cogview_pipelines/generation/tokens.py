@@ -38,8 +38,8 @@ def generate(
     Append tokens to a context, each seeing the whole context and the tokens before it.
 
     With a `decoding` that predicts several positions at once ([`Decoding`], `parallel`), the tokens are the same, in
-    fewer passes: see `generation/parallel.py`. In 16 bits, sums of another order may draw another token where two are
-    nearly tied.
+    fewer passes, if -1 stands in the same columns of every row, with the same positions: see `generation/parallel.py`.
+    In 16 bits, sums of another order may draw another token where two are nearly tied.
 
     Args:
         model (`CogLMModel`): The model.
@@ -47,7 +47,7 @@ def generate(
         sampler: Function of float32 logits `(batch_size, tokens)` and noise `(batch_size, 2)` that returns tokens
             `(batch_size,)`.
         entries (`torch.Tensor` of shape `(batch_size, num_entries)`): Tokens to append; -1 where one is generated.
-        entry_positions (`torch.Tensor` of shape `(num_entries,)`): Their position ids.
+        entry_positions (`torch.Tensor` of shape `(num_entries,)` or `(batch_size, num_entries)`): Their position ids.
         num_images_per_context (`int` or one per context): Sequences that continue each context, which is encoded once
             for all of them; `batch_size` counts sequences.
         text_attention_bias (`float`): Added to the scores of the text keys for all rows, in all layers and heads.
@@ -68,8 +68,7 @@ def generate(
         `torch.Tensor` of shape `(batch_size, num_entries)`: The entries, filled in. The argument stays as it is.
 
     Raises:
-        ValueError: If `entries` does not have one row per sequence, with -1 in the same columns, or the logits are not
-            finite.
+        ValueError: If `entries` does not have one row per sequence, or the logits are not finite.
     """
     device = model.device if device is None else device
     context, entries, entry_positions = context.to(device), entries.to(device).clone(), entry_positions.to(device)
@@ -81,15 +80,14 @@ def generate(
             f"`entries` must have a row for each of the {repeats.sum()} sequences of `num_images_per_context`, but "
             f"has {batch_size}."
         )
-    # one pattern for the whole batch: completion masks are shared, and so the loop needs no look at the device
-    patterns = (entries == TO_GENERATE).tolist()
-    is_wanted = patterns[0]
-    if any(pattern != is_wanted for pattern in patterns):
-        raise ValueError("`entries` must have -1 in the same columns of every row, but its rows differ.")
+    # looked at once, before the loop, which then needs no look at the device
+    is_wanted = entries == TO_GENERATE
+    columns = is_wanted.any(0).tolist()
+    is_alike = entry_positions.ndim == 1 and bool((is_wanted == is_wanted[:1]).all())
     noise = draw_noise((batch_size, num_entries, 2), generator, device)
 
     decoding = Decoding() if decoding is None else decoding
-    window = Window(decoding.num_parallel(model, device), row_length)
+    window = Window(decoding.num_parallel(model, device) if is_alike else 1, row_length)
     repeats = repeats.repeat(copies).to(device)
 
     def begin() -> tuple[Decoder, torch.Tensor]:
@@ -108,8 +106,9 @@ def generate(
         check.see(guided)
         return sampler(guided, noise[rows[:, None], indices].flatten(0, 1)).unflatten(0, indices.shape)
 
-    write = _write_in_parallel if window.size > 1 and any(is_wanted) else _write_one_by_one
-    task = _Task(begin, draw, entries, entry_positions, is_wanted, copies, callback, on_pass or (lambda: None))
+    write = _write_in_parallel if window.size > 1 and any(columns) else _write_one_by_one
+    known = None if is_alike else ~is_wanted
+    task = _Task(begin, draw, entries, entry_positions, columns, known, copies, callback, on_pass or (lambda: None))
     entries = write(task, window)
     check.finish()
     return entries
@@ -117,13 +116,19 @@ def generate(
 
 @dataclass
 class _Task:
-    """What the loops of [`generate`] have in common."""
+    """
+    What the loops of [`generate`] have in common.
+
+    `is_wanted` says of each column whether it is generated; where rows differ, `is_known` says of which entries of
+    these columns it is not.
+    """
 
     begin: Callable[[], tuple[Decoder, torch.Tensor]]
     draw: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     entries: torch.Tensor
     positions: torch.Tensor
     is_wanted: list[bool]
+    is_known: torch.Tensor | None
     copies: int
     callback: Callable[[int, torch.Tensor], torch.Tensor | None] | None
     on_pass: Callable[[], None]
@@ -140,10 +145,15 @@ def _write_one_by_one(task: _Task, window: Window) -> torch.Tensor:
     for entry in (index for index, wanted in enumerate(task.is_wanted) if wanted):
         if entry > num_read:  # the entry written last and the known ones after it, at once
             new = entries[:, num_read:entry]
-            logits = decoder.append(torch.cat([new] * task.copies), task.positions[num_read:entry])
+            positions = task.positions[..., num_read:entry]
+            positions = positions if positions.ndim == 1 else torch.cat([positions] * task.copies)
+            logits = decoder.append(torch.cat([new] * task.copies), positions)
             num_read = entry
             task.on_pass()
-        entries[:, entry] = task.draw(logits[:, None], rows, torch.full_like(rows, entry)[:, None])[:, 0]
+        drawn = task.draw(logits[:, None], rows, torch.full_like(rows, entry)[:, None])[:, 0]
+        if task.is_known is not None:
+            drawn = torch.where(task.is_known[:, entry], entries[:, entry], drawn)
+        entries[:, entry] = drawn
         changed = task.report(entry, entries)
         if changed is not None:
             first = _first_change(entries, changed, entry)
