@@ -1,5 +1,6 @@
 import inspect
 import json
+import os
 import shutil
 
 import numpy as np
@@ -9,8 +10,9 @@ from typer.testing import CliRunner
 
 from cogview_pipelines import __version__
 from cogview_pipelines.cli import app
+from cogview_pipelines.cli.loading import describe_model
 from cogview_pipelines.cli.requests import ARGUMENTS
-from cogview_pipelines.pictures.png import read_metadata
+from cogview_pipelines.pictures.png import read_metadata, save_png
 from cogview_pipelines.pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
 
 from .conftest import FULL_SIZE, LOW_SIZE, assert_bad_input
@@ -91,7 +93,8 @@ def test_metadata_tells_how_to_make_the_picture_again(cogview2, model_folder, tm
     cogview2("generate", TIGER_ZH, "--seed", 11, *settings, "--output", first)
     metadata = read_metadata(first)
     assert metadata["Software"] == f"cogview_pipelines {__version__}"
-    assert (metadata["prompt"], metadata["seed"], metadata["model"]) == (TIGER_ZH, 11, str(model_folder))
+    assert (metadata["prompt"], metadata["seed"], metadata["model"]) == (TIGER_ZH, 11, model_folder.name)
+    assert str(model_folder).encode() not in first.read_bytes()  # where a model stands is nobody's business
     assert metadata["settings"]["style"] == "cool"
     assert metadata["settings"]["iterative_sr_top_k"] == [9, 8, 7, 6, 5]
 
@@ -103,14 +106,107 @@ def test_metadata_tells_how_to_make_the_picture_again(cogview2, model_folder, tm
     cogview2("generate", metadata["prompt"], "--seed", metadata["seed"], *options, "--output", again)
     assert np.array_equal(pixels(first), pixels(again))
 
-    remade = CliRunner().invoke(
-        app, ["generate", "--remake", str(first), "--output", str(tmp_path / "remade.png")], catch_exceptions=False
-    )
+    remade = cogview2("generate", "--remake", first, "--output", tmp_path / "remade.png")
     assert remade.exit_code == 0, remade.output
     assert np.array_equal(pixels(first), pixels(tmp_path / "remade.png"))
     cogview2("generate", "--remake", first, "--seed", 12, "--output", tmp_path / "other.png")
     assert not np.array_equal(pixels(first), pixels(tmp_path / "other.png"))
     assert read_metadata(tmp_path / "other.png")["settings"] == metadata["settings"]
+
+
+@pytest.mark.parametrize("named", ["evil/model", "/somewhere", "shipped"])
+def test_the_model_that_a_picture_names_is_not_loaded_for_that(no_model, tmp_path, monkeypatch, named):
+    monkeypatch.chdir(tmp_path)
+    metadata = {"prompt": TIGER, "seed": 1, "settings": {}, "model": named, "model_fingerprint": "0" * 16}
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", metadata)
+    result = CliRunner().invoke(app, ["generate", "--remake", "a.png"], catch_exceptions=False)
+    assert_bad_input(result, f"made by the model '{named}'", "Pass --model")
+
+
+def test_the_fingerprint_of_a_model_is_that_of_its_weights(model_folder, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "copy")
+    assert describe_model(str(tmp_path / "copy")) == {
+        "model": "copy",
+        "model_fingerprint": describe_model(str(model_folder))["model_fingerprint"],
+    }
+    weights = tmp_path / "copy" / "vqvae" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    shutil.copytree(tmp_path / "copy", tmp_path / "other")
+    (tmp_path / "other" / "vqvae" / "model.safetensors").write_bytes(content)
+    assert describe_model(str(tmp_path / "other")) != describe_model(str(tmp_path / "copy"))
+    assert describe_model("owner/name") == {"model": "owner/name"}
+
+
+def test_metadata_can_be_left_out(cogview2, tmp_path):
+    arguments = ("generate", TIGER, "--seed", 1, "--height", LOW_SIZE, "--no-metadata", "--output")
+    assert cogview2(*arguments, tmp_path / "a.png").exit_code == 0
+    assert cogview2(*arguments, tmp_path / "b.png", "--grid").exit_code == 0
+    for name in ("a.png", "b.png"):
+        assert read_metadata(tmp_path / name) == {}
+
+
+def test_prompts_whose_names_differ_in_case_only_are_two_files(cogview2, tmp_path):
+    result = cogview2("generate", "A TIGER", "a tiger", "--seed", 1, "--height", LOW_SIZE, "--output", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["A-TIGER-1.png", "a-tiger-1-2.png"]
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        ([TIGER, "-o", "~nouser-of-this-name/x.png"], ["`--output`", "~nouser-of-this-name/x.png"]),
+        ([TIGER, "-o", f"{LONG}.png"], ["`--output`", "304 bytes"]),
+        ([TIGER, "-o", LONG], ["`--output`", "too long"]),
+        ([TIGER, "-o", f"{LONG}/a.png"], ["`--output`", "too long"]),
+        ([TIGER, "-o", f"{'虎' * 84}.png"], ["`--output`", "256 bytes"]),
+        (["--remake", "~nouser-of-this-name/x.png"], ["`--remake`"]),
+        (["--remake", LONG], ["too long"]),
+        (["--remake", "deep.png"], ["does not say how one picture was made"]),
+        (["--remake", "list.png"], ["`height` must be"]),
+        (["--prompts", LONG], ["too long"]),
+        (["--prompts", "~nouser-of-this-name/x.jsonl"], ["`--prompts`"]),
+    ],
+)
+def test_paths_and_files_that_make_no_sense_are_told_in_one_line(
+    cogview2, no_model, tmp_path, monkeypatch, arguments, parts
+):
+    monkeypatch.chdir(tmp_path)
+    metadata = {"prompt": TIGER, "seed": 1, "model": "shipped", "settings": "[" * 3000}
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "deep.png", metadata)
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "list.png", {**metadata, "settings": {"height": []}, "dtype": [1]})
+    assert_bad_input(cogview2("generate", *arguments), *parts)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "outputs") == ["deep.png", "list.png"]
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["--model", LONG], ["`--model`", LONG]),
+        (["--model", f"{LONG}/{LONG}"], ["`--model`"]),
+        (["--model", "~nouser-of-this-name"], ["`--model`", "~nouser-of-this-name"]),
+        (["--model", "deep"], ["`--model`", "deep", "damaged"]),
+        (["--device", "meta"], ["`--device`", "meta"]),
+    ],
+)
+def test_models_and_devices_that_make_no_sense_are_told_in_one_line(cogview2, tmp_path, monkeypatch, arguments, parts):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "model_index.json").write_text("[" * 100_000)
+    assert_bad_input(cogview2("generate", TIGER, *arguments, "--output", "a.png"), *parts)
+
+
+def test_a_name_that_is_no_unicode_is_a_name(cogview2, tmp_path):
+    path = tmp_path / os.fsdecode(b"\xff.png")
+    result = cogview2("generate", TIGER, "--height", LOW_SIZE, "--output", path)
+    assert result.exit_code == 0, result.output
+    assert read_metadata(path)["prompt"] == TIGER
 
 
 def test_a_seed_drawn_by_chance_is_kept_and_makes_the_picture_again(cogview2, tmp_path):

@@ -1,8 +1,12 @@
 import json
+import unicodedata
 
 import pytest
+from PIL import Image
 
-from cogview_pipelines.cli.results import MANIFEST
+from cogview_pipelines.cli import app, generate
+from cogview_pipelines.cli.results import MANIFEST, only_writer
+from cogview_pipelines.pictures import png
 from cogview_pipelines.pictures.png import read_metadata
 from cogview_pipelines.pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
 
@@ -240,3 +244,100 @@ def test_the_output_of_a_list_must_be_a_folder(cogview2, write_list, no_model, t
     (tmp_path / "a.png").write_bytes(b"mine")
     path = write_list({"id": "a", "prompt": CAT})
     assert_bad_input(cogview2("generate", "--prompts", path, "--output", tmp_path / "a.png"), "folder", "a.png")
+
+
+@pytest.fixture
+def loaded(monkeypatch, pipeline):
+    """The model is in memory already."""
+    monkeypatch.setattr(generate, "load_pipeline", lambda *arguments: pipeline)
+
+
+SMALL = {"height": LOW_SIZE, "seed": 1}
+
+
+def test_a_name_that_is_too_long_is_told_before_anything_is_computed(cogview2, write_list, no_model, tmp_path):
+    path = write_list({"id": "虎" * 84, "prompt": CAT, **SMALL}, {"id": "z", "prompt": CAT, **SMALL})
+    result = cogview2("generate", "--requests", path, "--output", tmp_path / "out")
+    assert_bad_input(result, f"{path}, line 1: ", "has 256 bytes, but may have 255")
+
+
+def test_a_picture_that_cannot_be_written_stops_no_other(cogview2, write_list, loaded, tmp_path, monkeypatch):
+    path = write_list(*({"id": id, "prompt": CAT, **SMALL} for id in ("a", "b", "c")))
+    real = png.save_png
+
+    def save_png(image, file, metadata):
+        if file.name == "b.png":
+            raise OSError(22, "Invalid argument")
+        real(image, file, metadata)
+
+    monkeypatch.setattr(png, "save_png", save_png)
+    result = cogview2("generate", "--requests", path, "--output", tmp_path / "out")
+    assert result.exit_code == 1
+    assert f"{path}, line 2: could not write: " in result.stderr and "1 of 3 lines failed" in result.stderr
+    assert [row["id"] for row in read_manifest(tmp_path / "out")] == ["a", "c"]
+
+
+def test_ids_and_files_keep_combining_marks(cogview2, write_list, loaded, tmp_path):
+    ids = ["बाघ-चित्र", "เสือ-ฟ้า", unicodedata.normalize("NFD", "café")]
+    path = write_list(*({"id": id, "prompt": CAT, **SMALL} for id in ids))
+    assert cogview2("generate", "--requests", path, "--output", tmp_path / "out").exit_code == 0
+    assert sorted(file.stem for file in (tmp_path / "out").glob("*.png")) == sorted(ids)
+
+
+def test_rows_of_another_list_stay_whatever_their_prompts_hold(cogview2, write_list, loaded, tmp_path):
+    prompt = "a cat\u2028on a\x85red background."
+    for id in ("first", "second"):
+        path = write_list({"id": id, "prompt": prompt, **SMALL})
+        assert cogview2("generate", "--requests", path, "--output", tmp_path).exit_code == 0
+    rows = [json.loads(line) for line in (tmp_path / MANIFEST).read_text(encoding="utf-8").split("\n")[:-1]]
+    assert [(row["id"], row["prompt"]) for row in rows] == [("first", prompt), ("second", prompt)]
+
+
+def test_a_manifest_of_something_else_is_not_replaced(cogview2, write_list, loaded, tmp_path):
+    (tmp_path / MANIFEST).write_text("mine\n")
+    result = cogview2("generate", "--requests", write_list({"id": "a", "prompt": CAT}), "--output", tmp_path)
+    assert_bad_input(result, tmp_path / MANIFEST, "line 1 is no JSON object")
+    assert (tmp_path / MANIFEST).read_text() == "mine\n"
+
+
+def test_a_report_that_cannot_be_printed_stops_nothing(cogview2, write_list, loaded, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    path = write_list(*({"id": id, "prompt": CAT, **SMALL} for id in ("a-1", "ñ-2", "c-3")))
+    arguments = ["generate", "--requests", str(path), "--output", str(tmp_path / "out"), "--model", "shipped"]
+    result = CliRunner(charset="gbk").invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert sorted(file.stem for file in (tmp_path / "out").glob("*.png")) == ["a-1", "c-3", "ñ-2"]
+    assert len(result.stdout.splitlines()) == 3
+
+
+def test_two_lists_cannot_write_into_one_folder_at_once(cogview2, write_list, no_model, tmp_path):
+    path = write_list({"id": "a", "prompt": CAT})
+    with only_writer(tmp_path):
+        result = cogview2("generate", "--requests", path, "--output", tmp_path)
+    assert result.exit_code == 1
+    assert "Another command writes into" in result.stderr
+
+
+def test_what_a_killed_run_left_of_a_picture_is_removed(cogview2, write_list, loaded, tmp_path):
+    for name in (".a.png.01234567.part", ".other.png.01234567.part"):
+        (tmp_path / name).write_bytes(b"half a picture")
+    path = write_list({"id": "a", "prompt": CAT, **SMALL})
+    assert cogview2("generate", "--requests", path, "--output", tmp_path).exit_code == 0
+    assert [file.name for file in tmp_path.glob(".*")] == [".other.png.01234567.part"]  # perhaps being written
+
+
+def test_pictures_without_metadata_are_known_by_the_manifest(cogview2, write_list, loaded, batches, tmp_path):
+    out = tmp_path / "out"
+    path = write_list(*({"id": id, "prompt": CAT, **SMALL} for id in ("a", "b")))
+    arguments = ("generate", "--requests", path, "--no-metadata", "--output", out)
+    assert cogview2(*arguments).exit_code == 0
+    assert read_metadata(out / "a.png") == {} and b"a cat" not in (out / "a.png").read_bytes()
+    assert read_manifest(out)[0]["prompt"] == CAT
+    batches.clear()
+    assert cogview2(*arguments).exit_code == 0
+    assert batches == []
+    assert len(read_manifest(out)) == 2
+    (out / "a.png").write_bytes((out / "b.png").read_bytes()[:-12] + b"\0\0\0\0IEND\xaeB`\x82")
+    png.save_png(Image.new("RGB", (3, 3)), out / "b.png", None)  # another picture of this name
+    assert_bad_input(cogview2(*arguments), out / "b.png", "was made from another request")

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import unicodedata
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 
 from cogview_pipelines import CogView2CaptionPipeline, CogView2InpaintPipeline, CogView2UpscalePipeline
 from cogview_pipelines.cli import caption_and_score as texts
+from cogview_pipelines.cli import console
 from cogview_pipelines.cli import inpaint_and_upscale as pictures
 from cogview_pipelines.cli.requests import CAPTION, INPAINT, UPSCALE
 from cogview_pipelines.cli.results import MANIFEST
@@ -273,6 +275,44 @@ def test_a_request_that_the_model_cannot_do_fails_alone(cogview2, write_list, fo
     assert result.exit_code == 1
     assert "line 2: `style` must be one of" in result.stderr
     assert list(results_of("inpaint", folder)) == ["good"]
+
+
+@pytest.mark.parametrize("command", ["caption", "score"])
+@pytest.mark.parametrize("name", ["notes.txt", "image.png", "rows.jsonl", "list.jsonl"])
+def test_no_file_but_one_of_results_is_written_anew(cogview2, write_list, no_model, folder, command, name):
+    path = write_list({**COMMANDS[command], "id": "a"})
+    (folder / "notes.txt").write_text("my notes\n")
+    (folder / "rows.jsonl").write_text("".join(f'{{"name": {number}}}\n' for number in range(5)))
+    before = (folder / name).read_bytes()
+    result = cogview2(command, "--requests", path, "--output", folder / name, "--overwrite")
+    assert_bad_input(result, "`--output`", folder / name)
+    assert (folder / name).read_bytes() == before
+
+
+def test_rows_of_others_stay_even_if_their_ids_are_no_texts_or_not_unique(cogview2, write_list, folder):
+    rows = [{"id": 1}, {"id": "x", "n": 1}, {"id": "x", "n": 2}, {"id": ["a"]}]
+    output = output_of("caption", folder)
+    output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run(cogview2, "caption", write_list({**COMMANDS["caption"], "id": "a"}))
+    assert result.exit_code == 0, result.output
+    assert read_jsonl(output)[:4] == rows and read_jsonl(output)[4]["id"] == "a"
+
+
+def test_captions_for_nobody_are_not_computed(cogview2, write_list, folder, monkeypatch):
+    monkeypatch.setattr(console._Reports, "is_closed", True, raising=False)
+    monkeypatch.setattr(console._Reports, "__init__", lambda self, stream: setattr(self, "_stream", stream))
+    calls = []
+    call = CogView2CaptionPipeline.__call__
+    monkeypatch.setattr(CogView2CaptionPipeline, "__call__", lambda *a, **kw: (calls.append(a), call(*a, **kw))[1])
+    line = {**COMMANDS["caption"], "max_batch_size": 1}
+    result = cogview2("caption", "--requests", write_list({**line, "id": "a"}, {**line, "id": "b"}))
+    assert (result.exit_code, len(calls)) == (1, 1)
+
+
+def test_files_are_found_however_their_accents_are_written(cogview2, write_list, folder):
+    (folder / "image.png").rename(folder / unicodedata.normalize("NFD", "é.png"))
+    path = write_list({**COMMANDS["score"], "id": "a", "image": unicodedata.normalize("NFC", "é.png")})
+    assert run(cogview2, "score", path).exit_code == 0
 
 
 @pytest.mark.parametrize(

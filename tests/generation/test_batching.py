@@ -91,3 +91,10 @@ def test_tensors_of_a_failed_batch_are_free_before_the_next_one():
 
     run_in_batches(work, 2, 2)
     assert seen == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError(), RuntimeError(1), RuntimeError("a mistake of ours"), ValueError("x")]
+)
+def test_other_errors_are_not_taken_for_a_lack_of_memory(error):
+    assert not is_out_of_memory(error)

@@ -6,6 +6,7 @@ from .._version import __version__
 from . import bench, doctor, evaluate, generate, serve
 from . import caption_and_score as texts
 from . import inpaint_and_upscale as pictures
+from .console import guard_streams, say
 
 app = typer.Typer(
     name="cogview2",
@@ -19,7 +20,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"cogview_pipelines {__version__}")
+        say(f"cogview_pipelines {__version__}")
         raise typer.Exit
 
 
@@ -29,7 +30,7 @@ def main(
         False, "--version", callback=_print_version, is_eager=True, help="Print the version."
     ),
 ) -> None:
-    pass
+    guard_streams()
 
 
 app.command("generate")(generate.generate)

@@ -4,7 +4,7 @@ import json
 
 import typer
 
-from .console import failures
+from .console import failures, say
 from .loading import DEVICE_OPTION, DTYPE_OPTION, MODEL_OPTION, DType, load_pipeline
 
 
@@ -29,4 +29,4 @@ def bench(
     for size in batch_size:
         with failures():
             line = bench_pipeline(pipe, size, seconds, before=before) | {"compile": compile, "cuda_graph": cuda_graph}
-        typer.echo(json.dumps(line) if as_json else table(line) + "\n")
+        say(json.dumps(line) if as_json else table(line) + "\n")

@@ -2,15 +2,26 @@
 
 import contextlib
 import enum
+import functools
 import json
+import os
 import random
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import typer
 
-from .console import bad_input, fail, fail_all, failures, make_writable_folder
+from .console import (
+    bad_input,
+    end_if_nobody_reads,
+    expand,
+    fail,
+    fail_all,
+    failures,
+    make_writable_folder,
+    say,
+    say_json,
+)
 from .inputs import decode, describe_inputs, read_file, read_image, same_inputs
 from .loading import (
     BATCH_OPTION,
@@ -21,11 +32,13 @@ from .loading import (
     QUIET_OPTION,
     REQUESTS_OPTION,
     DType,
+    describe_model,
     load_pipeline,
 )
+from .names import problem_of_name
 from .options import count_option
 from .requests import CAPTION, SCORE, Kind, Request, check_arguments, check_prompt, read_requests
-from .results import LineFailures, read_rows, replace_rows, write_row
+from .results import LineFailures, only_writer, read_rows, replace_rows, write_row
 
 JSON_OPTION = typer.Option(False, "--json", help="Print one JSON object a line.")
 OUTPUT_OPTION = typer.Option(
@@ -119,9 +132,9 @@ def caption(
     for path, own in zip(images, captions, strict=True):
         for entry in own[:count]:
             if as_json:
-                print_row({"file": str(path), "language": given.get("language", "en"), **entry})
+                say_json({"file": str(path), "language": given.get("language", "en"), **entry})
             else:
-                typer.echo(entry["caption"] if len(images) == 1 else f"{path}\t{entry['caption']}")
+                say(entry["caption"] if len(images) == 1 else f"{path}\t{entry['caption']}")
 
 
 def score(
@@ -169,14 +182,9 @@ def score(
         rows = _scores(pipe, picture, texts, max_batch_size)
     for row in rows:
         if as_json:
-            print_row(row)
+            say_json(row)
         else:
-            typer.echo(f"{row['caption_loss']:.4f}\t{row['prompt']}")
-
-
-def print_row(row: dict) -> None:
-    """Print an object as one line of JSON."""
-    typer.echo(json.dumps(row, ensure_ascii=False))
+            say(f"{row['caption_loss']:.4f}\t{row['prompt']}")
 
 
 # Lists ---------------------------------------------------------------------------------------------------------------
@@ -199,27 +207,39 @@ def _run_list(
 ) -> None:
     """Do what a JSONL file asks for and the output does not hold yet; a line that fails stops no other."""
     with bad_input():
-        requests, errors = read_requests(path.expanduser(), kind, given, seed)
+        requests, errors = read_requests(expand(path, "--requests"), kind, given, seed)
     if errors:
         fail_all(errors)
-    output = None if output is None else output.expanduser()
+    output = None if output is None else expand(output, "--output")
     if output is not None:
-        if output.is_dir():
-            fail(f"`--output` must be a JSONL file with --requests, but {output} is a folder.")
-        make_writable_folder(output.parent)
-    missing, rows = _sort_rows(requests, output, model, overwrite)
-    pipe = _load(model, device, dtype, quiet) if missing else None
-    failed = LineFailures(len(requests))
-    with failures():
-        if output is not None:
-            replace_rows(output, rows)
-        with (
-            open(output, "a", encoding="utf-8") if output is not None else contextlib.nullcontext(sys.stdout) as lines
-        ):
+        _check_output(output, path)
+    with contextlib.nullcontext() if output is None else only_writer(output):
+        missing, rows = _sort_rows(requests, output, model, overwrite)
+        pipe = _load(model, device, dtype, quiet) if missing else None
+        failed = LineFailures(len(requests))
+        with failures(), contextlib.ExitStack() as stack:
+            write = say_json
+            if output is not None:
+                replace_rows(output, rows)
+                write = functools.partial(write_row, stack.enter_context(open(output, "a", encoding="utf-8")))
             for batch in _batches(missing, kind):
                 for row in _work(pipe, batch, work, model, failed):
-                    write_row(lines, row)
+                    write(row)
+                    if output is None:
+                        end_if_nobody_reads()
     failed.finish()
+
+
+def _check_output(output: Path, requests: Path) -> None:
+    """See that results can be written into a file, and destroy nothing."""
+    if os.path.isdir(output):
+        fail(f"`--output` must be a JSONL file with --requests, but {output} is a folder.")
+    if os.path.exists(output) and os.path.samefile(output, requests.expanduser()):
+        fail(f"`--output` must not be the list of requests itself, {output}.")
+    make_writable_folder(output.parent)
+    problem = problem_of_name(output)
+    if problem is not None:
+        fail(f"`--output`: {problem}")
 
 
 def _sort_rows(
@@ -227,11 +247,12 @@ def _sort_rows(
 ) -> tuple[list[Request], list[dict]]:
     """The requests that are to be done, and the rows of the output that stay."""
     rows = [] if output is None else read_rows(output)
-    by_id = {row.get("id"): row for row in rows}
+    by_id = {row["id"]: row for row in rows if isinstance(row["id"], str)}
+    model_there = describe_model(model)
     missing, others = [], []
     for request in requests:
         row = by_id.get(request.id)
-        if row is None or not _made_from(request, row, model):
+        if row is None or not _made_from(request, row, model_there):
             missing.append(request)
             if row is not None:
                 others.append(request)
@@ -244,15 +265,15 @@ def _sort_rows(
             ]
         )
     if len(missing) < len(requests):
-        typer.echo(f"{len(requests) - len(missing)} of {len(requests)} results are there already.", err=True)
+        say(f"{len(requests) - len(missing)} of {len(requests)} results are there already.", err=True)
     replaced = {request.id for request in missing}
-    return missing, [row for id, row in by_id.items() if id not in replaced]
+    return missing, [row for row in rows if not (isinstance(row["id"], str) and row["id"] in replaced)]
 
 
-def _made_from(request: Request, row: dict, model: str) -> bool:
+def _made_from(request: Request, row: dict, model: dict[str, str]) -> bool:
     return (
         row.get("settings") == _settings(request)
-        and row.get("model") == model
+        and all(row.get(name) == value for name, value in model.items())
         and (request.seed is None or row.get("seed", request.seed) == request.seed)
         and same_inputs(request.files, row.get("inputs"))
     )
@@ -293,7 +314,7 @@ def _work(pipe, batch: Sequence[Request], work: Batch, model: str, failed: LineF
         inputs.append(describe_inputs(request.files, contents))
     if not readable:
         return
-    common = {"model": model, "dtype": str(pipe.transformer.dtype).removeprefix("torch.")}
+    common = {**describe_model(model), "dtype": str(pipe.transformer.dtype).removeprefix("torch.")}
     try:
         results = list(work(pipe, readable, pictures))
     except (ValueError, TypeError) as error:

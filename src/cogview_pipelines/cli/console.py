@@ -1,10 +1,13 @@
-"""What all commands share in speaking with the user: one-line errors, exit codes, checks of where output goes."""
+"""What all commands share in speaking with the user: reports, one-line errors, exit codes, where output goes."""
 
 import contextlib
+import json
+import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
@@ -12,18 +15,91 @@ BAD_INPUT = 2
 FAILURE = 1
 
 
+class _Reports:
+    """
+    A text stream whose failures stop no work: letters that it cannot show become escapes, and once nobody reads it any
+    more, what is written to it is dropped.
+    """
+
+    def __init__(self, stream):
+        self._stream, self.is_closed = stream, False
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text), lambda: self._stream.write(self._shown(text)))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _shown(self, text: str) -> str:
+        encoding = self._stream.encoding or "ascii"
+        return text.encode(encoding, "backslashreplace").decode(encoding)
+
+    def _try(self, act, other=None) -> None:
+        if self.is_closed:
+            return
+        try:
+            act()
+        except UnicodeEncodeError:
+            if other is not None:
+                self._try(other)
+        except (OSError, ValueError):  # a pipe that was closed, or the stream itself
+            self.is_closed = True
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # what is in its buffer goes nowhere
+                number = self._stream.fileno()
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def guard_streams() -> None:
+    """From here on, nothing that is printed stops the work, be it by this package or by a library."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, _Reports):
+            setattr(sys, name, _Reports(stream))
+
+
+def say(message: object, err: bool = False) -> None:
+    """Print a line, on stderr if it is no result; a failure stops nothing."""
+    stream = sys.stderr if err else sys.stdout
+    if stream is not None:
+        stream = stream if isinstance(stream, _Reports) else _Reports(stream)
+        stream.write(f"{message}\n")
+        stream.flush()
+
+
+def say_json(row: dict) -> None:
+    """Print an object as one line of JSON, whatever letters the console has."""
+    from ..json_lines import dump_line
+
+    text = dump_line(row).rstrip("\n")
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(row)
+    say(text)
+
+
+def end_if_nobody_reads() -> None:
+    """End the command if its results are printed, and nobody reads them any more."""
+    if getattr(sys.stdout, "is_closed", False):
+        raise typer.Exit(FAILURE)
+
+
 def fail(message: str, code: int = BAD_INPUT) -> NoReturn:
     """Print an error on stderr and end the command: code 2 where the input is at fault, 1 where something else is."""
-    typer.echo(f"Error: {' '.join(str(message).split())}", err=True)
+    say(f"Error: {' '.join(str(message).split())}", err=True)
     raise typer.Exit(code)
 
 
 def fail_all(messages: list[str], shown: int = 20) -> NoReturn:
     """Print several errors, one a line."""
     for message in messages[:shown]:
-        typer.echo(f"Error: {' '.join(message.split())}", err=True)
+        say(f"Error: {' '.join(message.split())}", err=True)
     if len(messages) > shown:
-        typer.echo(f"Error: and {len(messages) - shown} more.", err=True)
+        say(f"Error: and {len(messages) - shown} more.", err=True)
     raise typer.Exit(BAD_INPUT)
 
 
@@ -39,22 +115,42 @@ def bad_input(exceptions: type[Exception] | tuple[type[Exception], ...] = ValueE
 @contextlib.contextmanager
 def failures() -> Iterator[None]:
     """Report what can go wrong while working, through no fault of the program: full disk, too little memory."""
-    import torch
+    from ..generation.batching import is_out_of_memory
 
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        reason = str(error).split(". ")[0]
-        fail(f"{reason}. Lower --max-batch-size, or pass --dtype float16 or --device cpu.", FAILURE)
+    except typer.Exit:  # a RuntimeError, too
+        raise
     except OSError as error:
         fail(f"Could not write: {error}", FAILURE)
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not is_out_of_memory(error):
+            raise
+        reason = (str(error).strip() or "Memory ran out").splitlines()[0].split(". ")[0].rstrip(".")
+        fail(
+            f"{reason}. Lower --max-batch-size or the number of candidates or beams, or pass --dtype float16 or "
+            "--device cpu.",
+            FAILURE,
+        )
 
 
-def make_writable_folder(folder: Path) -> None:
-    """Make a folder where there is none, and try to write in it."""
+def expand(path: Path, option: str) -> Path:
+    """The path with `~` and `~user` replaced."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        fail(f"`{option}`: {path} cannot be found ({error}) Name it without `~`.")
+
+
+def make_writable_folder(folder: Path, option: str = "--output") -> None:
+    """Make a folder where there is none, try to write in it, and remove what killed runs have left there."""
+    from ..pictures.png import remove_unfinished
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        fail(f"`--output`: cannot write in {folder} ({error.strerror or error}). Choose another folder.")
+        remove_unfinished(folder)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        fail(f"`{option}`: cannot write in {folder} ({reason}). Choose another folder.")

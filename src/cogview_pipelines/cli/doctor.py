@@ -5,6 +5,7 @@ import json
 import typer
 
 from ..environment import SHIPPED_MODEL, devices, versions
+from .console import say
 
 
 def doctor(as_json: bool = typer.Option(False, "--json", help="Print one line of JSON.")) -> None:
@@ -21,18 +22,18 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="Print one line of
         "shipped_model": {"folder": str(SHIPPED_MODEL), "found": (SHIPPED_MODEL / "model_index.json").is_file()},
     }
     if as_json:
-        typer.echo(json.dumps(report, default=str))
+        say(json.dumps(report, default=str))
         return
     for name, version in report["versions"].items():
-        typer.echo(f"{name:20} {version or 'not installed'}")
+        say(f"{name:20} {version or 'not installed'}")
     for device in report["devices"]:
-        typer.echo(f"{device['device']:20} " + ", ".join(f"{key} {device[key]}" for key in device if key != "device"))
-    typer.echo("kernels")
+        say(f"{device['device']:20} " + ", ".join(f"{key} {device[key]}" for key in device if key != "device"))
+    say("kernels")
     for name, value in report["kernels"].items():
         if isinstance(value, dict):
             value = "; ".join(f"{key}: {entry}" for key, entry in value.items())
         elif isinstance(value, list):
             value = ", ".join(map(str, value))
-        typer.echo(f"{name:20} {value or 'none'}")
+        say(f"{name:20} {value or 'none'}")
     state = "" if report["shipped_model"]["found"] else " (not there)"
-    typer.echo(f"{'shipped model':20} {report['shipped_model']['folder']}{state}")
+    say(f"{'shipped model':20} {report['shipped_model']['folder']}{state}")

@@ -1,13 +1,12 @@
 """`cogview2 evaluate`: how many pictures show what their prompts say."""
 
 import enum
-import json
 from pathlib import Path
 
 import typer
 
-from .console import bad_input, fail, failures, make_writable_folder
-from .loading import DEVICE_OPTION, DTYPE_OPTION, MODEL_OPTION, DType, find_model, load_pipeline
+from .console import bad_input, fail, failures, make_writable_folder, say, say_json
+from .loading import DEVICE_OPTION, DTYPE_OPTION, MODEL_OPTION, DType, describe_model, find_model, load_pipeline
 
 
 class Split(str, enum.Enum):
@@ -119,7 +118,7 @@ def evaluate(
         for case in cases:
             pipe.check_inputs(case.caption, **call)
     if len(cases) < num:
-        typer.echo(f"There are {len(cases)} such scenes; all of them are used.", err=True)
+        say(f"There are {len(cases)} such scenes; all of them are used.", err=True)
     with bad_input(), failures():
         if measure is Measure.caption_loss:
             result = evaluation.measure_caption_loss(pipe, cases, sprites=drawings, **common)
@@ -160,7 +159,7 @@ def _saver(folder: Path, settings: dict, model: str):
         metadata = {
             "prompt": case.caption,
             "seed": case.seed,
-            "model": model,
+            **describe_model(model),
             "settings": {name: value for name, value in settings.items() if value is not None},
             "scene": case.scene.to_dict(),
             "scores": scores,
@@ -172,9 +171,9 @@ def _saver(folder: Path, settings: dict, model: str):
 
 def _print(report: dict, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(report, ensure_ascii=False))
+        say_json(report)
         return
     for name, value in report.items():
         if isinstance(value, dict):
             value = ", ".join(f"{key} {entry}" for key, entry in value.items())
-        typer.echo(f"{name:22} {value}")
+        say(f"{name:22} {value}")

@@ -2,8 +2,8 @@
 
 import json
 import math
+import os
 import random
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +11,17 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from .console import bad_input, fail, fail_all, failures, make_writable_folder
-from .loading import DEVICE_OPTION, DTYPE_OPTION, MODEL_OPTION, SHIPPED, DType, load_pipeline
+from .console import bad_input, expand, fail, fail_all, failures, make_writable_folder, say
+from .loading import (
+    DEVICE_OPTION,
+    DTYPE_OPTION,
+    METADATA_OPTION,
+    MODEL_OPTION,
+    DType,
+    describe_model,
+    load_pipeline,
+)
+from .names import problem_of_name, same_file_key, slug
 from .options import count_option, setting_option
 from .requests import (
     ARGUMENTS,
@@ -25,7 +34,7 @@ from .requests import (
     numbered,
     read_requests,
 )
-from .results import manifest_of, refuse_others, sort_existing
+from .results import LineFailures, check_names, manifest_of, only_writer, refuse_others, sha256, sort_existing
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,7 +42,7 @@ if TYPE_CHECKING:
     from ..pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
 
 _OTHER_FORMATS = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
-_LONGEST_NAME = 60  # characters of the prompt in the name of a file
+_NOT_REMADE = ("num_images_per_prompt", "num_candidates", "max_batch_size")  # they say nothing of one picture
 
 
 @dataclass
@@ -76,6 +85,7 @@ def _split_numbers(text: str | None) -> int | list[int] | None:
 
 
 def generate(
+    context: typer.Context,
     prompt: list[str] = typer.Argument(None, help="One text or more, Chinese or English.", show_default=False),
     prompts: Path = typer.Option(
         None, "--prompts", "--requests", help="JSONL file: id, prompt, and optionally seed, style, ... on each line."
@@ -114,6 +124,7 @@ def generate(
     max_batch_size: int = typer.Option(None, min=1, help="Pictures computed at a time.  [default: 8]"),
     device: str = DEVICE_OPTION,
     dtype: DType = DTYPE_OPTION,
+    metadata: bool = METADATA_OPTION,
     overwrite: bool = typer.Option(False, "--overwrite", help="With --prompts: replace pictures of other requests."),
     quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress bar."),
 ) -> None:
@@ -145,12 +156,13 @@ def generate(
     if prompts is not None:
         if grid:
             fail("--grid needs prompts on the command line, not --prompts.")
-        _generate_list(prompts, output, given, seed, model, device, dtype, overwrite, quiet)
+        _generate_list(prompts, output, given, seed, model, device, dtype, metadata, overwrite, quiet)
         return
 
     with bad_input():
         if remake is not None:
-            requests, model, dtype = _request_of_picture(remake, given, seed, model, dtype)
+            is_default = context.get_parameter_source("model").name == "DEFAULT"
+            requests, dtype = _request_of_picture(expand(remake, "--remake"), given, seed, model, is_default, dtype)
         else:
             seed = random.SystemRandom().randrange(2**31) if seed is None else seed
             requests = [Request(check_prompt(text), seed, given) for text in prompt]
@@ -170,72 +182,89 @@ def generate(
     common = _common_metadata(pipe, model)
     made = []
     with bad_input(), failures():
-        for _, path, image, metadata in _make(pipe, jobs, quiet):
+        for _, path, image, own in _make(pipe, jobs, quiet):
             if grid:
-                made.append((image, metadata))
+                made.append((image, own))
             else:
-                _save(image, path, {**metadata, **common})
+                _save(image, path, {**own, **common} if metadata else None)
         if grid:
-            _save_grid(made, requests, paths[0], common)
+            _save_grid(made, requests, paths[0], common if metadata else None)
 
 
 # One prompt or a few -------------------------------------------------------------------------------------------------
 
 
 def _request_of_picture(
-    path: Path, given: dict, seed: int | None, model: str, dtype: DType | None
-) -> tuple[list[Request], str, DType | None]:
-    """The request, model and number format that the metadata of a picture tell, unless options say otherwise."""
+    path: Path, given: dict, seed: int | None, model: str, is_default: bool, dtype: DType | None
+) -> tuple[list[Request], DType | None]:
+    """
+    The request and the number format that the metadata of a picture tell, unless options say otherwise.
+
+    A picture may come from anybody: the model that it names is not loaded unless it is asked for.
+    """
     from ..pictures.png import read_metadata
 
     metadata = read_metadata(path)
     if not isinstance(metadata.get("settings"), dict) or not {"prompt", "seed", "model"} <= set(metadata):
         fail(f"`--remake`: {path} does not say how one picture was made.")
-    saved = {name: value for name, value in metadata["settings"].items() if name in ARGUMENTS}
+    own = describe_model(model)
+    if is_default and any(metadata.get(name) != value for name, value in own.items()):
+        fail(
+            f"`--remake`: {path} was made by the model {metadata['model'][:200]!r}, which is not loaded only because "
+            "a file names it. Pass --model with its folder or Hub id."
+        )
+    saved = {
+        name: value for name, value in metadata["settings"].items() if name in ARGUMENTS and name not in _NOT_REMADE
+    }
     arguments = check_arguments({**saved, **given})
     request = Request(check_prompt(metadata["prompt"]), metadata["seed"] if seed is None else seed, arguments)
-    if dtype is None and metadata.get("dtype") in DType.__members__:
+    if dtype is None and metadata.get("dtype") in list(DType.__members__):
         dtype = DType(metadata["dtype"])
-    return [request], (metadata["model"] if model == SHIPPED else model), dtype
+    return [request], dtype
 
 
 def _choose_paths(output: Path, requests: list[Request], grid: bool) -> list[Path]:
     """A file for each picture (one for all, if they become a grid), in a folder that can be written in."""
-    output = output.expanduser()
-    is_file = output.suffix.lower() == ".png" and not output.is_dir()
+    output = expand(output, "--output")
+    is_file = output.suffix.lower() == ".png" and not os.path.isdir(output)
     if not is_file and output.suffix.lower() in _OTHER_FORMATS:
         fail(f"`--output` must be a .png file or a folder, but is {output}. Only PNG files keep prompt and seed.")
-    if not is_file and output.exists() and not output.is_dir():
+    if not is_file and os.path.exists(output) and not os.path.isdir(output):
         fail(f"`--output` must be a .png file or a folder, but {output} is another file.")
     make_writable_folder(output.parent if is_file else output)
     if is_file:
-        return [
-            output.with_name(name)
-            for name in numbered(output.name, 1 if grid else sum(r.num_images for r in requests))
-        ]
+        count = 1 if grid else sum(request.num_images for request in requests)
+        paths = [output.with_name(name) for name in numbered(output.name, count)]
+        problem = problem_of_name(paths[-1])  # the longest
+        if problem is not None:
+            fail(f"`--output`: {problem}")
+        return paths
     if grid:
-        return [_free(output, f"{_slug(requests[0].prompt)}-{requests[0].seed}-grid", set())]
-    paths: list[Path] = []
-    for request in requests:
-        for index in range(request.num_images):
-            paths.append(_free(output, f"{_slug(request.prompt)}-{request.seed + index}", set(paths)))
-    return paths
+        return [_free(output, f"{slug(requests[0].prompt)}-{requests[0].seed}-grid", set())]
+    taken: set[str] = set()
+    return [
+        _free(output, f"{slug(request.prompt)}-{request.seed + index}", taken)
+        for request in requests
+        for index in range(request.num_images)
+    ]
 
 
-def _slug(prompt: str) -> str:
-    """The beginning of a prompt as the name of a file; letters of every language stay."""
-    return re.sub(r"[\W_]+", "-", prompt).strip("-")[:_LONGEST_NAME].strip("-") or "picture"
+def _free(folder: Path, stem: str, taken: set[str]) -> Path:
+    """
+    `<stem>.png`, or with a number after it, if that is there already or was given away.
 
-
-def _free(folder: Path, stem: str, taken: set[Path]) -> Path:
-    """`<stem>.png`, or with a number after it, if that is there already."""
+    Names that differ in upper and lower case count as one, as they do on many file systems.
+    """
     path, number = folder / f"{stem}.png", 2
-    while path in taken or path.exists():
+    while same_file_key(path.name) in taken or os.path.lexists(path):
         path, number = folder / f"{stem}-{number}.png", number + 1
+    taken.add(same_file_key(path.name))
     return path
 
 
-def _save_grid(made: list[tuple["Image.Image", dict]], requests: list[Request], path: Path, common: dict) -> None:
+def _save_grid(
+    made: list[tuple["Image.Image", dict]], requests: list[Request], path: Path, common: dict | None
+) -> None:
     """A row for each prompt; the pictures of a single prompt nearly in a square."""
     from diffusers.utils import make_image_grid
     from PIL import Image
@@ -244,7 +273,8 @@ def _save_grid(made: list[tuple["Image.Image", dict]], requests: list[Request], 
     columns = math.ceil(len(images) ** 0.5) if len(requests) == 1 else requests[0].num_images
     rows = math.ceil(len(images) / columns)
     images += [Image.new("RGB", images[0].size, "white")] * (rows * columns - len(images))
-    _save(make_image_grid(images, rows, columns), path, {**common, "pictures": [metadata for _, metadata in made]})
+    metadata = None if common is None else {**common, "pictures": [metadata for _, metadata in made]}
+    _save(make_image_grid(images, rows, columns), path, metadata)
 
 
 # A list of prompts ---------------------------------------------------------------------------------------------------
@@ -258,34 +288,54 @@ def _generate_list(
     model: str,
     device: str | None,
     dtype: DType | None,
+    keeps_metadata: bool,
     overwrite: bool,
     quiet: bool,
 ) -> None:
     """Make what a JSONL file asks for and the folder does not hold yet."""
     with bad_input():
-        requests, errors = read_requests(prompts.expanduser(), GENERATE, given, seed, "--prompts")
+        requests, errors = read_requests(expand(prompts, "--prompts"), GENERATE, given, seed, "--prompts")
     if errors:
         fail_all(errors)
-    folder = folder.expanduser()
-    if folder.exists() and not folder.is_dir():
+    folder = expand(folder, "--output")
+    if os.path.exists(folder) and not os.path.isdir(folder):
         fail(f"`--output` must be a folder with --prompts, but {folder} is a file.")
     make_writable_folder(folder)
-    pipe = load_pipeline(model, device, dtype)
-    jobs, errors = [], []
-    for request in requests:
-        try:
-            jobs += _plan(pipe, request, [folder / name for name in request.file_names()])
-        except ValueError as error:
-            errors.append(f"{request.where}: {error}")
+    paths = {request.id: [folder / name for name in request.file_names()] for request in requests}
+    errors = check_names((request.where, paths[request.id]) for request in requests)
     if errors:
         fail_all(errors)
+    with only_writer(folder):
+        pipe = load_pipeline(model, device, dtype)
+        jobs = []
+        for request in requests:
+            try:
+                jobs += _plan(pipe, request, paths[request.id])
+            except ValueError as error:
+                errors.append(f"{request.where}: {error}")
+        if errors:
+            fail_all(errors)
+        _make_list(pipe, requests, jobs, folder, _common_metadata(pipe, model), keeps_metadata, overwrite, quiet)
 
-    common = _common_metadata(pipe, model)
+
+def _make_list(
+    pipe: "CogView2Pipeline",
+    requests: list[Request],
+    jobs: list[Job],
+    folder: Path,
+    common: dict,
+    keeps_metadata: bool,
+    overwrite: bool,
+    quiet: bool,
+) -> None:
+    """Do the jobs of a list that are not done yet."""
+    where = {request.id: request.where for request in requests}
     seeded = {request.id for request in requests if request.seed is not None}
 
     def made_from(job: Job, metadata: dict) -> bool:
         selection = metadata.get("post_selection") or {}
-        wanted = {"prompt": job.prompt, "settings": job.settings, "model": common["model"]}
+        wanted = {"prompt": job.prompt, "settings": job.settings}
+        wanted |= {name: common.get(name) for name in ("model", "model_fingerprint")}
         return (
             selection.get("num_candidates") == job.num_candidates
             and (job.id not in seeded or selection.get("seed", metadata.get("seed")) == job.seed)
@@ -294,11 +344,14 @@ def _generate_list(
 
     kept, missing, others = sort_existing(jobs, made_from)
     refuse_others(others, overwrite)
+    failed = LineFailures(len(requests))
     with bad_input(), failures(), manifest_of(folder, jobs, kept) as add_line:
         for job, path, image, metadata in _make(pipe, missing, quiet):
             metadata = {**metadata, **common}
-            _save(image, path, metadata)
-            add_line(job.id, path, metadata)
+            with failed.of_writing(where[job.id]):
+                _save(image, path, metadata if keeps_metadata else None)
+                add_line(job.id, path, metadata if keeps_metadata else {**metadata, "sha256": sha256(path)})
+    failed.finish()
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------
@@ -367,11 +420,15 @@ def _make(pipe: "CogView2Pipeline", jobs: list[Job], quiet: bool) -> Iterator[tu
 def _common_metadata(pipe: "CogView2Pipeline", model: str) -> dict:
     from ..environment import versions
 
-    return {"model": model, "dtype": str(pipe.transformer.dtype).removeprefix("torch."), "versions": versions()}
+    return {
+        **describe_model(model),
+        "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
+        "versions": versions(),
+    }
 
 
-def _save(image: "Image.Image", path: Path, metadata: dict) -> None:
+def _save(image: "Image.Image", path: Path, metadata: dict | None) -> None:
     from ..pictures.png import save_png
 
     save_png(image, path, metadata)
-    typer.echo(path)
+    say(path)

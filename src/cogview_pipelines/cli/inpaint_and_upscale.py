@@ -1,26 +1,30 @@
 """`cogview2 inpaint` and `upscale`: pictures from pictures that are there already."""
 
+import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
-from .console import bad_input, fail, fail_all, failures, make_writable_folder
+from .console import bad_input, expand, fail, fail_all, failures, make_writable_folder, say
 from .inputs import MOST_PIXELS, decode, describe_inputs, read_file, same_inputs
 from .loading import (
     BATCH_OPTION,
     DEVICE_OPTION,
     DTYPE_OPTION,
+    METADATA_OPTION,
     MODEL_OPTION,
     OVERWRITE_OPTION,
     QUIET_OPTION,
     REQUESTS_OPTION,
     DType,
+    describe_model,
     load_pipeline,
 )
+from .names import problem_of_name
 from .options import count_option, setting_option
 from .requests import (
     INPAINT,
@@ -36,7 +40,7 @@ from .requests import (
     numbered,
     read_requests,
 )
-from .results import LineFailures, manifest_of, refuse_others, sort_existing
+from .results import LineFailures, check_names, manifest_of, only_writer, refuse_others, sha256, sort_existing
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -80,6 +84,7 @@ def inpaint(
     model: str = MODEL_OPTION,
     device: str = DEVICE_OPTION,
     dtype: DType = DTYPE_OPTION,
+    metadata: bool = METADATA_OPTION,
     overwrite: bool = OVERWRITE_OPTION,
     quiet: bool = QUIET_OPTION,
 ) -> None:
@@ -113,7 +118,7 @@ def inpaint(
     margins = {"top": top, "bottom": bottom, "left": left, "right": right}
     files = {name: path for name, path in (("image", image), ("mask", mask)) if path is not None}
     own = {"PROMPT": prompt, "--image": image, "--mask": mask, **{f"--{name}": margins[name] for name in MARGINS}}
-    run = _Run("inpaint", INPAINT, output, seed, model, device, dtype, quiet, _paint)
+    run = _Run("inpaint", INPAINT, output, seed, model, device, dtype, metadata, quiet, _paint)
     with bad_input():
         given = check_arguments(given, INPAINT)
     if requests is not None:
@@ -151,6 +156,7 @@ def upscale(
     model: str = MODEL_OPTION,
     device: str = DEVICE_OPTION,
     dtype: DType = DTYPE_OPTION,
+    metadata: bool = METADATA_OPTION,
     overwrite: bool = OVERWRITE_OPTION,
     quiet: bool = QUIET_OPTION,
 ) -> None:
@@ -175,7 +181,7 @@ def upscale(
         "style": style,
         "num_lopar_steps": num_lopar_steps,
     }
-    run = _Run("upscale", UPSCALE, output, seed, model, device, dtype, quiet, _enlarge)
+    run = _Run("upscale", UPSCALE, output, seed, model, device, dtype, metadata, quiet, _enlarge)
     with bad_input():
         given = check_arguments(given, UPSCALE)
     if requests is not None:
@@ -223,13 +229,14 @@ class _Run:
     model: str
     device: str | None
     dtype: DType | None
+    keeps_metadata: bool
     quiet: bool
     make: Callable
 
     def one(self, request: Request) -> None:
         """Do a single request; what is wrong with it is bad input."""
         output = self._output()
-        if output.suffix.lower() != ".png" or output.is_dir():
+        if output.suffix.lower() != ".png" or os.path.isdir(output):
             fail(f"`--output` must be a .png file, but is {output}. Only PNG files keep every pixel, prompt and seed.")
         with bad_input():
             seed = _chosen(self.seed)
@@ -240,25 +247,37 @@ class _Run:
             )
         make_writable_folder(output.parent)
         paths = [output.with_name(name) for name in numbered(output.name, request.num_images)]
+        problem = problem_of_name(paths[-1])  # the longest
+        if problem is not None:
+            fail(f"`--output`: {problem}")
         job, pipe = _Job(request, seed, paths), self._load()
         with bad_input((ValueError, TypeError)), failures():
             for path, image, metadata in self._results(pipe, job, contents, pictures):
-                _save(image, path, metadata)
+                self._save(image, path, metadata)
 
     def list(self, path: Path, given: dict, overwrite: bool) -> None:
         """Do what a JSONL file asks for and the folder does not hold yet; a line that fails stops no other."""
         with bad_input():
-            requests, errors = read_requests(path.expanduser(), self.kind, given, self.seed)
+            requests, errors = read_requests(expand(path, "--requests"), self.kind, given, self.seed)
         if errors:
             fail_all(errors)
         folder = self._output()
-        if folder.exists() and not folder.is_dir():
+        if os.path.exists(folder) and not os.path.isdir(folder):
             fail(f"`--output` must be a folder with --requests, but {folder} is a file.")
         make_writable_folder(folder)
         jobs = [
             _Job(request, _chosen(request.seed), [folder / name for name in request.file_names()])
             for request in requests
         ]
+        errors = check_names((job.request.where, job.paths) for job in jobs)
+        if errors:
+            fail_all(errors)
+        with only_writer(folder):
+            self._do(jobs, folder, overwrite)
+
+    def _do(self, jobs: Sequence[_Job], folder: Path, overwrite: bool) -> None:
+        """Do the jobs of a list that are not done yet."""
+        model = describe_model(self.model)
 
         def made_from(job: _Job, metadata: dict) -> bool:
             seeds = range(job.seed, job.seed + len(job.paths))
@@ -266,7 +285,7 @@ class _Run:
                 "command": self.command,
                 "prompt": job.request.prompt,
                 "settings": job.settings,
-                "model": self.model,
+                **model,
             }
             return (
                 all(metadata.get(name) == value for name, value in wanted.items())
@@ -282,8 +301,11 @@ class _Run:
             for job in missing:
                 try:
                     for file, image, metadata in self._results(pipe, job, *_read(job.request)):
-                        _save(image, file, metadata)
-                        add_line(job.id, file, metadata)
+                        with failed.of_writing(job.request.where):
+                            self._save(image, file, metadata)
+                            if not self.keeps_metadata:
+                                metadata["sha256"] = sha256(file)
+                            add_line(job.id, file, metadata)
                 except (ValueError, TypeError) as error:
                     failed.add(job.request.where, error)
         failed.finish()
@@ -291,7 +313,13 @@ class _Run:
     def _output(self) -> Path:
         if self.output is None:
             fail("`--output` must say where results go: a .png file, or with --requests a folder.")
-        return self.output.expanduser()
+        return expand(self.output, "--output")
+
+    def _save(self, image: "Image.Image", path: Path, metadata: dict) -> None:
+        from ..pictures.png import save_png
+
+        save_png(image, path, metadata if self.keeps_metadata else None)
+        say(path)
 
     def _load(self):
         pipe = load_pipeline(self.model, self.device, self.dtype)
@@ -323,7 +351,7 @@ class _Run:
                     "seed": job.seed + index,
                     "settings": job.settings,
                     "inputs": describe_inputs(job.request.files, contents),
-                    "model": self.model,
+                    **describe_model(self.model),
                     "dtype": str(pipe.vqvae.dtype).removeprefix("torch."),
                     "versions": versions(),
                 },
@@ -367,10 +395,3 @@ def _refuse_both(own: dict) -> None:
     given = [name for name, value in own.items() if value is not None]
     if given:
         fail(f"--requests says what to do in its lines; leave out {', '.join(given)}.")
-
-
-def _save(image: "Image.Image", path: Path, metadata: dict) -> None:
-    from ..pictures.png import save_png
-
-    save_png(image, path, metadata)
-    typer.echo(path)

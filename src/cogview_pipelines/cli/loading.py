@@ -1,6 +1,8 @@
 """Options that several commands have; from `--model`, `--device` and `--dtype` to a pipeline."""
 
 import enum
+import functools
+import hashlib
 import json
 import os
 import re
@@ -10,12 +12,13 @@ from typing import TYPE_CHECKING
 import typer
 
 from ..environment import SHIPPED_MODEL
-from .console import fail
+from .console import expand, fail
 
 if TYPE_CHECKING:
     from ..pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
 
 SHIPPED = "shipped"
+_PLACES, _PLACE_BYTES = 256, 4096  # of each file of a model, in its fingerprint
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -38,6 +41,9 @@ REQUESTS_OPTION = typer.Option(None, "--requests", help="JSONL file: what to do,
 OVERWRITE_OPTION = typer.Option(
     False, "--overwrite", help="With --requests: replace results of other requests.", show_default=False
 )
+METADATA_OPTION = typer.Option(
+    True, "--metadata/--no-metadata", help="Whether the PNG files keep prompt, seed, settings and model."
+)
 BATCH_OPTION = typer.Option(None, min=1, help="Results computed at a time.")
 QUIET_OPTION = typer.Option(False, "--quiet", "-q", help="No progress bar.")
 
@@ -49,9 +55,11 @@ def choose_device(device: str | None) -> str:
     if device is None:
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        kind = torch.empty(0, device=device).device.type
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         fail(f"`--device` {device!r} cannot be used here: {str(error).splitlines()[0]}")
+    if kind == "meta":
+        fail("`--device` 'meta' has shapes, but no numbers. Name a device that computes, such as cpu.")
     return device
 
 
@@ -68,24 +76,60 @@ def choose_dtype(dtype: DType | None, device: str) -> str:
 
 def find_model(model: str) -> str:
     """The folder or Hub id behind `--model`; a folder is checked for being a saved pipeline."""
-    folder = SHIPPED_MODEL if model == SHIPPED and not Path(model).exists() else Path(model).expanduser()
-    if not folder.exists():
+    folder = SHIPPED_MODEL if model == SHIPPED and not os.path.exists(model) else expand(Path(model), "--model")
+    if not os.path.exists(folder):
         if folder == SHIPPED_MODEL:
             fail("This installation holds no shipped model. Name one: `--model FOLDER_OR_HUB_ID`.")
         if _HUB_ID.fullmatch(model) and model[0] not in "./~":
             return model
         fail(f"`--model`: there is no folder {model}, and it is not a Hub id (owner/name) either.")
     index = folder / "model_index.json"
-    if not index.is_file():
+    if not os.path.isfile(index):
         fail(f"`--model`: {folder} is not a saved pipeline: it has no model_index.json.")
     try:
         saved = json.loads(index.read_text(encoding="utf-8"))
         name = saved["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         fail(f"`--model`: {index} is damaged ({type(error).__name__}: {error}). Copy or save the model again.")
     if name != "CogView2Pipeline":
         fail(f"`--model`: {folder} holds a {name}, not a CogView2Pipeline.")
     return os.fspath(folder)
+
+
+def describe_model(model: str) -> dict[str, str]:
+    """
+    What results say of the model that made them: its name, and of a folder the fingerprint, but not where it is.
+
+    Args:
+        model (`str`): As in `--model`; it is there.
+    """
+    source = find_model(model)
+    if not os.path.exists(source):
+        return {"model": model}
+    name = model if model == SHIPPED else os.path.basename(os.path.abspath(source))
+    return {"model": name, "model_fingerprint": fingerprint(Path(source))}
+
+
+@functools.cache
+def fingerprint(folder: Path) -> str:
+    """
+    Sixteen digits that change with the components of a saved pipeline: names and sizes of their files, and what stands
+    in them at 256 places each, since reading them whole takes as long as loading the model.
+    """
+    digest = hashlib.sha256()
+    for path in sorted([folder / "model_index.json", *folder.glob("*/*")]):
+        if path.name.startswith(".") or path.parent.name.startswith(".") or not path.is_file():
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode("utf-8", "backslashreplace"))
+        with open(path, "rb") as file:
+            if size <= _PLACES * _PLACE_BYTES:
+                digest.update(file.read())
+                continue
+            for index in range(_PLACES):
+                file.seek((size - _PLACE_BYTES) * index // (_PLACES - 1))
+                digest.update(file.read(_PLACE_BYTES))
+    return digest.hexdigest()[:16]
 
 
 def load_pipeline(model: str, device: str | None = None, dtype: DType | None = None) -> "CogView2Pipeline":
@@ -104,7 +148,7 @@ def load_pipeline(model: str, device: str | None = None, dtype: DType | None = N
         pipe = CogView2Pipeline.from_pretrained(source, dtype=getattr(torch, choose_dtype(dtype, device)))
     except Exception as error:  # whatever a damaged file makes the loaders raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if Path(source).exists():
+        if os.path.exists(source):
             fail(f"`--model`: {source} is incomplete or damaged ({type(error).__name__}: {reason})")
         fail(f"`--model`: there is no folder {source}, and it could not be fetched from the Hub either: {reason}")
     finally:

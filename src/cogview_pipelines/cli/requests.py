@@ -1,17 +1,16 @@
 """What is asked of a model: prompts and pictures with their settings, checked before anything is computed."""
 
-import json
 import math
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..json_lines import parse_object, read_lines
 from ..pipelines.cogview2.settings import CaptionSettings, SamplingSettings
 from ..pipelines.common.settings import MOST_COUNT, Setting
+from .names import check_id, clashes
 
 LARGEST_SEED = 2**63 - 1
-LONGEST_ID = 100  # characters
 
 
 def _text(value) -> str:
@@ -272,29 +271,8 @@ def check_seed(seed, num_seeds: int) -> int:
     return seed
 
 
-def _check_id(value) -> str:
-    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-    if not isinstance(text, str) or not re.fullmatch(r"\w[\w.-]*", text) or len(text) > LONGEST_ID:
-        raise ValueError(
-            f"`id` must be up to {LONGEST_ID} letters, digits, `_`, `-` and `.`, and begin with a letter, digit or `_`"
-            f" (it names the file), but is {value!r}."
-        )
-    return text
-
-
-def _parse_constant(name: str):
-    raise ValueError(f"{name} is not JSON")
-
-
 def _parse_line(line: str, kind: Kind, folder: Path, defaults: dict, seed: int | None) -> Request:
-    try:
-        values = json.loads(line, parse_constant=_parse_constant)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"is not JSON ({error.msg} at column {error.colno}).") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"is not JSON ({error}).") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"must be a JSON object such as {{'id': 'x', 'prompt': 'a tiger'}}, but is {line.strip()!r}.")
+    values = parse_object(line)
     unknown = [name for name in values if name not in kind.fields]
     if unknown:
         raise ValueError(f"has unknown fields: {', '.join(unknown)}. Known: {', '.join(kind.fields)}.")
@@ -306,7 +284,7 @@ def _parse_line(line: str, kind: Kind, folder: Path, defaults: dict, seed: int |
     request = Request(
         check_prompt(prompt) if prompt or "prompt" in kind.required else "",
         arguments={**defaults, **own},
-        id=_check_id(values["id"]),
+        id=check_id(values["id"]),
         files={name: _check_file(name, values[name], folder) for name in kind.files if values.get(name) is not None},
     )
     request.seed = seed if values.get("seed") is None else values["seed"]
@@ -320,7 +298,10 @@ def _parse_line(line: str, kind: Kind, folder: Path, defaults: dict, seed: int |
 def _check_file(name: str, value, folder: Path) -> Path:
     if not isinstance(value, str) or not value or "\0" in value:
         raise ValueError(f"`{name}` must be the path of a file, but is {value!r}.")
-    return folder / Path(value).expanduser()
+    try:
+        return folder / Path(value).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"`{name}`: {value} cannot be found ({error})") from None
 
 
 def check_area(request: Request) -> None:
@@ -354,14 +335,11 @@ def read_requests(
         ValueError: If the file cannot be read as text.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ValueError(f"`{option}`: cannot read {path}: {reason}.") from error
+        lines = list(read_lines(path))
+    except ValueError as error:
+        raise ValueError(f"`{option}`: {error}") from error
     requests, errors = [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in lines:
         try:
             request = _parse_line(line, kind, path.parent, defaults, seed)
         except ValueError as error:
@@ -371,16 +349,8 @@ def read_requests(
             requests.append(request)
     if not requests and not errors:
         errors.append(f"{path} has no lines.")
-    return requests, errors + _clashes(requests, kind)
-
-
-def _clashes(requests: Iterable[Request], kind: Kind) -> list[str]:
-    """Requests that would write the same file; also where the file system does not tell upper from lower case."""
-    errors, first = [], {}
-    for request in requests:
-        for name in request.file_names() if kind.writes_pictures else [request.id]:
-            other = first.setdefault(name.casefold() if kind.writes_pictures else name, request)
-            if other is not request:
-                errors.append(f"{request.where}: `id` {request.id!r} would write {name} again, after {other.where}.")
-                break
-    return errors
+    names = [
+        (request.where, request.id, request.file_names() if kind.writes_pictures else [request.id])
+        for request in requests
+    ]
+    return requests, errors + clashes(names, kind.writes_pictures)

@@ -5,17 +5,23 @@ A result is kept if it is there, complete, and was made from the same request.
 """
 
 import contextlib
-import json
+import errno
+import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 import typer
 
-from .console import FAILURE, fail_all
+from ..json_lines import dump_line, parse_object, write_lines
+from .console import FAILURE, fail, fail_all, say
+from .names import problem_of_name
 
 MANIFEST = "manifest.jsonl"
+_STARTS = b'{"id": '  # how every line of ours begins
+# Errors of one file, beside those that stop every other one, too
+_ERRORS_OF_ONE_NAME = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.EISDIR, errno.ENOENT, errno.ENOTEMPTY)
 
 
 class PictureJob(Protocol):
@@ -32,21 +38,67 @@ class LineFailures:
     """Counts the lines of a list that could not be done; the others are."""
 
     def __init__(self, num_lines: int):
-        self.num_lines, self.count = num_lines, 0
+        self.num_lines, self._failed = num_lines, set()
 
     def add(self, where: str, error: Exception | str) -> None:
         """Tell what is wrong with a line, and go on."""
-        self.count += 1
-        typer.echo(f"Error: {where}: {' '.join(str(error).split())}", err=True)
+        self._failed.add(where)
+        say(f"Error: {where}: {' '.join(str(error).split())}", err=True)
+
+    @contextlib.contextmanager
+    def of_writing(self, where: str) -> Iterator[None]:
+        """Go on after an error of one file; others, such as a full disk, end the command."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _ERRORS_OF_ONE_NAME:
+                raise
+            self.add(where, f"could not write: {error}")
 
     def finish(self) -> None:
         """End the command with code 1 if a line has failed."""
-        if self.count:
-            typer.echo(f"Error: {self.count} of {self.num_lines} lines failed. The others are done.", err=True)
+        if self._failed:
+            say(f"Error: {len(self._failed)} of {self.num_lines} lines failed. The others are done.", err=True)
             raise typer.Exit(FAILURE)
 
 
+@contextlib.contextmanager
+def only_writer(output: Path) -> Iterator[None]:
+    """
+    See that no other command writes into the same folder, or the same file of results.
+
+    Two at once would each write a manifest without the lines of the other.
+    """
+    from filelock import FileLock, Timeout
+
+    path = output / ".lock" if os.path.isdir(output) else output.with_name(f".{output.name[:60]}.lock")
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        fail(f"Another command writes into {output}. Wait until it is done, or choose another output.", FAILURE)
+    except (OSError, NotImplementedError):  # file systems without locks
+        yield
+        return
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        lock.release()
+
+
 # Pictures ------------------------------------------------------------------------------------------------------------
+
+
+def check_names(jobs: Iterable[tuple[str, Sequence[Path]]]) -> list[str]:
+    """What is wrong with the names of files, by `(where, paths)` of each request: before anything is computed."""
+    errors = []
+    for where, paths in jobs:
+        problem = next(filter(None, map(problem_of_name, paths)), None)
+        if problem is not None:
+            errors.append(f"{where}: {problem}")
+    return errors
 
 
 def sort_existing(
@@ -56,13 +108,15 @@ def sort_existing(
     What is there already and complete (id, file and metadata); what is to be made; and files of the same name that
     were made from something else. A damaged file is made again.
 
+    Of a picture without metadata, the manifest beside it says how it was made.
+
     Args:
         jobs (sequence of jobs): What was asked for.
         made_from: Function of a job and the metadata of a file of its name: whether that is its result.
     """
     from ..pictures.png import read_metadata
 
-    kept, missing, others = [], [], []
+    kept, missing, others, manifests = [], [], [], {}
     for job in jobs:
         found = []
         for path in job.paths:
@@ -70,6 +124,11 @@ def sort_existing(
                 metadata = read_metadata(path)
             except ValueError:
                 continue
+            if not metadata:
+                if path.parent not in manifests:
+                    rows = read_rows(path.with_name(MANIFEST), ("id", "file"))
+                    manifests[path.parent] = {row["file"]: row for row in rows if isinstance(row["file"], str)}
+                metadata = _metadata_of_row(path, manifests[path.parent].get(path.name, {}))
             if made_from(job, metadata):
                 found.append((job.id, path, metadata))
             else:
@@ -79,6 +138,18 @@ def sort_existing(
         else:
             missing.append(job)
     return kept, missing, others
+
+
+def _metadata_of_row(path: Path, row: dict) -> dict:
+    """What a line of the manifest says of a picture, if it is of this very file."""
+    if row.get("sha256") != sha256(path):
+        return {}
+    return {name: value for name, value in row.items() if name not in ("id", "file")}
+
+
+def sha256(path: Path) -> str:
+    """Of the content of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def refuse_others(others: Sequence[Path], overwrite: bool) -> None:
@@ -97,13 +168,16 @@ def manifest_of(
     The manifest of a folder, open for lines: gives a function of id, file and metadata that adds one.
 
     It keeps what other lists wrote into the folder, and gets a line for each picture that is kept: a stop may have
-    come between a picture and its line, or in the middle of a line.
+    come between a picture and its line, or in the middle of a line. What killed runs left of its pictures is removed.
     """
+    from ..pictures.png import remove_unfinished
+
     path, files = folder / MANIFEST, {path.name for job in jobs for path in job.paths}
+    remove_unfinished(folder, files)
     rows = []
-    for row in read_rows(path):
+    for row in read_rows(path, ("id", "file")):
         name = row.get("file")
-        if isinstance(name, str) and name not in files and (folder / name).exists():
+        if isinstance(name, str) and name not in files and os.path.exists(folder / name):
             rows.append(row)
     rows += [
         _row(id, picture, {name: value for name, value in metadata.items() if name != "Software"})
@@ -111,7 +185,7 @@ def manifest_of(
     ]
     replace_rows(path, rows)
     if kept:
-        typer.echo(f"{len(kept)} of {len(files)} pictures are there already.", err=True)
+        say(f"{len(kept)} of {len(files)} pictures are there already.", err=True)
     with open(path, "a", encoding="utf-8") as lines:
 
         def add(id: str, picture: Path, metadata: dict) -> None:
@@ -127,30 +201,44 @@ def _row(id: str, picture: Path, metadata: dict) -> dict:
 # Lines of text -------------------------------------------------------------------------------------------------------
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The objects of a JSONL file, without lines that are none, such as one that a stop cut off; none if no file."""
+def read_rows(path: Path, fields: Sequence[str] = ("id",)) -> list[dict]:
+    """
+    The objects of a file of results; none if there is no file. A last line that a stop cut off is left out.
+
+    The file will be written anew from them: so a file that holds anything else ends the command.
+    """
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+    try:
+        lines = path.read_bytes().split(b"\n") if os.path.lexists(path) else [b""]
+    except OSError as error:
+        fail(f"`--output`: cannot read {path}: {error.strerror or error}.")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
             continue
-        if isinstance(row, dict):
-            rows.append(row)
+        try:
+            row = parse_object(line.decode("utf-8"))
+            if not row.keys() >= set(fields):
+                raise ValueError
+        except ValueError:
+            if number == len(lines) and (line.startswith(_STARTS) or _STARTS.startswith(line)):
+                continue
+            fail(
+                f"`--output`: {path} is no file of results: line {number} is no JSON object with "
+                f"{' and '.join(f'`{name}`' for name in fields)}. It stays as it is; name another file or folder."
+            )
+        rows.append(row)
     return rows
 
 
 def replace_rows(path: Path, rows: Sequence[dict]) -> None:
     """Write a JSONL file anew, whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.part")
+    unfinished = path.with_name(f".{path.name[:60]}.part")
     with open(unfinished, "w", encoding="utf-8") as lines:
-        for row in rows:
-            write_row(lines, row, flush=False)
+        write_lines(lines, rows)
     os.replace(unfinished, path)
 
 
-def write_row(lines, row: dict, flush: bool = True) -> None:
-    """Add a line to an open JSONL file."""
-    lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-    if flush:
-        lines.flush()
+def write_row(lines, row: dict) -> None:
+    """Add a line to an open JSONL file, now."""
+    lines.write(dump_line(row))
+    lines.flush()

@@ -5,7 +5,7 @@ import importlib.util
 
 import typer
 
-from .console import FAILURE, fail
+from .console import FAILURE, fail, say
 from .loading import DEVICE_OPTION, DTYPE_OPTION, MODEL_OPTION, DType, find_model, load_pipeline
 
 NEEDED = ("gradio", "prometheus_client")
@@ -79,7 +79,7 @@ def serve(
         set_up_log()
         server = make_server(create_app(pipe, settings, _name(model)), settings)
         shown = f"[{host}]" if ":" in host else host
-        typer.echo(f"Serving on http://{shown}:{listening.getsockname()[1]}", err=True)
+        say(f"Serving on http://{shown}:{listening.getsockname()[1]}", err=True)
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after an orderly end
             server.run(sockets=[listening])
 

@@ -14,7 +14,10 @@ Result = TypeVar("Result")
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device, or the computer, has no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    # of Accelerate; it can read no other errors than those that are texts
+    return bool(error.args) and isinstance(error.args[0], str) and should_reduce_batch_size(error)
 
 
 def slices(length: int, size: int) -> list[slice]:

@@ -343,3 +343,23 @@ def test_values_of_the_wrong_type_are_refused(released):
         released.language(5)
     with pytest.raises(IndexError, match=r"`ids` must lie in 0..20402, but there is 20403"):
         released.decode([20403])
+
+
+def test_white_space_before_the_start_of_an_image_is_a_piece(tokenizer):
+    cat = tokenizer.encode("a cat")
+    (space,) = set(tokenizer.convert_tokens_to_ids(["▁"]))
+    assert tokenizer.encode_before_image("a cat") == tokenizer.encode("a cat ") == cat
+    for text in ("a cat ", "a cat\n", "a cat \t "):
+        assert tokenizer.encode_before_image(text) == [*cat, space]
+    for text in ("", " ", "\n"):  # nothing is said
+        assert tokenizer.encode_before_image(text) == []
+
+
+def test_pipelines_read_prompts_as_they_stand_before_an_image(tokenizer):
+    from cogview_pipelines import CogView2Pipeline
+
+    from ...utils import make_coglm, make_vq_model, token_config
+
+    pipe = CogView2Pipeline(tokenizer, make_coglm(**token_config(tokenizer)), make_vq_model())
+    cat = tokenizer.encode_before_image("a cat ")
+    assert pipe._encode_prompts(["a cat ", "a cat"], None, False) == [cat, cat[:-1]]

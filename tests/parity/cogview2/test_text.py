@@ -30,6 +30,14 @@ def test_special_tokens_and_lookups_are_the_originals(text_tokenizer, texts):
     assert text_tokenizer.boi_token_id == meta["special"]["<start_of_image>"]
 
 
+@pytest.mark.parametrize("text", ["a cat ", "a cat", "一只猫 ", " a cat \n", "a cat  "])
+def test_a_prompt_is_encoded_as_one_string_with_the_start_of_its_image(text_tokenizer, text):
+    """The original encodes `text<start_of_image>`, in which a space at the end of the text is a piece."""
+    whole = text_tokenizer.encode(text + "<start_of_image>")
+    assert [*text_tokenizer.encode_before_image(text), text_tokenizer.boi_token_id] == whole
+    assert len(text_tokenizer.encode_before_image("a cat ")) == len(text_tokenizer.encode("a cat")) + 1
+
+
 RECIPES = {
     "attn_plus": "text_attention_bias",
     "temp_all_gen": "temperature",

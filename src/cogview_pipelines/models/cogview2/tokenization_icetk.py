@@ -133,6 +133,16 @@ class IcetkTokenizer(CodesAndPiecesTokenizer):
         """Id of `<start_of_chinese>`, which stands before a Chinese caption that the model is to write or score."""
         return self._convert_token_to_id(START_OF_CHINESE_TOKEN)
 
+    def encode_before_image(self, text: str) -> list[int]:
+        """
+        Ids of a text as they stand before `<start_of_image>`.
+
+        These are those of [`encode`], but for a text that ends in white space: the space is a piece of its own there,
+        since the original encodes both as one string.
+        """
+        ids = self.encode(text + BOI_TOKEN) if text.strip() and text[-1].isspace() else []
+        return ids[:-1] if ids and ids[-1] == self.boi_token_id else self.encode(text)
+
     # Language --------------------------------------------------------------------------------------------------------
 
     def language(self, text: str | Sequence[int]) -> str:
