@@ -30,6 +30,7 @@ from cogview_pipelines.training.arguments import parse_config, run_script
 from cogview_pipelines.training.data.draws import Draw, seeded_generator
 from cogview_pipelines.training.data.tokens import TokenData, TokenTrainConfig
 from cogview_pipelines.training.loop import train
+from cogview_pipelines.training.processes import load_model, make_model_once
 from cogview_pipelines.training.samples_cogview2 import (
     captioning_sample,
     completion_sample,
@@ -78,7 +79,7 @@ def make_model(config: CogLMTrainConfig, tokenizer: IcetkTokenizer, data: TokenD
     """A new CogLM that fits tokenizer and pictures, or a trained one that must."""
     options = json.loads(config.model)
     if config.init_from is not None:
-        model = CogLMModel.from_pretrained(config.init_from, dtype=torch.float32, **options)
+        model = load_model(CogLMModel, config.init_from, **options)
         data.require_fit(model.config, tokenizer)
         return model
     return CogLMModel(
@@ -214,7 +215,7 @@ def main(arguments: list[str] | None = None) -> CogLMModel | None:
     set_seed(config.seed)
     tokenizer = IcetkTokenizer.from_pretrained(config.tokenizer)
     data = config.load_data(tokenizer)
-    model = make_model(config, tokenizer, data)
+    model = make_model_once(functools.partial(make_model, config, tokenizer, data))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     vqvae = None
@@ -223,7 +224,8 @@ def main(arguments: list[str] | None = None) -> CogLMModel | None:
     if config.embed_codes and config.init_from is None:
         if vqvae is None:
             raise ValueError("`embed_codes` takes code vectors from `vqvae`, which is not given.")
-        embed_codes(model, vqvae)
+        if model.device.type != "meta":
+            embed_codes(model, vqvae)
     return train(
         config,
         model,

@@ -34,6 +34,7 @@ from cogview_pipelines.training.data.draws import Draw, seeded_generator
 from cogview_pipelines.training.data.tokens import CanvasBatch, TokenData, TokenTrainConfig
 from cogview_pipelines.training.loop import train
 from cogview_pipelines.training.losses import canvas_loss, count_labels
+from cogview_pipelines.training.processes import load_model, make_model_once
 
 
 @dataclass
@@ -62,9 +63,9 @@ class DirectSRTrainConfig(TokenTrainConfig):
 
 def make_model(config: DirectSRTrainConfig, data: TokenData) -> CogLMCanvasModel:
     """The CogLM with a canvas; unless asked otherwise, its backbone is frozen and saved with the CogLM only."""
-    transformer = CogLMModel.from_pretrained(config.transformer, dtype=torch.float32)
+    transformer = load_model(CogLMModel, config.transformer)
     if config.init_from is not None:
-        model = CogLMCanvasModel.from_pretrained(config.init_from, dtype=torch.float32)
+        model = load_model(CogLMCanvasModel, config.init_from)
         found = (model.config.super_resolution, model.config.shares_backbone, model.config.fine_grid)
         wanted = ("direct", not config.train_backbone, tuple(data.fine.shape[1:]))
         if found != wanted:
@@ -132,7 +133,7 @@ def main(arguments: list[str] | None = None) -> CogLMCanvasModel | None:
     set_seed(config.seed)
     tokenizer = IcetkTokenizer.from_pretrained(config.tokenizer)
     data = config.load_data(tokenizer).require_fine()
-    model = make_model(config, data)
+    model = make_model_once(functools.partial(make_model, config, data))
     data.require_fit(model.config, tokenizer)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

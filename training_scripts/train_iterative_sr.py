@@ -42,6 +42,7 @@ from cogview_pipelines.training.data.draws import Draw, draw_index, seeded_gener
 from cogview_pipelines.training.data.tokens import CanvasBatch, TokenData, TokenTrainConfig
 from cogview_pipelines.training.loop import train
 from cogview_pipelines.training.losses import canvas_loss, count_labels
+from cogview_pipelines.training.processes import load_model, make_model_once
 
 
 @dataclass
@@ -78,8 +79,8 @@ def make_model(config: IterativeSRTrainConfig, data: TokenData) -> CogLMCanvasMo
         return CogLMCanvasModel(CogLMCanvasConfig.of_transformer(coglm_config, **options))
     found, _ = CogLMConfig.get_config_dict(config.transformer)
     if found.get("super_resolution") == "iterative":  # go on with it
-        return CogLMCanvasModel.from_pretrained(config.transformer, dtype=torch.float32)
-    transformer = CogLMModel.from_pretrained(config.transformer, dtype=torch.float32)
+        return load_model(CogLMCanvasModel, config.transformer)
+    transformer = load_model(CogLMModel, config.transformer)
     return CogLMCanvasModel.from_transformer(transformer, "iterative", fine_grid, **options)
 
 
@@ -128,7 +129,7 @@ def main(arguments: list[str] | None = None) -> CogLMCanvasModel | None:
     set_seed(config.seed)
     tokenizer = IcetkTokenizer.from_pretrained(config.tokenizer)
     data = config.load_data(tokenizer).require_fine()
-    model = make_model(config, data)
+    model = make_model_once(functools.partial(make_model, config, data))
     data.require_fit(model.config, tokenizer)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

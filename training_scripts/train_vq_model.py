@@ -28,7 +28,7 @@ from cogview_pipelines.training.data.pictures import PictureFolder, PicturePool,
 from cogview_pipelines.training.data.prefetch import image_paths
 from cogview_pipelines.training.loop import train
 from cogview_pipelines.training.losses import content_weights, load_perceptual_network, reconstruction_loss
-from cogview_pipelines.training.processes import start_processes
+from cogview_pipelines.training.processes import make_model_once, start_processes
 
 
 @dataclass
@@ -174,7 +174,7 @@ def make_samples(
 def main(arguments: list[str] | None = None) -> IcetkVQModel | None:
     config = parse_config(VQTrainConfig, arguments, description=__doc__)
     set_seed(config.seed)
-    model = IcetkVQModel(IcetkVQConfig(**json.loads(config.model)))
+    model = make_model_once(lambda: IcetkVQModel(IcetkVQConfig(**json.loads(config.model))))
     sources = make_sources(config)
     perceptual_distance = load_perceptual_network(config.perceptual_network) if config.perceptual_network else None
     if config.compile:  # not the codebook, which changes under the hood

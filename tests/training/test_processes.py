@@ -73,3 +73,30 @@ def test_what_the_main_process_raises_reaches_the_caller():
     with pytest.raises(ZeroDivisionError):
         processes.main_first(lambda: 1 // 0)
     assert processes.sum([1.5, 2]) == [1.5, 2] and processes.gather("a") == ["a"] and not processes.any(False)
+
+
+@pytest.mark.parametrize(
+    "option, environment, expected",
+    [
+        (None, {}, ("none", True)),
+        (None, {"ACCELERATE_USE_FSDP": "true"}, ("full", True)),
+        (None, {"ACCELERATE_USE_FSDP": "true", "FSDP_RESHARD_AFTER_FORWARD": "false"}, ("full", False)),
+        (None, {"ACCELERATE_USE_FSDP": "true", "FSDP_SHARDING_STRATEGY": "SHARD_GRAD_OP"}, ("full", False)),
+        (None, {"ACCELERATE_USE_FSDP": "true", "FSDP_RESHARD_AFTER_FORWARD": "HYBRID_SHARD"}, ("hybrid", True)),
+        ("none", {"ACCELERATE_USE_FSDP": "true"}, ("none", True)),
+    ],
+)
+def test_sharding_is_that_of_the_option_and_else_that_of_accelerate_config(monkeypatch, option, environment, expected):
+    for name in ("ACCELERATE_USE_FSDP", "FSDP_RESHARD_AFTER_FORWARD", "FSDP_SHARDING_STRATEGY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    config = resolve(make_config(sharding=option))
+    assert (config.sharding, config.reshard_after_forward) == expected
+
+
+def test_weights_on_the_cpu_are_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    with pytest.raises(ValueError, match=r"keeps weights on the CPU .*Switch it off, or pass --sharding none"):
+        resolve(make_config())

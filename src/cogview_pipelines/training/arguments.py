@@ -88,6 +88,31 @@ class TrainConfig:
     compile: bool = field(
         default=False, metadata={"help": "Run the model's layers through torch.compile.", "resume": UNNOTICED}
     )
+    sharding: str | None = field(
+        default=None,
+        metadata={
+            "help": "none: a copy of the model on each process. full: weights, gradients, moments and average are "
+            "shared out over all processes (FSDP2). hybrid: over `shard_size` of them, with copies between such "
+            "groups. By default full where `accelerate config` asks for FSDP, else none.",
+            "choices": ["none", "full", "hybrid"],
+            "resume": UNNOTICED,
+        },
+    )
+    shard_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "With `--sharding hybrid`: processes that share one copy; by default those of a machine.",
+            "resume": UNNOTICED,
+        },
+    )
+    reshard_after_forward: bool = field(
+        default=True,
+        metadata={
+            "help": "With sharding: give up the gathered weights of a layer after its forward pass, and gather them "
+            "again for the backward pass. Without, a third less communication for more memory.",
+            "resume": UNNOTICED,
+        },
+    )
     ema_decay: float = field(
         default=0.0,
         metadata={

@@ -83,7 +83,8 @@ class MetricsLog:
 
     def close(self):
         self.bar.close()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # `end_training` would end the group of processes, too
+            tracker.finish()
 
 
 def kept_lines(path: Path, last_step: int) -> list[str]:

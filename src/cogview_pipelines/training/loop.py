@@ -208,7 +208,7 @@ class _Run:
                 self.begin_step(step)
             torch.manual_seed(derived_seed(config.seed, "forward", draw.samples.start))  # dropout
             with self.distributed.synchronizing(number == len(passes) - 1):
-                with self.accelerator.autocast():
+                with self.distributed.autocast():
                     loss, metrics = self.compute_loss(self.distributed.forward, batch)
                 scale = self.distributed.gradient_factor / max(total_weight, 1e-30)
                 (loss * (scale * (self.scale.scale if self.scale is not None else 1.0))).backward()

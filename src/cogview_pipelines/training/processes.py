@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -11,16 +12,51 @@ from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import LoggerType, ProjectConfiguration, set_seed
-from torch import distributed
+from torch import distributed, nn
 
 from .arguments import TrainConfig
 
 Config = TypeVar("Config", bound=TrainConfig)
+Model = TypeVar("Model", bound=nn.Module)
+
+
+TIMEOUT = timedelta(minutes=10)  # how long a process waits for the others before it gives up
 
 
 def start_processes() -> PartialState:
     """This process among those that a launcher started (`accelerate launch`, `torchrun`), or alone."""
-    return PartialState(cpu=not torch.accelerator.is_available())
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return PartialState(cpu=not torch.accelerator.is_available(), **({} if alone else {"timeout": TIMEOUT}))
+
+
+def make_model_once(make_model: Callable[[], Model]) -> Model:
+    """
+    A model whose weights are read or drawn by the main process alone; on the others it has shapes, but no weights.
+
+    [`DistributedModel`] gives each process what it needs of them. So they are the same for any number of processes,
+    and no more than one holds all of them.
+
+    Args:
+        make_model (`Callable`): Makes the model on the default device; what reads weights is [`load_model`].
+    """
+    if start_processes().is_main_process:
+        return make_model()
+    with torch.device("meta"):
+        return make_model()
+
+
+def load_model(model_class: type[Model], folder: str, **config) -> Model:
+    """
+    A trained model in float32; on the processes where [`make_model_once`] wants none, its shapes alone.
+
+    Args:
+        model_class (`type`): A `PreTrainedModel`.
+        folder (`str`): Folder or Hub id.
+        config: Fields of its config to change.
+    """
+    if torch.get_default_device().type == "meta":
+        return model_class(model_class.config_class.from_pretrained(folder, **config))
+    return model_class.from_pretrained(folder, dtype=torch.float32, **config)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -80,12 +116,35 @@ def refuse_other_engines() -> None:
 
 
 def resolve(config: Config) -> Config:
-    """The config with the number of forward passes per update that `accelerate config` gives where it leaves that."""
+    """
+    The config with what `accelerate config` says where it leaves that: forward passes per update, and sharding.
+
+    Raises:
+        ValueError: If the Accelerate config asks for weights in the memory of the CPU.
+    """
     passes = config.gradient_accumulation_steps
     if passes is None:
         given = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
         passes = int(given) if given.isdecimal() and int(given) else 1
-    return dataclasses.replace(config, gradient_accumulation_steps=passes)
+    sharding, reshard = config.sharding, config.reshard_after_forward
+    if sharding is None:
+        wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        sharding = "full" if wanted else "none"
+        if wanted:
+            if os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
+                raise ValueError(
+                    "The Accelerate config keeps weights on the CPU (`fsdp_offload_params`), which is not supported. "
+                    "Switch it off, or pass --sharding none."
+                )
+            strategy = (
+                os.environ.get("FSDP_SHARDING_STRATEGY", "").upper()
+                or os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").upper()
+            )
+            reshard = strategy not in ("FALSE", "SHARD_GRAD_OP", "2")
+            sharding = "hybrid" if strategy in ("HYBRID_SHARD", "4") else sharding
+    return dataclasses.replace(
+        config, gradient_accumulation_steps=passes, sharding=sharding, reshard_after_forward=reshard
+    )
 
 
 class Processes:

@@ -373,6 +373,21 @@ def test_a_saved_model_that_shares_holds_only_the_canvas_weights(tmp_path):
     assert torch.equal(loaded.eval()(**arguments).logits, expected)
 
 
+def test_a_backbone_that_was_given_more_tokens_is_lent_saved_and_loaded(tmp_path):
+    transformer, model = shared_pair()
+    arguments = make_arguments(model)
+    expected = model(**arguments).logits
+    rows = transformer.config.vocab_size + 2
+    transformer.resize_token_embeddings(rows)
+    for name, part in (("transformer", transformer), ("canvas", model)):
+        part.save_pretrained(tmp_path / name)
+    backbone = CogLMModel.from_pretrained(tmp_path / "transformer").eval()
+    loaded = CogLMCanvasModel.from_pretrained(tmp_path / "canvas").eval()
+    loaded.share_backbone(backbone)
+    assert loaded.config.vocab_size == len(loaded.word_embeddings.weight) == rows
+    assert torch.equal(loaded(**arguments).logits, expected)
+
+
 @pytest.mark.parametrize(
     "field, value",
     [
@@ -380,7 +395,6 @@ def test_a_saved_model_that_shares_holds_only_the_canvas_weights(tmp_path):
         ("num_hidden_layers", 1),
         ("num_hidden_layers", 3),
         ("num_attention_heads", 2),
-        ("vocab_size", 120),
         ("image_grid", (6, 6)),
         ("image_position", 33),
     ],

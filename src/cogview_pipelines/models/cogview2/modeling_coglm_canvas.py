@@ -28,7 +28,6 @@ BACKBONE_FIELDS = (
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
-    "vocab_size",
     "image_grid",
     "image_position",
 )
@@ -420,6 +419,7 @@ class CogLMCanvasModel(CogLMPreTrainedModel):
         for module, name, path in self._backbone_parameters():
             module._parameters[name] = lent[path]
         self.config.shares_backbone = True
+        self.config.vocab_size = transformer.config.vocab_size  # which may have been given more tokens since
 
     def save_pretrained(
         self,

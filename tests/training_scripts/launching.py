@@ -1,0 +1,180 @@
+"""
+Several processes that train together over gloo, as a launcher would start them.
+
+They are forked from a server that has imported what they need, so that a run of tiny models takes seconds.
+"""
+
+import contextlib
+import importlib.util
+import io
+import multiprocessing
+import os
+import signal
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import distributed
+from torch.distributed.tensor import DTensor
+
+from cogview_pipelines import CogLMCanvasModel, CogLMModel, IcetkTokenizer, IcetkVQModel  # noqa: F401
+from cogview_pipelines.training import checkpoints, distribution, loop  # noqa: F401
+from cogview_pipelines.training.optimizers import Optimizers
+from cogview_pipelines.training.processes import Processes
+
+SCRIPTS = Path(__file__).parents[2] / "training_scripts"
+
+
+def launch(count: int, work: Callable, *arguments, local_count: int | None = None, timeout: float = 600) -> list:
+    """
+    Run `work(*arguments)` on some processes that form a group, and return what each returned.
+
+    Raises:
+        RuntimeError: If one failed or took too long; with the traceback of each.
+    """
+    root = str(Path(__file__).parents[2])
+    if root not in os.environ.get("PYTHONPATH", "").split(os.pathsep):  # the server finds what it preloads by this
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(local_count or count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    pipes, workers = [], []
+    for rank in range(count):
+        receiver, sender = context.Pipe(duplex=False)
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank % (local_count or count))}
+        worker = context.Process(target=_run, args=(environment | ranks, sender, work, arguments), daemon=True)
+        worker.start()
+        sender.close()
+        pipes.append(receiver)
+        workers.append(worker)
+    results, failures = [], []
+    for rank, pipe in enumerate(pipes):
+        try:
+            if not pipe.poll(timeout):
+                raise EOFError("it took too long")
+            succeeded, result = pipe.recv()
+        except EOFError as error:
+            succeeded, result = False, f"process {rank} ended without a result ({error})"
+        (results if succeeded else failures).append(result)
+    for worker in workers:
+        worker.join(10)
+        if worker.is_alive():
+            worker.kill()
+    if failures:
+        raise RuntimeError("\n".join(failures))
+    return results
+
+
+def _run(environment, sender, work, arguments) -> None:
+    if environment["WORLD_SIZE"] != "1":
+        os.environ.update(environment)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            result = work(*arguments)
+        sender.send((True, result))
+    except BaseException:
+        sender.send((False, f"process {environment['RANK']}:\n{traceback.format_exc()}\n{said.getvalue()[-2000:]}"))
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def load_script(name: str):
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_script(name: str, arguments: list[str]) -> bool:
+    """Run a training script; whether it came to its end."""
+    return load_script(name).main(arguments) is not None
+
+
+def first_gradients(name: str, arguments: list[str], mean_of_means: bool = False) -> dict[str, torch.Tensor]:
+    """
+    The gradient of every parameter in the first step, whole.
+
+    Args:
+        mean_of_means (`bool`): Divide on each process by its own labels, which is wrong: the control of the test.
+    """
+    found = {}
+
+    class Enough(Exception):
+        pass
+
+    def keep(optimizers: Optimizers) -> None:
+        for key, parameter in optimizers.parameters.items():
+            gradient = parameter.grad
+            found[key] = (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).clone().numpy()
+        raise Enough
+
+    before = Optimizers.step, Processes.sum
+    Optimizers.step = keep
+    if mean_of_means:
+        Processes.sum = lambda self, values: [value * self.count for value in values]
+    try:
+        load_script(name).main([*arguments, "--max_grad_norm", "0", "--max_steps", "1"])
+    except Enough:
+        pass
+    finally:
+        Optimizers.step, Processes.sum = before
+    return found
+
+
+def killed_in_second_save(name: str, arguments: list[str]) -> None:
+    """Run a training script, of which the last process is killed while it writes its second checkpoint."""
+    saves, write = [], checkpoints.dcp.FileSystemWriter.write_data
+
+    def die(writer, *rest):
+        saves.append(None)
+        if len(saves) == 2 and distributed.get_rank() == distributed.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(writer, *rest)
+
+    checkpoints.dcp.FileSystemWriter.write_data = die
+    load_script(name).main(arguments)
+
+
+def told_to_stop(name: str, arguments: list[str], step: int) -> bool:
+    """Run a training script, of which the last process gets SIGTERM in a step; whether it came to its end."""
+    script = load_script(name)
+    make_batch = script.make_batch
+
+    def make(*rest):
+        if rest[-1].step == step and distributed.get_rank() == distributed.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return make_batch(*rest)
+
+    script.make_batch = make
+    return script.main(arguments) is not None
+
+
+def shares(name: str, arguments: list[str]) -> tuple[bool, dict[str, tuple[int, int]]]:
+    """Whether this process was given weights before they were spread, and elements of each parameter: its own, all."""
+    seen, before = {}, distribution.fill
+
+    def look(model, weights, processes):
+        seen["had weights"] = not any(value.is_meta for value in weights.values())
+        before(model, weights, processes)
+        seen["shares"] = {
+            key: ((value.to_local() if isinstance(value, DTensor) else value).numel(), value.numel())
+            for key, value in model.named_parameters()
+        }
+
+    distribution.fill = look
+    load_script(name).main(arguments)
+    return seen["had weights"], seen["shares"]

@@ -1,0 +1,183 @@
+"""
+Training on several processes is training on one: gradients, losses, checkpoints, what is saved.
+
+Tiny models over gloo on a CPU, without dropout, whose masks differ between processes.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from cogview_pipelines import CogLMModel
+from cogview_pipelines.training.checkpoints import list_checkpoints
+from cogview_pipelines.training.run_folder import read_run
+
+from .conftest import COGLM, WINDOWS, as_arguments
+from .launching import first_gradients, killed_in_second_save, launch, run_script, shares, told_to_stop
+
+NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+TOLERANCE = 1e-5  # of the largest element of each gradient, in float32
+
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),
+    pytest.mark.timeout(900),
+]
+
+
+@pytest.fixture
+def options(tokenizer_folder, coglm_folder, token_folder, tmp_path):
+    """Options of a script, and a folder by name."""
+    own = {
+        "train_coglm": {"model": {**COGLM, **NO_DROPOUT}, "caption_probability": 0.5, "text_loss_weight": 3.0},
+        "train_direct_sr": {"transformer": coglm_folder, "model": {"num_text_slots": 30, **WINDOWS, **NO_DROPOUT}},
+        "train_iterative_sr": {"transformer": coglm_folder, "model": {"num_text_slots": 4, **WINDOWS, **NO_DROPOUT}},
+    }
+    own["train_coglm"]["patch_size"] = 2
+
+    def make(script, name, **more):
+        common = {
+            "output_dir": tmp_path / name,
+            "data": token_folder,
+            "tokenizer": tokenizer_folder,
+            "data_workers": 0,
+            "warmup_steps": 0,
+            "sample_every_steps": 0,
+            "log_every_steps": 1,
+            "checkpoint_every_minutes": 0,
+        }
+        return as_arguments({**common, **own[script], **more})
+
+    return make
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def worst(one, other):
+    """The largest difference of a gradient, relative to its largest element."""
+    assert one.keys() == other.keys()
+    return max(
+        float(np.abs(value - other[name]).max() / max(np.abs(value).max(), 1e-12)) for name, value in one.items()
+    )
+
+
+LAYOUTS = {
+    "accumulated": (1, {"batch_size": 1, "gradient_accumulation_steps": 4}),
+    "copies": (2, {"batch_size": 2, "sharding": "none"}),
+    "sharded": (
+        2,
+        {"batch_size": 1, "sharding": "full", "gradient_accumulation_steps": 2, "gradient_checkpointing": True},
+    ),
+    "gathered once": (2, {"batch_size": 2, "sharding": "full", "reshard_after_forward": False}),
+    "two groups of two": (4, {"batch_size": 1, "sharding": "hybrid", "shard_size": 2}),
+}
+
+
+@pytest.mark.parametrize("script", ["train_coglm", "train_direct_sr", "train_iterative_sr"])
+def test_the_gradient_of_every_parameter_is_that_of_one_process(options, script):
+    layouts = LAYOUTS if script == "train_coglm" else {"sharded": LAYOUTS["sharded"]}
+    (alone,) = launch(1, first_gradients, script, options(script, "one", batch_size=4))
+    for name, (count, more) in layouts.items():
+        together = launch(count, first_gradients, script, options(script, name, **more))
+        for gradients in together:
+            assert worst(alone, gradients) <= TOLERANCE, name
+
+
+def test_a_mean_of_the_means_of_processes_would_be_seen(options):
+    """The control of the test above: with this mistake it fails by far."""
+    (alone,) = launch(1, first_gradients, "train_coglm", options("train_coglm", "one", batch_size=4))
+    arguments = options("train_coglm", "wrong", batch_size=2, sharding="full")
+    wrong = launch(2, first_gradients, "train_coglm", arguments, True)
+    assert worst(alone, wrong[0]) > 1000 * TOLERANCE
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch < 2.9")
+def test_a_run_goes_on_on_any_number_of_processes_with_the_losses_of_one(options, tmp_path):
+    """
+    Ten steps on two processes, sharded, the rest on one and on four; and all of it on one.
+
+    Muon for linear layers, whose updates are orthogonalised in bfloat16, AdamW for the rest, and an average of both.
+    """
+    common = {"optimizer": "muon", "learning_rate": 1e-3, "ema_decay": 0.9, "weight_decay": 0.1}
+
+    def run(count, name, batch_size, max_steps, **more):
+        more = {"batch_size": batch_size, "max_steps": max_steps, **common, **more}
+        assert all(launch(count, run_script, "train_coglm", options("train_coglm", name, **more)))
+
+    run(1, "alone", 4, 30)
+    run(2, "parts", 2, 10, sharding="full")
+    for name, count, batch_size, more in (("one", 1, 4, {}), ("four", 4, 1, {"sharding": "full"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_bytes((tmp_path / "parts/metrics.jsonl").read_bytes())
+        more |= {"resume_from_checkpoint": tmp_path / "parts/checkpoint-10", "keep_checkpoints": 1}
+        run(count, name, batch_size, 30, **more)
+        found, expected = metrics(tmp_path / name), metrics(tmp_path / "alone")
+        assert [line["step"] for line in found] == list(range(1, 31))
+        for key in ("loss", "image_loss", "text_loss"):
+            assert [line[key] for line in found if key in line] == pytest.approx(
+                [line[key] for line in expected if key in line], rel=5e-3
+            )
+        average, whole = (CogLMModel.from_pretrained(tmp_path / each / "final") for each in (name, "alone"))
+        for key, value in whole.state_dict().items():
+            torch.testing.assert_close(average.state_dict()[key], value, rtol=0, atol=2e-3, msg=key)
+
+
+def test_sample_pictures_of_sharded_weights_come_from_the_average_and_leave_no_trace(
+    options,
+    vqvae_folder,
+    tmp_path,
+):
+    common = {"batch_size": 2, "max_steps": 2, "ema_decay": 0.5, "learning_rate": 1e-2, "vqvae": vqvae_folder}
+    for name, more in (
+        ("quiet", {"sharding": "full"}),
+        ("shown", {"sharding": "full", "sample_every_steps": 1, "reshard_after_forward": False}),
+        ("copies", {"sharding": "none", "sample_every_steps": 1}),
+    ):
+        launch(2, run_script, "train_coglm", options("train_coglm", name, **common, **more))
+    losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("quiet", "shown", "copies")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6) and losses[2] == pytest.approx(losses[0], rel=1e-4)
+    for step in (1, 2):
+        pictures = [(tmp_path / name / f"samples/{step:07d}.png").read_bytes() for name in ("shown", "copies")]
+        assert pictures[0] == pictures[1]
+
+
+def test_only_one_process_reads_the_weights_and_each_holds_its_share(options):
+    arguments = options("train_coglm", "run", batch_size=1, max_steps=1, sharding="full")
+    found = launch(2, shares, "train_coglm", arguments)
+    assert [had_weights for had_weights, _ in found] == [True, False]
+    for own in zip(*(held.values() for _, held in found)):
+        assert sum(share for share, _ in own) == own[0][1]
+    totals = [sum(share for share, _ in held.values()) for _, held in found]
+    assert abs(totals[0] - totals[1]) < 0.1 * sum(totals)
+
+
+def test_a_process_that_is_killed_in_the_middle_of_a_save_ends_the_others_and_loses_no_checkpoint(options, tmp_path):
+    more = {"batch_size": 1, "sharding": "full", "checkpoint_every_steps": 2, "keep_checkpoints": 1, "max_steps": 6}
+    with pytest.raises(RuntimeError, match="process 1 ended without a result") as caught:
+        launch(2, killed_in_second_save, "train_coglm", options("train_coglm", "run", **more), timeout=300)
+    assert "process 0:" in str(
+        caught.value
+    )  # which failed, too, with an error, before the group's patience of ten minutes
+    assert "it took too long" not in str(caught.value)
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    assert read_run(tmp_path / "run")["state"] == "failed"
+    more["resume_from_checkpoint"] = "latest"
+    assert all(launch(2, run_script, "train_coglm", options("train_coglm", "run", **more)))
+    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 7))
+    assert not list((tmp_path / "run").glob(".partial*")) and (tmp_path / "run/final/config.json").is_file()
+
+
+def test_a_signal_to_one_process_stops_all_with_one_checkpoint(options, tmp_path):
+    arguments = options("train_coglm", "run", batch_size=1, max_steps=50, sharding="full")
+    assert launch(2, told_to_stop, "train_coglm", arguments, 2) == [False, False]
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-3"]
+    assert read_run(tmp_path / "run")["state"] == "interrupted"
+
+
+def test_what_cannot_be_shared_out_is_said(options):
+    arguments = options("train_coglm", "run", batch_size=1, max_steps=1, sharding="hybrid", shard_size=3)
+    with pytest.raises(RuntimeError, match="`shard_size` must divide the 2 processes, but is 3"):
+        launch(2, run_script, "train_coglm", arguments)
