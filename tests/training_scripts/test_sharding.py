@@ -9,8 +9,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from cogview_pipelines import CogLMModel
+from cogview_pipelines import CogLMModel, IcetkVQModel
 from cogview_pipelines.training.checkpoints import list_checkpoints
 from cogview_pipelines.training.run_folder import read_run
 
@@ -181,3 +182,26 @@ def test_what_cannot_be_shared_out_is_said(options):
     arguments = options("train_coglm", "run", batch_size=1, max_steps=1, sharding="hybrid", shard_size=3)
     with pytest.raises(RuntimeError, match="`shard_size` must divide the 2 processes, but is 3"):
         launch(2, run_script, "train_coglm", arguments)
+
+
+def test_the_image_tokenizer_trains_by_copies_and_says_that_it_cannot_be_shared_out(tmp_path):
+    for index in range(4):
+        Image.new("RGB", (32, 32), (60 * index, 255 - 60 * index, 128)).save(tmp_path / f"{index}.png")
+    model = {
+        "num_embeddings": 16,
+        "embedding_dim": 8,
+        "base_channels": 8,
+        "norm_num_groups": 4,
+        "mid_attention": False,
+        "compression_rates": [8],
+        "num_clusters": 4,
+    }
+    common = {"image_folder": tmp_path, "model": model, "resolutions": [16], "max_steps": 2, "batch_size": 2}
+    common |= {"data_workers": 0, "sample_every_steps": 2, "warmup_steps": 0}
+    assert all(launch(2, run_script, "train_vq_model", as_arguments({"output_dir": tmp_path / "run", **common})))
+    assert IcetkVQModel.from_pretrained(tmp_path / "run/final").cluster_labels.numel() == 16
+    sharded = as_arguments({"output_dir": tmp_path / "other", **common, "sharding": "full"})
+    with pytest.raises(
+        RuntimeError, match=r"IcetkVQModel does not say what its layers are. Train it with --sharding none"
+    ):
+        launch(2, run_script, "train_vq_model", sharded)
