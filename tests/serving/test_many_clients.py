@@ -8,7 +8,7 @@ import weakref
 
 import httpx
 
-from cogview_pipelines.serving.jobs import Job
+from cogview_pipelines.serving.jobs import Job, Work
 
 from .conftest import LOW, PROMPT, assert_error, half_mask, picture, png, wait_for
 
@@ -202,7 +202,7 @@ def test_a_server_that_stops_lets_nobody_in(serve):
 
 
 def test_a_job_that_nobody_asks_for_any_more_is_cancelled():
-    job = Job("generation", [], lease=0.0)
+    job = Job("generation", Work([]), lease=0.0)
     wait_for(lambda: job.is_cancelled)
     job.renew()
     assert job.is_cancelled  # for good

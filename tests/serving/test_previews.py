@@ -7,7 +7,7 @@ import torch
 
 from cogview_pipelines.pipelines.common import preview_budget
 from cogview_pipelines.serving import studio as studio_module
-from cogview_pipelines.serving.jobs import Job
+from cogview_pipelines.serving.jobs import Job, Work
 from cogview_pipelines.serving.schemas import GenerationRequest
 from cogview_pipelines.serving.settings import ServerSettings
 from cogview_pipelines.serving.studio import Studio
@@ -23,7 +23,7 @@ class Listener(Job):
 
     def __init__(self):
         self.previews = []
-        super().__init__("generation", [], wants_previews=True)
+        super().__init__("generation", Work([]), wants_previews=True)
 
     def __setattr__(self, name, value):
         super().__setattr__(name, value)
@@ -51,7 +51,10 @@ def previews(pipe, monkeypatch):
 
         monkeypatch.setattr(studio_module, "checkpoint", step)
         monkeypatch.setattr(pipe, "preview", preview, raising=False)
-        Studio(pipe, "tiny", ServerSettings()).generate(GenerationRequest(prompt=PROMPT, n=1, seed=1), job)
+        work = Studio(pipe, "tiny", ServerSettings()).generation(GenerationRequest(prompt=PROMPT, n=1, seed=1))
+        job.state = work.state
+        for stage in work.stages:
+            stage.run([job])
         return job.previews
 
     return run

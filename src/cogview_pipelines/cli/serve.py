@@ -25,6 +25,9 @@ def serve(
     ),
     page: bool = typer.Option(True, help="Serve the page, too, not the API only."),
     queue_limit: int = typer.Option(32, min=1, max=1000, help="Requests that wait or are computed at a time."),
+    batch_size: int = typer.Option(
+        8, min=1, max=64, help="Pictures of several requests that are computed together; 1: one request at a time."
+    ),
     job_timeout: float = typer.Option(600, min=1, help="Seconds until the work for a request is stopped."),
     max_images: int = typer.Option(8, min=1, max=64, help="Pictures in a request."),
     max_pixels: int = typer.Option(4_200_000, min=1, max=100_000_000, help="Pixels that a request may send in."),
@@ -51,6 +54,7 @@ def serve(
         allowed_hosts=tuple(allow_host or ()),
         page=page,
         queue_limit=queue_limit,
+        batch_size=batch_size,
         job_timeout=job_timeout,
         max_images=max_images,
         max_pixels=max_pixels,

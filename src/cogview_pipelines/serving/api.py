@@ -4,7 +4,6 @@ import asyncio
 import base64
 import functools
 import time
-from collections.abc import Callable
 from typing import Any
 
 import anyio.to_thread
@@ -17,7 +16,7 @@ from ..pictures.files import as_mask, opacity_of
 from . import schemas
 from .errors import CLIENT_CLOSED_REQUEST, ApiError, bad_request
 from .forms import read_form, read_json, read_pictures
-from .jobs import Job, JobCancelled, alone
+from .jobs import Job, JobCancelled, Work, alone
 from .metrics import Metrics
 from .settings import ServerSettings
 from .studio import Made, Studio
@@ -59,7 +58,7 @@ def make_router(studio: Studio, worker: Worker, metrics: Metrics, settings: Serv
         with worker.place(request.state.upload) as place:
             wanted = schemas.parse(schemas.GenerationRequest, await read_json(request), strict=True)
             studio.check_generation(wanted)
-            made = await _result(request, place, "generation", functools.partial(studio.generate, wanted))
+            made = await _result(request, place, "generation", studio.generation(wanted))
             return await _pictures("generation", wanted, made)
 
     @router.post("/v1/images/edits", openapi_extra=_body(schemas.EditRequest, "image", "mask"))
@@ -80,7 +79,8 @@ def make_router(studio: Studio, worker: Worker, metrics: Metrics, settings: Serv
                     "missing_parameter",
                 )
             studio.check_edit(wanted, image, mask)
-            made = await _result(request, place, "edit", functools.partial(studio.edit, wanted, image, mask))
+            work = alone(functools.partial(studio.edit, wanted, image, mask))
+            made = await _result(request, place, "edit", work)
             return await _pictures("edit", wanted, made)
 
     @router.post("/v1/images/upscales", openapi_extra=_body(schemas.UpscaleRequest, "image"))
@@ -91,7 +91,7 @@ def make_router(studio: Studio, worker: Worker, metrics: Metrics, settings: Serv
             wanted = schemas.parse(schemas.UpscaleRequest, values, strict=False)
             [image] = await read_pictures(files, "image", settings)
             studio.check_upscale(wanted, image)
-            made = await _result(request, place, "upscale", functools.partial(studio.upscale, wanted, image))
+            made = await _result(request, place, "upscale", studio.enlargement(wanted, image))
             return await _pictures("upscale", wanted, made)
 
     @router.post("/v1/images/captions", openapi_extra=_body(schemas.CaptionRequest, "image"))
@@ -102,7 +102,8 @@ def make_router(studio: Studio, worker: Worker, metrics: Metrics, settings: Serv
             wanted = schemas.parse(schemas.CaptionRequest, values, strict=False)
             studio.check_caption(wanted, len(files.get("image", [])))
             images = await read_pictures(files, "image", settings, most=settings.max_images)
-            found = await _result(request, place, "caption", functools.partial(studio.caption, wanted, images))
+            work = alone(functools.partial(studio.caption, wanted, images))
+            found = await _result(request, place, "caption", work)
             data = [{"index": index, "captions": captions} for index, captions in enumerate(found)]
             return JSONResponse({"object": "list", "model": studio.name, "data": data})
 
@@ -114,7 +115,8 @@ def make_router(studio: Studio, worker: Worker, metrics: Metrics, settings: Serv
             wanted = schemas.parse(schemas.ScoreRequest, values, strict=False)
             studio.check_scores(wanted)
             [image] = await read_pictures(files, "image", settings)
-            data = await _result(request, place, "score", functools.partial(studio.score, wanted, image))
+            work = alone(functools.partial(studio.score, wanted, image))
+            data = await _result(request, place, "score", work)
             warnings = studio.warnings(prompt=" ".join(wanted.prompt))
             return JSONResponse({"object": "list", "model": studio.name, "data": data, "warnings": warnings})
 
@@ -145,9 +147,9 @@ def _entry(made: Made, content: bytes) -> dict[str, Any]:
     return entry if made.score is None else {**entry, "score": made.score}
 
 
-async def _result(request: Request, place: Place, kind: str, work: Callable[[Job], Any]) -> Any:
+async def _result(request: Request, place: Place, kind: str, work: Work) -> Any:
     """What the work makes; it is cancelled when the client leaves."""
-    job = place.submit(Job(kind, alone(work), request_id=request.state.request_id))
+    job = place.submit(Job(kind, work, request_id=request.state.request_id))
     future = asyncio.ensure_future(asyncio.wrap_future(job.future))
     gone = asyncio.ensure_future(_disconnected(request))
     try:

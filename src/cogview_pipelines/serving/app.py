@@ -32,7 +32,7 @@ def create_app(pipe: CogView2Pipeline, settings: ServerSettings, name: str = "co
         `FastAPI`: The application; `app.state.worker` is the [`Worker`], which starts and stops with it.
     """
     metrics = Metrics()
-    worker = Worker(settings.queue_limit, settings.job_timeout, metrics)
+    worker = Worker(settings.queue_limit, settings.job_timeout, metrics, settings.batch_size)
     studio = Studio(pipe, name, settings)
 
     @contextlib.asynccontextmanager

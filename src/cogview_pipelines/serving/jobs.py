@@ -31,14 +31,30 @@ class Stage:
     run: Callable[[list["Job"]], None]
 
 
-def alone(work: Callable[["Job"], Any]) -> list[Stage]:
-    """The one stage of a job that shares nothing; what the work returns is the result."""
+@dataclass(frozen=True)
+class Work:
+    """
+    What there is to do for a request.
+
+    Args:
+        stages (sequence of [`Stage`]): In order.
+        state: What the first one begins with.
+        size (`int`): Pictures, of which a batch has so many at the most.
+    """
+
+    stages: Sequence[Stage]
+    state: Any = None
+    size: int = 1
+
+
+def alone(work: Callable[["Job"], Any]) -> Work:
+    """Work that shares nothing, in one stage; what the function returns is the result."""
 
     def run(jobs: list["Job"]) -> None:
         [job] = jobs
         job.state = work(job)
 
-    return [Stage(object(), run)]
+    return Work([Stage(object(), run)])
 
 
 class Job:
@@ -47,8 +63,7 @@ class Job:
 
     Args:
         kind (`str`): For the metrics.
-        stages (sequence of [`Stage`]): What is to be done, in order.
-        size (`int`): Pictures, of which a batch has so many at the most.
+        work ([`Work`]): What is to be done.
         request_id (`str`): For the log.
         wants_previews (`bool`): Whether somebody looks at `preview`.
         lease (`float`, *optional*): Cancel the job when `renew` was not called for so many seconds.
@@ -57,17 +72,16 @@ class Job:
     def __init__(
         self,
         kind: str,
-        stages: Sequence[Stage],
-        size: int = 1,
+        work: Work,
         request_id: str = "-",
         wants_previews: bool = False,
         lease: float | None = None,
     ):
-        self.kind, self.size, self.request_id, self.wants_previews = kind, size, request_id, wants_previews
-        self.stages = tuple(stages)
-        self.state: Any = None
+        self.kind, self.request_id, self.wants_previews = kind, request_id, wants_previews
+        self.stages, self.state, self.size = tuple(work.stages), work.state, work.size
         self.future: Future = Future()
         self.preview: Any = None  # the latest one only: nobody needs those before
+        self.budget: Any = None  # of its previews
         self.deadline, self.timeout = math.inf, math.inf
         self.has_ended = False
         self.created, self.started = time.monotonic(), math.inf

@@ -17,7 +17,7 @@ from ..pictures.files import as_mask
 from . import page_errors, page_html, schemas
 from .errors import ApiError, bad_request, internal_error
 from .forms import decode_picture
-from .jobs import Job, JobCancelled, alone
+from .jobs import Job, JobCancelled, Work, alone
 from .metrics import Metrics
 from .page_texts import LANGUAGES, preferred_language, text
 from .settings import ServerSettings
@@ -182,10 +182,10 @@ class Page:
             num_lopar_steps=steps,
         )
 
-        async def prepare() -> Callable[[Job], list[Made]]:
+        async def prepare() -> Work:
             wanted = schemas.parse(schemas.GenerationRequest, fields, strict=False)
             self.studio.check_generation(wanted)
-            return functools.partial(self.studio.generate, wanted)
+            return self.studio.generation(wanted)
 
         async for state in self._follow("generation", prepare, self._show_pictures, language):
             yield state
@@ -204,11 +204,11 @@ class Page:
             negative_prompt=negative,
         )
 
-        async def prepare() -> Callable[[Job], list[Made]]:
+        async def prepare() -> Work:
             wanted = schemas.parse(schemas.EditRequest, fields, strict=False)
             image, white = await self._picture(picture, "image"), as_mask(await self._picture(mask, "mask"))
             self.studio.check_edit(wanted, image, white)
-            return functools.partial(self.studio.edit, wanted, image, white)
+            return alone(functools.partial(self.studio.edit, wanted, image, white))
 
         async for state in self._follow("edit", prepare, self._show_pictures, language):
             yield state
@@ -217,11 +217,11 @@ class Page:
         """A picture, enlarged."""
         fields = _given(prompt=prompt, num_levels=levels, seed=seed)
 
-        async def prepare() -> Callable[[Job], list[Made]]:
+        async def prepare() -> Work:
             wanted = schemas.parse(schemas.UpscaleRequest, fields, strict=False)
             image = await self._picture(picture, "image")
             self.studio.check_upscale(wanted, image)
-            return functools.partial(self.studio.upscale, wanted, image)
+            return self.studio.enlargement(wanted, image)
 
         async for state in self._follow("upscale", prepare, self._show_pictures, language):
             yield state
@@ -230,10 +230,10 @@ class Page:
         """Captions of a picture."""
         fields = {"language": caption_language, "strategy": strategy, "n": 3 if strategy == "best_of" else 1}
 
-        async def prepare() -> Callable[[Job], list[list[dict]]]:
+        async def prepare() -> Work:
             wanted = schemas.parse(schemas.CaptionRequest, fields, strict=False)
             self.studio.check_caption(wanted, 1)
-            return functools.partial(self.studio.caption, wanted, [await self._picture(picture, "image")])
+            return alone(functools.partial(self.studio.caption, wanted, [await self._picture(picture, "image")]))
 
         async def show(found: list[list[dict]], kind: str, language: str) -> str:
             rows = [(entry["text"], entry["score"]) for entry in found[0]]
@@ -246,10 +246,10 @@ class Page:
         """Texts, the one that describes a picture best first."""
         fields = {"prompt": [line.strip() for line in texts.splitlines() if line.strip()]}
 
-        async def prepare() -> Callable[[Job], list[dict]]:
+        async def prepare() -> Work:
             wanted = schemas.parse(schemas.ScoreRequest, fields, strict=False)
             self.studio.check_scores(wanted)
-            return functools.partial(self.studio.score, wanted, await self._picture(picture, "image"))
+            return alone(functools.partial(self.studio.score, wanted, await self._picture(picture, "image")))
 
         async def show(found: list[dict], kind: str, language: str) -> str:
             return page_html.table(
@@ -267,7 +267,7 @@ class Page:
                 yield page_html.waiting(language)
                 work = await prepare()
                 name = f"page-{uuid.uuid4().hex[:11]}"
-                job = Job(kind, alone(work), request_id=name, wants_previews=True, lease=LEASE_SECONDS)
+                job = Job(kind, work, request_id=name, wants_previews=True, lease=LEASE_SECONDS)
                 place.submit(job)
                 shown, at = None, time.monotonic()
                 while not job.future.done():

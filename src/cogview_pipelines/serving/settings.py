@@ -16,6 +16,7 @@ class ServerSettings:
             loopback address, only these and the names of this machine's loopback are answered.
         page (`bool`): Serve the page, too.
         queue_limit (`int`): Requests that may wait or be computed at a time.
+        batch_size (`int`): Pictures of several requests that are computed together at the most.
         job_timeout (`float`): Seconds from the arrival of a request until its work is stopped.
         head_timeout (`float`): Seconds for the head of a request to arrive on an open connection.
         body_timeout (`float`): Seconds for the body of a request to arrive.
@@ -41,6 +42,7 @@ class ServerSettings:
     allowed_hosts: tuple[str, ...] = ()
     page: bool = True
     queue_limit: int = 32
+    batch_size: int = 8
     job_timeout: float = 600.0
     head_timeout: float = 30.0
     body_timeout: float = 60.0

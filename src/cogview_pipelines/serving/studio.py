@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import random
 import re
@@ -18,10 +19,11 @@ from ..pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
 from ..pipelines.cogview2.pipeline_cogview2_caption import CogView2CaptionPipeline
 from ..pipelines.cogview2.pipeline_cogview2_inpaint import CogView2InpaintPipeline
 from ..pipelines.cogview2.pipeline_cogview2_upscale import CogView2UpscalePipeline
+from ..pipelines.cogview2.staged import Order, StagedPipeline
 from ..pipelines.common.notifier import Callback
 from ..pipelines.common.preview_budget import PreviewBudget
 from .errors import ApiError, bad_request
-from .jobs import Job, checkpoint
+from .jobs import Job, Stage, Work, checkpoint
 from .schemas import (
     CaptionRequest,
     EditRequest,
@@ -97,6 +99,7 @@ class Studio:
     def __init__(self, pipe: CogView2Pipeline, name: str, settings: ServerSettings):
         self.name, self.bounds = name, settings
         self.text_to_image = pipe
+        self.staged = StagedPipeline(pipe)
         self.inpainting = CogView2InpaintPipeline.from_pipe(pipe)
         self.captioning = CogView2CaptionPipeline.from_pipe(pipe)
         self.upscaling = None
@@ -186,22 +189,48 @@ class Studio:
 
     # Work, in the thread of the worker -------------------------------------------------------------------------------
 
-    def generate(self, request: GenerationRequest, job: Job) -> list[Made]:
-        """Pictures of a prompt, best first if there are candidates."""
+    def generation(self, request: GenerationRequest) -> Work:
+        """
+        What there is to do for pictures of a prompt, best first if there are candidates: stage by stage, together with
+        other requests whose settings are the same.
+
+        Raises:
+            ApiError: If the request cannot be served.
+        """
         count = request.num_candidates or request.n
-        pipe = self.text_to_image
-        with self._stoppable([job]), _explained():
-            output = pipe(
+        with _explained():
+            order = self.staged.order(
                 request.prompt,
-                num_images_per_prompt=request.n,
+                _generators(request.seed, count),
+                num_images=request.n,
                 num_candidates=request.num_candidates,
                 **self._size(request.size),
                 **self._settings(request),
-                generator=_generators(request.seed, count),
-                callback_on_step_end=self._watch(job),
             )
-        scores = output.scores or [None] * len(output.images)
-        return [Made(*each) for each in zip(output.images, output.seeds, output.prompts, scores)]
+        draft, *refinements, decode = order.keys
+        stages = [Stage(draft, self._draft)]
+        stages += [Stage(key, self._refine) for key in refinements]
+        return Work([*stages, Stage(decode, self._decode)], order, size=count)
+
+    def _draft(self, jobs: list[Job]) -> None:
+        orders = [job.state for job in jobs]
+        with self._stoppable(jobs), _explained():
+            self.staged.draft(orders, self._watch(jobs, _owners(jobs, orders)))
+
+    def _refine(self, jobs: list[Job]) -> None:
+        orders = [job.state for job in jobs]
+        with self._stoppable(jobs), _explained():
+            self.staged.refine(orders, self._watch(jobs, _owners(jobs, orders)))
+
+    def _decode(self, jobs: list[Job]) -> None:
+        orders = [job.state for job in jobs]
+        with self._stoppable(jobs), _explained():
+            found = self.staged.decode(orders)
+        for job, order, images in zip(jobs, orders, found):
+            scores = order.scores or [None] * len(images)
+            job.state = [
+                Made(image, seed, order.prompt, *more) for image, seed, *more in zip(images, order.seeds, scores)
+            ]
 
     def edit(self, request: EditRequest, image: Image.Image, mask: Image.Image, job: Job) -> list[Made]:
         """Pictures with the masked part painted anew."""
@@ -213,22 +242,30 @@ class Studio:
                 num_images_per_prompt=request.n,
                 **self._settings(request),
                 generator=_generators(request.seed, request.n),
-                callback_on_step_end=self._watch(job),
+                callback_on_step_end=self._watch([job]),
             )
         return [Made(*each) for each in zip(output.images, output.seeds, output.prompts)]
 
-    def upscale(self, request: UpscaleRequest, image: Image.Image, job: Job) -> list[Made]:
-        """The picture, enlarged."""
-        with self._stoppable([job]), _explained():
+    def enlargement(self, request: UpscaleRequest, image: Image.Image) -> Work:
+        """What there is to do for a picture enlarged, together with others of its size whose settings are the same."""
+        settings = self._settings(request)
+        key = ("upscale", image.size, request.num_levels, repr(sorted(settings.items())))
+        run = functools.partial(self._upscale, num_levels=request.num_levels, **settings)
+        return Work([Stage(key, run)], (image, request.prompt, request.seed))
+
+    def _upscale(self, jobs: list[Job], **settings: Any) -> None:
+        states = [job.state for job in jobs]
+        images, prompts, seeds = (list(each) for each in zip(*states))
+        with self._stoppable(jobs), _explained():
             output = self.upscaling(
-                image,
-                request.prompt,
-                num_levels=request.num_levels,
-                **self._settings(request),
-                generator=_generators(request.seed, 1),
-                callback_on_step_end=self._watch(job),
+                images,
+                prompts,
+                **settings,
+                generator=[generator for seed in seeds for generator in _generators(seed, 1)],
+                callback_on_step_end=self._watch(jobs, owners=jobs),
             )
-        return [Made(*each) for each in zip(output.images, output.seeds, output.prompts)]
+        for job, *made in zip(jobs, output.images, output.seeds, output.prompts):
+            job.state = [Made(*made)]
 
     def caption(self, request: CaptionRequest, images: list[Image.Image], job: Job) -> list[list[dict]]:
         """Captions of each picture with their scores, best first."""
@@ -311,21 +348,32 @@ class Studio:
             for handle in handles:
                 handle.remove()
 
-    def _watch(self, job: Job) -> Callback:
-        """A callback that ends the work when it is to stop, and says how far it is."""
-        budget = PreviewBudget(PREVIEW_SHARE)
+    def _watch(self, jobs: list[Job], owners: list[Job] | None = None) -> Callback:
+        """
+        A callback that ends what is to stop, and says how far the others are.
+
+        Args:
+            jobs (`list[Job]`): Whose work it is.
+            owners (`list[Job]`, *optional*): Whose each of its pictures is, if there are several jobs.
+        """
+        watched = [job for job in jobs if job.wants_previews]
+        for job in watched:
+            job.budget = job.budget or PreviewBudget(PREVIEW_SHARE)
+            job.budget.max_share = PREVIEW_SHARE / len(watched)
 
         def on_step(pipe: Any, step: int, timestep: int, kwargs: dict) -> None:
-            checkpoint([job])
-            if not job.wants_previews:
-                return
-            stage, tokens = kwargs["stage"], kwargs["tokens"][:PREVIEWED]
+            checkpoint(jobs)
+            stage, tokens, indices = kwargs["stage"], kwargs["tokens"], kwargs["image_indices"]
             if stage == "transformer" and timestep % tokens.shape[-1]:
                 return  # a row is not complete
-            images = job.preview.images if job.preview else []
-            if pipe is not self.upscaling and budget.allows(tokens):
-                images = budget.make(pipe, tokens.cpu())
-            job.preview = Preview(stage, timestep, images)
+            for job in watched:
+                rows = [row for row, index in enumerate(indices) if owners is None or owners[index] is job]
+                if job.has_ended or not rows:
+                    continue
+                images, own = job.preview.images if job.preview else [], tokens[rows[:PREVIEWED]]
+                if pipe is not self.upscaling and job.budget.allows(own):
+                    images = job.budget.make(pipe, own.cpu())
+                job.preview = Preview(stage, timestep, images)
 
         return on_step
 
@@ -406,6 +454,11 @@ def _explained() -> Iterator[None]:
         raise ApiError(
             503, "There is not enough memory for this. Ask for fewer or smaller pictures.", "out_of_memory"
         ) from None
+
+
+def _owners(jobs: list[Job], orders: list[Order]) -> list[Job]:
+    """Whose each of the pictures of some orders is."""
+    return [job for job, order in zip(jobs, orders) for _ in order.seeds]
 
 
 def _generators(seed: int | None, count: int) -> list[torch.Generator]:

@@ -35,17 +35,17 @@ Scorer = Callable[[list[PIL.Image.Image], list[str]], Sequence[float]]
 
 
 @dataclass
-class _Pictures:
+class Pictures:
     """Text, what guidance leads away from (if it does), and generator of each of some pictures."""
 
     texts: list[list[int]]
     negatives: list[list[int]] | None
     generators: list[torch.Generator]
 
-    def only(self, indices: Iterable[int]) -> "_Pictures":
+    def only(self, indices: Iterable[int]) -> "Pictures":
         """Some of them."""
         indices = list(indices)
-        return _Pictures(
+        return Pictures(
             [self.texts[index] for index in indices],
             None if self.negatives is None else [self.negatives[index] for index in indices],
             [self.generators[index] for index in indices],
@@ -185,7 +185,7 @@ class CogView2Pipeline(PreviewMixin, CogView2PipelineBase):
         texts = self._encode_prompts(prompts, style, super_resolve)
         stages = self._stages(settings) if super_resolve else []
         num_drafts = len(prompts) * (num_candidates or num_kept)
-        drafts = _Pictures(
+        drafts = Pictures(
             [text for text in texts for _ in range(num_drafts // len(texts))],
             None if negatives is None else [text for text in negatives for _ in range(num_drafts // len(texts))],
             one_generator_per_image(generator, num_drafts),
@@ -273,7 +273,7 @@ class CogView2Pipeline(PreviewMixin, CogView2PipelineBase):
 
     # Stages ----------------------------------------------------------------------------------------------------------
 
-    def _draft(self, call: Call, drafts: _Pictures, settings: SamplingSettings, batch_size: int) -> torch.Tensor:
+    def _draft(self, call: Call, drafts: Pictures, settings: SamplingSettings, batch_size: int) -> torch.Tensor:
         """Low-resolution tokens of all drafts, `(num_drafts, rows, columns)`."""
         layout, num_steps = self.layout, self.layout.image_length
         sampler, device = self._cluster_sampler(settings), self._device_of(self.transformer)
@@ -307,7 +307,7 @@ class CogView2Pipeline(PreviewMixin, CogView2PipelineBase):
         return _in_batches(draft, call, drafts.generators, batch_size, num_steps).unflatten(1, layout.image_grid)
 
     def _refine(
-        self, call: Call, pictures: _Pictures, stage: Stage, tokens: torch.Tensor, num_done: int, batch_size: int
+        self, call: Call, pictures: Pictures, stage: Stage, tokens: torch.Tensor, num_done: int, batch_size: int
     ) -> torch.Tensor:
         """Tokens of all pictures after a stage of super-resolution; `num_done` steps were before it."""
 
