@@ -1,12 +1,13 @@
 #!/usr/bin/env python
 """
 What previews cost: the same pictures made by a call, by `stream` with its limit on previews, and by `stream` with
-every preview, in turns; and one preview by itself.
+every preview, in turns, for previews put together from patches and for decoded ones; and one of each by itself.
 
     python benchmarks/bench_previews.py --device cpu
     python benchmarks/bench_previews.py --model FOLDER --device cuda --dtype bfloat16 --num-images 4 --json
 """
 
+import functools
 import json
 import statistics
 import time
@@ -55,18 +56,19 @@ def main(
     def plain():
         pipe("a tiger", generator=torch.Generator().manual_seed(1), **call)
 
-    def watched(share: float | None, counts: list[int]):
+    def watched(share: float | None, full: bool, counts: list[int]):
         generator = torch.Generator().manual_seed(1)
-        settings = {"rows_per_preview": rows_per_preview, "max_preview_share": share}
+        settings = {"rows_per_preview": rows_per_preview, "max_preview_share": share, "full_previews": full}
         *previews, _ = pipe.stream("a tiger", generator=generator, **settings, **call)
         counts.append(len(previews))
 
-    counts: dict[str, list[int]] = {"limited": [], "all": []}
-    ways = {
-        "none": plain,
-        "limited": lambda: watched(max_preview_share, counts["limited"]),
-        "all": lambda: watched(None, counts["all"]),
-    }
+    shares = {"limited": max_preview_share, "all": None}
+    names = {f"{kind}_{name}": (name, kind == "full") for kind in ("patches", "full") for name in shares}
+    counts: dict[str, list[int]] = {name: [] for name in names}
+    ways = {"none": plain}
+    for key, (name, full) in names.items():
+        ways[key] = functools.partial(watched, shares[name], full, counts[key])
+    seconds_for_patches = seconds(pipe.code_patches, device)  # before they are needed
     for work in ways.values():
         work()
     for made in counts.values():
@@ -82,17 +84,16 @@ def main(
         "rows_per_preview": rows_per_preview,
         "max_preview_share": max_preview_share,
         "repeats": repeats,
-        "num_possible_previews": statistics.median(counts["all"]),
-        "num_previews": statistics.median(counts["limited"]),
+        "num_possible_previews": statistics.median(counts["full_all"]),
         "seconds_without_previews": statistics.median(turn["none"] for turn in turns),
-        "seconds_with_previews": statistics.median(turn["limited"] for turn in turns),
-        "seconds_with_all_previews": statistics.median(turn["all"] for turn in turns),
-        "share_of_previews": statistics.median(turn["limited"] / turn["none"] for turn in turns) - 1,
-        "share_of_all_previews": statistics.median(turn["all"] / turn["none"] for turn in turns) - 1,
-        "seconds_per_draft_preview": statistics.median(
-            seconds(lambda: pipe.preview(drafts), device) for _ in range(repeats)
-        ),
+        "seconds_for_patches": seconds_for_patches,
     }
+    for key in names:
+        result[f"num_previews_{key}"] = statistics.median(counts[key])
+        result[f"share_of_previews_{key}"] = statistics.median(turn[key] / turn["none"] for turn in turns) - 1
+    for kind, draw in (("patches", pipe.sketch), ("full", pipe.preview)):
+        costs = [seconds(functools.partial(draw, drafts), device) for _ in range(repeats)]
+        result[f"seconds_per_draft_preview_{kind}"] = statistics.median(costs)
     if as_json:
         print(json.dumps(result))
     else:

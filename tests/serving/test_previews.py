@@ -50,7 +50,7 @@ def previews(pipe, monkeypatch):
             return [len(job.previews)]
 
         monkeypatch.setattr(studio_module, "checkpoint", step)
-        monkeypatch.setattr(pipe, "preview", preview, raising=False)
+        monkeypatch.setattr(pipe, "sketch", preview, raising=False)
         work = Studio(pipe, "tiny", ServerSettings()).generation(GenerationRequest(prompt=PROMPT, n=1, seed=1))
         job.state = work.state
         for stage in work.stages:

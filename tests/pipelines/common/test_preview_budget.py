@@ -38,7 +38,8 @@ def time(monkeypatch):
     time = Time()
     monkeypatch.setattr(preview_budget, "perf_counter", time)
     monkeypatch.setattr(preview_budget, "_warm_devices", {torch.device("cpu")})
-    monkeypatch.setattr(PreviewMixin, "preview", lambda pipe, tokens: time.preview(pipe, tokens))
+    for name in ("preview", "sketch"):
+        monkeypatch.setattr(PreviewMixin, name, lambda pipe, tokens: time.preview(pipe, tokens))
     return time
 
 

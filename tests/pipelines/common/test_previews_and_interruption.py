@@ -14,9 +14,12 @@ from cogview_pipelines import (
     CogView2PreviewOutput,
     CogView2UpscalePipeline,
     GenerationInterrupted,
+    IcetkVQModel,
 )
+from cogview_pipelines.environment import SHIPPED_MODEL
 from cogview_pipelines.models.cogview2.modeling_coglm import CogLMModel
 from cogview_pipelines.models.cogview2.modeling_coglm_canvas import CogLMCanvasModel
+from cogview_pipelines.pipelines.common.code_patches import code_patches
 
 from ...utils import make_image_tokens
 from ..cogview2.test_shared_components import PIPELINES
@@ -233,6 +236,54 @@ def test_a_stream_gives_every_row_and_every_pass_and_then_the_pictures_of_the_ca
         assert (preview.tokens[:, number:] == -1).all()
         assert [image.size for image in preview.images] == [(LOW, LOW)] * 3
     assert torch.equal(previews[-1].tokens[0], expected[3])
+
+
+def test_a_sketch_has_the_patch_of_each_code_and_grey_where_nothing_is_written(pipe):
+    patches = pipe.code_patches()
+    assert patches.shape == (pipe.vqvae.config.num_embeddings, 3, 4, 4)
+    assert pipe.code_patches() is patches  # made once
+    tokens = torch.tensor([[[0, 5], [-1, 31]]])
+    [image] = pipe.sketch(tokens)
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255
+    rate = pipe.config.compression_rate
+    assert pixels.shape == (3, 2 * rate, 2 * rate)
+    for row, column, code in ((0, 0, 0), (0, 1, 5), (1, 1, 31)):
+        cell = pixels[:, row * rate : (row + 1) * rate, column * rate : (column + 1) * rate]
+        assert (cell[:, ::2, ::2] - patches[code]).abs().max() < 1 / 255
+    assert (pixels[:, rate:, :rate] - 0.5).abs().max() < 1 / 255
+
+
+def test_patches_have_the_colours_of_the_decoded_picture():
+    """With the shipped image tokenizer: most of what differs from token to token is in the patches."""
+    vqvae = IcetkVQModel.from_pretrained(SHIPPED_MODEL, subfolder="vqvae", dtype=torch.float32)
+    colours = torch.rand(1, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    pixels = torch.nn.functional.interpolate(colours, (80, 80), mode="bicubic").clamp(0, 1)
+    tokens = vqvae.encode(pixels, 8).tokens
+    decoded = torch.nn.functional.avg_pool2d(vqvae.decode(tokens, 8).sample.clamp(0, 1), 8)[0]
+    patches = code_patches(vqvae, 8, torch.device("cpu"))[tokens[0]].mean((3, 4)).permute(2, 0, 1)
+    spread = (decoded - decoded.mean((1, 2), keepdim=True)).square().mean()
+    assert (patches - decoded).square().mean() < 0.5 * spread
+
+
+def test_patches_follow_the_codes(pipe):
+    before, weight = pipe.code_patches(), pipe.vqvae.quantize.embed.weight
+    saved = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight.mul_(-1)
+        assert not torch.equal(pipe.code_patches(), before)
+    finally:
+        with torch.no_grad():
+            weight.copy_(saved)
+    assert torch.equal(pipe.code_patches(), before)
+
+
+def test_a_stream_decodes_its_previews_if_asked_to(pipe):
+    call = {"num_lopar_steps": 1, "max_preview_share": None}
+    for full, draw in ((True, pipe.preview), (False, pipe.sketch)):
+        *previews, _ = pipe.stream("a cat", generator=seeds(1), full_previews=full, **call)
+        for preview in previews:
+            assert [one.tobytes() for one in preview.images] == [one.tobytes() for one in draw(preview.tokens)]
 
 
 def test_fewer_previews_cost_less(pipe):

@@ -34,10 +34,22 @@ class PreviewBudget:
         others = perf_counter() - self._began - self._spent
         return self._spent + cost * tokens.numel() < self.max_share * others
 
-    def make(self, pipe, tokens: torch.Tensor) -> list[PIL.Image.Image]:
-        """The preview that a pipeline makes of tokens on the CPU: nothing that the device still computes counts."""
+    def make(self, pipe, tokens: torch.Tensor, full: bool = False) -> list[PIL.Image.Image]:
+        """
+        The preview that a pipeline makes of tokens on the CPU: nothing that the device still computes counts, and not
+        what is done once for a model.
+
+        Args:
+            pipe: The pipeline.
+            tokens (`torch.Tensor` of shape `(num_images, rows, columns)`): Of a callback.
+            full (`bool`): Decode them, instead of putting them together from patches.
+        """
+        if not full:
+            began = perf_counter()
+            pipe.code_patches()
+            self._began += perf_counter() - began
         start = perf_counter()
-        images = pipe.preview(tokens)
+        images = pipe.preview(tokens) if full else pipe.sketch(tokens)
         seconds = perf_counter() - start
         if pipe.vqvae.device in _warm_devices:
             self._spent += seconds

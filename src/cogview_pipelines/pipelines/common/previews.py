@@ -10,9 +10,11 @@ from typing import Any
 
 import PIL.Image
 import torch
+import torch.nn.functional as F
 
 from .arguments import check_counts
 from .calls import GenerationInterrupted, inference
+from .code_patches import code_patches
 from .cpu_threads import release_cpu_threads
 from .notifier import Callback
 from .outputs import PreviewOutput
@@ -55,6 +57,27 @@ class PreviewMixin:
             pixels[:, :, : height * rate] = torch.where(is_known, self._decode_pixels(tokens).cpu(), NEUTRAL)
         return self.image_processor.postprocess(pixels, "pil")
 
+    @inference
+    def sketch(self, tokens: torch.Tensor) -> list[PIL.Image.Image]:
+        """
+        As [`preview`], a little coarser, from one patch of pixels for each code instead of the decoder: in a hundredth
+        of the time. The first call makes the patches.
+
+        Args:
+            tokens (`torch.Tensor` of shape `(num_images, rows, columns)`): As a callback gets them, -1 where unknown.
+        """
+        patches, rate = self.code_patches(), self.config.compression_rate
+        tokens = tokens.cpu()
+        known = (tokens >= 0) & (tokens < len(patches))
+        cells = torch.where(known[..., None, None, None], patches[torch.where(known, tokens, 0)], NEUTRAL)
+        pixels = cells.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+        pixels = F.interpolate(pixels, scale_factor=rate / patches.shape[-1], mode="nearest")
+        return self.image_processor.postprocess(pixels, "pil")
+
+    def code_patches(self) -> torch.Tensor:
+        """A patch of pixels for each code, `(num_codes, 3, side, side)`: float32 in [0, 1]; made once for a model."""
+        return code_patches(self.vqvae, self.config.compression_rate, self._device_of(self.vqvae))
+
     def _neutral_code(self) -> torch.Tensor:
         """The code next to the middle of the codebook, for the decoder to see where nothing is known."""
         quantize = self.vqvae.quantize
@@ -65,6 +88,7 @@ class PreviewMixin:
         *args,
         rows_per_preview: int = 1,
         max_preview_share: float | None = 0.05,
+        full_previews: bool = False,
         callback_on_step_end: Callback | None = None,
         **call,
     ) -> Iterator[PreviewOutput | Any]:
@@ -84,6 +108,8 @@ class PreviewMixin:
                 judged by the one before; the first is made. Tokens and pictures do not depend on it. A small model
                 on a CPU leaves many out; with the released one on a GPU, a preview takes so little beside the steps
                 before it that none should be. `None`: every preview is made.
+            full_previews (`bool`, defaults to `False`): Decode previews as pictures are, instead of putting them
+                together from a patch for each code: finer, and so much dearer that few may have time.
             callback_on_step_end (*optional*): As for `__call__`; called in that thread.
 
         Raises:
@@ -114,7 +140,7 @@ class PreviewMixin:
                     return returned
                 tokens = tokens.to("cpu", copy=True)  # the loop goes on writing into it
                 about = (stage, step, timestep, kwargs["image_indices"])
-                reports.put(self._preview_output(budget.make(self, tokens), tokens, *about))
+                reports.put(self._preview_output(budget.make(self, tokens, full_previews), tokens, *about))
             return returned
 
         def work() -> None:

@@ -1,0 +1,115 @@
+#!/usr/bin/env python
+"""
+A server with many clients, one picture each: requests computed together against one by one, in turns.
+
+    python benchmarks/bench_serving.py --device cpu
+    python benchmarks/bench_serving.py --model FOLDER --device cuda --dtype bfloat16 --clients 20 --json
+"""
+
+import concurrent.futures
+import json
+import statistics
+import threading
+import time
+from enum import Enum
+from pathlib import Path
+
+import httpx
+import torch
+import typer
+
+from cogview_pipelines import CogView2Pipeline
+from cogview_pipelines.environment import SHIPPED_MODEL, stamp
+from cogview_pipelines.serving.app import create_app
+from cogview_pipelines.serving.server import bind, make_server
+from cogview_pipelines.serving.settings import ServerSettings
+
+PROMPTS = ("a tiger on a blue background", "a red car", "a sunflower and a cactus", "一只青蛙，黄色背景", "一个披萨")
+
+
+class DType(str, Enum):
+    """Number formats of the weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Running:
+    """A server on a free port of this machine."""
+
+    def __init__(self, pipe: CogView2Pipeline, clients: int, batch_size: int):
+        settings = ServerSettings(port=0, page=False, queue_limit=clients, batch_size=batch_size, job_timeout=3600)
+        self.server, self.socket = make_server(create_app(pipe, settings), settings), bind(settings)
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
+
+    def __enter__(self) -> "Running":
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.server.should_exit = True
+        self.thread.join()
+        self.socket.close()
+
+    def ask(self, number: int) -> tuple[float, str]:
+        """Seconds that a client waits, and its picture."""
+        body = {"prompt": PROMPTS[number % len(PROMPTS)], "seed": number}
+        start = time.perf_counter()
+        answer = httpx.post(f"{self.url}/v1/images/generations", json=body, timeout=3600).raise_for_status()
+        return time.perf_counter() - start, answer.json()["data"][0]["b64_json"]
+
+
+def measure(pipe: CogView2Pipeline, clients: int, batch_size: int) -> tuple[float, list[float], list[str]]:
+    """Seconds until all clients have their pictures, seconds that each waits, and the pictures."""
+    with Running(pipe, clients, batch_size) as running, concurrent.futures.ThreadPoolExecutor(clients) as pool:
+        running.ask(0)  # the first one loads libraries
+        start = time.perf_counter()
+        answers = list(pool.map(running.ask, range(clients)))
+        seconds = time.perf_counter() - start
+    return seconds, [waited for waited, _ in answers], [picture for _, picture in answers]
+
+
+def main(
+    model: Path = typer.Option(SHIPPED_MODEL, help="A saved pipeline."),
+    device: str = typer.Option("cpu", help="cpu, cuda, cuda:1, ..."),
+    dtype: DType = typer.Option(DType.float32, help="Number format of the weights."),
+    clients: int = typer.Option(20, min=1, help="Clients that ask at once, for a picture each."),
+    batch_size: int = typer.Option(8, min=2, help="Pictures that are computed together."),
+    repeats: int = typer.Option(3, min=1, help="Times that each way is measured."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON line."),
+) -> None:
+    """Measure what batches save."""
+    pipe = CogView2Pipeline.from_pretrained(model, dtype=getattr(torch, dtype.value)).to(device)
+    turns = [{size: measure(pipe, clients, size) for size in (batch_size, 1)} for _ in range(repeats)]
+    pictures = [turn[size][2] for turn in turns for size in turn]
+
+    def median(size: int, number) -> float:
+        return statistics.median(number(turn[size]) for turn in turns)
+
+    result = {
+        "benchmark": "serving",
+        **stamp(device),
+        "dtype": dtype.value,
+        "clients": clients,
+        "batch_size": batch_size,
+        "repeats": repeats,
+        "seconds_batched": median(batch_size, lambda found: found[0]),
+        "seconds_one_by_one": median(1, lambda found: found[0]),
+        "mean_wait_batched": median(batch_size, lambda found: statistics.fmean(found[1])),
+        "mean_wait_one_by_one": median(1, lambda found: statistics.fmean(found[1])),
+        "times_faster": statistics.median(turn[1][0] / turn[batch_size][0] for turn in turns),
+        "pictures_that_differ": sum(len(set(same)) > 1 for same in zip(*pictures)),
+    }
+    if as_json:
+        print(json.dumps(result))
+    else:
+        for name, value in result.items():
+            print(f"{name:>22}  {value:.4g}" if isinstance(value, float) else f"{name:>22}  {value}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
