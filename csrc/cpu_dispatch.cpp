@@ -59,7 +59,8 @@ void* start_thread(void* start) {
     return nullptr;
 }
 
-// Runs `task` on `threads` threads: those of the OpenMP runtime that torch uses, so that no second pool competes with it, or new ones.
+// Runs `task` on `threads` threads: those of the OpenMP runtime that torch uses, so that no second pool competes with
+// it, or new ones.
 void run_parallel(Task task, void* data, int threads, void* runtime) {
     if (threads <= 1) return task(data);
     if (runtime) return ((void (*)(Task, void*, unsigned, unsigned))runtime)(task, data, (unsigned)threads, 0);
@@ -75,8 +76,8 @@ void run_parallel(Task task, void* data, int threads, void* runtime) {
 
 int run_local_attention(const LocalAttentionProblem* p, bool backward) {
     const Isa* isa = p && p->abi == LOCAL_ATTENTION_ABI ? find_isa(p->isa) : nullptr;
-    if (!isa || !is_sound(*p, backward) || p->threads < 1 || p->threads > LOCAL_ATTENTION_MAX_THREADS || p->tile_rows < 0 ||
-        p->tile_rows > 16 || (p->tile_rows & (p->tile_rows - 1)))
+    if (!isa || !is_sound(*p, backward) || p->threads < 1 || p->threads > LOCAL_ATTENTION_MAX_THREADS ||
+        p->tile_rows < 0 || p->tile_rows > 16 || (p->tile_rows & (p->tile_rows - 1)))
         return LOCAL_ATTENTION_UNSUPPORTED;
     return is_empty(*p) ? LOCAL_ATTENTION_OK : isa->local_attention(p, backward, run_parallel);
 }
@@ -84,18 +85,23 @@ int run_local_attention(const LocalAttentionProblem* p, bool backward) {
 // The sizes that the memory of a decoding step depends on.
 bool has_sound_sizes(const DecodeStep& s) {
     constexpr int most = 1 << 24;
-    return s.sequences > 0 && s.sequences <= DECODE_STEP_MAX_SEQUENCES && s.layers > 0 && s.layers < most && s.hidden > 0 &&
-           s.hidden < most && s.intermediate > 0 && s.intermediate < most && s.heads > 0 && s.hidden % s.heads == 0;
+    return s.sequences > 0 && s.sequences <= DECODE_STEP_MAX_SEQUENCES && s.layers > 0 && s.layers < most &&
+           s.hidden > 0 && s.hidden < most && s.intermediate > 0 && s.intermediate < most && s.heads > 0 &&
+           s.hidden % s.heads == 0;
 }
 
 // The sizes of a call, and that nothing which it reads or writes is missing.
 bool has_all_data(const DecodeStep& s) {
-    if (s.threads < 1 || s.threads > (1 << 16) || s.length < 0 || s.length >= s.capacity || s.length >= DECODE_STEP_MAX_KEYS) return false;
-    if (s.tokens < 1 || s.tokens > s.vocabulary || !s.layer || !s.final_layernorm.weight || !s.final_layernorm.bias) return false;
+    if (s.threads < 1 || s.threads > (1 << 16) || s.length < 0 || s.length >= s.capacity ||
+        s.length >= DECODE_STEP_MAX_KEYS)
+        return false;
+    if (s.tokens < 1 || s.tokens > s.vocabulary || !s.layer || !s.final_layernorm.weight || !s.final_layernorm.bias)
+        return false;
     for (int i = 0; i < s.layers; i++) {
         const DecodeLayer& l = s.layer[i];
-        for (const DecodeParameters& p : {l.attention_layernorm, l.query_key_value, l.dense, l.attention_output_layernorm, l.mlp_layernorm,
-                                          l.dense_h_to_4h, l.dense_4h_to_h, l.mlp_output_layernorm})
+        for (const DecodeParameters& p :
+             {l.attention_layernorm, l.query_key_value, l.dense, l.attention_output_layernorm, l.mlp_layernorm,
+              l.dense_h_to_4h, l.dense_4h_to_h, l.mlp_output_layernorm})
             if (!p.weight || !p.bias) return false;
         if (!l.cache) return false;
     }
@@ -110,7 +116,9 @@ int local_attention_cpu_forward(const LocalAttentionProblem* p) { return run_loc
 int local_attention_cpu_backward(const LocalAttentionProblem* p) { return run_local_attention(p, true); }
 
 int64_t decode_step_size(void) { return sizeof(DecodeStep); }
-int64_t decode_step_scratch_size(const DecodeStep* s) { return s && has_sound_sizes(*s) ? decode_step_scratch_baseline(s) : 0; }
+int64_t decode_step_scratch_size(const DecodeStep* s) {
+    return s && has_sound_sizes(*s) ? decode_step_scratch_baseline(s) : 0;
+}
 int decode_step_cpu(const DecodeStep* s) {
     const Isa* isa = s && s->abi == DECODE_STEP_ABI ? find_isa(s->isa) : nullptr;
     if (!isa || !has_sound_sizes(*s) || !has_all_data(*s)) return DECODE_STEP_UNSUPPORTED;
@@ -121,7 +129,8 @@ int decode_step_cpu(const DecodeStep* s) {
     return isa->decode_step(s, run_parallel);
 }
 
-int gelu_cpu(const void* values, void* results, int64_t count, int32_t dtype, int32_t threads, int32_t isa, void* parallel) {
+int gelu_cpu(
+    const void* values, void* results, int64_t count, int32_t dtype, int32_t threads, int32_t isa, void* parallel) {
     const Isa* chosen = threads > 0 && count >= 0 && (!count || (values && results)) ? find_isa(isa) : nullptr;
     return chosen ? chosen->gelu(values, results, count, dtype, threads, run_parallel, parallel) : GELU_UNSUPPORTED;
 }

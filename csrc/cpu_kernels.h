@@ -1,9 +1,9 @@
 /*
- * How the CPU kernels are put together: each is compiled once per instruction set (CPU_ISA names it; setup.py gives the flags), and
- * cpu_dispatch.cpp, compiled for all processors, chooses at run time.
+ * How the CPU kernels are put together: each is compiled once per instruction set (CPU_ISA names it; setup.py gives
+ * the flags), and cpu_dispatch.cpp, compiled for all processors, chooses at run time.
  *
- * All else in the files of kernels is in anonymous namespaces, so that no function compiled for a newer processor can be linked into the code
- * for an older one.
+ * All else in the files of kernels is in anonymous namespaces, so that no function compiled for a newer processor can
+ * be linked into the code for an older one.
  */
 #ifndef CPU_KERNELS_H
 #define CPU_KERNELS_H
@@ -21,10 +21,10 @@ typedef void (*Task)(void*);
 typedef void (*Parallel)(Task, void* data, int threads, void* runtime);
 
 /* CPU_ISAS lists the instruction sets: X(baseline) X(avx2) ... */
-#define X(isa) \
+#define X(isa)                                                                                 \
     int CPU_JOIN(local_attention, isa)(const LocalAttentionProblem*, bool backward, Parallel); \
-    int CPU_JOIN(decode_step, isa)(const DecodeStep*, Parallel); \
-    int64_t CPU_JOIN(decode_step_scratch, isa)(const DecodeStep*); \
+    int CPU_JOIN(decode_step, isa)(const DecodeStep*, Parallel);                               \
+    int64_t CPU_JOIN(decode_step_scratch, isa)(const DecodeStep*);                             \
     int CPU_JOIN(gelu, isa)(const void*, void*, int64_t count, int dtype, int threads, Parallel, void* runtime);
 CPU_ISAS
 #undef X

@@ -1,5 +1,6 @@
 /*
- * Vectors of the widest kind that the instruction set of this object has, and numbers of 16 bits: shared by the CPU kernels.
+ * Vectors of the widest kind that the instruction set of this object has, and numbers of 16 bits: shared by the CPU
+ * kernels.
  *
  * Everything is in an anonymous namespace: each instruction set gets code of its own.
  */
@@ -26,7 +27,7 @@ namespace {
 
 constexpr double LOG2_E = 1.4426950408889634074;
 
-// ------------------------------------------------------------------------------------------------------------------ vectors and numbers
+// ------------------------------------------------------------------------------------------------ vectors and numbers
 
 template <class T>
 struct Simd;
@@ -148,7 +149,7 @@ inline void narrow(float x, float16* to) {
     to->bits = (uint16_t)(sign | (rest >= 0x477ff000u ? large : rest < 0x38800000u ? small : normal));
 }
 
-// ---------------------------------------------------------------------------------------------- floats from and to numbers at any address
+// -------------------------------------------------------------------------- floats from and to numbers at any address
 
 typedef Vec<float> V;
 constexpr int W = width<float>();
@@ -161,7 +162,8 @@ inline V read(const float* p) { return *(const UnalignedFloats*)p; }
 inline V read(const bfloat16* p) { return (V)(__builtin_convertvector(*(const Halves*)p, Words) << 16); }
 inline V read(const float16* p) {
 #if defined(__F16C__) && VECTOR_BYTES == 64
-    return (V)_mm512_maskz_cvtph_ps((__mmask16)-1, _mm256_loadu_si256((const __m256i*)p));  // GCC warns of the plain one
+    return (V)_mm512_maskz_cvtph_ps(
+        (__mmask16)-1, _mm256_loadu_si256((const __m256i*)p));  // GCC warns of the plain one
 #elif defined(__F16C__) && VECTOR_BYTES == 32
     return (V)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
@@ -189,7 +191,8 @@ inline void write(float16* p, V v) {
 
 // x * sigmoid(2 u) with u = sqrt(2 / pi) * (x + 0.044715 x^3): the tanh approximation of GELU.
 inline V gelu(V x) {
-    const V t = x * ((float)(-2 * 0.7978845608028654 * LOG2_E) + (float)(-2 * 0.7978845608028654 * 0.044715 * LOG2_E) * x * x);
+    const V t =
+        x * ((float)(-2 * 0.7978845608028654 * LOG2_E) + (float)(-2 * 0.7978845608028654 * 0.044715 * LOG2_E) * x * x);
     const V e = exp2<float>(t > 0 ? -t : t);  // of a number that is not positive, so that nothing overflows
     return x * (t > 0 ? e : splat(1.0f)) / (1 + e);
 }

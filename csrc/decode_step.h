@@ -1,9 +1,10 @@
 /*
- * One token for a few sequences through CogLM on a CPU: the description of a call, shared by the kernel and Python (ctypes).
+ * One token for a few sequences through CogLM on a CPU: the description of a call, shared by the kernel and Python
+ * (ctypes).
  *
- * A token costs one reading of all weights and little arithmetic. Done operation by operation, a small model spends most of its time between
- * the operations, and 16-bit weights are slow to multiply on processors without 16-bit arithmetic. Here all of it is one call, which reads
- * weights in the type they are stored in and computes in float32.
+ * A token costs one reading of all weights and little arithmetic. Done operation by operation, a small model spends
+ * most of its time between the operations, and 16-bit weights are slow to multiply on processors without 16-bit
+ * arithmetic. Here all of it is one call, which reads weights in the type they are stored in and computes in float32.
  *
  * Matrices are those of torch.nn.Linear: (outputs, inputs), contiguous. Plain C, no PyTorch headers.
  */

@@ -1,9 +1,11 @@
 /*
- * One token for a few sequences through CogLM on the CPU, see decode_step.h. Compiled once per instruction set, see cpu_kernels.h.
+ * One token for a few sequences through CogLM on the CPU, see decode_step.h. Compiled once per instruction set, see
+ * cpu_kernels.h.
  *
- * The step is a list of phases, each of which needs the one before it: norms, products, attention. A phase is cut into units (rows of a
- * matrix, a sequence, a head), which the threads take one after the other; a thread that finds none left waits until all are done. So the
- * work is shared well however many threads there really are, and no sum depends on their number.
+ * The step is a list of phases, each of which needs the one before it: norms, products, attention. A phase is cut into
+ * units (rows of a matrix, a sequence, a head), which the threads take one after the other; a thread that finds none
+ * left waits until all are done. So the work is shared well however many threads there really are, and no sum depends
+ * on their number.
  */
 #include <float.h>
 #include <sched.h>
@@ -24,7 +26,7 @@ inline float sum(V v) {
     return (s[0] + s[1]) + (s[2] + s[3]);
 }
 
-// ------------------------------------------------------------------------------------------------------------------------------- products
+// ----------------------------------------------------------------------------------------------------------- products
 
 // sums[r][m] = w[r] . x[m] over `inputs` numbers.
 template <class S, int ROWS, int M>
@@ -44,7 +46,8 @@ inline void dot_products(const S* w, const float* x, int inputs, float (&sums)[R
     for (int r = 0; r < ROWS; r++)
         for (int m = 0; m < M; m++) {
             sums[r][m] = sum(acc[r][m]);
-            for (int rest = k; rest < inputs; rest++) sums[r][m] += widen(w[(int64_t)r * inputs + rest]) * x[(int64_t)m * inputs + rest];
+            for (int rest = k; rest < inputs; rest++)
+                sums[r][m] += widen(w[(int64_t)r * inputs + rest]) * x[(int64_t)m * inputs + rest];
         }
 }
 
@@ -57,7 +60,8 @@ void multiply_rows(const S* w, const S* bias, const float* x, float* y, int inpu
         float sums[ROWS][M];
         dot_products<S, ROWS, M>(w + (int64_t)row * inputs, x, inputs, sums);
         for (int m = 0; m < M; m++)
-            for (int r = 0; r < ROWS; r++) y[(int64_t)m * outputs + row + r] = sums[r][m] + (bias ? widen(bias[row + r]) : 0);
+            for (int r = 0; r < ROWS; r++)
+                y[(int64_t)m * outputs + row + r] = sums[r][m] + (bias ? widen(bias[row + r]) : 0);
     }
     for (; row < to; row++) {
         float sums[1][M];
@@ -68,16 +72,18 @@ void multiply_rows(const S* w, const S* bias, const float* x, float* y, int inpu
 
 // The same for any number of sequences, a few at a time while the rows are in the cache.
 template <class S, int M = MOST_TOGETHER>
-void multiply_rows(int sequences, const S* w, const S* bias, const float* x, float* y, int inputs, int outputs, int from, int to) {
+void multiply_rows(
+    int sequences, const S* w, const S* bias, const float* x, float* y, int inputs, int outputs, int from, int to) {
     if (sequences >= M) {
         multiply_rows<S, M>(w, bias, x, y, inputs, outputs, from, to);
-        multiply_rows<S, M>(sequences - M, w, bias, x + (int64_t)M * inputs, y + (int64_t)M * outputs, inputs, outputs, from, to);
+        multiply_rows<S, M>(
+            sequences - M, w, bias, x + (int64_t)M * inputs, y + (int64_t)M * outputs, inputs, outputs, from, to);
     } else if constexpr (M > 1) {
         multiply_rows<S, M - 1>(sequences, w, bias, x, y, inputs, outputs, from, to);
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------- phases
+// ------------------------------------------------------------------------------------------------------------- phases
 
 // What the threads share: taken and finished units of a phase, and the activations.
 struct alignas(64) Count {
@@ -209,7 +215,8 @@ class Step {
             float score = sum(acc);
             for (; d < head_dim; d++) score += query[d] * key[d];
             const float in_log2 = (score * scale + bias[j]) * (float)LOG2_E;
-            scores[j] = in_log2 < -FLT_MAX ? -FLT_MAX : in_log2;  // finite, so that keys that are all hidden share the weight
+            scores[j] =
+                in_log2 < -FLT_MAX ? -FLT_MAX : in_log2;  // finite, so that keys that are all hidden share the weight
             largest = scores[j] > largest ? scores[j] : largest;
         }
         for (int j = count; j % W; j++) scores[j] = -INFINITY;
@@ -247,7 +254,9 @@ public:
                 if (index == 0)
                     embed(m);
                 else
-                    layer_norm(s.layer[index - 1].mlp_output_layernorm, row(scratch.projected, m), row(scratch.states, m), true);
+                    layer_norm(
+                        s.layer[index - 1].mlp_output_layernorm, row(scratch.projected, m), row(scratch.states, m),
+                        true);
                 layer_norm(layer.attention_layernorm, row(scratch.states, m), row(scratch.normed, m), false);
             });
             product(layer.query_key_value, scratch.normed, scratch.projected, hidden, 3 * hidden);
@@ -257,20 +266,22 @@ public:
                 layer_norm(layer.attention_output_layernorm, row(scratch.projected, m), row(scratch.states, m), true);
                 layer_norm(layer.mlp_layernorm, row(scratch.states, m), row(scratch.normed, m), false);
             });
-            product(layer.dense_h_to_4h, scratch.normed, scratch.fed, hidden, s.intermediate, [](float* y, int number) {
-                int k = 0;
-                for (; k + W <= number; k += W) write(y + k, gelu(read(y + k)));
-                if (k < number) {
-                    float rest[W] = {};
-                    memcpy(rest, y + k, (number - k) * sizeof(float));
-                    write(rest, gelu(read(rest)));
-                    memcpy(y + k, rest, (number - k) * sizeof(float));
-                }
-            });
+            product(
+                layer.dense_h_to_4h, scratch.normed, scratch.fed, hidden, s.intermediate, [](float* y, int number) {
+                    int k = 0;
+                    for (; k + W <= number; k += W) write(y + k, gelu(read(y + k)));
+                    if (k < number) {
+                        float rest[W] = {};
+                        memcpy(rest, y + k, (number - k) * sizeof(float));
+                        write(rest, gelu(read(rest)));
+                        memcpy(y + k, rest, (number - k) * sizeof(float));
+                    }
+                });
             product(layer.dense_4h_to_h, scratch.fed, scratch.projected, s.intermediate, hidden);
         }
         phase(s.sequences, [&](int m) {
-            layer_norm(s.layer[s.layers - 1].mlp_output_layernorm, row(scratch.projected, m), row(scratch.states, m), true);
+            layer_norm(
+                s.layer[s.layers - 1].mlp_output_layernorm, row(scratch.projected, m), row(scratch.states, m), true);
             layer_norm(s.final_layernorm, row(scratch.states, m), row(scratch.normed, m), false);
         });
         product({s.word_embeddings, nullptr}, scratch.normed, s.logits, hidden, s.tokens);

@@ -12,8 +12,9 @@ enum { GELU_OK = 0, GELU_UNSUPPORTED = 1 };
 #ifdef __cplusplus
 extern "C"
 #endif
-/* `values` and `results`: `count` numbers, contiguous; `isa` and `parallel` as in decode_step.h. */
-__attribute__((visibility("default"))) int gelu_cpu(
-    const void* values, void* results, int64_t count, int32_t dtype, int32_t threads, int32_t isa, void* parallel);
+    /* `values` and `results`: `count` numbers, contiguous; `isa` and `parallel` as in decode_step.h. */
+    __attribute__((visibility("default"))) int
+    gelu_cpu(
+        const void* values, void* results, int64_t count, int32_t dtype, int32_t threads, int32_t isa, void* parallel);
 
 #endif

@@ -34,7 +34,8 @@ void run_gelu(void* data) {
 
 }  // namespace
 
-int CPU_KERNEL(gelu)(const void* values, void* results, int64_t count, int dtype, int threads, Parallel parallel, void* runtime) {
+int CPU_KERNEL(gelu)(
+    const void* values, void* results, int64_t count, int dtype, int threads, Parallel parallel, void* runtime) {
     Call call = {values, results, count, 0};
     const Task task = dtype == GELU_FLOAT32    ? run_gelu<float>
                       : dtype == GELU_BFLOAT16 ? run_gelu<bfloat16>

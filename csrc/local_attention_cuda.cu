@@ -1,19 +1,23 @@
 /*
- * Local attention on CUDA devices, forward and backward, on tensor cores for half precision and in plain float32 arithmetic for float32.
+ * Local attention on CUDA devices, forward and backward, on tensor cores for half precision and in plain float32
+ * arithmetic for float32.
  *
- * Three kernels share one scheme. A block owns a tile of cells, the rows of small matrices; each warp owns 16 of them. The cells that they see
- * (or, for the gradients of keys, the cells that see them) form a rectangle on each grid. The cells of these rectangles, listed row by row and
- * padded to multiples of 16, are the columns. They are copied to shared memory, all at once where they fit, else in chunks. A warp walks over
- * the part of the list that its own 16 rows see, 16 columns at a time, and a test of coordinates masks the rest:
+ * Three kernels share one scheme. A block owns a tile of cells, the rows of small matrices; each warp owns 16 of them.
+ * The cells that they see (or, for the gradients of keys, the cells that see them) form a rectangle on each grid. The
+ * cells of these rectangles, listed row by row and padded to multiples of 16, are the columns. They are copied to
+ * shared memory, all at once where they fit, else in chunks. A warp walks over the part of the list that its own 16
+ * rows see, 16 columns at a time, and a test of coordinates masks the rest:
  *
- *   forward      rows: queries, columns: keys      scores = Q K^T, online softmax, output += P V
- *   grad_query   rows: queries, columns: keys      P and dP = dO V^T again, grad_query += dS K
- *   grad_key     rows: keys, columns: queries      P^T = (K Q^T), dP^T = V dO^T, grad_value += P^T dO, grad_key += dS^T Q
+ *   forward      rows: queries, columns: keys      S = Q K^T, online softmax, O += P V
+ *   grad_query   rows: queries, columns: keys      P and dP = dO V^T again, dQ += dS K
+ *   grad_key     rows: keys, columns: queries      P^T = K Q^T, dP^T = V dO^T, dV += P^T dO, dK += dS^T Q
  *
- * Nothing of the size of positions times window is ever in global memory, and no sum depends on the order of blocks: results are the same
- * in every run. Gradients of coarse and context keys sum over many queries: there the warps of a block share rows and split the columns.
+ * Nothing of the size of positions times window is ever in global memory, and no sum depends on the order of blocks:
+ * results are the same in every run. Gradients of coarse and context keys sum over many queries: there the warps of a
+ * block share rows and split the columns.
  *
- * With LOCAL_ATTENTION_EMULATION the same file compiles as C++ and runs on the CPU (tests/ops/cuda_emulation.h), to be tested without a GPU.
+ * With LOCAL_ATTENTION_EMULATION the same file compiles as C++ and runs on the CPU (tests/ops/cuda_emulation.h), to be
+ * tested without a GPU.
  */
 #include "local_attention_tiles.h"
 
@@ -29,9 +33,9 @@
 namespace {
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
-constexpr int ROWS = 16;       // of a warp
-constexpr int BLOCK = 16;      // columns at a time
-constexpr int SIDE = 16384;    // the longest side of a grid: coordinates are kept in 16 bits
+constexpr int ROWS = 16;                             // of a warp
+constexpr int BLOCK = 16;                            // columns at a time
+constexpr int SIDE = 16384;                          // the longest side of a grid: coordinates are kept in 16 bits
 constexpr int NO_COLUMN = -30000, NO_ROW = 1 << 20;  // coordinates that no window holds
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 
@@ -51,7 +55,7 @@ struct IsFloat<float> {
     static constexpr bool value = true;
 };
 
-// ------------------------------------------------------------------------------------------------------------------ device instructions
+// ------------------------------------------------------------------------------------------------ device instructions
 #ifndef LOCAL_ATTENTION_EMULATION
 
 // c += a b with a of 16x16, b of 16x8, c of 16x8.
@@ -92,9 +96,12 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const
 // 16 bytes from global to shared memory, zeros where `valid` is false.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
     const uint32_t address = (uint32_t)__cvta_generic_to_shared(to);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(valid ? 16 : 0) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(valid ? 16 : 0)
+                 : "memory");
 }
-__device__ __forceinline__ void copy_wait() { asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;" ::: "memory"); }
+__device__ __forceinline__ void copy_wait() {
+    asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;" ::: "memory");
+}
 
 template <class E>
 __device__ __forceinline__ uint32_t pack(float low, float high);
@@ -130,9 +137,10 @@ __device__ __forceinline__ float fast_exp2(float x) {
 
 #endif
 
-// -------------------------------------------------------------------------------------------------------------------------- work of a block
+// ---------------------------------------------------------------------------------------------------- work of a block
 
-// How the cells of a grid are cut into the tiles of blocks: groups_down x groups_across groups of 16 cells, each of cell_rows rows.
+// How the cells of a grid are cut into the tiles of blocks: groups_down x groups_across groups of 16 cells, each of
+// cell_rows rows.
 struct Tiling {
     int source;  // grad_key: whose keys
     int cell_rows, cell_columns_log2;
@@ -158,7 +166,7 @@ struct Segment {
 
 struct Tile {
     int batch, head;
-    int row, column;  // of its first cell
+    int row, column;    // of its first cell
     int rows, columns;  // of the grid of the rows
 };
 
@@ -167,7 +175,8 @@ __device__ __forceinline__ const E* head_of(const LocalAttentionTensor& t, const
     return (const E*)t.data + tile.batch * t.batch_stride + tile.head * t.head_stride;
 }
 
-__device__ __forceinline__ Tile find_tile(const Launch& launch, const Tiling& tiling, int block, int rows, int columns) {
+__device__ __forceinline__ Tile
+find_tile(const Launch& launch, const Tiling& tiling, int block, int rows, int columns) {
     const int across = block % tiling.tiles_across;
     const int rest = block / tiling.tiles_across;
     const int down = rest % tiling.tiles_down;
@@ -230,24 +239,29 @@ struct Columns {
     }
 };
 
-__device__ __forceinline__ uint32_t join(int row, int column) { return (uint32_t)(row & 0xffff) << 16 | (uint32_t)(column & 0xffff); }
+__device__ __forceinline__ uint32_t join(int row, int column) {
+    return (uint32_t)(row & 0xffff) << 16 | (uint32_t)(column & 0xffff);
+}
 __device__ __forceinline__ int row_in(uint32_t coordinates) { return (int)coordinates >> 16; }
 __device__ __forceinline__ int column_in(uint32_t coordinates) { return (int)(int16_t)(coordinates & 0xffff); }
 
 // Copies columns of a chunk, of `size` elements each, whose positions are in the table; absent ones become zeros.
 template <class E, int D>
-__device__ __forceinline__ void load_columns(E* to, const LocalAttentionTensor& t, const Tile& tile, const int* positions, int count, int size) {
+__device__ __forceinline__ void load_columns(
+    E* to, const LocalAttentionTensor& t, const Tile& tile, const int* positions, int count, int size) {
     constexpr int PIECE = 16 / (int)sizeof(E), PIECES = D / PIECE;
     const E* from = head_of<E>(t, tile);
     for (int i = threadIdx.x; i < count * PIECES; i += THREADS) {
         const int c = i / PIECES, d = i % PIECES * PIECE;
         const bool valid = positions[c] >= 0 && d < size;
-        copy_async(to + c * Columns<E, D>::PITCH + d, valid ? from + positions[c] * t.position_stride + d : from, valid);
+        copy_async(
+            to + c * Columns<E, D>::PITCH + d, valid ? from + positions[c] * t.position_stride + d : from, valid);
     }
 }
 
-// ------------------------------------------------------------------------------------------------------------------------- work of a warp
-// An engine multiplies 16 rows with blocks of 16 columns. Lanes hold some of the rows: OWN of them, the i-th being row_of(i).
+// ----------------------------------------------------------------------------------------------------- work of a warp
+// An engine multiplies 16 rows with blocks of 16 columns. Lanes hold some of the rows: OWN of them, the i-th being
+// row_of(i).
 
 // Tensor cores, for half precision: lane l holds rows l / 4 and l / 4 + 8, and columns 2 (l % 4), + 1 of each 8.
 template <class E, int D>
@@ -260,7 +274,8 @@ struct TensorCores {
     static __device__ __forceinline__ int lane() { return threadIdx.x & 31; }
     static __device__ __forceinline__ int row_of(int i, int) { return lane() / 4 + 8 * i; }
 
-    static __device__ __forceinline__ void load_rows(Rows& rows, const E* from, int64_t stride, const int (&position)[OWN], int size) {
+    static __device__ __forceinline__ void load_rows(
+        Rows& rows, const E* from, int64_t stride, const int (&position)[OWN], int size) {
 #pragma unroll
         for (int k = 0; k < D / 16; k++)
             for (int part = 0; part < 4; part++) {
@@ -313,8 +328,8 @@ struct TensorCores {
     // sum += weights . columns.
     static __device__ __forceinline__ void add(Sum& sum, const Scores& weights, const E* columns, int column) {
         const uint32_t a[4] = {
-            pack<E>(weights[0][0], weights[0][1]), pack<E>(weights[0][2], weights[0][3]), pack<E>(weights[1][0], weights[1][1]),
-            pack<E>(weights[1][2], weights[1][3])};
+            pack<E>(weights[0][0], weights[0][1]), pack<E>(weights[0][2], weights[0][3]),
+            pack<E>(weights[1][0], weights[1][1]), pack<E>(weights[1][2], weights[1][3])};
         const E* at = columns + (column + lane() / 8 % 2 * 8 + lane() % 8) * PITCH + lane() / 16 * 8;
 #pragma unroll
         for (int n = 0; n < D / 16; n++) {
@@ -348,7 +363,8 @@ struct TensorCores {
     }
 };
 
-// Plain arithmetic, for float32: SHARE lanes share a row, each with every SHARE-th piece of four elements. Columns are read by all at once.
+// Plain arithmetic, for float32: SHARE lanes share a row, each with every SHARE-th piece of four elements. Columns are
+// read by all at once.
 template <int D>
 struct Fma {
     static constexpr int SHARE = D > 64 ? 4 : 2, MINE = D / SHARE;
@@ -361,7 +377,8 @@ struct Fma {
     static __device__ __forceinline__ int row_of(int, int pass) { return lane() / SHARE + pass * (32 / SHARE); }
     static __device__ __forceinline__ int element(int m) { return (m / 4 * SHARE + lane() % SHARE) * 4 + m % 4; }
 
-    static __device__ __forceinline__ void load_rows(Rows& rows, const float* from, int64_t stride, const int (&position)[OWN], int size) {
+    static __device__ __forceinline__ void load_rows(
+        Rows& rows, const float* from, int64_t stride, const int (&position)[OWN], int size) {
 #pragma unroll
         for (int m = 0; m < MINE; m++)
             rows[m] = position[0] >= 0 && element(m) < size ? from[position[0] * stride + element(m)] : 0.0f;
@@ -442,11 +459,12 @@ __device__ __forceinline__ float exponential(float x) {
         return fast_exp2(x);
 }
 
-// Adds the sums of the warps up in shared memory (those of the warps that share rows too) and writes rows of the tensor.
+// Adds the sums of the warps up in shared memory (those of the warps that share rows too) and writes rows of the
+// tensor.
 template <class E, int D, class Engine>
 __device__ __forceinline__ void write_rows(
-    const Launch& launch, const Tiling& tiling, const LocalAttentionTensor& t, const Tile& tile, unsigned char* memory, int group, int split,
-    int splits, int pass, const typename Engine::Sum& sum, const float (&factor)[Engine::OWN]) {
+    const Launch& launch, const Tiling& tiling, const LocalAttentionTensor& t, const Tile& tile, unsigned char* memory,
+    int group, int split, int splits, int pass, const typename Engine::Sum& sum, const float (&factor)[Engine::OWN]) {
     constexpr int PITCH = D + 4;
     float* stage = (float*)memory;  // groups * ROWS rows
     for (int turn = 0; turn < splits; turn++) {
@@ -497,7 +515,7 @@ struct Cells {
     int row[OWN], column[OWN];
 };
 
-// ---------------------------------------------------------------------------------------------------------------------------- the kernels
+// -------------------------------------------------------------------------------------------------------- the kernels
 
 // Queries against keys. BACKWARD: the gradient of the queries, else the output.
 template <class E, int D, bool BACKWARD>
@@ -544,14 +562,17 @@ __device__ __forceinline__ void attend(const Launch& launch, unsigned char* memo
         Engine::load_rows(query, head_of<E>(p.query, tile), p.query.position_stride, position, p.head_dim);
         Engine::clear(sum);
         const int64_t of_head = ((int64_t)tile.batch * p.heads + tile.head) * p.rows * p.columns;
-        // Forward: the running maximum and sum of the weights. Backward: both as they were, and dO . O - the gradient of the logsumexp.
+        // Forward: the running maximum and sum of the weights. Backward: both as they were, and dO . O - the gradient
+        // of the logsumexp.
         float most[OWN], weight_sum[OWN], delta[OWN], log_sum[OWN];
 #pragma unroll
-        for (int i = 0; i < OWN; i++) most[i] = BACKWARD ? 0 : -INFINITY, weight_sum[i] = 0, delta[i] = 0, log_sum[i] = 0;
+        for (int i = 0; i < OWN; i++)
+            most[i] = BACKWARD ? 0 : -INFINITY, weight_sum[i] = 0, delta[i] = 0, log_sum[i] = 0;
         if constexpr (BACKWARD) {
             typename Engine::Rows output;
             Engine::load_rows(output, head_of<E>(p.output, tile), p.output.position_stride, position, p.head_dim);
-            Engine::load_rows(grad_output, head_of<E>(p.grad_output, tile), p.grad_output.position_stride, position, p.head_dim);
+            Engine::load_rows(
+                grad_output, head_of<E>(p.grad_output, tile), p.grad_output.position_stride, position, p.head_dim);
             Engine::dot(delta, output, grad_output);
 #pragma unroll
             for (int i = 0; i < OWN; i++) {
@@ -569,8 +590,11 @@ __device__ __forceinline__ void attend(const Launch& launch, unsigned char* memo
             __syncthreads();
             for (int c = threadIdx.x; c < count; c += THREADS) {
                 const int at = chunk + c;
-                const Segment& segment = at >= segments[2].start ? segments[2] : at >= segments[1].start ? segments[1] : segments[0];
-                const int cell = at - segment.start, row = segment.row + cell / segment.width, column = segment.column + cell % segment.width;
+                const Segment& segment = at >= segments[2].start   ? segments[2]
+                                         : at >= segments[1].start ? segments[1]
+                                                                   : segments[0];
+                const int cell = at - segment.start, row = segment.row + cell / segment.width,
+                          column = segment.column + cell % segment.width;
                 const bool valid = cell < segment.cells;
                 const LocalAttentionSource& s = p.source[segment.source];
                 columns.position[c] = valid ? row * s.columns + column : -1;
@@ -581,11 +605,13 @@ __device__ __forceinline__ void attend(const Launch& launch, unsigned char* memo
 #pragma unroll 1
             for (int i = 0; i < LOCAL_ATTENTION_SOURCES; i++) {
                 const LocalAttentionSource& s = p.source[i];
-                const int from = maximum(segments[i].start, chunk), to = minimum(segments[i].start + segments[i].count, chunk + count);
+                const int from = maximum(segments[i].start, chunk),
+                          to = minimum(segments[i].start + segments[i].count, chunk + count);
                 if (from >= to) continue;
                 const int at = from - chunk, offset = at * Columns<E, D>::PITCH;
                 load_columns<E, D>(columns.first + offset, s.key, tile, columns.position + at, to - from, p.head_dim);
-                load_columns<E, D>(columns.second + offset, s.value, tile, columns.position + at, to - from, p.head_dim);
+                load_columns<E, D>(
+                    columns.second + offset, s.value, tile, columns.position + at, to - from, p.head_dim);
             }
             copy_wait();
             __syncthreads();
@@ -594,7 +620,8 @@ __device__ __forceinline__ void attend(const Launch& launch, unsigned char* memo
             for (int i = 0; i < LOCAL_ATTENTION_SOURCES; i++) {
                 if (!segments[i].count || group.row >= group.end_row) continue;
                 const LocalAttentionSource& s = p.source[i];
-                const Range rows = keys_seen(s.rows, s.reach_rows, s.ratio_rows, s.causal, group.row, group.end_row - 1);
+                const Range rows =
+                    keys_seen(s.rows, s.reach_rows, s.ratio_rows, s.causal, group.row, group.end_row - 1);
                 const int width = segments[i].width;
                 const int begin = segments[i].start + (rows.from - segments[i].row) * width / BLOCK * BLOCK;
                 const int end = segments[i].start + (rows.to - segments[i].row) * width;
@@ -615,7 +642,8 @@ __device__ __forceinline__ void attend(const Launch& launch, unsigned char* memo
                     Engine::each(scores, [&](float& x, int k, int c) {
                         const uint32_t key = columns.coordinates[block + c];
                         const bool seen = in_window(
-                            row_in(key), column_in(key), centers.row[k], centers.column[k], s.reach_rows, s.reach_columns, causal);
+                            row_in(key), column_in(key), centers.row[k], centers.column[k], s.reach_rows,
+                            s.reach_columns, causal);
                         x = seen ? x * scale + (has_bias ? columns.number[block + c] : 0) : -INFINITY;
                     });
                     if constexpr (!BACKWARD) {
@@ -647,7 +675,8 @@ __device__ __forceinline__ void attend(const Launch& launch, unsigned char* memo
                     } else {
                         typename Engine::Scores grads;
                         Engine::score(grads, grad_output, columns.second, block);
-                        Engine::each(scores, [&](float& x, int k, int) { x = exponential<E>(x - most[k] - log_sum[k]); });
+                        Engine::each(
+                            scores, [&](float& x, int k, int) { x = exponential<E>(x - most[k] - log_sum[k]); });
                         // The two are indexed alike: multiply in place.
 #pragma unroll
                         for (int n = 0; n < (int)(sizeof(scores) / sizeof(float)); n++) {
@@ -670,8 +699,9 @@ __device__ __forceinline__ void attend(const Launch& launch, unsigned char* memo
                 factor[k] = all > 0 || all != all ? 1 / all : 0;
                 if (position[k] < 0) continue;
                 const float log_sum = log2f(all);
-                ((float*)p.logsumexp)[of_head + position[k]] =
-                    all == 0 ? -INFINITY : most[k] == -FLT_MAX ? -FLT_MAX : (most[k] + log_sum) * LN_2;
+                ((float*)p.logsumexp)[of_head + position[k]] = all == 0              ? -INFINITY
+                                                               : most[k] == -FLT_MAX ? -FLT_MAX
+                                                                                     : (most[k] + log_sum) * LN_2;
                 if (!p.softmax) continue;
                 ((float*)p.softmax)[of_head + position[k]] = all == 0 ? 0 : most[k];
                 ((float*)p.softmax)[half_of_softmax(p) + of_head + position[k]] = all == 0 ? 0 : log_sum;
@@ -740,11 +770,13 @@ __device__ __forceinline__ void attend_keys(const Launch& launch, unsigned char*
             const int count = minimum(launch.capacity, segment.count - chunk);
             __syncthreads();
             for (int c = threadIdx.x; c < count; c += THREADS) {
-                const int cell = chunk + c, row = segment.row + cell / segment.width, column = segment.column + cell % segment.width;
+                const int cell = chunk + c, row = segment.row + cell / segment.width,
+                          column = segment.column + cell % segment.width;
                 const bool valid = cell < segment.cells;
                 const int64_t at = row * p.columns + column;
                 columns.position[c] = valid ? (int)at : -1;
-                columns.coordinates[c] = valid ? join(row / s.ratio_rows, column / s.ratio_columns) : join(NO_COLUMN, NO_COLUMN);
+                columns.coordinates[c] =
+                    valid ? join(row / s.ratio_rows, column / s.ratio_columns) : join(NO_COLUMN, NO_COLUMN);
                 columns.number[c] = valid ? ((const float*)p.softmax)[of_head + at] : 0;
                 columns.other[c] = valid ? p.delta[of_head + at] : 0;
                 columns.third[c] = valid ? ((const float*)p.softmax)[half_of_softmax(p) + of_head + at] : 0;
@@ -765,13 +797,17 @@ __device__ __forceinline__ void attend_keys(const Launch& launch, unsigned char*
                 Engine::each(weights, [&](float& x, int k, int c) {
                     const uint32_t center = columns.coordinates[block + c];
                     const bool seen = in_window(
-                        cells.row[k], cells.column[k], row_in(center), column_in(center), s.reach_rows, s.reach_columns, causal);
-                    x = seen ? exponential<E>(x * scale + bias[k] - columns.number[block + c] - columns.third[block + c]) : 0.0f;
+                        cells.row[k], cells.column[k], row_in(center), column_in(center), s.reach_rows,
+                        s.reach_columns, causal);
+                    x = seen ? exponential<E>(
+                                   x * scale + bias[k] - columns.number[block + c] - columns.third[block + c])
+                             : 0.0f;
                 });
                 Engine::add(grad_value, weights, columns.second, block);
                 Engine::each(grads, [&](float& x, int, int c) { x -= columns.other[block + c]; });
 #pragma unroll
-                for (int n = 0; n < (int)(sizeof(weights) / sizeof(float)); n++) ((float*)grads)[n] *= ((float*)weights)[n];
+                for (int n = 0; n < (int)(sizeof(weights) / sizeof(float)); n++)
+                    ((float*)grads)[n] *= ((float*)weights)[n];
                 Engine::add(grad_key, grads, columns.first, block);
             }
         }
@@ -779,11 +815,13 @@ __device__ __forceinline__ void attend_keys(const Launch& launch, unsigned char*
 #pragma unroll
         for (int k = 0; k < OWN; k++) factor[k] = (float)p.scale;
         if (s.grad_key.data)
-            write_rows<E, D, Engine>(launch, tiling, s.grad_key, tile, memory, group_index, split, splits, pass, grad_key, factor);
+            write_rows<E, D, Engine>(
+                launch, tiling, s.grad_key, tile, memory, group_index, split, splits, pass, grad_key, factor);
 #pragma unroll
         for (int k = 0; k < OWN; k++) factor[k] = 1;
         if (s.grad_value.data)
-            write_rows<E, D, Engine>(launch, tiling, s.grad_value, tile, memory, group_index, split, splits, pass, grad_value, factor);
+            write_rows<E, D, Engine>(
+                launch, tiling, s.grad_value, tile, memory, group_index, split, splits, pass, grad_value, factor);
     }
 }
 
@@ -794,22 +832,25 @@ constexpr int blocks_per_processor() {
 }
 
 template <class E, int D>
-__global__ void __launch_bounds__(THREADS, blocks_per_processor<E, D>()) forward_kernel(const __grid_constant__ Launch launch) {
+__global__ void __launch_bounds__(THREADS, blocks_per_processor<E, D>())
+    forward_kernel(const __grid_constant__ Launch launch) {
     SHARED_MEMORY(memory);
     attend<E, D, false>(launch, memory);
 }
 template <class E, int D>
-__global__ void __launch_bounds__(THREADS, blocks_per_processor<E, D>()) grad_query_kernel(const __grid_constant__ Launch launch) {
+__global__ void __launch_bounds__(THREADS, blocks_per_processor<E, D>())
+    grad_query_kernel(const __grid_constant__ Launch launch) {
     SHARED_MEMORY(memory);
     attend<E, D, true>(launch, memory);
 }
 template <class E, int D>
-__global__ void __launch_bounds__(THREADS, blocks_per_processor<E, D>()) grad_key_kernel(const __grid_constant__ Launch launch) {
+__global__ void __launch_bounds__(THREADS, blocks_per_processor<E, D>())
+    grad_key_kernel(const __grid_constant__ Launch launch) {
     SHARED_MEMORY(memory);
     attend_keys<E, D>(launch, memory);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------- host
+// --------------------------------------------------------------------------------------------------------------- host
 
 thread_local const char* last_error = "";
 
@@ -834,9 +875,11 @@ int columns_of_extent(const LocalAttentionProblem& p, int source, int rows, int 
     return total;
 }
 
-// The tile shape with the least work: columns that warps multiply with, and columns that are copied. source < 0: the queries.
+// The tile shape with the least work: columns that warps multiply with, and columns that are copied. source < 0: the
+// queries.
 Tiling choose_tiling(const LocalAttentionProblem& p, int source) {
-    const int rows = source < 0 ? p.rows : p.source[source].rows, columns = source < 0 ? p.columns : p.source[source].columns;
+    const int rows = source < 0 ? p.rows : p.source[source].rows,
+              columns = source < 0 ? p.columns : p.source[source].columns;
     Tiling best = {};
     double least = INFINITY;
     for (int log2 = 0; log2 <= 4; log2++)
@@ -854,8 +897,9 @@ Tiling choose_tiling(const LocalAttentionProblem& p, int source) {
                 const int splits = WARPS / groups;
                 // A warp walks over whole rows of the rectangle of the tile.
                 const int walked = columns_of_extent(p, source, t.cell_rows, tile_columns);
-                const double cost = (double)t.tiles_down * t.tiles_across *
-                                    (columns_of_extent(p, source, tile_rows, tile_columns) + WARPS * ceil_div(walked, splits));
+                const double cost =
+                    (double)t.tiles_down * t.tiles_across *
+                    (columns_of_extent(p, source, tile_rows, tile_columns) + WARPS * ceil_div(walked, splits));
                 if (cost < least) least = cost, best = t;
             }
     return best;
@@ -922,7 +966,9 @@ int run_typed(const LocalAttentionProblem& p, bool backward) {
         if (!p.source[i].key.data || (!p.source[i].grad_key.data && !p.source[i].grad_value.data)) continue;
         const Tiling key = choose_tiling(p, i);
         launch.tiling[launch.num_tilings++] = key;
-        most = maximum(most, columns_of_extent(p, i, key.groups_down * key.cell_rows, key.groups_across << key.cell_columns_log2));
+        most = maximum(
+            most,
+            columns_of_extent(p, i, key.groups_down * key.cell_rows, key.groups_across << key.cell_columns_log2));
     }
     return launch.num_tilings ? launch_kernel<E, D>(grad_key_kernel<E, D>, launch, most) : LOCAL_ATTENTION_OK;
 }
@@ -936,10 +982,12 @@ int run_dim(const LocalAttentionProblem& p, bool backward) {
 
 int run(const LocalAttentionProblem* problem, bool backward) {
     last_error = "";
-    if (!problem || problem->abi != LOCAL_ATTENTION_ABI || !is_sound(*problem, backward)) return LOCAL_ATTENTION_UNSUPPORTED;
+    if (!problem || problem->abi != LOCAL_ATTENTION_ABI || !is_sound(*problem, backward))
+        return LOCAL_ATTENTION_UNSUPPORTED;
     const LocalAttentionProblem& p = *problem;
     if (is_empty(p)) return LOCAL_ATTENTION_OK;
-    if (p.head_dim % 8 || p.rows > SIDE || p.columns > SIDE || (backward && !p.delta)) return LOCAL_ATTENTION_UNSUPPORTED;
+    if (p.head_dim % 8 || p.rows > SIDE || p.columns > SIDE || (backward && !p.delta))
+        return LOCAL_ATTENTION_UNSUPPORTED;
     for (const LocalAttentionSource& s : p.source)
         if (s.key.data && (s.rows > SIDE || s.columns > SIDE)) return LOCAL_ATTENTION_UNSUPPORTED;
     switch (p.dtype) {

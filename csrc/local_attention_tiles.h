@@ -1,5 +1,6 @@
 /*
- * Which cells see which: the arithmetic of tiles, one copy for the CPU kernels, the CUDA kernels and the tests on the host.
+ * Which cells see which: the arithmetic of tiles, one copy for the CPU kernels, the CUDA kernels and the tests on the
+ * host.
  */
 #ifndef LOCAL_ATTENTION_TILES_H
 #define LOCAL_ATTENTION_TILES_H
@@ -23,14 +24,16 @@ struct Range {
     int from, to;
 };
 
-// Keys that queries first..last see, on an axis of `size` keys. `upto` leaves out what lies behind the centre (the rows of causal windows).
+// Keys that queries first..last see, on an axis of `size` keys. `upto` leaves out what lies behind the centre (the
+// rows of causal windows).
 LOCAL_ATTENTION_INLINE Range keys_seen(int size, int reach, int ratio, bool upto, int first, int last) {
     return {maximum(0, first / ratio - reach), minimum(size, last / ratio + (upto ? 0 : reach) + 1)};
 }
 
 // Queries that see any of the keys first..last, on an axis of `size` queries.
 LOCAL_ATTENTION_INLINE Range queries_seeing(int size, int reach, int ratio, bool upto, int first, int last) {
-    const int64_t from = (int64_t)ratio * (first - (upto ? 0 : reach)), to = (int64_t)ratio * ((int64_t)last + reach + 1);
+    const int64_t from = (int64_t)ratio * (first - (upto ? 0 : reach)),
+                  to = (int64_t)ratio * ((int64_t)last + reach + 1);
     return {from < 0 ? 0 : (int)from, to > size ? size : (int)to};
 }
 
@@ -51,7 +54,9 @@ inline bool is_sound(const LocalAttentionProblem& p, bool backward) {
     if (p.batch < 0 || p.heads < 0 || p.head_dim < 1 || p.head_dim > LOCAL_ATTENTION_MAX_HEAD_DIM) return false;
     if (p.rows < 1 || p.rows > most || p.columns < 1 || p.columns > most) return false;
     if (is_empty(p)) return true;
-    if (!p.query.data || (backward ? !p.output.data || !p.grad_output.data || !p.softmax : !p.output.data || !p.logsumexp)) return false;
+    if (!p.query.data ||
+        (backward ? !p.output.data || !p.grad_output.data || !p.softmax : !p.output.data || !p.logsumexp))
+        return false;
     bool any = false;
     for (const LocalAttentionSource& s : p.source) {
         if (!s.key.data) continue;

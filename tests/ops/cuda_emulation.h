@@ -3,9 +3,10 @@
  *
  *   g++ -x c++ -std=c++17 -DLOCAL_ATTENTION_EMULATION -include cuda_emulation.h -shared -fPIC local_attention_cuda.cu
  *
- * Every thread of a block is a coroutine; barriers and the instructions in which a warp works together (shuffles, votes, ldmatrix, mma)
- * switch to the next one until all have arrived. The layouts of ldmatrix and mma.m16n8k16 are those of the PTX manual. Shared memory starts as
- * NaN, so that reading what was not written shows. Speed and races are not emulated.
+ * Every thread of a block is a coroutine; barriers and the instructions in which a warp works together (shuffles,
+ * votes, ldmatrix, mma) switch to the next one until all have arrived. The layouts of ldmatrix and mma.m16n8k16 are
+ * those of the PTX manual. Shared memory starts as NaN, so that reading what was not written shows. Speed and races
+ * are not emulated.
  */
 #include <assert.h>
 #include <math.h>
@@ -162,7 +163,9 @@ inline bool __any_sync(uint32_t, bool x) {
 // Bytes of shared memory that a block may have: the tests make it small to have several chunks.
 static int emulated_shared_memory = 112 * 1024;
 inline int shared_memory_limit() { return emulated_shared_memory; }
-extern "C" __attribute__((visibility("default"))) void emulation_set_shared_memory(int bytes) { emulated_shared_memory = bytes; }
+extern "C" __attribute__((visibility("default"))) void emulation_set_shared_memory(int bytes) {
+    emulated_shared_memory = bytes;
+}
 
 namespace {
 
