@@ -15,7 +15,7 @@ from .utils import captions, randomize
 
 IMAGE_GRID = (4, 4)
 NUM_IMAGE_TOKENS = 48
-NUM_PIECES = 60
+NUM_PIECES = 54
 COMMANDS = NUM_IMAGE_TOKENS + NUM_PIECES
 VOCAB_SIZE = COMMANDS + len(COMMAND_TOKENS) + 5  # a few rows to spare, as in the release
 MAX_LENGTH, MAX_SUPER_RESOLUTION_LENGTH = 40, 46
@@ -56,7 +56,7 @@ def make_cogview_vq(seed: int = 0, **config) -> CogViewVQModel:
 
 
 def make_cogview_tokenizer(folder: Path) -> CogViewTokenizer:
-    """A text model of 60 pieces, trained on the tests' captions."""
+    """A text model of 54 pieces, trained on the tests' captions."""
     file = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(captions() * 4),

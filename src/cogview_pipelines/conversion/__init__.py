@@ -9,9 +9,18 @@ of it.
 - `cogview2/`, `cogview/`: names and configurations on both sides, and the two directions.
 """
 
+from .cogview.to_pipeline import convert_to_pipeline as convert_cogview_to_pipeline
+from .cogview.to_release import convert_to_release as convert_cogview_to_release
 from .cogview2.to_pipeline import convert_to_pipeline
 from .cogview2.to_release import convert_to_release
 from .job import verify
 from .reader import ConversionError
 
-__all__ = ["ConversionError", "convert_to_pipeline", "convert_to_release", "verify"]
+__all__ = [
+    "ConversionError",
+    "convert_cogview_to_pipeline",
+    "convert_cogview_to_release",
+    "convert_to_pipeline",
+    "convert_to_release",
+    "verify",
+]

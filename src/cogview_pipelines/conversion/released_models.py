@@ -82,10 +82,10 @@ def open_released_model(
             raise ConversionError(f"{path} does not exist.")
         elif path.suffix == ".pt":
             model = _open_weights(path, stack)
+        elif tarfile.is_tarfile(path):  # first: the weights at the end of a tar are a zip by themselves
+            model = _open_files(path, _Tar(path, stack, scratch))
         elif zipfile.is_zipfile(path):
             model = _open_files(path, _Zip(path, stack, scratch))
-        elif tarfile.is_tarfile(path):
-            model = _open_files(path, _Tar(path, stack, scratch))
         else:
             model = _open_weights(path, stack)
         if len(model.files) > 1 and not several_ranks:

@@ -436,7 +436,7 @@ class Decoding:
         """How many positions a pass predicts at once."""
         if self.parallel is not None:
             return self.parallel
-        if self.compile or self.cuda_graph:
+        if self.compile or self.cuda_graph or getattr(model, "depends_on_pieces", False):
             return 1
         if torch.device(device).type != "cpu":
             return PARALLEL_ON_DEVICES

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -83,22 +84,27 @@ def generate(
     # looked at once, before the loop, which then needs no look at the device
     is_wanted = entries == TO_GENERATE
     columns = is_wanted.any(0).tolist()
-    is_alike = entry_positions.ndim == 1 and bool((is_wanted == is_wanted[:1]).all())
+    is_alike = bool((is_wanted == is_wanted[:1]).all())
     noise = draw_noise((batch_size, num_entries, 2), generator, device)
 
     decoding = Decoding() if decoding is None else decoding
-    window = Window(decoding.num_parallel(model, device) if is_alike else 1, row_length)
+    in_parallel = is_alike and entry_positions.ndim == 1
+    window = Window(decoding.num_parallel(model, device) if in_parallel else 1, row_length)
     repeats = repeats.repeat(copies).to(device)
 
     def begin() -> tuple[Decoder, torch.Tensor]:
         """A decoder that has read the contexts, and the logits of the first entry."""
         cache, bias, logits = encode_context(model, context, text_attention_bias, full_vocabulary, device)
-        longest = cache.length + num_entries + (window.size if window.size > 1 else 0)
+        longest = cache.length + num_entries + spare
         decoder = decoding.decoder(model, copies * batch_size, longest, full_vocabulary, device)
         decoder.begin(cache, bias, repeats)
         return decoder, logits.repeat_interleave(repeats, 0)
 
-    check = FiniteCheck()
+    check, spare = FiniteCheck(), window.size if window.size > 1 else 0
+    if is_alike or decoding.compile or decoding.cuda_graph or not any(columns):
+        write = _write_in_parallel if window.size > 1 and any(columns) else _write_one_by_one
+    else:
+        write, spare = _write_at_own_pace, _longest_piece(is_wanted)
 
     def draw(logits: torch.Tensor, rows: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Tokens of entries `(rows, new)` from the logits of all copies, `(copies * rows, new, tokens)`."""
@@ -106,7 +112,6 @@ def generate(
         check.see(guided)
         return sampler(guided, noise[rows[:, None], indices].flatten(0, 1)).unflatten(0, indices.shape)
 
-    write = _write_in_parallel if window.size > 1 and any(columns) else _write_one_by_one
     known = None if is_alike else ~is_wanted
     task = _Task(begin, draw, entries, entry_positions, columns, known, copies, callback, on_pass or (lambda: None))
     entries = write(task, window)
@@ -161,6 +166,58 @@ def _write_one_by_one(task: _Task, window: Window) -> torch.Tensor:
             if first < num_read:
                 decoder.truncate(context_length + first)
                 num_read = first
+    return entries
+
+
+def _longest_piece(is_wanted: torch.Tensor) -> int:
+    """The most entries of a row that are read at once: a generated one, and the known ones up to the next."""
+    longest = 1
+    for row in is_wanted.tolist():
+        columns = [0, *(column for column, wanted in enumerate(row) if wanted)]
+        longest = max(longest, *(after - before for before, after in pairwise(columns)), 1)
+    return longest
+
+
+def _write_at_own_pace(task: _Task, window: Window) -> torch.Tensor:
+    """Each row draws its next wanted entry in every pass, in whichever column that is; those that are done wait."""
+    decoder, logits = task.begin()
+    entries, context_length = task.entries, decoder.cache.length
+    rows = torch.arange(len(entries), device=entries.device)
+    is_wanted = ~task.is_known
+    counts = is_wanted.sum(1)
+    num_steps = int(counts.max())
+    # per row the columns of its wanted entries, in order; behind the last, the last again
+    targets = is_wanted.long().sort(dim=1, descending=True, stable=True).indices
+    num_read = torch.zeros_like(rows)
+    padding = decoder.model.config.pad_token_id
+    for step in range(num_steps):
+        is_active = step < counts
+        target = torch.where(is_active, targets[:, step], num_read)
+        num_new = target - num_read
+        width = int(num_new.max())
+        if width:
+            columns = num_read[:, None] + torch.arange(width, device=rows.device)
+            inside = columns < target[:, None]
+            columns = columns.clamp(max=entries.shape[1] - 1)
+            new = torch.where(inside, entries.gather(1, columns), padding)
+            positions = task.positions.expand_as(entries).gather(1, columns)
+            all_logits = decoder.append_all(torch.cat([new] * task.copies), torch.cat([positions] * task.copies))
+            last = torch.cat([num_new - 1] * task.copies)
+            picked = all_logits[torch.arange(len(all_logits), device=rows.device), last.clamp(min=0)]
+            logits = torch.where((last >= 0)[:, None], picked, logits)
+            num_read = target
+            decoder.truncate(context_length + torch.cat([num_read] * task.copies))
+            task.on_pass()
+        drawn = task.draw(logits[:, None], rows, target.clamp(max=entries.shape[1] - 1)[:, None])[:, 0]
+        entries[rows[is_active], target[is_active]] = drawn[is_active]
+        changed = task.report(int(target[is_active].max()), entries)
+        if changed is not None:
+            differs = entries != changed
+            first = torch.where(differs.any(1), differs.long().argmax(1), num_read)
+            entries = changed.clone()
+            if bool((first < num_read).any()):
+                num_read = torch.minimum(first, num_read)
+                decoder.truncate(context_length + torch.cat([num_read] * task.copies))
     return entries
 
 

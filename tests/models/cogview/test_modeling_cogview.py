@@ -270,7 +270,7 @@ def test_impossible_configurations_are_refused(config, message):
 
 # Sparse attention ----------------------------------------------------------------------------------------------------
 
-SPARSE = {"window_size": 4, "num_windows": 2, "num_pivots": 10}
+SPARSE = {"window_size": 4, "num_windows": 2, "num_pivots": 16}
 
 
 def test_training_is_sparse_with_new_pivots_for_each_layer_and_evaluation_is_dense():

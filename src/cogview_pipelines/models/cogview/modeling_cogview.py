@@ -27,7 +27,7 @@ from .tokenization_cogview import COMMAND_TOKENS
 
 LAYER_NORM_ORDERS = ("sandwich", "pre", "post")
 SPARSE_ATTENTION = ("window_size", "num_windows", "num_pivots")
-NORM_SCALES = ("sequence", "tensor", None)
+NORM_SCALES = ("sequence", "token", "tensor", None)
 
 
 class CogViewConfig(PreTrainedConfig):
@@ -47,9 +47,9 @@ class CogViewConfig(PreTrainedConfig):
             `"post"`: after the residual addition.
         norm_scale (`str`, *optional*):
             What the inputs of a norm are divided by before it, which keeps float16 from overflowing: an eighth of the
-            largest absolute value of each sequence (`"sequence"`) or, as in the release, of the whole tensor with all
-            rows of the batch (`"tensor"`). `None`: nothing, which is ordinary layer norm. In effect the epsilon of the
-            norm grows with the largest value; padding does not count.
+            largest absolute value of each sequence (`"sequence"`), of each token alone (`"token"`) or, as in the
+            release, of the whole tensor with all rows of the batch (`"tensor"`). `None`: nothing, which is ordinary
+            layer norm. In effect the epsilon of the norm grows with the largest value; padding does not count.
         layer_norm_eps (`float`): Epsilon of all norms.
         pb_relaxation_alpha (`float`, *optional*):
             Precision-bottleneck relaxation of attention (paper: 32): scores are computed divided by this and
@@ -174,7 +174,8 @@ class RelaxedLayerNorm(nn.LayerNorm):
 
     Args:
         normalized_shape (`int`), eps (`float`): As of [`torch.nn.LayerNorm`].
-        scale (`str`, *optional*): Whose largest value: `"sequence"`, `"tensor"`, or `None` for ordinary layer norm.
+        scale (`str`, *optional*): Whose largest value: `"sequence"`, `"token"`, `"tensor"`, or `None` for ordinary
+            layer norm.
 
     Source: precision bottleneck relaxation, CogView (https://arxiv.org/abs/2105.13290), section 2.4.
     """
@@ -194,7 +195,7 @@ class RelaxedLayerNorm(nn.LayerNorm):
         largest = hidden_states.detach().abs().amax(-1, keepdim=True)
         if self.scale == "tensor":
             largest = largest.amax()
-        else:
+        elif self.scale == "sequence":
             if is_real is not None:
                 largest = largest.masked_fill(~is_real[..., None], 0)
             largest = largest.amax(1, keepdim=True)
@@ -345,6 +346,11 @@ class CogViewModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
+
+    @property
+    def depends_on_pieces(self) -> bool:
+        """Whether logits depend, very slightly, on how a sequence is cut into calls with a cache."""
+        return self.config.norm_scale in ("sequence", "tensor")
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.word_embeddings

@@ -130,7 +130,7 @@ class Codebook(nn.Module):
             `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: The codes, through which gradients reach the vectors;
                 the tokens; the commitment loss. In train mode moving averages take a step, after the codes were read.
         """
-        tokens, _ = nearest_codes(vectors, self.embed.weight)
+        tokens, _ = self.nearest(vectors)
         if self.config.codebook_training == "gumbel":
             return self._gumbel(vectors, tokens)
         codes = self.embed(tokens)
@@ -141,6 +141,10 @@ class Codebook(nn.Module):
         if self.training and self.config.codebook_training == "moving_average":
             self.follow(vectors.detach(), tokens)
         return vectors + (codes - vectors).detach(), tokens, loss
+
+    def nearest(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The nearest code of each row of `(positions, embedding_dim)` and its squared distance, in float32."""
+        return nearest_codes(vectors, self.embed.weight)
 
     def _gumbel(self, vectors, tokens):
         scores = -squared_distances(vectors, self.embed.weight)
@@ -222,22 +226,24 @@ class CogViewVQModel(PreTrainedModel):
             module.embed_avg.copy_(module.embed.weight)
             nn.init.zeros_(module.cluster_size)
 
-    def encode(self, pixel_values: torch.Tensor) -> CogViewVQEncoderOutput:
+    def encode(self, pixel_values: torch.Tensor, compression_rate: int | None = None) -> CogViewVQEncoderOutput:
         """
         Tokens of pictures.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`):
                 RGB values in 0..1; both sides are multiples of 8.
+            compression_rate (`int`, *optional*): Pixels per token and axis; this model has one rate only.
 
         Returns:
             [`CogViewVQEncoderOutput`]: `tokens` in raster order, `(batch_size, height / 8, width / 8)`.
 
         Raises:
-            ValueError: If the sides are no multiples of 8.
+            ValueError: If the sides are no multiples of 8, or another rate is asked for.
         """
+        self._check_rate(compression_rate)
         features = self.encode_features(pixel_values)
-        tokens, _ = nearest_codes(features.flatten(0, 2), self.quantize.embed.weight)
+        tokens, _ = self.quantize.nearest(features.flatten(0, 2))
         return CogViewVQEncoderOutput(tokens=tokens.view(features.shape[:3]))
 
     def encode_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -246,20 +252,22 @@ class CogViewVQModel(PreTrainedModel):
         mean, std = image_statistics(self.config.image_mean, self.config.image_std, pixel_values)
         return self.encoder(((pixel_values - mean) / std).to(self.dtype)).movedim(1, -1)
 
-    def decode(self, tokens: torch.Tensor) -> CogViewVQDecoderOutput:
+    def decode(self, tokens: torch.Tensor, compression_rate: int | None = None) -> CogViewVQDecoderOutput:
         """
         Pictures of tokens.
 
         Args:
             tokens (`torch.LongTensor` of shape `(batch_size, rows, columns)` or `(batch_size, side * side)`):
                 Codes in raster order; flat codes are taken as squares.
+            compression_rate (`int`, *optional*): As for `encode`.
 
         Returns:
             [`CogViewVQDecoderOutput`]: `sample`, `(batch_size, 3, rows * 8, columns * 8)`, not clamped.
 
         Raises:
-            ValueError: If a code is out of range or flat codes are no square.
+            ValueError: If a code is out of range, flat codes are no square, or another rate is asked for.
         """
+        self._check_rate(compression_rate)
         embeddings = self.quantize.embed(as_grids(tokens, self.config.num_embeddings))
         return CogViewVQDecoderOutput(sample=self._decode_embeddings(embeddings))
 
@@ -277,6 +285,13 @@ class CogViewVQModel(PreTrainedModel):
         codes, tokens, loss = self.quantize(features.flatten(0, 2))
         sample = self._decode_embeddings(codes.view(features.shape))
         return CogViewVQModelOutput(sample=sample, tokens=tokens.view(features.shape[:3]), commitment_loss=loss)
+
+    def _check_rate(self, compression_rate):
+        if compression_rate not in (None, self.config.compression_rate):
+            raise ValueError(
+                f"`compression_rate` must be {self.config.compression_rate}, the only one that this model has, but is "
+                f"{compression_rate}."
+            )
 
     def _decode_embeddings(self, embeddings):
         sample = self.decoder(embeddings.movedim(-1, 1))
