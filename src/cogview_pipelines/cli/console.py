@@ -54,7 +54,7 @@ class _Reports:
 
 
 def guard_streams() -> None:
-    """From here on, nothing that is printed stops the work, be it by this package or by a library."""
+    """From here on, an error while printing never stops the work, whether this package prints or a library."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, _Reports):

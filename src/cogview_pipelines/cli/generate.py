@@ -101,7 +101,7 @@ def generate(
         help="Of the first picture of each prompt; picture i has seed + i.  [default: by chance]",
     ),
     num_images: int = count_option("--num-images", "-n", help="Pictures per prompt.  [default: 1]"),
-    num_candidates: int = count_option("--num-candidates", help="Draw so many of each prompt, and keep the best."),
+    num_candidates: int = count_option("--num-candidates", help="How many to draw of each prompt, to keep the best."),
     style: str = typer.Option(None, help="A style of the model."),
     grid: bool = typer.Option(False, "--grid", help="Write one picture that shows all of them."),
     model: str = MODEL_OPTION,
@@ -133,7 +133,7 @@ def generate(
 
     With --prompts FILE.jsonl, each line is an object with "id" and "prompt", and optionally "seed", "style" and any
     other argument of the pipeline's call. Pictures are written as ID.png into the output folder, beside a manifest;
-    what is there already is not made again, so that a long list can be stopped and resumed.
+    pictures that exist already are not made again, so a long list can be stopped and resumed.
 
     Prompt, seed, settings and model are kept in the PNG files; --remake FILE.png makes such a picture again.
 

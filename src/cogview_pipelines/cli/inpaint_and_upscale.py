@@ -89,16 +89,16 @@ def inpaint(
     quiet: bool = QUIET_OPTION,
 ) -> None:
     """
-    Paint what a mask marks anew, or around a picture.
+    Paint a part of a picture anew, or paint around it.
 
     Everything else stays as it is, bit for bit.
 
-    A mask is black and white, or grey, of which the brighter half counts as white. If it has transparent parts, these
-    are painted, whatever its colours are.
+    A mask is black and white; of grey, the brighter half counts as white. If it has transparent parts, these are
+    painted, whatever its colours are.
 
     With --requests FILE.jsonl, each line is an object with "id", "prompt", "image" and "mask" (or "top", "bottom",
     "left", "right"), and optionally "seed" and any other argument of the pipeline's call. Results are written as
-    ID.png into the output folder, beside a manifest; what is there already is not made again.
+    ID.png into the output folder, with a manifest; results that exist already are not made again.
 
     \b
     Examples:
@@ -143,7 +143,7 @@ def upscale(
     output: Path = OUTPUT_OPTION,
     seed: int = SEED_OPTION,
     levels: int = typer.Option(
-        None, min=1, max=3, help="Enlarge again what came out, so many times in all.  [default: 1]"
+        None, min=1, max=3, help="How many times to enlarge: each time the result of the last.  [default: 1]"
     ),
     tile_overlap: float = typer.Option(
         None, min=0, max=0.75, help="Of tiles of large pictures, as a part of a side.  [default: 0.25]"

@@ -52,7 +52,7 @@ class StoredTensor:
     stride: tuple[int, ...]
     offset: int
 
-    def __setstate__(self, state):  # what a pickle wants to set on a tensor is of no interest
+    def __setstate__(self, state):  # whatever a pickle sets on a tensor is ignored
         pass
 
     @property
@@ -246,9 +246,8 @@ class _CheckpointUnpickler(pickle.Unpickler):
             return _StorageType(_STORAGE_DTYPES[name])
         if module.split(".")[0] in sys.stdlib_module_names and path not in _PLAIN_LIBRARY:
             raise ConversionError(
-                f"{self.archive.name} asks for `{path}`, which no checkpoint needs and which could run commands. "
-                "Nothing of it was run. "
-                "Do not open this file with other programs; fetch the original again."
+                f"{self.archive.name} asks for `{path}`, which could run commands and which no checkpoint needs. "
+                "Nothing was run. Do not open this file with other programs; fetch the original again."
             )
         self.ignored.add(path)
         return _Ignored
@@ -321,7 +320,7 @@ class TorchArchive:
         entry = self.zip.getinfo(f"{self._prefix}data.pkl")
         if entry.file_size > MAX_PICKLE_BYTES:
             raise ConversionError(
-                f"{self.name}: its pickle is {entry.file_size} bytes long, which no list of tensors is."
+                f"{self.name}: its pickle has {entry.file_size} bytes, too many for a list of tensors."
             )
         return b"".join(self._bytes(entry.filename, 0, entry.file_size))
 

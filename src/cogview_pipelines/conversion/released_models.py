@@ -280,7 +280,7 @@ def _unpack(source: BinaryIO, size: int, name: str, archive: "_Zip | _Tar") -> t
 
 
 def _safe_names(entries: Iterator[tuple[str, bool]], path: Path) -> list[str]:
-    """Names of the files of an archive, of which none points out of it."""
+    """Names of the files of an archive; none may point out of it."""
     names = []
     for entry, is_folder in entries:
         name = entry.replace("\\", "/")

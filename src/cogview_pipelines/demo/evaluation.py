@@ -132,8 +132,8 @@ def measure_pictures(
         cases (sequence of [`Case`]): From [`choose_cases`].
         baseline (`str`):
             `"none"`: pictures generated from the captions; `"ceiling"`: the true pictures, encoded and decoded by the
-            image tokenizer, better than which no picture can be; `"shuffled"`: generated pictures, each scored against
-            the scene of another case, which is what chance gives.
+            image tokenizer (no picture can be better); `"shuffled"`: generated pictures, each scored against the scene
+            of another case (what chance gives).
         batch_size (`int`, defaults to 8): Pictures that are computed at a time.
         sprites (`SpriteSet`, *optional*): Drawings for the ceiling of pictures beyond 240 px.
         on_picture (*optional*): Called with index, case, picture and its scores.

@@ -106,7 +106,7 @@ class KeyValueCache:
             self.lengths = self.lengths[rows]
 
     def reorder(self, rows: torch.Tensor) -> None:
-        """Go on with these sequences, in the same memory. `rows` has as many entries as there are sequences."""
+        """Go on with these sequences, in the same memory. `rows` has one entry per sequence."""
         for layer in self.layers:
             layer[:, :, :, : self.length] = layer[:, rows, :, : self.length]
         if self.lengths is not None:

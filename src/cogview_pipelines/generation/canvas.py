@@ -9,7 +9,7 @@ from ..schedulers.scheduling_lopar import LoPARScheduler
 from .sampling import FiniteCheck, Generators, draw_noise
 from .token_sequence import TokenSequence
 
-# Super-resolution draws so many bytes of float32 logits at a time; drawing takes a few times as much.
+# Bytes of float32 logits that super-resolution draws from at a time; drawing takes a few times as much memory.
 LOGITS_BYTES = 128 * 2**20
 
 

@@ -51,7 +51,7 @@ class Decoder:
 
     def begin(self, context: KeyValueCache, context_bias: torch.Tensor, repeats: torch.Tensor) -> None:
         """
-        Start from encoded contexts, of which each is continued by `repeats` sequences.
+        Start from encoded contexts; each is continued by `repeats` sequences.
 
         Args:
             context (`KeyValueCache`): Their keys and values.
@@ -104,7 +104,7 @@ class Decoder:
         self.bias = self.bias[rows]
 
     def reorder(self, rows: torch.Tensor) -> None:
-        """Go on with these sequences; `rows` has as many entries as there are sequences, some of them alike."""
+        """Go on with these sequences. `rows` has one entry per sequence; some may be equal."""
         self.cache.reorder(rows)
         self.bias.copy_(self.bias[rows])
 
@@ -395,24 +395,24 @@ def encode_context(
 
 class Decoding:
     """
-    How tokens are appended, and what is kept for the next call: held by whoever decodes, a pipeline, for one.
+    How tokens are appended, and what is kept for the next call. Whoever decodes holds one, such as a pipeline.
 
     A step is small, and what surrounds its matrix products can take longer than they do. `compile` and `cuda_graph`
     give a step fixed shapes and keep its memory (keys and values of the last batch size) as long as this lives.
 
-    What a model allows is looked at once, and again when its modules, hooks, dtype or device or the places of its
-    weights have changed.
+    What a model allows is checked once, and again when its modules, hooks, dtype, device or the memory of its weights
+    have changed.
 
     Args:
-        compile (`bool`): Run the step through `torch.compile`. It takes a C++ compiler, on a GPU Triton, and a minute
+        compile (`bool`): Run the step through `torch.compile`. It needs a C++ compiler (on a GPU, Triton) and a minute
             or so for each new batch size.
-        cuda_graph (`bool`): Capture the step and replay it, with one launch for all of its kernels. It takes a CUDA
-            device, on which all weights stay, and a fraction of a second for each new batch size.
+        cuda_graph (`bool`): Capture the step and replay it, with one launch for all of its kernels. It needs a CUDA
+            device on which all weights stay, and a fraction of a second for each new batch size.
         fused (`bool`, defaults to `True`): On a CPU, without the other two, run all of a step in one kernel where
             there is one for it: built, for plain weights without hooks. It sums in float32 whatever the weights are,
             so that 16-bit models may draw another token where two are nearly tied.
-        parallel (`int`, *optional*): How many positions a pass predicts at once, of which as many are kept as are
-            certain to be those of the loop of one by one: see [`generate`]. 1 writes them one by one. Default: 32 on a
+        parallel (`int`, *optional*): How many positions a pass predicts at once. Those that are certain to be what
+            writing one by one gives are kept: see [`generate`]. 1 writes them one by one. Default: 32 on a
             GPU, 16 on a CPU where a step has to read more weights than its caches hold, else 1. Not with `compile` and
             `cuda_graph`, whose steps are of one token.
     """

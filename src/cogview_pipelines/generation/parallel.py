@@ -26,8 +26,8 @@ class Window:
 
     Args:
         size (`int`): Positions a pass, at most.
-        row_length (`int`): A position that was never predicted is guessed to be as the one so many before it: the
-            columns of a grid, for what lies above. Where that has not been predicted either, as the one above that.
+        row_length (`int`): A position that was never predicted is guessed to equal the one `row_length` before it.
+            With the columns of a grid, that is the cell above; if that was never predicted either, the one above that.
     """
 
     size: int

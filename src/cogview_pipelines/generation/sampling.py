@@ -43,9 +43,9 @@ def draw_noise(
 
 class FiniteCheck:
     """
-    Notices logits that are no finite numbers, of which nothing can be drawn: of broken weights, or after an overflow.
+    Raises an error if logits are not finite, because of broken weights or an overflow: nothing can be drawn from them.
 
-    On a CPU it raises at once. Elsewhere it raises at the end of the loop: to look earlier is to wait for the device.
+    On a CPU it raises at once, elsewhere at the end of the loop: looking earlier would mean waiting for the device.
     """
 
     def __init__(self):

@@ -154,7 +154,7 @@ def search_texts(
         log_probabilities = logits.log_softmax(-1).unflatten(0, (len(context), num_beams))
         totals = torch.tensor([beams.totals for beams in pictures], device=device)
         candidates = (totals[..., None] + log_probabilities).flatten(1)
-        # of twice as many as there are beams, enough do not end
+        # at most half of these can end, so enough beams go on
         best, indices = candidates.topk(min(2 * num_beams, candidates.shape[1]))
         scores = log_probabilities.flatten(1).gather(1, indices)
         going_on = [

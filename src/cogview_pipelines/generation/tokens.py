@@ -124,8 +124,8 @@ class _Task:
     """
     What the loops of [`generate`] have in common.
 
-    `is_wanted` says of each column whether it is generated; where rows differ, `is_known` says of which entries of
-    these columns it is not.
+    `is_wanted` says for each column whether it is generated. Where rows differ, `is_known` marks the entries of these
+    columns that are known already.
     """
 
     begin: Callable[[], tuple[Decoder, torch.Tensor]]

@@ -1,4 +1,4 @@
-"""GELU in its tanh approximation, of which super-resolution on a CPU computes millions: `csrc/gelu_cpu.cpp`."""
+"""GELU in its tanh approximation. Super-resolution on a CPU computes millions of these: `csrc/gelu_cpu.cpp`."""
 
 import ctypes
 import functools

@@ -367,7 +367,7 @@ def attend_to_keys(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
     """
-    Attention of new tokens to some keys, of which the last are the new tokens themselves, causal among themselves.
+    Attention of new tokens to some keys. The last keys are the new tokens themselves, which are causal.
 
     Args:
         query (`torch.Tensor` of shape `(batch_size, new, num_heads, head_dim)`): Of the new tokens.

@@ -37,7 +37,7 @@ def open_picture(
     """
     Decode a file: upright as its camera says, in sRGB, with 8 bits a channel.
 
-    What else the file holds (EXIF data, texts, resolutions) is passed over, be it right or wrong.
+    Anything else in the file (EXIF data, texts, resolutions) is ignored, whether valid or not.
 
     Args:
         content (`bytes`): The file.

@@ -38,7 +38,7 @@ def encode_png(image: Image.Image, metadata: dict | None) -> bytes:
 
 def save_png(image: Image.Image, path: str | Path, metadata: dict | None) -> None:
     """
-    Write a picture with its metadata as text chunks; the file appears complete, or what was there stays.
+    Write a picture with its metadata as text chunks. The file is replaced as a whole, or not at all.
 
     Args:
         image (`PIL.Image.Image`): The picture, in sRGB.

@@ -125,7 +125,9 @@ class GenerationRequest(DrawsTokens):
 
     size: str = Field("auto", description="WIDTHxHEIGHT, one of the model's sizes; `auto` is the largest.")
     num_candidates: int | None = Field(
-        None, ge=1, description="Draft so many at low resolution, and finish only the `n` that fit the prompt best."
+        None,
+        ge=1,
+        description="How many to draft at low resolution; only the `n` that fit the prompt best are finished.",
     )
 
 
@@ -139,7 +141,9 @@ class UpscaleRequest(MakesPictures):
     """`POST /v1/images/upscales`, a form with the file `image`."""
 
     prompt: Text = Field("", description="What the picture shows; may be left out.")
-    num_levels: int = Field(1, ge=1, le=4, description="Enlarge again what came out, so many times in all.")
+    num_levels: int = Field(
+        1, ge=1, le=4, description="How many times to enlarge; each level enlarges the result of the one before."
+    )
 
 
 class _WritesCaptions(Request):

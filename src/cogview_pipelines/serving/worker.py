@@ -249,7 +249,7 @@ class Worker:
                 self._fail(failed[0], error)
             error = raised = None  # with its traceback, which holds the tensors of its step
             if len(failed) > 1:
-                for job in failed:  # whoever's fault it was, the others are not to suffer from it
+                for job in failed:  # the others must not suffer from the one that is at fault
                     self._run([job])
         else:
             for job in jobs:

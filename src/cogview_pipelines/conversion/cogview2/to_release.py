@@ -30,7 +30,7 @@ def convert_to_release(
     Args:
         pipeline (`str` or `Path`): A folder with any of the components of a [`CogView2Pipeline`].
         output (`str` or `Path`): Gets `coglm/`, `cogview2-dsr/`, `cogview2-itersr/`, `ice_image.pt`, `ice_text.model`,
-            `cluster_label.npy`, as far as there is something to write; nothing of these may be there yet.
+            `cluster_label.npy`, as far as the pipeline has them. None of these may exist yet.
         iteration (`int`, *optional*): Written to `latest`; by default the one that was converted, else 1.
         dtype (`torch.dtype`, *optional*): Convert the transformers; by default tensors stay as they are. The release
             runs in float16.

@@ -45,8 +45,8 @@ class IcetkVQConfig(PreTrainedConfig):
         norm_num_groups (`int`, defaults to 32): Groups of the group normalisation.
         mid_attention (`bool`, defaults to `True`): Whether encoder and decoders have an attention block in the middle.
         encoder_patch_size, decoder_patch_size (`int`, defaults to 1):
-            Squares of so many pixels are folded into channels before the encoder, unfolded after the decoders. Saves
-            the work at full resolution, which is what takes the time of a small model.
+            Squares of this side, in pixels, are folded into channels before the encoder and unfolded after the
+            decoders. This saves the work at full resolution, where a small model spends most of its time.
         local_encoder (`bool`, defaults to `False`):
             Use 1x1 kernels and normalise each position by itself. If `encoder_patch_size` is the rate, then
             a token is a function of its own square of pixels alone: equal squares have equal tokens wherever they are.

@@ -394,7 +394,7 @@ def _in_batches(
     batch_size: int,
     num_steps: int,
 ) -> torch.Tensor:
-    """Tokens of all pictures of a stage, each of whose batches takes so many steps."""
+    """Tokens of all pictures of a stage. Each batch takes `num_steps` steps."""
 
     def expect_more(num_batches: int) -> None:
         call.expect(num_batches * num_steps)

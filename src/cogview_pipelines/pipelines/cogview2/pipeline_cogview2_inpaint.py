@@ -87,7 +87,7 @@ class _Task:
         return not bool(self.tokens_of(_cut(remaining, box), grid).all())
 
     def tokens_of(self, mask: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """The mask in tokens, at least one of which is marked."""
+        """The mask in tokens; at least one token is marked."""
         marked = MASK_RULES[self.manner.mask_rule](mask, grid)
         return marked if marked.any() else covering_token_mask(mask, grid)
 

@@ -166,7 +166,7 @@ class CogView2UpscalePipeline(PreviewMixin, CogView2PipelineBase):
             prompt (`str` or list of `str`): What the pictures show, one for all or one each; may be left out.
             tokens (`torch.Tensor` of shape `(num_images, rows, columns)`, *optional*):
                 Low-resolution tokens instead, such as `CogView2Pipeline` makes; at least as many as a tile has.
-            num_levels (`int`): Enlarge again what came out, so many times in all.
+            num_levels (`int`): How many times to enlarge; each level enlarges the result of the one before.
             tile_overlap (`float`, defaults to 0.25): How much of a tile's side at least lies in the one before, for
                 pictures larger than a tile; from 0 to 0.75.
             faithful (`bool`, defaults to `True`): Make up for what the tokens of a picture lost: the result, reduced

@@ -7,7 +7,7 @@ from ..common.settings import Settings, setting
 _DRAWING = ("CogView2Pipeline", "CogView2InpaintPipeline")
 _ALL = (*_DRAWING, "CogView2UpscalePipeline")
 _CAPTIONS = ("CogView2CaptionPipeline",)
-# From as good as greedy to as good as uniform; a logit is divided by two of them, and must not overflow.
+# From practically greedy to practically uniform. A logit is divided by up to two of them and must not overflow.
 _TEMPERATURES = (1e-6, 1e6)
 _COUNTS = (1, 2**31)
 

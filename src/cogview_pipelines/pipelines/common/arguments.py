@@ -33,7 +33,7 @@ def check_text(name: str, text: str) -> str:
 
 
 def one_per_prompt(name: str, texts: str | Sequence[str], num_prompts: int) -> list[str]:
-    """Texts that go with the prompts, of which one serves all."""
+    """One text for each prompt; a single text is used for all."""
     texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"`{name}` must be a string or a list of strings, but is {texts!r}.")

@@ -69,7 +69,7 @@ class Call:
             raise GenerationInterrupted("The call was stopped, because `interrupt` was set to True.")
 
     def expect(self, num_steps: int) -> None:
-        """There are so many more steps than the progress bar knew of."""
+        """Add steps to the total of the progress bar."""
         self.progress.total += num_steps
 
     @contextlib.contextmanager
@@ -119,7 +119,7 @@ class RunningCalls:
             self._was_interrupted = call.interrupted
 
     def concerned(self) -> tuple[Call, ...]:
-        """The calls that whoever asks means: in a callback the one that called it, elsewhere all."""
+        """The calls that an interruption is meant for: in a callback the one that runs it, elsewhere all."""
         current = _current.get()
         return (current,) if current in self._calls else tuple(self._calls)
 

@@ -53,14 +53,14 @@ def pictures_that_fit(
     most: int,
 ) -> int:
     """
-    How many pictures a stage can work on at a time, by what its device has free.
+    How many pictures a stage can work on at a time with the memory that its device has free.
 
     Args:
         model (`torch.nn.Module`): Of the stage.
         device (`torch.device`): Where it computes.
-        models (list of modules): All components, some of which make room if hooks offload them.
+        models (list of modules): All components; some make room if hooks offload them.
         bytes_per_picture (`int`): Memory that each picture needs, besides the weights.
-        most (`int`): With so many it is busy; more make it no faster.
+        most (`int`): The most that are of use: with more pictures the device gets no faster.
     """
     free = free_memory(device)
     if free is None:

@@ -1,4 +1,4 @@
-"""Who hears of each step: the progress bar, and the caller's callback."""
+"""Tells the progress bar and the caller's callback of each step."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING

@@ -10,7 +10,7 @@ from accelerate.utils.memory import clear_device_cache
 
 class StageOffload(CpuOffload):
     """
-    Bring a model to its device when it is called, and send away what is there of the others first.
+    Move a model to its device when it is called, and move the others away first.
 
     The hook of accelerate knows the one model before, sends away shared weights only to fetch them again, and takes
     the device of the first weight for that of all.

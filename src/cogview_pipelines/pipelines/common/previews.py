@@ -39,7 +39,7 @@ class PreviewMixin:
     @inference
     def preview(self, tokens: torch.Tensor) -> list[PIL.Image.Image]:
         """
-        Pictures of tokens some of which are not known yet; grey there.
+        Decode tokens into pictures that are grey where tokens are not known yet.
 
         Args:
             tokens (`torch.Tensor` of shape `(num_images, rows, columns)`): As a callback gets them, -1 where unknown.
@@ -95,10 +95,9 @@ class PreviewMixin:
         """
         Make pictures as a call does, and watch: yields previews, and at last what the call returns.
 
-        There is a preview of each batch whenever so many rows of low-resolution tokens are written, and after each
-        pass of super-resolution, as far as there is time for it. A thread makes the pictures and does not wait for
-        whoever looks at the previews. Closing the iterator stops it at its next step. What a call raises, the iterator
-        raises.
+        A preview of each batch comes every `rows_per_preview` rows of low-resolution tokens and after each pass of
+        super-resolution, as far as there is time. A thread makes the pictures and does not wait for the reader of the
+        previews. Closing the iterator stops the thread at its next step. The iterator raises what the call raises.
 
         Args:
             args, call: As for `__call__`.

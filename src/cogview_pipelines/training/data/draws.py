@@ -64,7 +64,7 @@ class WeightedIndex:
 
     def __init__(self, weights: torch.Tensor):
         if not len(weights) or not (weights >= 0).all() or not 0 < float(weights.sum(dtype=torch.float64)) < torch.inf:
-            raise ValueError("`weights` must be finite numbers of at least 0, of which one is above 0.")
+            raise ValueError("`weights` must be finite numbers of at least 0, and at least one must be above 0.")
         self.last = int(weights.nonzero()[-1])
         self.bounds = weights.to(torch.float64).cumsum(0)
 

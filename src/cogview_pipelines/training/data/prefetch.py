@@ -31,7 +31,7 @@ def prefetch(
         items (`Iterable`): The items.
         num_workers (`int`, defaults to 1): Threads or processes, and so batches ahead; with 0 all runs in the caller.
         processes (`bool`, defaults to `False`):
-            Processes instead of threads, of which only one runs Python at a time. Each holds what `make` needs, and
+            Processes instead of threads (only one thread runs Python at a time). Each holds what `make` needs, and
             batches come through shared memory.
     """
     if num_workers == 0:
