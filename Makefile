@@ -1,5 +1,5 @@
 # What CI runs (.ci/run), one by one. Everything uses the Python of the active environment.
-.PHONY: style quality test test-slow
+.PHONY: style quality test test-slow mutations
 
 style:  ## Format the code and repair what can be repaired
 	ruff format .
@@ -14,3 +14,6 @@ test:  ## Everything that needs neither weights nor a GPU
 
 test-slow:  ## What takes minutes, needs released weights, or a GPU
 	pytest -m "slow or gpu"
+
+mutations:  ## Deliberate errors in the whole package, each of which a test must notice; takes a while
+	python tests/mutations/run_mutations.py

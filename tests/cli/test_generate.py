@@ -413,3 +413,9 @@ def test_only_pictures_that_say_how_they_were_made_can_be_remade(cogview2, no_mo
     else:
         path.write_bytes(content)
     assert_bad_input(cogview2("generate", "--remake", path, "--output", tmp_path / "b.png"), path)
+
+
+@pytest.mark.parametrize("option", ["--num-images", "--num-candidates"])
+def test_the_largest_seed_leaves_room_for_all_that_is_drawn(cogview2, no_model, option):
+    result = cogview2("generate", "a cat", "--seed", 2**63 - 2, option, 3)
+    assert_bad_input(result, "`seed`", 2**63 - 3, 2**63 - 2)

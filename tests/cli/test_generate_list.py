@@ -341,3 +341,13 @@ def test_pictures_without_metadata_are_known_by_the_manifest(cogview2, write_lis
     (out / "a.png").write_bytes((out / "b.png").read_bytes()[:-12] + b"\0\0\0\0IEND\xaeB`\x82")
     png.save_png(Image.new("RGB", (3, 3)), out / "b.png", None)  # another picture of this name
     assert_bad_input(cogview2(*arguments), out / "b.png", "was made from another request")
+
+
+def test_pictures_that_were_deleted_leave_the_manifest(cogview2, write_list, tmp_path):
+    call = ("--output", tmp_path / "out", "--height", LOW_SIZE)
+    lines = [{"id": name, "prompt": "a cat", "seed": 1} for name in "ab"]
+    assert cogview2("generate", "--prompts", write_list(*lines), *call).exit_code == 0
+    (tmp_path / "out" / "a.png").unlink()
+    assert cogview2("generate", "--prompts", write_list({**lines[0], "id": "c"}), *call).exit_code == 0
+    rows = (tmp_path / "out" / "manifest.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(row)["file"] for row in rows] == ["b.png", "c.png"]

@@ -331,6 +331,20 @@ def test_a_tensor_that_reaches_beyond_its_data_is_refused(tmp_path):
         read_module(broken, "x.pt")
 
 
+def test_a_tensor_that_reaches_beyond_its_declared_storage_is_refused():
+    broken = io.BytesIO()
+    with zipfile.ZipFile(saved({"module": {"a": torch.zeros(8)}})) as source, zipfile.ZipFile(broken, "w") as target:
+        for entry in source.infolist():
+            data = source.read(entry)
+            if entry.filename.endswith("data.pkl"):
+                assert data.count(b"K\x08") == 2  # elements of the storage, then of the tensor
+                data = data.replace(b"K\x08", b"K\x04", 1)
+            target.writestr(entry.filename, data)
+    broken.seek(0)
+    with pytest.raises(ConversionError, match="beyond its data"):
+        read_module(broken, "x.pt")
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConversionError, match="nowhere does not exist"):
         read_all(tmp_path / "nowhere", tmp_path)

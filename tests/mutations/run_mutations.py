@@ -1,436 +1,238 @@
 """
-Would the parity suite notice an error? Makes deliberate one-line errors, one at a time, and expects each to be caught.
+Would the tests notice an error? Makes deliberate small errors, one at a time, and expects each to be caught.
 
     python tests/mutations/run_mutations.py                # all of them; one line for each, then a JSON line
-    python tests/mutations/run_mutations.py --only window  # those whose description has the word
+    python tests/mutations/run_mutations.py --only window  # those whose description or file has the word
+    python tests/mutations/run_mutations.py --sample 12    # some of every folder; others after the code has changed
+
+The errors are listed by folder of the package in the files next to this one, each with the test that must notice it.
+An error that survives is a missing test.
 
 Every error is made in a temporary copy of the package; the checkout stays as it is. Each trial is a fork of a process
-that has imported torch already (so this does not run on Windows) and ends at the first test that notices. The copy
-has no compiled kernels: their errors are not lines of Python, and tests of their own compare them with the reference.
+that has imported torch already (so this does not run on Windows) and ends at the first test that fails. The copy has
+no compiled kernels: their errors are not lines of Python, and tests of their own compare them with the reference.
 """
 
 import argparse
+import ast
+import compileall
+import hashlib
 import importlib
 import json
 import os
+import pkgutil
 import shutil
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # instead of this folder, whose files have the names of many packages
+
+from tests import mutations  # noqa: E402
+from tests.mutations.mutation import Mutation  # noqa: E402
+
 PACKAGE = ROOT / "src" / "cogview_pipelines"
+PRELOADED = (
+    "accelerate",
+    "diffusers.loaders",
+    "numpy",
+    "PIL.Image",
+    "pytest",
+    "safetensors.torch",
+    "sentencepiece",
+    "torch.distributed.checkpoint",
+    "torch.utils.data",
+    "tqdm",
+    "transformers.modeling_utils",
+    "typer.testing",
+)
+PRELOADED_FOR_SERVING = ("fastapi", "gradio", "httpx", "prometheus_client", "uvicorn")
 
 
-@dataclass(frozen=True)
-class Mutation:
+def all_mutations() -> list[Mutation]:
+    """Those of all lists in this folder."""
+    names = sorted(module.name for module in pkgutil.iter_modules(mutations.__path__))
+    lists = [importlib.import_module(f"tests.mutations.{name}") for name in names if not name.startswith("test_")]
+    return [mutation for module in lists for mutation in getattr(module, "MUTATIONS", ())]
+
+
+def problems(listed: Iterable[Mutation]) -> list[str]:
     """
-    One error.
-
-    Args:
-        what (`str`): In words.
-        file (`str`): Path in the package.
-        old, new (`str`): `old` stands there exactly once, on one line.
-        first (`str`): The test file that should notice; it runs first, the rest of the suite after it.
+    What is wrong with the lists themselves: every mutation must have exactly one place, make Python and name a test. A
+    source line that was rewritten needs its mutation rewritten.
     """
-
-    what: str
-    file: str
-    old: str
-    new: str
-    first: str
-
-
-SEQUENCES, COGLM = "models/cogview2/sequences.py", "models/cogview2/modeling_coglm.py"
-LAYERS, CANVAS = "models/layers.py", "models/cogview2/modeling_coglm_canvas.py"
-TOKEN_SEQUENCE, SAMPLES = "generation/token_sequence.py", "training/samples_cogview2.py"
-LOPAR, ATTENTION, SAMPLING = "schedulers/scheduling_lopar.py", "ops/local_attention.py", "generation/sampling.py"
-VQ = "models/image_tokenizers/modeling_icetk_vq.py"
-GEOMETRY, LAYOUT = "pipelines/cogview2/completion_geometry.py", "conversion/cogview2/layout.py"
-
-MUTATIONS = [
-    # positions
-    Mutation(
-        "position: image tokens start at that of <start_of_image>",
-        SEQUENCES,
-        "return self.image_position + 1 + torch.arange(self.image_length)",
-        "return self.image_position + torch.arange(self.image_length)",
-        "test_text_to_image",
-    ),
-    Mutation(
-        "position: <start_of_image> one further",
-        SEQUENCES,
-        "torch.full((batch_size, 1), layout.image_position)",
-        "torch.full((batch_size, 1), layout.image_position + 1)",
-        "test_text_to_image",
-    ),
-    Mutation(
-        "position: text counts from one",
-        TOKEN_SEQUENCE,
-        "(mask.long().cumsum(-1) - 1).clamp(min=0)",
-        "mask.long().cumsum(-1)",
-        "test_text_to_image",
-    ),
-    Mutation(
-        "position: captions count from one",
-        SEQUENCES,
-        "torch.arange(ids.shape[1]).expand(batch_size, -1)",
-        "torch.arange(1, ids.shape[1] + 1).expand(batch_size, -1)",
-        "test_text_to_image",
-    ),
-    Mutation(
-        "position: canvas cells without positions",
-        CANVAS,
-        "self.dropout(self.word_embeddings(canvas_ids) + positions)",
-        "self.dropout(self.word_embeddings(canvas_ids))",
-        "test_super_resolution",
-    ),
-    # masks and orders
-    Mutation(
-        "mask: text is causal",
-        SEQUENCES,
-        "isolate_padding(prefix_causal_mask(text, ~padding & ~text), padding)",
-        "isolate_padding(prefix_causal_mask(text & False, ~padding), padding)",
-        "test_text_to_image",
-    ),
-    Mutation(
-        "mask: tokens do not see themselves",
-        TOKEN_SEQUENCE,
-        "torch.ones(length, length, dtype=torch.bool, device=prefix.device).tril()",
-        "torch.ones(length, length, dtype=torch.bool, device=prefix.device).tril(-1)",
-        "test_text_to_image",
-    ),
-    Mutation(
-        "mask: captions see their future",
-        SEQUENCES,
-        "isolate_padding(prefix_causal_mask(image, text), padding)",
-        "isolate_padding(prefix_causal_mask(image | text, text), padding)",
-        "test_text_to_image",
-    ),
-    Mutation(
-        "mask: low-resolution tokens see the padding",
-        SEQUENCES,
-        "mask = text[:, None, :] | (image[:, :, None] & image[:, None, :])",
-        "mask = (text | padding)[:, None, :] | (image[:, :, None] & image[:, None, :])",
-        "test_super_resolution",
-    ),
-    Mutation(
-        "mask: the canvas sees padded text slots",
-        CANVAS,
-        '~context.key_mask, float("-inf")',
-        '~context.key_mask, float("0")',
-        "test_super_resolution",
-    ),
-    Mutation(
-        "mask: completion context is causal",
-        SEQUENCES,
-        "context_mask[:, before:] = extend_mask(start.key_mask, len(known), True)[:, None]",
-        "context_mask[:, before:] = extend_mask(start.key_mask, len(known), False)[:, None]",
-        "test_completion",
-    ),
-    Mutation(
-        "order: holes follow their right neighbours",
-        SEQUENCES,
-        "left_of_hole[:, :-1] = mask[:, 1:] & ~mask[:, :-1]",
-        "left_of_hole[:, 1:] = mask[:, :-1] & ~mask[:, 1:]",
-        "test_completion",
-    ),
-    Mutation(
-        "order: iterative super-resolution reads the end of the text",
-        SEQUENCES,
-        "list(text)[:num_text_slots]",
-        "list(text)[-num_text_slots:]",
-        "test_super_resolution",
-    ),
-    # the bias
-    Mutation(
-        "bias: on everything but the text",
-        LAYERS,
-        "(text_mask * text_attention_bias)[:, None, None]",
-        "(~text_mask * text_attention_bias)[:, None, None]",
-        "test_text_to_image",
-    ),
-    Mutation(
-        "bias: forgotten after the prompt",
-        "generation/decoders.py",
-        "attention_bias(context.key_mask[:, None], context.text_mask, text_attention_bias, cache.dtype)",
-        "attention_bias(context.key_mask[:, None], context.text_mask, 0.0, cache.dtype)",
-        "test_text_to_image",
-    ),
-    # the transformer
-    Mutation(
-        "norms: after the residual addition",
-        LAYERS,
-        "hidden_states + self.attention_output_layernorm(self.dropout(attended))",
-        "self.attention_output_layernorm(hidden_states + self.dropout(attended))",
-        "test_text_to_image",
-    ),
-    Mutation(
-        "norms: none before the feed-forward layer",
-        LAYERS,
-        "self.mlp(self.mlp_layernorm(hidden_states))",
-        "self.mlp(hidden_states)",
-        "test_text_to_image",
-    ),
-    Mutation(
-        "norms: the fourth in the place of the third",
-        LAYERS,
-        "self.attention_output_layernorm(self.dropout(attended))",
-        "self.mlp_output_layernorm(self.dropout(attended))",
-        "test_text_to_image",
-    ),
-    Mutation(
-        "norms: a larger epsilon",
-        COGLM,
-        "layer_norm_eps: float = 1e-5,",
-        "layer_norm_eps: float = 1e-3,",
-        "test_text_to_image",
-    ),
-    Mutation(
-        "activation: exact GELU",
-        "ops/gelu.py",
-        'approximate="tanh"',
-        'approximate="none"',
-        "test_text_to_image",
-    ),
-    Mutation(
-        "heads: query, key and value of each head side by side",
-        LAYERS,
-        "unflatten(-1, (3, self.num_heads, -1))",
-        "unflatten(-1, (self.num_heads, 3, -1)).transpose(2, 3)",
-        "test_text_to_image",
-    ),
-    Mutation(
-        "projections: the canvas uses the layer's own",
-        CANVAS,
-        'self.canvas_attention if self.config.super_resolution == "direct" else self.attention',
-        "self.attention",
-        "test_super_resolution",
-    ),
-    # windows
-    Mutation(
-        "window: five rows by nine columns",
-        CANVAS,
-        "kernel_size: Sequence[int] = (9, 5),",
-        "kernel_size: Sequence[int] = (5, 9),",
-        "test_super_resolution",
-    ),
-    Mutation(
-        "window: three by three on the low-resolution tokens",
-        CANVAS,
-        "cross_kernel_size: Sequence[int] = (5, 5),",
-        "cross_kernel_size: Sequence[int] = (3, 3),",
-        "test_super_resolution",
-    ),
-    Mutation(
-        "window: centred one row too far down",
-        ATTENTION,
-        "center_row = query_row // (query_grid[0] // key_grid[0])",
-        "center_row = 1 + query_row // (query_grid[0] // key_grid[0])",
-        "test_local_attention",
-    ),
-    Mutation(
-        "window: one column short",
-        ATTENTION,
-        "(key_column - center_column).abs() <= kernel_size[1] // 2",
-        "(key_column - center_column).abs() < kernel_size[1] // 2",
-        "test_local_attention",
-    ),
-    Mutation(
-        "window: keys outside the grid count as zeros",
-        ATTENTION,
-        "return inside & near",
-        "return near",
-        "test_local_attention",
-    ),
-    # the schedule
-    Mutation(
-        "schedule: one cell of the grid differs",
-        LOPAR,
-        "(2, 3, 4, 5, -1, 1),",
-        "(2, 3, 4, 5, -1, 2),",
-        "test_super_resolution",
-    ),
-    Mutation(
-        "schedule: the unused first top-k is used",
-        LOPAR,
-        "RELEASED_TOP_K = (40, 40, 40, 20, 20, 10)",
-        "RELEASED_TOP_K = (60, 40, 40, 40, 20, 20)",
-        "test_super_resolution",
-    ),
-    Mutation(
-        "schedule: cells of a pass are visible in it",
-        LOPAR,
-        "return self.step_map(height, width) >= timestep",
-        "return self.step_map(height, width) > timestep",
-        "test_super_resolution",
-    ),
-    # sampling
-    Mutation(
-        "sampling: the temperature inside clusters changes their masses",
-        SAMPLING,
-        "masses, clusters = cluster_masses(logits.softmax(-1),",
-        "masses, clusters = cluster_masses((logits / cluster_temperature).softmax(-1),",
-        "test_sampling",
-    ),
-    Mutation(
-        "sampling: the first temperature is lost inside clusters",
-        SAMPLING,
-        "inside = (logits / cluster_temperature)",
-        "inside = (logits * temperature / cluster_temperature)",
-        "test_sampling",
-    ),
-    # the image tokenizer
-    Mutation(
-        "image tokenizer: zeros at the left and the top",
-        VQ,
-        "F.pad(hidden_states, (0, 1, 0, 1))",
-        "F.pad(hidden_states, (1, 0, 1, 0))",
-        "test_image_tokenizer",
-    ),
-    Mutation(
-        "image tokenizer: decoders in the opposite order",
-        LAYOUT,
-        '_DECODER_RATES = {"0": "16", "1": "8", "2": "4"}',
-        '_DECODER_RATES = {"0": "4", "1": "8", "2": "16"}',
-        "test_image_tokenizer",
-    ),
-    # training samples
-    Mutation(
-        "training: the last column of a patch is predicted from outside",
-        SAMPLES,
-        "predicts[patch_rows, corner_column : corner_column + patch_size - 1] = True",
-        "predicts[patch_rows, corner_column : corner_column + patch_size] = True",
-        "test_training_samples",
-    ),
-    Mutation(
-        "training: the token after a span is open",
-        SAMPLES,
-        "before = start + length + 1",
-        "before = start + length",
-        "test_training_samples",
-    ),
-    # pictures
-    Mutation(
-        "completion: crops with less around the mask",
-        GEOMETRY,
-        "MASK_SHARE = 14 / 20",
-        "MASK_SHARE = 15 / 20",
-        "test_completion",
-    ),
-]
+    found, seen = [], set()
+    for mutation in listed:
+        path, (test, _, function) = PACKAGE / mutation.file, mutation.test.partition("::")
+        source = path.read_text("utf-8") if path.is_file() else ""
+        if mutation.what in seen:
+            found.append(f"{mutation.what}: stands in the lists twice")
+        seen.add(mutation.what)
+        if source.count(mutation.old) != 1:
+            found.append(f"{mutation.what}: {mutation.old!r} stands {source.count(mutation.old)} times in {path}")
+            continue
+        try:
+            ast.parse(source.replace(mutation.old, mutation.new))
+        except SyntaxError as error:
+            found.append(f"{mutation.what}: makes no Python ({error})")
+        test = ROOT / "tests" / test
+        if not test.is_file() or f"def {function}" not in test.read_text("utf-8"):
+            found.append(f"{mutation.what}: there is no test {mutation.test}")
+    return found
 
 
-def check_places() -> None:
-    """Every mutation must have exactly one place; a source line that was rewritten needs its mutation rewritten."""
-    lost = []
-    for mutation in MUTATIONS:
-        count = (PACKAGE / mutation.file).read_text("utf-8").count(mutation.old)
-        if count != 1:
-            lost.append(f"{mutation.what}: {mutation.old!r} stands {count} times in {mutation.file}")
-    if lost:
-        sys.exit("These mutations have no place:\n  " + "\n  ".join(lost))
+def sample(listed: Sequence[Mutation], count: int) -> list[Mutation]:
+    """
+    `count` mutations, evenly from all folders of the package: the same ones for the same code, others after a change.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        digest.update(path.read_bytes())
+    key = digest.hexdigest()
+    folders: dict[str, list[Mutation]] = {}
+    for mutation in sorted(listed, key=lambda one: hashlib.sha256((key + one.what).encode()).digest()):
+        folders.setdefault(mutation.file.partition("/")[0], []).append(mutation)
+    rounds = max(map(len, folders.values()))
+    by_turns = [own[index] for index in range(rounds) for own in folders.values() if index < len(own)]
+    return by_turns[:count]
 
 
-def preload() -> None:
+def preload(listed: Iterable[Mutation]) -> None:
     """Import what is slow and not under test, once: every trial is a fork of this process."""
-    for name in ("numpy", "sentencepiece", "torch", "transformers", "diffusers", "pytest"):
+    serves = any(mutation.test.startswith("serving/") for mutation in listed)
+    for name in (*PRELOADED, *(PRELOADED_FOR_SERVING if serves else ())):
         importlib.import_module(name)
     from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin  # noqa: F401 - resolves lazy modules
     from transformers import PreTrainedModel, PreTrainedTokenizer  # noqa: F401
 
 
-class FirstFailure:
-    """A pytest plugin that remembers which test noticed."""
+class Failures:
+    """A pytest plugin that remembers which tests noticed."""
 
     def __init__(self):
-        self.name = ""
+        self.names: list[str] = []
 
     def pytest_runtest_logreport(self, report):
-        if report.failed and not self.name:
-            self.name = report.nodeid.split("::")[-1]
-
-    def pytest_collectreport(self, report):
-        if report.failed and not self.name:
-            self.name = f"{report.nodeid} cannot be imported"
+        if report.failed:
+            self.names.append(report.nodeid)
 
 
-def run_suite(source: Path, first: str | None) -> tuple[bool, str]:
-    """Whether the parity suite passes on the package in `source`, and the first test that fails; ends at that one."""
+def run_tests(source: Path, tests: Sequence[str], stop_at_first: bool) -> tuple[int, list[str]]:
+    """pytest's exit status on the package in `source`, and the tests that failed."""
     import pytest
 
     sys.path.insert(0, str(source))
     sys.dont_write_bytecode = True
+    os.environ.update(PYTHONPATH=str(source), PYTHONDONTWRITEBYTECODE="1")  # for programs that tests start
     assert not any(name.split(".")[0] == PACKAGE.name for name in sys.modules), "the package is loaded already"
-    folder = ROOT / "tests" / "parity" / "cogview2"
-    targets = [str(folder / f"{first}.py")] if first else []
-    # the release's own numbers only: bounds on bfloat16 would notice much, but say little
-    skipped = (f"{first}.py", "test_bfloat16.py")
-    targets += [str(path) for path in sorted(folder.glob("test_*.py")) if path.name not in skipped]
-    failure = FirstFailure()
-    status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", *targets], plugins=[failure])
-    import cogview_pipelines
-
-    assert Path(cogview_pipelines.__file__).is_relative_to(source), "another copy of the package was tested"
-    return status == 0, failure.name
+    failures = Failures()
+    options = ["-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", *(["-x"] if stop_at_first else [])]
+    status = pytest.main([*options, *(str(ROOT / "tests" / test) for test in tests)], plugins=[failures])
+    package = sys.modules.get(PACKAGE.name)
+    assert package is None or Path(package.__file__).is_relative_to(source), "another copy of the package was tested"
+    return int(status), failures.names
 
 
-def try_mutation(package: Path, mutation: Mutation | None) -> tuple[bool, str]:
-    """
-    Run the suite on a copy of the package with one error in it (or none), in a process of its own; whether it passed.
-    """
-    with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
-        source = Path(folder)
-        shutil.copytree(package, source / PACKAGE.name)
+class Trial:
+    """A process that runs tests on a copy of the package, with an error in it or none."""
+
+    def __init__(self, package: Path, mutation: Mutation | None, tests: Sequence[str]):
+        self.mutation, self._folder = mutation, tempfile.TemporaryDirectory(prefix="mutation-")
+        source = Path(self._folder.name)
+        shutil.copytree(package, source / PACKAGE.name, copy_function=os.link)
         if mutation is not None:
             path = source / PACKAGE.name / mutation.file
-            path.write_text(path.read_text("utf-8").replace(mutation.old, mutation.new), "utf-8")
-        child = os.fork()
-        if child == 0:
+            text = path.read_text("utf-8").replace(mutation.old, mutation.new)
+            path.unlink()  # the other name of the file stays as it is
+            path.write_text(text, "utf-8")
+        sys.stdout.flush()
+        self.process = os.fork()
+        if self.process == 0:
             try:
                 log = os.open(source / "log", os.O_WRONLY | os.O_CREAT)
                 os.dup2(log, 1)
                 os.dup2(log, 2)
-                result = run_suite(source, mutation.first if mutation else None)
+                result = run_tests(source, tests, stop_at_first=mutation is not None)
                 (source / "result.json").write_text(json.dumps(result))
             finally:
                 os._exit(0)
-        os.waitpid(child, 0)
-        if not (source / "result.json").is_file():
-            sys.exit(f"A trial ended without a result:\n{(source / 'log').read_text()[-2000:]}")
-        return tuple(json.loads((source / "result.json").read_text()))
+
+    def result(self) -> tuple[int, list[str]]:
+        """Once the process has ended: as of [`run_tests`]. Ends the program if the tests could not be run at all."""
+        source = Path(self._folder.name)
+        try:
+            status, failed = json.loads((source / "result.json").read_text())
+        except OSError:
+            status, failed = -1, []
+        if status not in (0, 1):  # passed, or failed
+            what = "without any error" if self.mutation is None else self.mutation.what
+            sys.exit(f"A trial gave no result ({what}):\n{(source / 'log').read_text()[-3000:]}")
+        self._folder.cleanup()
+        return status, failed
+
+
+def run_trials(package: Path, listed: Sequence[Mutation], jobs: int) -> Iterable[tuple[Mutation, str]]:
+    """Every mutation with the name of the test that noticed, or with `""`."""
+    waiting, running = list(listed), {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            mutation = waiting.pop(0)
+            trial = Trial(package, mutation, [mutation.test])
+            running[trial.process] = trial
+        process, _ = os.wait()
+        trial = running.pop(process)
+        status, failed = trial.result()
+        yield trial.mutation, failed[0].split("::")[-1] if status else ""
+
+
+def run_without_errors(package: Path, listed: Sequence[Mutation]) -> None:
+    """Ends the program unless all named tests pass on the package as it is."""
+    trial = Trial(package, None, sorted({mutation.test for mutation in listed}))
+    os.waitpid(trial.process, 0)
+    _, failed = trial.result()
+    if failed:
+        sys.exit("These tests fail without any error:\n  " + "\n  ".join(failed))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="Only errors whose description has this word.")
+    parser.add_argument("--only", default="", help="Only errors whose description or file has this word.")
+    parser.add_argument("--sample", type=int, help="Only so many, from all folders.")
+    parser.add_argument("--jobs", type=int, default=1, help="Trials at a time (default: 1).")
+    parser.add_argument(
+        "--trust", action="store_true", help="Do not run the tests without any error first: they have passed already."
+    )
     parser.add_argument("--list", action="store_true", help="Name the errors and stop.")
     args = parser.parse_args()
-    check_places()
-    chosen = [mutation for mutation in MUTATIONS if args.only in mutation.what]
+    listed = all_mutations()
+    if wrong := problems(listed):
+        sys.exit("The lists of mutations are not in order:\n  " + "\n  ".join(wrong))
+    chosen = [mutation for mutation in listed if args.only in mutation.what or args.only in mutation.file]
+    if args.sample is not None:
+        chosen = sample(chosen, args.sample)
     if args.list:
-        print("\n".join(mutation.what for mutation in chosen))
+        print("\n".join(f"{mutation.file}: {mutation.what}" for mutation in chosen))
         return 0
     start = time.monotonic()
-    preload()
-    survivors = []
+    preload(chosen)
+    survivors = 0
     with tempfile.TemporaryDirectory(prefix="package-") as folder:
         package = Path(folder) / PACKAGE.name  # as it is now, whoever edits it meanwhile
-        shutil.copytree(
-            PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__", "cogview2-emoji", "*.webp", "*.so")
-        )
-        passes, failure = try_mutation(package, None)
-        if not passes:
-            sys.exit(f"The suite fails without any error: {failure}")
-        for mutation in chosen:
-            passes, failure = try_mutation(package, mutation)
-            print(f"SURVIVED  {mutation.what}" if passes else f"caught    {mutation.what}  ({failure})", flush=True)
-            if passes:
-                survivors.append(mutation.what)
+        shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        compileall.compile_dir(package, quiet=2)  # once, for all trials
+        if not args.trust:
+            run_without_errors(package, chosen)
+        for mutation, caught_by in run_trials(package, chosen, args.jobs):
+            survivors += not caught_by
+            print(
+                f"caught    {mutation.what}  ({caught_by})" if caught_by else f"SURVIVED  {mutation.what}", flush=True
+            )
     seconds = round(time.monotonic() - start)
-    print(json.dumps({"mutations": len(chosen), "caught": len(chosen) - len(survivors), "seconds": seconds}))
+    print(json.dumps({"mutations": len(chosen), "caught": len(chosen) - survivors, "seconds": seconds}))
     return 1 if survivors else 0
 
 

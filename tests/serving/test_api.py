@@ -118,6 +118,20 @@ def test_captions_of_several_pictures_in_each_language(client, pipe):
         assert [entry["captions"][0]["text"] for entry in data] == captions(pictures, language=language).captions
 
 
+def test_captions_drawn_of_several_pictures_have_seeds_of_their_own(client, pipe):
+    captions = CogView2CaptionPipeline.from_pipe(pipe)
+    captions.set_progress_bar_config(disable=True)
+    answer = client.post(
+        "/v1/images/captions",
+        data={"strategy": "sample", "n": "2", "seed": "5"},
+        files=[("image", png(picture(seed=1)))] * 2,
+    )
+    texts = [caption["text"] for entry in answer.json()["data"] for caption in entry["captions"]]
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6, 7, 8)]
+    call = {"strategy": "sample", "num_captions_per_image": 4, "generator": generators}
+    assert texts == captions(picture(seed=1), **call).captions
+
+
 def test_scores_are_sorted_losses(client, pipe):
     texts = ["a tiger on a blue background.", "一只猫,红色背景。", "a car"]
     answer = client.post("/v1/images/scores", data={"prompt": texts}, files={"image": png(picture())})

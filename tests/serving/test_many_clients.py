@@ -4,10 +4,12 @@ import concurrent.futures
 import gc
 import socket
 import time
+import types
 import weakref
 
 import httpx
 
+from cogview_pipelines.serving import jobs
 from cogview_pipelines.serving.jobs import Job, Work
 
 from .conftest import LOW, PROMPT, assert_error, half_mask, picture, png, wait_for
@@ -206,6 +208,18 @@ def test_a_job_that_nobody_asks_for_any_more_is_cancelled():
     wait_for(lambda: job.is_cancelled)
     job.renew()
     assert job.is_cancelled  # for good
+
+
+def test_a_job_that_is_asked_for_goes_on(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(jobs, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    job = Job("generation", [], lease=2.0)
+    for _ in range(3):
+        now[0] += 1.5
+        assert not job.is_cancelled
+        job.renew()
+    now[0] += 2.5
+    assert job.is_cancelled
 
 
 def test_twenty_clients_of_forms(serve):

@@ -147,3 +147,15 @@ def test_the_moving_average_lags_behind():
         torch.testing.assert_close(network[1].bias.detach(), before + 0.25)
     assert torch.equal(network[1].bias, weights)
     torch.testing.assert_close(average.tensors["1.bias"], before + 0.25)
+
+
+def test_weights_decay_and_norms_and_biases_do_not(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    config = TrainConfig(str(tmp_path), learning_rate=0.1, weight_decay=0.5)
+    optimizers = Optimizers(model, config)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizers.step()
+    for name, value in model.named_parameters():
+        assert torch.allclose(value, before[name] * (0.95 if name == "0.weight" else 1)), name

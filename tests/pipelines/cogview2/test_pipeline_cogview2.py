@@ -45,6 +45,16 @@ def test_seeds_of_the_output_make_its_pictures_again_alone(pipe):
         assert torch.equal(draw(pipe, prompt, seed)[0], tokens)
 
 
+def test_used_generators_give_seeds_that_make_the_pictures_again(pipe):
+    used = seeds(3, 4)
+    for generator in used:
+        torch.rand(2, generator=generator)
+    output = pipe(PROMPTS, generator=used, height=LOW, output_type="latent")
+    assert not {3, 4} & set(output.seeds)
+    for prompt, seed, tokens in zip(PROMPTS, output.seeds, output.tokens):
+        assert torch.equal(draw(pipe, prompt, seed, height=LOW)[0], tokens)
+
+
 def test_a_style_adds_its_suffix_in_the_language_of_the_prompt(pipe):
     suffixes = pipe.config.styles["cool"]["suffix"]
     for prompt, language in zip(PROMPTS, ("en", "zh")):

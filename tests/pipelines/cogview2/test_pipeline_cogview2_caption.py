@@ -100,6 +100,16 @@ def test_best_of_ranks_by_the_picture_or_by_the_caption(caption):
     assert by_image.captions != by_caption.captions
 
 
+def test_captions_drawn_twice_come_after_all_others(caption):
+    call = {"strategy": "best_of", "num_candidates": 12, "num_captions_per_image": 12}
+    output = caption(tokens=tokens_of(1), **call, top_k=3, max_length=1, end="length", generator=seeds(*range(12)))
+    texts = [tuple(ids) for ids in output.token_ids]
+    count = len(set(texts))
+    assert 1 < count < 12
+    assert len(set(texts[:count])) == count
+    assert output.scores[:count] == sorted(output.scores[:count], reverse=True)
+
+
 def test_a_full_stop_ends_a_caption_and_is_no_part_of_it(caption):
     output = caption(
         tokens=tokens_of(1), strategy="sample", num_captions_per_image=60, generator=seeds(*range(60)), max_length=30

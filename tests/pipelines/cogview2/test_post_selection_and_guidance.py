@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from cogview_pipelines import CogView2InpaintPipeline
 from cogview_pipelines.evaluation.embedding_scores import EmbeddingScorer
 from cogview_pipelines.evaluation.likelihood import caption_losses
+from cogview_pipelines.generation.canvas import LOGITS_BYTES
+from cogview_pipelines.pipelines.common.memory import LOGITS, USED_SHARE
 
 from ..conftest import LOW, build
 
@@ -144,3 +147,25 @@ def test_a_translated_prompt_is_used_and_returned(pipe):
     output = pipe("Katze", prompt_translator=words.get, generator=seeds(4))
     assert output.prompts == [words["Katze"]]
     assert torch.equal(output.tokens, pipe(words["Katze"], generator=seeds(4)).tokens)
+
+
+@pytest.mark.parametrize("paints", [False, True])
+def test_guidance_halves_the_pictures_computed_at_a_time(pipe, monkeypatch, paints):
+    each = pipe._memory_per_picture(pipe.transformer)[0]
+    free = LOGITS * LOGITS_BYTES + 4 * int(each / USED_SHARE) + each
+    monkeypatch.setattr("cogview_pipelines.pipelines.common.memory.free_memory", lambda device: free)
+    inpaint, mask = CogView2InpaintPipeline.from_pipe(pipe), torch.zeros(LOW, LOW, dtype=torch.bool)
+    inpaint.set_progress_bar_config(disable=True)
+    mask[:10, :10] = True
+    for guidance_scale, expected in ((1.0, {4}), (3.0, {2})):
+        sizes = set()
+        call = {
+            "num_images_per_prompt": 4,
+            "guidance_scale": guidance_scale,
+            "callback_on_step_end": lambda *about, sizes=sizes: sizes.add(len(about[3]["image_indices"])),
+        }
+        if paints:
+            inpaint("a cat", torch.zeros(3, LOW, LOW), mask, super_resolve=False, **call)
+        else:
+            pipe("a cat", height=LOW, **call)
+        assert sizes == expected

@@ -1,0 +1,83 @@
+"""Deliberate errors in the conversion of released files."""
+
+from tests.mutations.mutation import Mutation
+
+MUTATIONS = [
+    Mutation(
+        "image tokenizer: decoders in the opposite order",
+        "conversion/cogview2/layout.py",
+        '_DECODER_RATES = {"0": "16", "1": "8", "2": "4"}',
+        '_DECODER_RATES = {"0": "4", "1": "8", "2": "16"}',
+        "parity/cogview2/test_image_tokenizer.py",
+    ),
+    Mutation(
+        "reader: a tensor beyond its declared storage",
+        "conversion/reader.py",
+        "last >= min(held, storage.num_elements)",
+        "last >= held",
+        "conversion/test_reader.py::test_a_tensor_that_reaches_beyond_its_declared_storage_is_refused",
+    ),
+    Mutation(
+        "reader: what pickles ask for is not refused",
+        "conversion/reader.py",
+        'if module.split(".")[0] in sys.stdlib_module_names and path not in _PLAIN_LIBRARY:',
+        "if False:",
+        "conversion/test_reader.py::test_pickles_that_run_commands_are_refused_and_not_run",
+    ),
+    Mutation(
+        "reader: views are read as if they were whole",
+        "conversion/reader.py",
+        "flat.as_strided(self.shape, self.stride)",
+        "flat[: math.prod(self.shape)].view(self.shape)",
+        "conversion/test_reader.py::test_views_empty_and_scalar_tensors_are_read",
+    ),
+    Mutation(
+        "writer: what is there already does not count on the disk",
+        "conversion/writer.py",
+        ".free + there < total",
+        ".free < total",
+        "conversion/test_writer.py::test_what_an_interrupted_run_wrote_needs_no_room_again",
+    ),
+    Mutation(
+        "writer: a hash without the tensors",
+        "conversion/writer.py",
+        "whole.update(data)",
+        "whole.update(data[:8])",
+        "conversion/cogview2/test_to_pipeline.py::test_verify_names_files_that_changed",
+    ),
+    Mutation(
+        "writer: values too large for a dtype become infinite",
+        "conversion/writer.py",
+        "if not torch.equal(converted.isfinite(), values.isfinite()):",
+        "if False:",
+        "conversion/cogview2/test_to_pipeline.py::test_values_that_a_dtype_cannot_hold_are_refused",
+    ),
+    Mutation(
+        "writer: shards of other files are kept",
+        "conversion/writer.py",
+        'if progress["source"] == source and isinstance',
+        "if isinstance",
+        "conversion/cogview2/test_to_pipeline.py::test_what_was_begun_from_other_files_is_not_continued",
+    ),
+    Mutation(
+        "job: a component of other files is taken for done",
+        "conversion/job.py",
+        'if entry is None or entry["source_id"] != source:',
+        "if entry is None:",
+        "conversion/cogview2/test_to_pipeline.py::test_a_component_of_other_files_is_never_replaced",
+    ),
+    Mutation(
+        "backbone: shared although it differs",
+        "conversion/cogview2/to_pipeline.py",
+        "if key not in tensors or hash_tensor(tensors[key]) != hashes[key]:",
+        "if key not in tensors:",
+        "conversion/cogview2/test_to_pipeline.py::test_a_backbone_that_differs_in_one_element_is_stored_in_full",
+    ),
+    Mutation(
+        "index: transformers of another tokenizer make a pipeline",
+        "conversion/cogview2/to_pipeline.py",
+        "if set(starts.values()) != {start}:",
+        "if False:",
+        "conversion/cogview2/test_to_pipeline.py::test_transformers_of_another_text_tokenizer_make_no_pipeline",
+    ),
+]

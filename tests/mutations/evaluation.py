@@ -1,0 +1,41 @@
+"""Deliberate errors in losses and scores."""
+
+from tests.mutations.mutation import Mutation
+
+MUTATIONS = [
+    Mutation(
+        "caption loss: a sum over tokens",
+        "evaluation/likelihood.py",
+        "(token_losses.sum(1) / labelled.sum(1))",
+        "token_losses.sum(1)",
+        "evaluation/test_likelihood.py::test_the_loss_is_the_mean_over_the_text_tokens_of_each_pair",
+    ),
+    Mutation(
+        "caption loss: in the order of lengths",
+        "evaluation/likelihood.py",
+        "losses[pairs] = (token_losses",
+        "losses[batch] = (token_losses",
+        "evaluation/test_likelihood.py::test_the_loss_of_a_pair_does_not_depend_on_its_batch",
+    ),
+    Mutation(
+        "caption loss: all texts are English",
+        "evaluation/likelihood.py",
+        "languages = [tokenizer.language(text_ids) for text_ids in ids]",
+        'languages = ["en" for text_ids in ids]',
+        "evaluation/test_likelihood.py",
+    ),
+    Mutation(
+        "image loss: of logits one place too early",
+        "evaluation/likelihood.py",
+        "torch.arange(first, first + layout.image_length, device=device)",
+        "torch.arange(first - 1, first - 1 + layout.image_length, device=device)",
+        "pipelines/cogview2/test_pipeline_cogview2_caption.py::test_image_losses_are_those_of_text_to_image",
+    ),
+    Mutation(
+        "CLIP: long texts are not cut",
+        "evaluation/embedding_scores.py",
+        "truncation=True",
+        "truncation=False",
+        "evaluation/test_embedding_scores.py::test_clip_reads_what_it_can_of_a_long_text_and_wants_a_text_for_each_picture",
+    ),
+]

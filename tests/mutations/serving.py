@@ -1,0 +1,118 @@
+"""Deliberate errors in the page and the HTTP API."""
+
+from tests.mutations.mutation import Mutation
+
+MUTATIONS = [
+    Mutation(
+        "jobs: renewing has no effect",
+        "serving/jobs.py",
+        "self._renewed = time.monotonic()",
+        "pass",
+        "serving/test_many_clients.py::test_a_job_that_is_asked_for_goes_on",
+    ),
+    Mutation(
+        "jobs: never expire",
+        "serving/jobs.py",
+        "elif time.monotonic() > self.deadline:",
+        "elif False:",
+        "serving/test_many_clients.py::test_work_that_takes_too_long_is_stopped_and_answered",
+    ),
+    Mutation(
+        "jobs: keep the pictures of their request",
+        "serving/jobs.py",
+        "self.stages, self.state = (), None",
+        "pass",
+        "serving/test_many_clients.py::test_pictures_are_not_kept_after_their_request",
+    ),
+    Mutation(
+        "queue: one more than its limit",
+        "serving/worker.py",
+        "len(self._places) >= self.limit",
+        "len(self._places) > self.limit",
+        "serving/test_many_clients.py::test_with_a_small_queue_the_surplus_is_told_to_come_back",
+    ),
+    Mutation(
+        "queue: who leaves is computed",
+        "serving/worker.py",
+        "self._worker.drop(self._job)",
+        "pass",
+        "serving/test_many_clients.py::test_who_leaves_the_queue_is_never_computed_and_forgotten",
+    ),
+    Mutation(
+        "captions: seeds of a second picture overlap with those of the first",
+        "serving/studio.py",
+        "request.seed + index * drawn",
+        "request.seed + index",
+        "serving/test_api.py::test_captions_drawn_of_several_pictures_have_seeds_of_their_own",
+    ),
+    Mutation(
+        "pictures: all of a request have the first seed",
+        "serving/studio.py",
+        "manual_seed(first + index)",
+        "manual_seed(first)",
+        "serving/test_api.py",
+    ),
+    Mutation(
+        "bounds: enlarged pictures of any size",
+        "serving/studio.py",
+        "if pixels > self.bounds.max_output_pixels:",
+        "if False:",
+        "serving/test_bad_input.py::test_counts_and_sizes_of_forms_are_bounded",
+    ),
+    Mutation(
+        "bounds: each picture of a form has all pixels",
+        "serving/forms.py",
+        "pixels -= picture.width * picture.height",
+        "pass",
+        "serving/test_bad_input.py::test_counts_and_sizes_of_forms_are_bounded",
+    ),
+    Mutation(
+        "metadata: written although they are turned off",
+        "serving/studio.py",
+        "if self.bounds.metadata:",
+        "if True:",
+        "serving/test_clients.py::test_without_metadata_the_file_tells_nothing",
+    ),
+    Mutation(
+        "JSON: the last of two fields of one name counts",
+        "serving/forms.py",
+        "if len(values) < len(pairs):",
+        "if False:",
+        "serving/test_bad_input.py::test_what_is_not_a_json_object_is_refused",
+    ),
+    Mutation(
+        "schemas: unknown fields are passed over",
+        "serving/schemas.py",
+        'extra="forbid"',
+        'extra="ignore"',
+        "serving/test_bad_input.py::test_every_form_refuses_unknown_fields_and_long_texts",
+    ),
+    Mutation(
+        "schemas: texts with the character NUL",
+        "serving/schemas.py",
+        'if "\\0" in text or any(',
+        "if any(",
+        "serving/test_bad_input.py::test_a_bad_field_is_named",
+    ),
+    Mutation(
+        "gate: pages of other sites may send",
+        "serving/middleware.py",
+        'if origin.lower().partition("://")[2] != headers.get("host", "").lower():',
+        "if False:",
+        "serving/test_security.py::test_pages_of_other_sites_cannot_send_anything",
+    ),
+    Mutation(
+        "gate: any host name is answered",
+        "serving/middleware.py",
+        "if host not in self.hosts and not is_loopback(host):",
+        "if False:",
+        "serving/test_security.py::test_a_name_that_a_foreign_page_could_rebind_is_not_answered",
+    ),
+    Mutation(
+        "gate: any token opens",
+        "serving/middleware.py",
+        "if not hmac.compare_digest(_digest(given), self.digest):",
+        "if not given:",
+        "serving/test_security.py::test_nothing_is_given_without_the_token",
+    ),
+]
