@@ -38,7 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--output",
         metavar="FOLDER",
-        help="The pipeline folder. Made if it is not there; parts that are in it already are kept.",
+        help="The pipeline folder; it is made if missing, and parts that it holds already are kept.",
     )
     checkpoint = "the released zip, the unpacked folder, or the .pt file"
     add("--coglm", metavar="PATH", help=f"Text-to-image transformer (coglm): {checkpoint}.")
@@ -70,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
         default=20000,
         help="Image codes in the transformers' vocabulary (default: %(default)s).",
     )
-    add("--strict", action="store_true", help="Refuse files with unknown tensors, instead of leaving those out.")
+    add("--strict", action="store_true", help="Refuse files with unknown tensors instead of leaving them out.")
     add("--verify", metavar="FOLDER", help="Convert nothing; hash the files of a converted folder again.")
     return parser
 

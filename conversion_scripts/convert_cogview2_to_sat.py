@@ -32,7 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="A saved pipeline, or a folder with some of its components.",
     )
-    add("--output", required=True, metavar="FOLDER", help="Gets the files; nothing of them may be there yet.")
+    add("--output", required=True, metavar="FOLDER", help="Folder for the files; none of them may exist yet.")
     add("--iteration", type=int, help="Written to `latest` (default: as it was converted, else 1).")
     add(
         "--dtype",

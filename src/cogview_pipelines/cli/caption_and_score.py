@@ -66,7 +66,7 @@ class Strategy(str, enum.Enum):
 
 def caption(
     images: list[Path] = typer.Argument(
-        None, help="Pictures of any size; the square in the middle is seen.", show_default=False
+        None, help="Pictures of any size; the model sees the square in the middle.", show_default=False
     ),
     language: Language = typer.Option(None, "--language", "-l", help="Of the captions.  [default: en]"),
     strategy: Strategy = typer.Option(
@@ -77,11 +77,11 @@ def caption(
     ),
     candidates: int = count_option("--candidates", help=f"For best-of.  [default: {DEFAULT_CANDIDATES}]"),
     beams: int = count_option("--beams", help="For beam.  [default: 4]"),
-    max_length: int = typer.Option(None, min=1, help="The most tokens."),
+    max_length: int = typer.Option(None, min=1, help="The most tokens of a caption."),
     requests: Path = REQUESTS_OPTION,
     output: Path = OUTPUT_OPTION,
     seed: int = typer.Option(
-        None, "--seed", "-s", min=0, max=2**40, help="Of drawn captions of each picture.  [default: by chance]"
+        None, "--seed", "-s", min=0, max=2**40, help="Seed of drawn captions.  [default: random]"
     ),
     max_batch_size: int = BATCH_OPTION,
     as_json: bool = JSON_OPTION,

@@ -54,7 +54,7 @@ class Measure(str, enum.Enum):
 def evaluate(
     split: Split = typer.Option(Split.train, help="Which scenes: train are the seen combinations, the rest held out."),
     language: Language = typer.Option(Language.en, help="Of the prompts."),
-    num: int = typer.Option(100, "--num", "-n", min=1, help="How many scenes; all, where there are fewer."),
+    num: int = typer.Option(100, "--num", "-n", min=1, help="How many scenes; if there are fewer, all of them."),
     layout: Layout = typer.Option(None, help="Only scenes of one object, or only of two.  [default: both]"),
     measure: Measure = typer.Option(
         Measure.pictures,

@@ -90,7 +90,9 @@ def generate(
     prompts: Path = typer.Option(
         None, "--prompts", "--requests", help="JSONL file: id, prompt, and optionally seed, style, ... on each line."
     ),
-    remake: Path = typer.Option(None, help="PNG file of this command: make its picture again; options override."),
+    remake: Path = typer.Option(
+        None, help="A PNG file that this command wrote: make its picture again; options override its settings."
+    ),
     output: Path = typer.Option("outputs", "--output", "-o", help="A .png file, or a folder."),
     seed: int = typer.Option(
         None,
@@ -98,17 +100,17 @@ def generate(
         "-s",
         min=0,
         max=LARGEST_SEED,
-        help="Of the first picture of each prompt; picture i has seed + i.  [default: by chance]",
+        help="Of the first picture of each prompt; picture i has seed + i.  [default: random]",
     ),
     num_images: int = count_option("--num-images", "-n", help="Pictures per prompt.  [default: 1]"),
     num_candidates: int = count_option("--num-candidates", help="How many to draw of each prompt, to keep the best."),
     style: str = typer.Option(None, help="A style of the model."),
-    grid: bool = typer.Option(False, "--grid", help="Write one picture that shows all of them."),
+    grid: bool = typer.Option(False, "--grid", help="Write all pictures into one."),
     model: str = MODEL_OPTION,
     height: int = typer.Option(
         None, min=1, help="In pixels: low-resolution or super-resolved.  [default: the largest]"
     ),
-    width: int = typer.Option(None, min=1, help="In pixels, likewise."),
+    width: int = typer.Option(None, min=1, help="In pixels, as for --height."),
     guidance_scale: float = setting_option("guidance_scale"),
     negative_prompt: str = typer.Option(None, help="What guidance leads away from."),
     text_attention_bias: float = setting_option("text_attention_bias"),

@@ -51,7 +51,7 @@ SEED_OPTION = typer.Option(
     "-s",
     min=0,
     max=LARGEST_SEED,
-    help="Of the first result; result i has seed + i.  [default: by chance]",
+    help="Of the first result; result i has seed + i.  [default: random]",
 )
 OUTPUT_OPTION = typer.Option(
     None,
@@ -68,9 +68,9 @@ def inpaint(
     image: Path = typer.Option(None, help="The picture."),
     mask: Path = typer.Option(None, help="White where to paint, as large as the picture."),
     top: int = typer.Option(None, min=0, help="Instead of a mask: pixels to add at the top."),
-    bottom: int = typer.Option(None, min=0, help="Likewise, at the bottom."),
-    left: int = typer.Option(None, min=0, help="Likewise, at the left."),
-    right: int = typer.Option(None, min=0, help="Likewise, at the right."),
+    bottom: int = typer.Option(None, min=0, help="The same, at the bottom."),
+    left: int = typer.Option(None, min=0, help="The same, at the left."),
+    right: int = typer.Option(None, min=0, help="The same, at the right."),
     requests: Path = REQUESTS_OPTION,
     output: Path = OUTPUT_OPTION,
     seed: int = SEED_OPTION,
@@ -146,7 +146,7 @@ def upscale(
         None, min=1, max=3, help="How many times to enlarge: each time the result of the last.  [default: 1]"
     ),
     tile_overlap: float = typer.Option(
-        None, min=0, max=0.75, help="Of tiles of large pictures, as a part of a side.  [default: 0.25]"
+        None, min=0, max=0.75, help="How far tiles of large pictures overlap, as a share of a side.  [default: 0.25]"
     ),
     faithful: bool = typer.Option(
         None, "--faithful/--free", help="Whether the result, reduced, is the picture again.  [default: faithful]"

@@ -21,9 +21,9 @@ def serve(
         help="What clients must send. Others can read the command line of a process: prefer the variable.",
     ),
     allow_host: list[str] = typer.Option(
-        None, help="A host name by which the server may be called, such as that of a proxy; may be repeated."
+        None, help="A host name that the server answers to, such as a proxy's; may be repeated."
     ),
-    page: bool = typer.Option(True, help="Serve the page, too, not the API only."),
+    page: bool = typer.Option(True, help="Whether to serve the page as well as the API."),
     queue_limit: int = typer.Option(32, min=1, max=1000, help="Requests that wait or are computed at a time."),
     batch_size: int = typer.Option(
         8, min=1, max=64, help="Pictures of several requests that are computed together; 1: one request at a time."

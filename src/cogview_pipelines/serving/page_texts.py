@@ -11,7 +11,7 @@ TEXTS = {
     "tab_caption": ("Describe", "描述"),
     "tab_score": ("Rank texts", "文字排序"),
     "prompt": ("What the picture shows, in English or Chinese", "图片内容（中文或英文）"),
-    "edit_prompt": ("What the picture shows when it is done", "修改后的图片内容"),
+    "edit_prompt": ("What the finished picture shows", "修改后的图片内容"),
     "upscale_prompt": ("What the picture shows (may be empty)", "图片内容（可不填）"),
     "negative_prompt": ("What to lead away from (with guidance above 1)", "不想要的内容（引导强度大于 1 时）"),
     "n": ("Pictures", "图片数量"),

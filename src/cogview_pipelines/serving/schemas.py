@@ -83,12 +83,12 @@ class _MakesPictures(Request, TakenForOthers):
         None,
         ge=-1,
         le=LARGEST_SEED,
-        description="Of the first picture; picture i has seed + i. By default, and for -1, by chance.",
+        description="Of the first picture; picture i has seed + i. By default, and for -1, random.",
     )
     response_format: Literal["b64_json"] = Field("b64_json", description="Pictures are always part of the answer.")
     style: Text | None = Field(
         None,
-        description="A style preset of the model. `vivid` and `natural`, where it has none of these, are ignored.",
+        description="A style preset of the model. `vivid` and `natural` are ignored if it has no such styles.",
     )
 
     def settings(self) -> dict[str, Any]:
@@ -134,7 +134,7 @@ class GenerationRequest(DrawsTokens):
 class EditRequest(DrawsTokens):
     """`POST /v1/images/edits`, a form with the files `image` and `mask`."""
 
-    size: str = Field("auto", description="WIDTHxHEIGHT of the picture, which its results have, too; or `auto`.")
+    size: str = Field("auto", description="WIDTHxHEIGHT of the picture and of its results, or `auto`.")
 
 
 class UpscaleRequest(MakesPictures):
