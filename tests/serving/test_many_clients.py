@@ -213,7 +213,7 @@ def test_a_job_that_nobody_asks_for_any_more_is_cancelled():
 def test_a_job_that_is_asked_for_goes_on(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(jobs, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
-    job = Job("generation", [], lease=2.0)
+    job = Job("generation", Work([]), lease=2.0)
     for _ in range(3):
         now[0] += 1.5
         assert not job.is_cancelled
