@@ -129,27 +129,22 @@ def evaluate(
             result = evaluation.measure_pictures(
                 pipe, cases, baseline=baseline.value, sprites=drawings, on_picture=saver, **common, **call
             )
-    _print(_report(result, pipe, model, cases, split, language, layout, measure, baseline, candidates, seed), as_json)
+    asked = {"measure": measure.value, "split": split.value, "language": language.value, "n": len(cases)}
+    settings_of = {Measure.pictures: {"baseline": baseline.value}, Measure.post_selection: {"candidates": candidates}}
+    repeats = {"layout": None if layout is None else layout.value, "seed": seed, "model": model}
+    _print({**asked, **result, **settings_of.get(measure, {}), **repeats, **_conditions(pipe, cases)}, as_json)
 
 
-def _report(result, pipe, model, cases, split, language, layout, measure, baseline, candidates, seed) -> dict:
-    """The numbers, and all that is needed to measure them again."""
+def _conditions(pipe, cases: list) -> dict:
+    """What else is needed to measure the same again: which scenes there were, and on what machine."""
     from ..environment import stamp
 
-    report = {"measure": measure.value, "split": split.value, "language": language.value, "n": len(cases), **result}
-    if measure is Measure.pictures:
-        report["baseline"] = baseline.value
-    if measure is Measure.post_selection:
-        report["candidates"] = candidates
-    report.update(
-        layouts={name: sum(case.scene.layout == name for case in cases) for name in ("single", "pair")},
-        layout=None if layout is None else layout.value,
-        seed=seed,
-        model=model,
-        device=pipe.device.type,
-        dtype=str(pipe.transformer.dtype).removeprefix("torch."),
-    )
-    return {**report, **stamp(str(pipe.device))}
+    return {
+        "layouts": {name: sum(case.scene.layout == name for case in cases) for name in ("single", "pair")},
+        "device": pipe.device.type,
+        "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
+        **stamp(str(pipe.device)),
+    }
 
 
 def _saver(folder: Path, settings: dict, model: str):
