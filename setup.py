@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,8 +35,10 @@ CXX_FLAGS += ["-fvisibility=hidden", "-Wall"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 X86_INSTRUCTION_SETS = {"baseline": [], "avx2": AVX2, "avx512": [*AVX2, *AVX512]}
-CUDA_ARCHITECTURES = ("80", "86", "89", "90")
-MOST_SPILLED_BYTES = 256  # per thread: a few values that the inner loops do not touch
+CUDA_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+MOST_SPILLED_BYTES = 256  # per thread, outside of the loops that multiply
+# of the forward's loop over keys without bias, for the 16 products of head_dim 64 in half precision
+MOST_LOOP_INSTRUCTIONS = 210
 
 
 def run(command: list, quiet: bool = False) -> str:
@@ -81,7 +84,8 @@ def compile_cuda(nvcc: str, folder: Path) -> tuple[Path, list[str]]:
     if not known:
         raise RuntimeError(f"{nvcc} knows none of the architectures {wanted}: {listed}")
     codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in known]
-    codes.append(f"-gencode=arch=compute_{known[-1]},code=compute_{known[-1]}")
+    # of two, since that of the newest may be newer than the device
+    codes += [f"-gencode=arch=compute_{name},code=compute_{name}" for name in {known[-1], *{"90"}.intersection(known)}]
     target = folder / "local_attention_cuda.o"
     flags = ["-std=c++17", "-O3", "--threads", str(os.cpu_count()), "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     flags.append(f'-DLOCAL_ATTENTION_CUDA_ARCHITECTURES="{";".join(known)}"')
@@ -90,6 +94,7 @@ def compile_cuda(nvcc: str, folder: Path) -> tuple[Path, list[str]]:
     )
     (folder / "registers.txt").write_text(report)
     check_registers(report)
+    check_loops(nvcc, target)
     return target, known
 
 
@@ -115,6 +120,47 @@ def check_registers(report: str) -> None:
     if int(worst[2]) > MOST_SPILLED_BYTES:
         raise RuntimeError(
             f"{worst[0]} for {worst[1]} spills {worst[2]} bytes (at most {MOST_SPILLED_BYTES} are allowed)"
+        )
+
+
+def multiplying_loops(listing: str) -> Iterator[tuple[str, int, int, int]]:
+    """
+    The innermost loops with tensor-core products in what `cuobjdump -sass` prints.
+
+    Yields:
+        `tuple[str, int, int, int]`: The kernel, the loop's instructions, products among them, and accesses to
+        spilled registers.
+    """
+    for part in listing.split("Function : ")[1:]:
+        code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", part)]
+        jumps = [(at, re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)) for at, text in code]
+        loops = [(int(to[1], 16), at) for at, to in jumps if to and int(to[1], 16) < at]
+        bodies = {(first, last): [text for at, text in code if first <= at <= last] for first, last in loops}
+        bodies = {span: body for span, body in bodies.items() if any("HMMA" in text for text in body)}
+        for span, body in bodies.items():
+            if not any(other != span and span[0] <= other[0] and other[1] <= span[1] for other in bodies):
+                spills = sum(bool(re.search(r"\b(LDL|STL)\b", text)) for text in body)
+                yield part.split()[0], len(body), sum("HMMA" in text for text in body), spills
+
+
+def check_loops(nvcc: str, target: Path) -> None:
+    """Hold the loops that do the work against the bounds, where the toolkit has a disassembler."""
+    disassembler = shutil.which("cuobjdump", path=str(Path(shutil.which(nvcc) or nvcc).resolve().parent))
+    disassembler = disassembler or shutil.which("cuobjdump")
+    if disassembler is None:
+        print("the loops of the CUDA kernels are not checked: there is no cuobjdump")
+        return
+    loops = list(multiplying_loops(run([disassembler, "-sass", target], quiet=True)))
+    spilling = [kernel for kernel, _, _, spills in loops if spills]
+    if spilling:
+        raise RuntimeError(f"registers are spilled in loops that multiply: {', '.join(sorted(set(spilling)))}")
+    forward = [size for kernel, size, products, _ in loops if "forward_kernel" in kernel and products == 16]
+    if not forward:
+        raise RuntimeError("no loop of the forward kernels with 16 products was found")
+    print(f"{len(loops)} loops without spills; the shortest of the forward has {min(forward)} instructions")
+    if min(forward) > MOST_LOOP_INSTRUCTIONS:
+        raise RuntimeError(
+            f"the forward's loop has {min(forward)} instructions for 16 products (at most {MOST_LOOP_INSTRUCTIONS})"
         )
 
 

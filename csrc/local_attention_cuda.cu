@@ -33,10 +33,11 @@
 namespace {
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
-constexpr int ROWS = 16;                             // of a warp
-constexpr int BLOCK = 16;                            // columns at a time
-constexpr int SIDE = 16384;                          // the longest side of a grid: coordinates are kept in 16 bits
-constexpr int NO_COLUMN = -30000, NO_ROW = 1 << 20;  // coordinates that no window holds
+constexpr int ROWS = 16;     // of a warp
+constexpr int BLOCK = 16;    // columns at a time
+constexpr int SIDE = 16384;  // the longest side of a grid: coordinates are kept in 15 bits
+// Logarithm to base 2 of how far a score may lie above the number that weights are relative to.
+constexpr float HEADROOM = 8;
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 
 struct bfloat16 {
@@ -44,6 +45,11 @@ struct bfloat16 {
 };
 struct float16 {
     uint16_t bits;
+};
+
+template <bool VALUE>
+struct Constant {
+    static constexpr bool value = VALUE;
 };
 
 template <class E>
@@ -239,34 +245,73 @@ struct Columns {
     }
 };
 
-__device__ __forceinline__ uint32_t join(int row, int column) {
-    return (uint32_t)(row & 0xffff) << 16 | (uint32_t)(column & 0xffff);
-}
-__device__ __forceinline__ int row_in(uint32_t coordinates) { return (int)coordinates >> 16; }
-__device__ __forceinline__ int column_in(uint32_t coordinates) { return (int)(int16_t)(coordinates & 0xffff); }
+// A cell as one number: row and column in 15 bits each, with a set guard bit above either. Subtracting another cell
+// without guard bits leaves a guard bit set exactly where the coordinate is not smaller. Whole numbers compare as the
+// cells do in raster order.
+constexpr uint32_t GUARDS = 0x80008000u, NO_CELL = 0xffffffffu;  // the latter lies in no window
+constexpr int LAST = 0x7ffe;                                     // the largest coordinate but for that of NO_CELL
 
-// Copies columns of a chunk, of `size` elements each, whose positions are in the table; absent ones become zeros.
+__device__ __forceinline__ uint32_t pack_cell(int row, int column) { return (uint32_t)row << 16 | (uint32_t)column; }
+
+// The cells within reach of one, as a rectangle of packed cells; and the cell itself, where causal windows end.
+struct Window {
+    uint32_t low, high, center;
+
+    __device__ __forceinline__ Window(int row, int column, const LocalAttentionSource& s, bool exists) {
+        const int down = minimum(row + s.reach_rows, LAST), right = minimum(column + s.reach_columns, LAST);
+        low = exists ? pack_cell(maximum(row - s.reach_rows, 0), maximum(column - s.reach_columns, 0)) : ~GUARDS;
+        high = (exists ? pack_cell(down, right) : 0) + 2 * GUARDS;  // once for its own, once for the other's
+        center = pack_cell(row, column) | GUARDS;
+    }
+    __device__ __forceinline__ bool holds(uint32_t cell) const {
+        return ((cell - low) & (high - cell) & GUARDS) == GUARDS;
+    }
+};
+
+// Copies columns of a chunk of two tensors, of `size` elements each, whose positions are in the table; absent ones
+// become zeros. A thread copies the same piece of every STEP-th column.
 template <class E, int D>
 __device__ __forceinline__ void load_columns(
-    E* to, const LocalAttentionTensor& t, const Tile& tile, const int* positions, int count, int size) {
-    constexpr int PIECE = 16 / (int)sizeof(E), PIECES = D / PIECE;
-    const E* from = head_of<E>(t, tile);
-    for (int i = threadIdx.x; i < count * PIECES; i += THREADS) {
-        const int c = i / PIECES, d = i % PIECES * PIECE;
-        const bool valid = positions[c] >= 0 && d < size;
-        copy_async(
-            to + c * Columns<E, D>::PITCH + d, valid ? from + positions[c] * t.position_stride + d : from, valid);
+    E* to_first, E* to_second, const LocalAttentionTensor& first, const LocalAttentionTensor& second, const Tile& tile,
+    const int* positions, int count, int size) {
+    constexpr int PIECE = 16 / (int)sizeof(E), PIECES = D / PIECE, STEP = THREADS / PIECES;
+    constexpr int PITCH = Columns<E, D>::PITCH;
+    const int d = threadIdx.x % PIECES * PIECE, start = threadIdx.x / PIECES;
+    const bool inside = d < size;
+    const E* from_first = head_of<E>(first, tile) + (inside ? d : 0);
+    const E* from_second = head_of<E>(second, tile) + (inside ? d : 0);
+    const int64_t stride_first = first.position_stride, stride_second = second.position_stride;
+    to_first += start * PITCH + d, to_second += start * PITCH + d;
+    for (int c = start; c < count; c += STEP, to_first += STEP * PITCH, to_second += STEP * PITCH) {
+        const int position = positions[c], at = position < 0 ? 0 : position;
+        const bool valid = inside && position >= 0;
+        copy_async(to_first, from_first + at * stride_first, valid);
+        copy_async(to_second, from_second + at * stride_second, valid);
     }
 }
 
 // ----------------------------------------------------------------------------------------------------- work of a warp
-// An engine multiplies 16 rows with blocks of 16 columns. Lanes hold some of the rows: OWN of them, the i-th being
-// row_of(i).
+// An engine multiplies 16 rows with blocks of 16 columns. A lane holds NUMBERS of the scores: number n is in its own
+// row own_row(n), of which it has OWN, and in its own column own_column(n), of which it has COLUMNS. The i-th own row
+// is row row_of(i) of the warp; of_columns reads what belongs to its own columns.
+
+template <class T>
+struct Vectors;
+template <>
+struct Vectors<float> {
+    typedef float2 Two;
+    typedef float4 Four;
+};
+template <>
+struct Vectors<uint32_t> {
+    typedef uint2 Two;
+    typedef uint4 Four;
+};
 
 // Tensor cores, for half precision: lane l holds rows l / 4 and l / 4 + 8, and columns 2 (l % 4), + 1 of each 8.
 template <class E, int D>
 struct TensorCores {
-    static constexpr int OWN = 2, PASSES = 1, PITCH = Columns<E, D>::PITCH;
+    static constexpr int OWN = 2, COLUMNS = 4, NUMBERS = 8, PASSES = 1, PITCH = Columns<E, D>::PITCH;
     typedef uint32_t Rows[D / 16][4];
     typedef float Sum[D / 8][4];
     typedef float Scores[2][4];
@@ -339,13 +384,17 @@ struct TensorCores {
             multiply<E>(sum[2 * n + 1], a, b[2], b[3]);
         }
     }
-    // f(number, own row, column in the block) for every score of this lane.
-    template <class F>
-    static __device__ __forceinline__ void each(Scores& scores, F f) {
+    static __device__ __forceinline__ float& number(Scores& scores, int n) { return scores[n / 4][n % 4]; }
+    static constexpr __device__ __forceinline__ int own_row(int n) { return n / 2 % 2; }
+    static constexpr __device__ __forceinline__ int own_column(int n) { return n / 4 * 2 + n % 2; }
+    template <class T>
+    static __device__ __forceinline__ void of_columns(T (&to)[COLUMNS], const T* table, int column) {
+        typedef typename Vectors<T>::Two Two;
 #pragma unroll
-        for (int j = 0; j < 2; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) f(scores[j][e], e / 2, j * 8 + 2 * (lane() % 4) + e % 2);
+        for (int j = 0; j < 2; j++) {
+            const Two two = *(const Two*)(table + column + j * 8 + 2 * (lane() % 4));
+            to[2 * j] = two.x, to[2 * j + 1] = two.y;
+        }
     }
     static __device__ __forceinline__ void scale_rows(Sum& sum, const float (&factor)[OWN]) {
 #pragma unroll
@@ -368,7 +417,8 @@ struct TensorCores {
 template <int D>
 struct Fma {
     static constexpr int SHARE = D > 64 ? 4 : 2, MINE = D / SHARE;
-    static constexpr int OWN = 1, PASSES = ROWS * SHARE / 32, PITCH = Columns<float, D>::PITCH;
+    static constexpr int OWN = 1, COLUMNS = BLOCK, NUMBERS = BLOCK, PASSES = ROWS * SHARE / 32;
+    static constexpr int PITCH = Columns<float, D>::PITCH;
     typedef float Rows[MINE];
     typedef float Sum[MINE];
     typedef float Scores[BLOCK];
@@ -426,10 +476,17 @@ struct Fma {
             }
         }
     }
-    template <class F>
-    static __device__ __forceinline__ void each(Scores& scores, F f) {
+    static __device__ __forceinline__ float& number(Scores& scores, int n) { return scores[n]; }
+    static constexpr __device__ __forceinline__ int own_row(int) { return 0; }
+    static constexpr __device__ __forceinline__ int own_column(int n) { return n; }
+    template <class T>
+    static __device__ __forceinline__ void of_columns(T (&to)[COLUMNS], const T* table, int column) {
+        typedef typename Vectors<T>::Four Four;
 #pragma unroll
-        for (int c = 0; c < BLOCK; c++) f(scores[c], 0, c);
+        for (int j = 0; j < COLUMNS; j += 4) {
+            const Four four = *(const Four*)(table + column + j);
+            to[j] = four.x, to[j + 1] = four.y, to[j + 2] = four.z, to[j + 3] = four.w;
+        }
     }
     static __device__ __forceinline__ void scale_rows(Sum& sum, const float (&factor)[OWN]) {
 #pragma unroll
@@ -509,11 +566,145 @@ __device__ __forceinline__ float bias_of(const LocalAttentionSource& s, int batc
     return fabsf(bias) == INFINITY || fabsf(scaled) != INFINITY ? scaled : copysignf(FLT_MAX, bias);
 }
 
-// The rows of a warp among the keys or queries: coordinates of each own row on the grid of a source.
+// What a warp knows of its rows while it attends: queries against keys. Weights are relative to `most`, in units of
+// log 2, which in the forward lies at most HEADROOM below the largest score.
 template <int OWN>
-struct Cells {
-    int row[OWN], column[OWN];
+struct Softmax {
+    float most[OWN], sum[OWN];
+    float log_sum[OWN], delta[OWN];  // backward: of the sum, and dO . O - the gradient of the logsumexp
 };
+
+// Scores as logarithms to base 2, minus infinity where a row does not see a column. PLAIN: neither bias nor causal,
+// and a positive scale; scores are then left as they are, to be multiplied when their exponentials are taken.
+template <class E, int D, bool PLAIN, class Engine, class Windows>
+__device__ __forceinline__ void mask_scores(
+    typename Engine::Scores& scores, const Columns<E, D>& columns, int block, const Windows& windows, float scale,
+    bool causal, bool has_bias) {
+    uint32_t cells[Engine::COLUMNS];
+    float bias[Engine::COLUMNS];
+    Engine::of_columns(cells, columns.coordinates, block);
+    if (!PLAIN && has_bias) Engine::of_columns(bias, columns.number, block);
+#pragma unroll
+    for (int n = 0; n < Engine::NUMBERS; n++) {
+        float& x = Engine::number(scores, n);
+        const Window& window = windows[Engine::own_row(n)];
+        const uint32_t cell = cells[Engine::own_column(n)];
+        bool seen = window.holds(cell);
+        if (!PLAIN) {
+            seen = seen && (!causal || cell <= window.center);
+            x = has_bias ? fmaf(x, scale, bias[Engine::own_column(n)]) : x * scale;
+        }
+        x = seen ? x : -INFINITY;
+    }
+}
+
+// A masked score relative to `most`.
+template <bool PLAIN>
+__device__ __forceinline__ float relative(float x, float scale, float most) {
+    return PLAIN ? fmaf(x, scale, -most) : x - most;
+}
+
+// One block of columns of the forward: the online softmax. All that is added up is multiplied anew only if a score
+// lies more than HEADROOM above what weights are relative to, which is rare.
+template <class E, int D, bool PLAIN, class Engine, class Windows>
+__device__ __forceinline__ void forward_block(
+    const Columns<E, D>& columns, int block, const typename Engine::Rows& query, const Windows& windows, float scale,
+    bool causal, bool has_bias, Softmax<Engine::OWN>& softmax, typename Engine::Sum& sum) {
+    constexpr int OWN = Engine::OWN;
+    typename Engine::Scores scores;
+    Engine::score(scores, query, columns.first, block);
+    mask_scores<E, D, PLAIN, Engine>(scores, columns, block, windows, scale, causal, has_bias);
+    float now[OWN];
+    bool grown = false;
+#pragma unroll
+    for (int k = 0; k < OWN; k++) now[k] = -INFINITY;
+#pragma unroll
+    for (int n = 0; n < Engine::NUMBERS; n++)
+        now[Engine::own_row(n)] = fmaxf(now[Engine::own_row(n)], Engine::number(scores, n));
+#pragma unroll
+    for (int k = 0; k < OWN; k++) {
+        if (PLAIN) now[k] *= scale;
+        grown |= now[k] > softmax.most[k] + HEADROOM;
+    }
+    if (__any_sync(0xffffffffu, grown)) {
+        float factor[OWN];
+#pragma unroll
+        for (int k = 0; k < OWN; k++) {
+            const float most = fmaxf(Engine::reduce_max(now[k]), softmax.most[k]);
+            factor[k] = exponential<E>(softmax.most[k] - most);
+            softmax.sum[k] *= factor[k];
+            softmax.most[k] = most;
+        }
+        Engine::scale_rows(sum, factor);
+    }
+#pragma unroll
+    for (int n = 0; n < Engine::NUMBERS; n++) {
+        float& x = Engine::number(scores, n);
+        x = exponential<E>(relative<PLAIN>(x, scale, softmax.most[Engine::own_row(n)]));
+        softmax.sum[Engine::own_row(n)] += x;
+    }
+    Engine::add(sum, scores, columns.second, block);
+}
+
+// One block of columns of the gradient of the queries.
+template <class E, int D, bool PLAIN, class Engine, class Windows>
+__device__ __forceinline__ void grad_query_block(
+    const Columns<E, D>& columns, int block, const typename Engine::Rows& query,
+    const typename Engine::Rows& grad_output, const Windows& windows, float scale, bool causal, bool has_bias,
+    const Softmax<Engine::OWN>& softmax, typename Engine::Sum& sum) {
+    typename Engine::Scores scores, grads;
+    Engine::score(scores, query, columns.first, block);
+    mask_scores<E, D, PLAIN, Engine>(scores, columns, block, windows, scale, causal, has_bias);
+    Engine::score(grads, grad_output, columns.second, block);
+#pragma unroll
+    for (int n = 0; n < Engine::NUMBERS; n++) {
+        const int k = Engine::own_row(n);
+        float& x = Engine::number(scores, n);
+        // First what may be large, exactly as the forward did.
+        x = exponential<E>(relative<PLAIN>(x, scale, softmax.most[k]) - softmax.log_sum[k]);
+        x *= Engine::number(grads, n) - softmax.delta[k];
+    }
+    Engine::add(sum, scores, columns.first, block);
+}
+
+// One block of columns, which are queries, of the gradients of keys and values. Of the columns, `number` is what
+// weights are relative to, `third` the logarithm of their sum, and `other` what is taken off the gradients of weights.
+template <class E, int D, bool PLAIN, class Engine, class Windows>
+__device__ __forceinline__ void grad_key_block(
+    const Columns<E, D>& columns, int block, const typename Engine::Rows& key, const typename Engine::Rows& value,
+    const Windows& windows, float scale, bool causal, const float (&bias)[Engine::OWN], typename Engine::Sum& grad_key,
+    typename Engine::Sum& grad_value) {
+    constexpr int COLUMNS = Engine::COLUMNS;
+    typename Engine::Scores weights, grads;
+    Engine::score(weights, key, columns.first, block);
+    uint32_t cells[COLUMNS];
+    float most[COLUMNS], log_sum[COLUMNS];
+    Engine::of_columns(cells, columns.coordinates, block);
+    Engine::of_columns(most, columns.number, block);
+    Engine::of_columns(log_sum, columns.third, block);
+#pragma unroll
+    for (int n = 0; n < Engine::NUMBERS; n++) {
+        const int k = Engine::own_row(n), c = Engine::own_column(n);
+        float& x = Engine::number(weights, n);
+        bool seen = windows[k].holds(cells[c]);
+        if (!PLAIN) {
+            seen = seen && (!causal || cells[c] >= windows[k].center);
+            x = fmaf(x, scale, bias[k]);
+        }
+        x = exponential<E>(relative<PLAIN>(x, scale, most[c]) - log_sum[c]);
+        x = seen ? x : 0.0f;
+    }
+    Engine::add(grad_value, weights, columns.second, block);
+    Engine::score(grads, value, columns.second, block);
+    float delta[COLUMNS];
+    Engine::of_columns(delta, columns.other, block);
+#pragma unroll
+    for (int n = 0; n < Engine::NUMBERS; n++) {
+        float& x = Engine::number(grads, n);
+        x = (x - delta[Engine::own_column(n)]) * Engine::number(weights, n);
+    }
+    Engine::add(grad_key, grads, columns.first, block);
+}
 
 // -------------------------------------------------------------------------------------------------------- the kernels
 
@@ -562,25 +753,25 @@ __device__ __forceinline__ void attend(const Launch& launch, unsigned char* memo
         Engine::load_rows(query, head_of<E>(p.query, tile), p.query.position_stride, position, p.head_dim);
         Engine::clear(sum);
         const int64_t of_head = ((int64_t)tile.batch * p.heads + tile.head) * p.rows * p.columns;
-        // Forward: the running maximum and sum of the weights. Backward: both as they were, and dO . O - the gradient
-        // of the logsumexp.
-        float most[OWN], weight_sum[OWN], delta[OWN], log_sum[OWN];
+        Softmax<OWN> softmax;
 #pragma unroll
-        for (int i = 0; i < OWN; i++)
-            most[i] = BACKWARD ? 0 : -INFINITY, weight_sum[i] = 0, delta[i] = 0, log_sum[i] = 0;
+        for (int i = 0; i < OWN; i++) {
+            softmax.most[i] = BACKWARD ? 0 : -FLT_MAX;
+            softmax.sum[i] = softmax.log_sum[i] = softmax.delta[i] = 0;
+        }
         if constexpr (BACKWARD) {
             typename Engine::Rows output;
             Engine::load_rows(output, head_of<E>(p.output, tile), p.output.position_stride, position, p.head_dim);
             Engine::load_rows(
                 grad_output, head_of<E>(p.grad_output, tile), p.grad_output.position_stride, position, p.head_dim);
-            Engine::dot(delta, output, grad_output);
+            Engine::dot(softmax.delta, output, grad_output);
 #pragma unroll
             for (int i = 0; i < OWN; i++) {
                 if (position[i] < 0) continue;
-                most[i] = ((const float*)p.softmax)[of_head + position[i]];
-                log_sum[i] = ((const float*)p.softmax)[half_of_softmax(p) + of_head + position[i]];
-                if (p.grad_logsumexp) delta[i] -= ((const float*)p.grad_logsumexp)[of_head + position[i]];
-                p.delta[of_head + position[i]] = delta[i];  // every lane of a row writes the same
+                const float* saved = (const float*)p.softmax + of_head + position[i];
+                softmax.most[i] = saved[0], softmax.log_sum[i] = saved[half_of_softmax(p)];
+                if (p.grad_logsumexp) softmax.delta[i] -= ((const float*)p.grad_logsumexp)[of_head + position[i]];
+                p.delta[of_head + position[i]] = softmax.delta[i];  // every lane of a row writes the same
             }
         }
 
@@ -598,7 +789,7 @@ __device__ __forceinline__ void attend(const Launch& launch, unsigned char* memo
                 const bool valid = cell < segment.cells;
                 const LocalAttentionSource& s = p.source[segment.source];
                 columns.position[c] = valid ? row * s.columns + column : -1;
-                columns.coordinates[c] = valid ? join(row, column) : join(NO_COLUMN, NO_COLUMN);
+                columns.coordinates[c] = valid ? pack_cell(row, column) | GUARDS : NO_CELL;
                 if (s.bias) columns.number[c] = valid ? bias_of(s, tile.batch, (int64_t)row * s.columns + column) : 0;
             }
             __syncthreads();
@@ -609,9 +800,9 @@ __device__ __forceinline__ void attend(const Launch& launch, unsigned char* memo
                           to = minimum(segments[i].start + segments[i].count, chunk + count);
                 if (from >= to) continue;
                 const int at = from - chunk, offset = at * Columns<E, D>::PITCH;
-                load_columns<E, D>(columns.first + offset, s.key, tile, columns.position + at, to - from, p.head_dim);
                 load_columns<E, D>(
-                    columns.second + offset, s.value, tile, columns.position + at, to - from, p.head_dim);
+                    columns.first + offset, columns.second + offset, s.key, s.value, tile, columns.position + at,
+                    to - from, p.head_dim);
             }
             copy_wait();
             __syncthreads();
@@ -625,67 +816,32 @@ __device__ __forceinline__ void attend(const Launch& launch, unsigned char* memo
                 const int width = segments[i].width;
                 const int begin = segments[i].start + (rows.from - segments[i].row) * width / BLOCK * BLOCK;
                 const int end = segments[i].start + (rows.to - segments[i].row) * width;
-                Cells<OWN> centers;
-#pragma unroll
-                for (int k = 0; k < OWN; k++) {
+                const auto around = [&](int k) {
                     const int cell = Engine::row_of(k, pass);
-                    centers.row[k] = position[k] < 0 ? NO_ROW : group.row_of(cell) / s.ratio_rows;
-                    centers.column[k] = position[k] < 0 ? NO_ROW : group.column_of(cell) / s.ratio_columns;
-                }
+                    return Window(
+                        group.row_of(cell) / s.ratio_rows, group.column_of(cell) / s.ratio_columns, s,
+                        position[k] >= 0);
+                };
+                const Window windows[2] = {around(0), around(OWN - 1)};
                 const bool causal = s.causal, has_bias = s.bias;
                 const int last = minimum(end, chunk + count);
+                const auto walk = [&](auto plain) {
+                    constexpr bool PLAIN = decltype(plain)::value;
 #pragma unroll 1
-                for (int at = maximum(begin, chunk); at < last; at += BLOCK) {
-                    const int block = at - chunk;
-                    typename Engine::Scores scores;
-                    Engine::score(scores, query, columns.first, block);
-                    Engine::each(scores, [&](float& x, int k, int c) {
-                        const uint32_t key = columns.coordinates[block + c];
-                        const bool seen = in_window(
-                            row_in(key), column_in(key), centers.row[k], centers.column[k], s.reach_rows,
-                            s.reach_columns, causal);
-                        x = seen ? x * scale + (has_bias ? columns.number[block + c] : 0) : -INFINITY;
-                    });
-                    if constexpr (!BACKWARD) {
-                        float now[OWN];
-#pragma unroll
-                        for (int k = 0; k < OWN; k++) now[k] = most[k];
-                        Engine::each(scores, [&](float& x, int k, int) { now[k] = fmaxf(now[k], x); });
-                        bool grown = false;
-#pragma unroll
-                        for (int k = 0; k < OWN; k++) {
-                            now[k] = Engine::reduce_max(now[k]);
-                            grown |= now[k] > most[k];
-                        }
-                        if (__any_sync(0xffffffffu, grown)) {
-                            float factor[OWN];
-#pragma unroll
-                            for (int k = 0; k < OWN; k++) {
-                                factor[k] = now[k] > most[k] ? exponential<E>(most[k] - now[k]) : 1.0f;
-                                weight_sum[k] *= factor[k];
-                                most[k] = now[k];
-                            }
-                            Engine::scale_rows(sum, factor);
-                        }
-                        Engine::each(scores, [&](float& x, int k, int) {
-                            x = exponential<E>(x - (most[k] == -INFINITY ? 0.0f : most[k]));
-                            weight_sum[k] += x;
-                        });
-                        Engine::add(sum, scores, columns.second, block);
-                    } else {
-                        typename Engine::Scores grads;
-                        Engine::score(grads, grad_output, columns.second, block);
-                        Engine::each(
-                            scores, [&](float& x, int k, int) { x = exponential<E>(x - most[k] - log_sum[k]); });
-                        // The two are indexed alike: multiply in place.
-#pragma unroll
-                        for (int n = 0; n < (int)(sizeof(scores) / sizeof(float)); n++) {
-                            const int k = OWN == 2 ? n / 2 % 2 : 0;
-                            ((float*)scores)[n] *= ((float*)grads)[n] - delta[k];
-                        }
-                        Engine::add(sum, scores, columns.first, block);
+                    for (int at = maximum(begin, chunk); at < last; at += BLOCK) {
+                        if constexpr (BACKWARD)
+                            grad_query_block<E, D, PLAIN, Engine>(
+                                columns, at - chunk, query, grad_output, windows, scale, causal, has_bias, softmax,
+                                sum);
+                        else
+                            forward_block<E, D, PLAIN, Engine>(
+                                columns, at - chunk, query, windows, scale, causal, has_bias, softmax, sum);
                     }
-                }
+                };
+                if (causal || has_bias || !(scale > 0))
+                    walk(Constant<false>());
+                else
+                    walk(Constant<true>());
             }
         }
 
@@ -695,16 +851,15 @@ __device__ __forceinline__ void attend(const Launch& launch, unsigned char* memo
             if constexpr (BACKWARD) {
                 factor[k] = (float)p.scale;
             } else {
-                const float all = Engine::reduce_sum(weight_sum[k]);
+                const float all = Engine::reduce_sum(softmax.sum[k]), log_sum = log2f(all), most = softmax.most[k];
                 factor[k] = all > 0 || all != all ? 1 / all : 0;
                 if (position[k] < 0) continue;
-                const float log_sum = log2f(all);
-                ((float*)p.logsumexp)[of_head + position[k]] = all == 0              ? -INFINITY
-                                                               : most[k] == -FLT_MAX ? -FLT_MAX
-                                                                                     : (most[k] + log_sum) * LN_2;
+                float* logsumexp = (float*)p.logsumexp + of_head + position[k];
+                *logsumexp = all == 0 ? -INFINITY : most == -FLT_MAX ? -FLT_MAX : (most + log_sum) * LN_2;
                 if (!p.softmax) continue;
-                ((float*)p.softmax)[of_head + position[k]] = all == 0 ? 0 : most[k];
-                ((float*)p.softmax)[half_of_softmax(p) + of_head + position[k]] = all == 0 ? 0 : log_sum;
+                float* saved = (float*)p.softmax + of_head + position[k];
+                saved[0] = all == 0 ? 0 : most;
+                saved[half_of_softmax(p)] = all == 0 ? 0 : log_sum;
             }
         }
         if (BACKWARD && !p.grad_query.data) continue;
@@ -749,16 +904,17 @@ __device__ __forceinline__ void attend_keys(const Launch& launch, unsigned char*
         typename Engine::Rows key, value;
         typename Engine::Sum grad_key, grad_value;
         int position[OWN];
-        Cells<OWN> cells;
         float bias[OWN];
 #pragma unroll
         for (int k = 0; k < OWN; k++) {
-            const int cell = Engine::row_of(k, pass);
-            position[k] = group.position_of(cell, tile);
-            cells.row[k] = position[k] < 0 ? NO_ROW : group.row_of(cell);
-            cells.column[k] = position[k] < 0 ? NO_ROW : group.column_of(cell);
+            position[k] = group.position_of(Engine::row_of(k, pass), tile);
             bias[k] = has_bias && position[k] >= 0 ? bias_of(s, tile.batch, position[k]) : 0;
         }
+        const auto around = [&](int k) {
+            const int cell = Engine::row_of(k, pass);
+            return Window(group.row_of(cell), group.column_of(cell), s, position[k] >= 0);
+        };
+        const Window windows[2] = {around(0), around(OWN - 1)};
         Engine::load_rows(key, head_of<E>(s.key, tile), s.key.position_stride, position, p.head_dim);
         Engine::load_rows(value, head_of<E>(s.value, tile), s.value.position_stride, position, p.head_dim);
         Engine::clear(grad_key);
@@ -776,40 +932,29 @@ __device__ __forceinline__ void attend_keys(const Launch& launch, unsigned char*
                 const int64_t at = row * p.columns + column;
                 columns.position[c] = valid ? (int)at : -1;
                 columns.coordinates[c] =
-                    valid ? join(row / s.ratio_rows, column / s.ratio_columns) : join(NO_COLUMN, NO_COLUMN);
+                    valid ? pack_cell(row / s.ratio_rows, column / s.ratio_columns) | GUARDS : NO_CELL;
                 columns.number[c] = valid ? ((const float*)p.softmax)[of_head + at] : 0;
                 columns.other[c] = valid ? p.delta[of_head + at] : 0;
                 columns.third[c] = valid ? ((const float*)p.softmax)[half_of_softmax(p) + of_head + at] : 0;
             }
             __syncthreads();
-            load_columns<E, D>(columns.first, p.query, tile, columns.position, count, p.head_dim);
-            load_columns<E, D>(columns.second, p.grad_output, tile, columns.position, count, p.head_dim);
+            load_columns<E, D>(
+                columns.first, columns.second, p.query, p.grad_output, tile, columns.position, count, p.head_dim);
             copy_wait();
             __syncthreads();
 
             const int last = minimum(end, chunk + count), start = maximum(begin, chunk);
+            const auto walk = [&](auto plain) {
+                constexpr bool PLAIN = decltype(plain)::value;
 #pragma unroll 1
-            for (int at = start + split * BLOCK; at < last; at += splits * BLOCK) {
-                const int block = at - chunk;
-                typename Engine::Scores weights, grads;
-                Engine::score(weights, key, columns.first, block);
-                Engine::score(grads, value, columns.second, block);
-                Engine::each(weights, [&](float& x, int k, int c) {
-                    const uint32_t center = columns.coordinates[block + c];
-                    const bool seen = in_window(
-                        cells.row[k], cells.column[k], row_in(center), column_in(center), s.reach_rows,
-                        s.reach_columns, causal);
-                    x = seen ? exponential<E>(
-                                   x * scale + bias[k] - columns.number[block + c] - columns.third[block + c])
-                             : 0.0f;
-                });
-                Engine::add(grad_value, weights, columns.second, block);
-                Engine::each(grads, [&](float& x, int, int c) { x -= columns.other[block + c]; });
-#pragma unroll
-                for (int n = 0; n < (int)(sizeof(weights) / sizeof(float)); n++)
-                    ((float*)grads)[n] *= ((float*)weights)[n];
-                Engine::add(grad_key, grads, columns.first, block);
-            }
+                for (int at = start + split * BLOCK; at < last; at += splits * BLOCK)
+                    grad_key_block<E, D, PLAIN, Engine>(
+                        columns, at - chunk, key, value, windows, scale, causal, bias, grad_key, grad_value);
+            };
+            if (causal || has_bias || !(scale > 0))
+                walk(Constant<false>());
+            else
+                walk(Constant<true>());
         }
         float factor[OWN];
 #pragma unroll
@@ -825,26 +970,31 @@ __device__ __forceinline__ void attend_keys(const Launch& launch, unsigned char*
     }
 }
 
-// Two blocks share a multiprocessor where their registers fit (128 a thread), else one (255).
+// How many blocks share a multiprocessor: two where their registers fit (128 a thread), else one (255). The gradients
+// of keys have two sums, which fit into 128 registers with 32 dimensions only.
 template <class E, int D>
-constexpr int blocks_per_processor() {
+constexpr int forward_blocks() {
     return D > 64 || IsFloat<E>::value ? 1 : 2;
+}
+template <class E, int D>
+constexpr int grad_key_blocks() {
+    return D > 32 || IsFloat<E>::value ? 1 : 2;
 }
 
 template <class E, int D>
-__global__ void __launch_bounds__(THREADS, blocks_per_processor<E, D>())
+__global__ void __launch_bounds__(THREADS, forward_blocks<E, D>())
     forward_kernel(const __grid_constant__ Launch launch) {
     SHARED_MEMORY(memory);
     attend<E, D, false>(launch, memory);
 }
 template <class E, int D>
-__global__ void __launch_bounds__(THREADS, blocks_per_processor<E, D>())
+__global__ void __launch_bounds__(THREADS, forward_blocks<E, D>())
     grad_query_kernel(const __grid_constant__ Launch launch) {
     SHARED_MEMORY(memory);
     attend<E, D, true>(launch, memory);
 }
 template <class E, int D>
-__global__ void __launch_bounds__(THREADS, blocks_per_processor<E, D>())
+__global__ void __launch_bounds__(THREADS, grad_key_blocks<E, D>())
     grad_key_kernel(const __grid_constant__ Launch launch) {
     SHARED_MEMORY(memory);
     attend_keys<E, D>(launch, memory);
@@ -911,17 +1061,20 @@ int fail(cudaError_t error) {
     return LOCAL_ATTENTION_CUDA_ERROR;
 }
 
-// Shared memory that a block may use; 112 KB leave room for two blocks on data-centre devices.
-int shared_memory_limit() {
-    int device = 0, most = 0;
+// Shared memory that a block may use, of which each multiprocessor is to hold `blocks`. What there is depends on the
+// architecture: 228 KB on sm_90 and sm_100, 164 KB on sm_80, 100 KB on sm_86, sm_89 and sm_120. A block takes 1 KB for
+// itself, and the kernels hold some bytes beside this.
+int shared_memory_limit(int blocks) {
+    int device = 0, of_block = 0, of_processor = 0;
     cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    return minimum(most - 1024, 112 * 1024);  // the kernels hold some bytes beside it
+    cudaDeviceGetAttribute(&of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    cudaDeviceGetAttribute(&of_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+    return minimum(of_block, of_processor / blocks - 1024) - 1024;
 }
 #endif
 
 template <class E, int D, class Kernel>
-int launch_kernel(Kernel kernel, Launch& launch, int columns) {
+int launch_kernel(Kernel kernel, int blocks_per_processor, Launch& launch, int columns) {
     const LocalAttentionProblem& p = launch.problem;
     int64_t blocks = 0;
     const int64_t heads = (int64_t)p.batch * p.heads;
@@ -934,7 +1087,8 @@ int launch_kernel(Kernel kernel, Launch& launch, int columns) {
     }
     if (!blocks) return LOCAL_ATTENTION_OK;
     if (blocks > 0x7fffffff) return LOCAL_ATTENTION_UNSUPPORTED;
-    launch.capacity = minimum(columns, shared_memory_limit() / Columns<E, D>::BYTES / BLOCK * BLOCK);
+    launch.capacity =
+        minimum(columns, shared_memory_limit(blocks_per_processor) / Columns<E, D>::BYTES / BLOCK * BLOCK);
     const int shared = maximum(stage, launch.capacity * Columns<E, D>::BYTES);
 #ifndef LOCAL_ATTENTION_EMULATION
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
@@ -956,8 +1110,8 @@ int run_typed(const LocalAttentionProblem& p, bool backward) {
     launch.tiling[0] = choose_tiling(p, -1);
     const Tiling& t = launch.tiling[0];
     const int columns = columns_of_extent(p, -1, t.groups_down * t.cell_rows, t.groups_across << t.cell_columns_log2);
-    if (!backward) return launch_kernel<E, D>(forward_kernel<E, D>, launch, columns);
-    const int failure = launch_kernel<E, D>(grad_query_kernel<E, D>, launch, columns);
+    if (!backward) return launch_kernel<E, D>(forward_kernel<E, D>, forward_blocks<E, D>(), launch, columns);
+    const int failure = launch_kernel<E, D>(grad_query_kernel<E, D>, forward_blocks<E, D>(), launch, columns);
     if (failure) return failure;
     // The keys of all sources in one launch, those that sum over the most queries first.
     launch.num_tilings = 0;
@@ -970,7 +1124,8 @@ int run_typed(const LocalAttentionProblem& p, bool backward) {
             most,
             columns_of_extent(p, i, key.groups_down * key.cell_rows, key.groups_across << key.cell_columns_log2));
     }
-    return launch.num_tilings ? launch_kernel<E, D>(grad_key_kernel<E, D>, launch, most) : LOCAL_ATTENTION_OK;
+    return launch.num_tilings ? launch_kernel<E, D>(grad_key_kernel<E, D>, grad_key_blocks<E, D>(), launch, most)
+                              : LOCAL_ATTENTION_OK;
 }
 
 template <class E>

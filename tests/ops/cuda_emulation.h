@@ -34,6 +34,9 @@
 struct alignas(8) float2 {
     float x, y;
 };
+struct alignas(8) uint2 {
+    uint32_t x, y;
+};
 struct alignas(16) float4 {
     float x, y, z, w;
 };
@@ -162,7 +165,7 @@ inline bool __any_sync(uint32_t, bool x) {
 
 // Bytes of shared memory that a block may have: the tests make it small to have several chunks.
 static int emulated_shared_memory = 112 * 1024;
-inline int shared_memory_limit() { return emulated_shared_memory; }
+inline int shared_memory_limit(int) { return emulated_shared_memory; }
 extern "C" __attribute__((visibility("default"))) void emulation_set_shared_memory(int bytes) {
     emulated_shared_memory = bytes;
 }
