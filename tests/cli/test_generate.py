@@ -123,6 +123,16 @@ def test_the_model_that_a_picture_names_is_not_loaded_for_that(no_model, tmp_pat
     assert_bad_input(result, f"made by the model '{named}'", "Pass --model")
 
 
+def test_a_picture_of_another_model_is_made_by_the_one_that_is_asked_for(cogview2, tmp_path):
+    settings = {"height": LOW_SIZE, "width": LOW_SIZE}
+    metadata = {"prompt": TIGER, "seed": 1, "settings": settings, "model": "owner/name", "model_fingerprint": "0" * 16}
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", metadata)
+    result = cogview2("generate", "--remake", tmp_path / "a.png", "--output", tmp_path / "b.png")
+    assert result.exit_code == 0, result.output
+    cogview2("generate", TIGER, "--seed", 1, "--height", LOW_SIZE, "--output", tmp_path / "c.png")
+    assert np.array_equal(pixels(tmp_path / "b.png"), pixels(tmp_path / "c.png"))
+
+
 def test_the_fingerprint_of_a_model_is_that_of_its_weights(model_folder, tmp_path):
     shutil.copytree(model_folder, tmp_path / "copy")
     assert describe_model(str(tmp_path / "copy")) == {

@@ -43,7 +43,7 @@ MUTATIONS = [
         "cli/generate.py",
         "if is_default and any(",
         "if any(",
-        "cli/test_generate.py::test_the_model_that_a_picture_names_is_not_loaded_for_that",
+        "cli/test_generate.py::test_a_picture_of_another_model_is_made_by_the_one_that_is_asked_for",
     ),
     Mutation(
         "--remake: the model that is there makes pictures of another",
