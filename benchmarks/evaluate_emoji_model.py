@@ -22,7 +22,7 @@ from cogview_pipelines.demo.evaluation import (
 )
 from cogview_pipelines.environment import SHIPPED_MODEL, stamp
 
-SPLITS = ("train", "test_background", "test_pair", "test_order", "test_style")
+SPLITS = ("test_wording", "train", "test_background", "test_pair", "test_order", "test_style")
 
 
 def measurements(

@@ -11,6 +11,7 @@ language or both, and perhaps a "weight" above or below 1 for pictures that shal
 """
 
 import os
+import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,6 +49,13 @@ class PrepareConfig:
         },
     )
     max_pairs: int | None = field(default=None, metadata={"help": "At most so many emoji scenes of two objects."})
+    sentences: int = field(
+        default=0,
+        metadata={
+            "help": "Sentences of the grammar for each emoji scene and language, which pictures are then drawn from, "
+            "beside the templates; captioning writes the templates."
+        },
+    )
     sprites: str | None = field(
         default=None, metadata={"help": "Folder of full-size drawings, for emoji scenes larger than 240 pixels."}
     )
@@ -97,24 +105,37 @@ class EmojiPictures(Dataset):
         return len(self.scenes)
 
     def __getitem__(self, index: int) -> tuple[list[Image.Image], dict]:
-        from cogview_pipelines.demo import LANGUAGES, caption_variants, captions, render
+        from cogview_pipelines.demo import LANGUAGES, render
 
         scene, weight = self.scenes[index]
-        texts = {language: captions(scene, language) for language in LANGUAGES}
-        for language in LANGUAGES:  # mostly the templates, and other words for the same now and then
-            variants = caption_variants(scene, language)
-            full_stop = {"en": ".", "zh": "。"}[language]
-            sentences = [text + full_stop for text in (texts[language][0], variants["complete"][0])]
-            texts[language] = texts[language] * TEMPLATE_REPEATS + [
-                *variants["complete"],
-                *variants["no_style"],
-                *variants["no_background"],
-                *variants["objects_only"],
-                *sentences,
-            ]
-            if scene.layout == "pair":
-                texts[language] = thin_reversed(texts[language], language, self.config.reversed_share)
+        texts = {language: self._templates(scene, language) for language in LANGUAGES}
+        if self.config.sentences:
+            rng = random.Random(f"{self.config.seed} {index}")
+            sentences = {language: self._sentences(scene, language, rng) for language in LANGUAGES}
+            texts = {**sentences, "targets": texts}
         return [render(scene, size, self.sprites) for size in self.sizes], {**texts, "weight": weight}
+
+    def _templates(self, scene, language) -> list[str]:
+        """Mostly the templates, and other words for the same now and then."""
+        from cogview_pipelines.demo import caption_variants, captions
+
+        templates, variants = captions(scene, language), caption_variants(scene, language)
+        full_stop = {"en": ".", "zh": "。"}[language]
+        texts = templates * TEMPLATE_REPEATS + variants["complete"]
+        if not self.config.sentences:  # what captioning is to write says all
+            texts += [*variants["no_style"], *variants["no_background"], *variants["objects_only"]]
+            texts += [text + full_stop for text in (templates[0], variants["complete"][0])]
+        if scene.layout == "pair":
+            texts = thin_reversed(texts, language, self.config.reversed_share)
+        return texts
+
+    def _sentences(self, scene, language, rng) -> list[str]:
+        """As people type them, and the templates for a fifth of all."""
+        from cogview_pipelines.demo import captions, sample_sentence
+
+        count, share = self.config.sentences, self.config.reversed_share
+        texts = [sample_sentence(scene, language, rng, reversed_share=share).text for _ in range(count)]
+        return texts + rng.choices(captions(scene, language), k=-(-count // 4))
 
 
 def thin_reversed(texts: list[str], language: str, share: float) -> list[str]:

@@ -19,6 +19,7 @@ import dataclasses
 import io
 import json
 import logging
+import random
 import re
 import tempfile
 import unicodedata
@@ -31,6 +32,7 @@ from pathlib import Path
 import sentencepiece
 
 from cogview_pipelines import demo
+from cogview_pipelines.demo.captions import load_grammar, nouns, to_traditional
 from cogview_pipelines.json_lines import parse_object, read_lines
 from cogview_pipelines.models.cogview2.tokenization_icetk import IcetkTokenizer
 from cogview_pipelines.training.arguments import parse_config, run_script
@@ -59,6 +61,10 @@ class TokenizerConfig:
         default=False, metadata={"help": "Also train on the captions of the emoji scenes: all concepts and styles."}
     )
     emoji_pairs: int = field(default=5000, metadata={"help": "Scenes of two objects drawn for --emoji_captions."})
+    emoji_sentences: int = field(
+        default=0,
+        metadata={"help": "Sentences of the grammar, in each language, that --emoji_captions adds to the templates."},
+    )
     vocab_size: int = field(
         default=8000,
         metadata={"help": "Number of pieces at most, with the special ones; fewer if the text gives no more."},
@@ -128,8 +134,20 @@ def emoji_texts(num_pairs: int, seed: int) -> Iterator[str]:
             yield from texts
 
 
-def emoji_words() -> set[str]:
-    """The Chinese words of the emoji captions; a coloured shape is two words, the colour and the shape."""
+def emoji_sentences(count: int, seed: int) -> Iterator[str]:
+    """As many sentences of training patterns in each language, of scenes of all concepts and styles."""
+    scope, rng = demo.Scope.full(), random.Random(seed)
+    for _, language in product(range(count), demo.LANGUAGES):
+        yield demo.sample_sentence(demo.sample_scene(scope, rng, pair_probability=0.4), language, rng).text
+
+
+def emoji_words(with_sentences: bool = False) -> set[str]:
+    """
+    The Chinese words of the emoji captions; a coloured shape is two words, the colour and the shape.
+
+    Args:
+        with_sentences (`bool`): Also those of the grammar's tables, in both kinds of characters.
+    """
     words = {"一", "在", "的", "和", "上的", "背景", "风格"}
     for table in (demo.STYLES, demo.BACKGROUNDS, demo.RELATIONS):
         words.update(entry.chinese for entry in table.values())
@@ -137,7 +155,17 @@ def emoji_words() -> set[str]:
     for concept in demo.load_concepts().values():
         colour = next((colour for colour in colours if concept.shape and concept.noun_zh.startswith(colour)), "")
         words |= {concept.measure, concept.noun_zh.removeprefix(colour)}
-    return words
+    if not with_sentences:
+        return words
+    grammar = load_grammar("zh")
+    for table in ("colours", "styles", "places", "sides"):
+        words.update(word for synonyms in grammar[table].values() for word in synonyms)
+    for table in ("adjectives", "mutual", "between"):
+        words.update(grammar[table])
+    for hexcode, concept in demo.load_concepts().items():
+        if not concept.shape:
+            words.update(nouns(hexcode, "zh"))
+    return words | set(map(to_traditional, words))
 
 
 # Pieces --------------------------------------------------------------------------------------------------------------
@@ -265,7 +293,8 @@ def train_tokenizer(config: TokenizerConfig) -> dict:
     words = set(Path(config.words_file).read_text(encoding="utf-8").split()) if config.words_file else set()
     if config.emoji_captions:
         texts.extend(emoji_texts(config.emoji_pairs, config.seed))
-        words |= emoji_words()
+        texts.extend(emoji_sentences(config.emoji_sentences, config.seed))
+        words |= emoji_words(bool(config.emoji_sentences))
     if not texts:
         raise ValueError(f"`--train_files` {config.train_files} hold no text.")
     logger.info("%d texts, %d different", len(texts), len(set(texts)))

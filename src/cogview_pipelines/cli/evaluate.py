@@ -19,6 +19,7 @@ class Split(str, enum.Enum):
     test_pair = "test_pair"
     test_order = "test_order"
     test_style = "test_style"
+    test_wording = "test_wording"
 
 
 class Language(str, enum.Enum):
@@ -52,7 +53,11 @@ class Measure(str, enum.Enum):
 
 
 def evaluate(
-    split: Split = typer.Option(Split.train, help="Which scenes: train are the seen combinations, the rest held out."),
+    split: Split = typer.Option(
+        Split.train,
+        help="Which scenes: train are the seen combinations, the rest held out; test_wording: seen combinations in"
+        " sentences as people type them, whose patterns are held out.",
+    ),
     language: Language = typer.Option(Language.en, help="Of the prompts."),
     num: int = typer.Option(100, "--num", "-n", min=1, help="How many scenes; if there are fewer, all of them."),
     layout: Layout = typer.Option(None, help="Only scenes of one object, or only of two.  [default: both]"),

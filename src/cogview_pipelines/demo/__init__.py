@@ -7,7 +7,17 @@ set of scenes that a model was trained on; the [`Scorer`] judges a picture again
 """
 
 from .caption_reader import CaptionReading, read_caption
-from .captions import CAPTION_VARIANT_KINDS, LANGUAGES, caption_variants, captions, sample_caption
+from .captions import (
+    CAPTION_VARIANT_KINDS,
+    LANGUAGES,
+    WORDINGS,
+    Request,
+    Sentence,
+    caption_variants,
+    captions,
+    sample_caption,
+    sample_sentence,
+)
 from .rendering import NATIVE_SIZE, SpriteSet, render, slot_boxes
 from .scenes import (
     BACKGROUNDS,
@@ -36,12 +46,15 @@ __all__ = [
     "RELATIONS",
     "SPLITS",
     "STYLES",
+    "WORDINGS",
     "CaptionReading",
     "Concept",
     "Reading",
+    "Request",
     "Scene",
     "Scope",
     "Scorer",
+    "Sentence",
     "SpriteSet",
     "caption_variants",
     "captions",
@@ -53,6 +66,7 @@ __all__ = [
     "sample_caption",
     "sample_scene",
     "sample_scenes",
+    "sample_sentence",
     "slot_boxes",
     "split",
 ]

@@ -15,22 +15,31 @@ from PIL import Image
 
 from ..evaluation.likelihood import caption_losses
 from ..pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
-from .captions import LANGUAGES, captions
+from .captions import LANGUAGES, Request, captions, sample_sentence
 from .rendering import SpriteSet, render
 from .scenes import SPLITS, Scene, Scope, iterate_scenes, sample_scenes
 from .scorer import full_scorer
 
+WORDING_SPLIT = "test_wording"  # scenes of the split "train" in sentences whose patterns are never trained
+CASE_SPLITS = (*SPLITS, WORDING_SPLIT)
 BASELINES = ("none", "ceiling", "shuffled")
 _MAX_LISTED = 10_000  # scenes that are listed, where fewer exist than are asked for
 
 
 @dataclass(frozen=True)
 class Case:
-    """A scene, one of its captions, and the seed of its picture."""
+    """A scene, a caption, the seed of the picture, and what the caption asks for (by default all of the scene)."""
 
     scene: Scene
     caption: str
     seed: int
+    request: Request | None = None
+
+    def score(self, image: Image.Image) -> dict[str, bool]:
+        """Whether a picture shows what the caption asks for, as the [`Scorer`] reads it."""
+        if self.request is None:
+            return full_scorer()(image, self.scene)
+        return full_scorer().judge(image, self.request, self.scene)
 
 
 def choose_cases(
@@ -41,7 +50,8 @@ def choose_cases(
 
     Args:
         scope (`Scope`): What the model was trained on.
-        split (`str`): One of `SPLITS`; `"train"` are the seen combinations, `"validation"` unseen scenes of such.
+        split (`str`): One of `CASE_SPLITS`; `"train"` are the seen combinations, `"validation"` unseen scenes of such,
+            `"test_wording"` seen combinations asked for as people would, in sentences that training never shows.
         language (`str`): `"en"` or `"zh"`.
         num_cases (`int`): How many; all that there are, where there are fewer.
         seed (`int`, defaults to 0): Decides scenes, captions and the seeds of the pictures.
@@ -50,29 +60,36 @@ def choose_cases(
     Raises:
         ValueError: If the scope has no such scene, or an argument is not known.
     """
-    if split not in SPLITS:
-        raise ValueError(f"`split` must be one of {', '.join(SPLITS)}, but is {split!r}.")
+    if split not in CASE_SPLITS:
+        raise ValueError(f"`split` must be one of {', '.join(CASE_SPLITS)}, but is {split!r}.")
     if language not in LANGUAGES:
         raise ValueError(f"`language` must be one of {', '.join(LANGUAGES)}, but is {language!r}.")
     if num_cases < 1:
         raise ValueError(f"`num_cases` must be at least 1, but is {num_cases}.")
     if layout is not None and layout not in scope.layouts:
         raise ValueError(f"`layout` must be one of {', '.join(scope.layouts)} with this model, but is {layout!r}.")
+    scene_split = "train" if split == WORDING_SPLIT else split
     layouts = [
         name
         for name in (scope.layouts if layout is None else (layout,))
-        if next(iterate_scenes(scope, name, split), None) is not None
+        if next(iterate_scenes(scope, name, scene_split), None) is not None
     ]
     if not layouts:
         what = "scenes" if layout is None else f"{layout} scenes"
         raise ValueError(f"`split` {split!r} has no {what} among those that the model was trained for (scope.json).")
     only = layouts[0] if len(layouts) == 1 else None
     try:
-        scenes = sample_scenes(scope, num_cases, seed, only, split)
+        scenes = sample_scenes(scope, num_cases, seed, only, scene_split)
     except ValueError:  # there are not so many
-        scenes = [scene for name in layouts for scene in iterate_scenes(scope, name, split)]
+        scenes = [scene for name in layouts for scene in iterate_scenes(scope, name, scene_split)]
         assert len(scenes) <= max(num_cases, _MAX_LISTED)
     rng = random.Random(seed)
+    if split == WORDING_SPLIT:
+        sentences = [sample_sentence(scene, language, rng, "test") for scene in scenes]
+        return [
+            Case(scene, sentence.text, seed + index, sentence.request)
+            for index, (scene, sentence) in enumerate(zip(scenes, sentences, strict=True))
+        ]
     return [Case(scene, rng.choice(captions(scene, language)), seed + index) for index, scene in enumerate(scenes)]
 
 
@@ -140,7 +157,8 @@ def measure_pictures(
         call: Further arguments of the pipeline's call.
 
     Returns:
-        `dict`: The shares `background`, `style`, `objects`, `position`, `all` and `clean`, and `seconds_per_image`.
+        `dict`: The shares `background`, `style`, `objects`, `position`, `all` and `clean`, and `seconds_per_image`. A
+            share is over the cases whose caption asks for it.
 
     Raises:
         ValueError: If the baseline is not known, or there are too few cases for it.
@@ -150,6 +168,7 @@ def measure_pictures(
     if baseline == "shuffled" and len(cases) < 2:
         raise ValueError(f"`baseline='shuffled'` needs at least 2 cases, but there are {len(cases)}.")
     scenes = [case.scene for case in cases]
+    asked = list(cases)
     started = time.perf_counter()
     if baseline == "ceiling":
         size = pipe.check_inputs("a", height=call.get("height"), width=call.get("width"))["height"]
@@ -158,14 +177,12 @@ def measure_pictures(
         images = generate_pictures(pipe, cases, batch_size, **call)
     seconds = (time.perf_counter() - started) / len(cases)
     if baseline == "shuffled":
-        scenes = scenes[1:] + scenes[:1]
-    scorer = full_scorer()
-    scores = [scorer(image, scene) for image, scene in zip(images, scenes, strict=True)]
+        asked = cases[1:] + cases[:1]
+    scores = [case.score(image) for image, case in zip(images, asked, strict=True)]
     for index, (case, image, score) in enumerate(zip(cases, images, scores)):
         if on_picture is not None:
             on_picture(index, case, image, score)
-    means = {name: share(score[name] for score in scores) for name in scores[0]}
-    return {**means, "seconds_per_image": round(seconds, 3)}
+    return {**_shares(scores), "seconds_per_image": round(seconds, 3)}
 
 
 def measure_caption_loss(
@@ -257,13 +274,10 @@ def measure_post_selection(
     images["best"] = images["first"] | pictures(others, [best[place] for place in others], of_candidates)
     if sampling:
         images["preset_first"] = pictures(everywhere, none, call)
-    scorer = full_scorer()
-    scores = {
-        name: [scorer(made[place], case.scene) for place, case in enumerate(cases)] for name, made in images.items()
-    }
+    scores = {name: [case.score(made[place]) for place, case in enumerate(cases)] for name, made in images.items()}
     differences = (drafts[:, 1:] != drafts[:, :1]).float().mean().item()
     return {
-        **{name: {key: share(one[key] for one in found) for key in found[0]} for name, found in scores.items()},
+        **{name: _shares(found) for name, found in scores.items()},
         **_gain("gain", scores["first"], scores["best"]),
         **(_gain("gain_over_preset", scores["preset_first"], scores["best"]) if sampling else {}),
         "token_difference": round(differences, 4),
@@ -301,6 +315,12 @@ def _gain(name: str, before: Sequence[dict[str, bool]], after: Sequence[dict[str
     """The mean difference in `all`, and its standard error."""
     gains = np.array([new["all"] - old["all"] for old, new in zip(before, after, strict=True)], float)
     return {name: round(gains.mean(), 4), f"{name}_error": round(gains.std() / len(gains) ** 0.5, 4)}
+
+
+def _shares(scores: Sequence[dict[str, bool]]) -> dict[str, float]:
+    """The share of each key, over the scores that have it."""
+    names = dict.fromkeys(name for score in scores for name in score)
+    return {name: share(score[name] for score in scores if name in score) for name in names}
 
 
 def share(outcomes: Iterable[bool]) -> float:

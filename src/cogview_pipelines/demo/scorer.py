@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageFilter
 
+from .captions import Request
 from .rendering import SpriteSet, shipped_sprites, slot_boxes
 from .scenes import BACKGROUNDS, Scene, Scope
 
@@ -189,6 +190,32 @@ class Scorer:
             "position": reading.objects == scene.objects,
         }
         return {**result, "all": all(result.values()), "clean": reading.clean}
+
+    def judge(self, image: Image.Image, request: Request, scene: Scene) -> dict[str, bool]:
+        """
+        Compare a picture with what a sentence asks for; what it leaves open may be as it likes.
+
+        Args:
+            image (`PIL.Image.Image`): A square picture.
+            request ([`Request`]): What was asked for.
+            scene (`Scene`): Any scene that would be right.
+
+        Returns:
+            `dict[str, bool]`: As for a call, `background`, `style` and `position` only if asked for, and `all` of
+            those.
+        """
+        results = []
+        for wanted in request.layouts(scene):
+            result = self(image, wanted)
+            asked = {
+                "objects": True,
+                "background": request.background is not None,
+                "style": request.style is not None,
+                "position": request.tells_place,
+            }
+            shown = {name: result[name] for name, is_asked in asked.items() if is_asked}
+            results.append({**shown, "all": all(shown.values()), "clean": result["clean"]})
+        return max(results, key=lambda result: (result["all"], sum(result.values())))
 
     def mean(self, images: Sequence[Image.Image], scenes: Sequence[Scene]) -> dict[str, float]:
         """

@@ -6,7 +6,8 @@ A token folder, as `training_scripts/prepare_tokens.py` writes it, holds two fil
 - `tokens.safetensors` with the tensors `low` and (for super-resolution) `fine`, each of shape
   `(num_pictures, rows, columns)`;
 - `captions.jsonl` with one object a picture: captions by language, `{"en": [...], "zh": [...]}`, of which one may be
-  missing, and an optional `weight`, the relative chance of the picture.
+  missing; an optional `weight`, the relative chance of the picture; and optional `targets`, captions by language
+  that captioning writes in place of those.
 """
 
 import functools
@@ -41,6 +42,8 @@ class TokenData:
         captions (`list[dict[str, list[str]]]`): Of each picture, its captions by language.
         weights (`torch.Tensor` of shape `(num_pictures,)`): Relative chance of each picture.
         encode (`Callable`): Token ids of a caption. Captions are encoded when drawn: they are many, and few are drawn.
+        targets (`list[dict[str, list[str]]]`, *optional*):
+            Of each picture, what captioning writes, if that is not what pictures are drawn from.
     """
 
     low: torch.Tensor
@@ -48,6 +51,7 @@ class TokenData:
     captions: list[dict[str, list[str]]]
     weights: torch.Tensor
     encode: Callable[[str], list[int]]
+    targets: list[dict[str, list[str]]] | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -71,9 +75,10 @@ class TokenData:
             tensors = load_file(folder / TOKENS_FILE)
         except SafetensorError as error:
             raise ValueError(f"`data` has a damaged {TOKENS_FILE} ({error}). Make it again.") from error
-        captions, weights = [], []
+        captions, weights, targets = [], [], []
         for number, line in read_lines(folder / CAPTIONS_FILE):
             texts, weight = parse_captions(line, f"Line {number} of {folder / CAPTIONS_FILE}")
+            targets.append(texts.pop("targets", texts))
             captions.append(texts)
             weights.append(weight)
         low, fine = tensors.get("low"), tensors.get("fine")
@@ -87,13 +92,8 @@ class TokenData:
                 )
             if value is not None and not 0 <= int(value.min()) <= int(value.max()) < tokenizer.num_image_tokens:
                 raise ValueError(f"`data` has tokens in `{name}` outside of 0..{tokenizer.num_image_tokens - 1}.")
-        return cls(
-            low,
-            fine,
-            captions,
-            torch.tensor(weights, dtype=torch.float64),
-            functools.lru_cache(2**16)(tokenizer.encode),
-        )
+        encode = functools.lru_cache(2**16)(tokenizer.encode)
+        return cls(low, fine, captions, torch.tensor(weights, dtype=torch.float64), encode, targets)
 
     def with_auxiliary(self, auxiliary: "TokenData", probability: float) -> "TokenData":
         """
@@ -124,6 +124,7 @@ class TokenData:
                 ]
             ),
             self.encode,
+            (self.targets or self.captions) + (auxiliary.targets or auxiliary.captions),
         )
 
     def require_fit(self, model_config: CogLMConfig, tokenizer: IcetkTokenizer) -> "TokenData":
@@ -177,9 +178,17 @@ class TokenData:
     def _index(self) -> WeightedIndex:
         return WeightedIndex(self.weights)
 
-    def draw_caption(self, index: int, generator: torch.Generator) -> list[int]:
-        """Token ids of a random caption of a picture: first a language, then one of its captions."""
-        by_language = list(self.captions[index].values())
+    def draw_caption(self, index: int, generator: torch.Generator, to_write: bool = False) -> list[int]:
+        """
+        Token ids of a random caption of a picture: first a language, then one of its captions.
+
+        Args:
+            index (`int`): Which picture.
+            generator (`torch.Generator`): Source of chance.
+            to_write (`bool`): One that captioning writes, not one that pictures are drawn from.
+        """
+        captions = self.targets if to_write and self.targets is not None else self.captions
+        by_language = list(captions[index].values())
         texts = by_language[draw_index(len(by_language), generator)]
         return self.encode(texts[draw_index(len(texts), generator)])
 
@@ -232,6 +241,9 @@ def parse_captions(line: str, place: str) -> tuple[dict[str, list[str]], float]:
         line (`str`): A JSON object.
         place (`str`): What an error calls the line, such as `"Line 7 of captions.jsonl"`.
 
+    Returns:
+        `tuple[dict, float]`: The captions, among them those of `targets` under that key, if there are any; the weight.
+
     Raises:
         ValueError: If the line is no object, has no caption, or its weight is no number of at least 0.
     """
@@ -239,7 +251,17 @@ def parse_captions(line: str, place: str) -> tuple[dict[str, list[str]], float]:
         row = parse_object(line)
     except ValueError as error:
         raise ValueError(f"{place} {error}") from error
-    if not any(row.get(language) for language in LANGUAGES):
+    texts = _captions_by_language(row, place, line)
+    if "targets" in row:
+        texts["targets"] = _captions_by_language(row["targets"], f"`targets` of {place}", line)
+    weight = row.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+        raise ValueError(f"{place} must have a number of at least 0 as `weight`, but has {weight!r}.")
+    return texts, float(weight)
+
+
+def _captions_by_language(row: object, place: str, line: str) -> dict[str, list[str]]:
+    if not isinstance(row, dict) or not any(row.get(language) for language in LANGUAGES):
         raise ValueError(
             f"{place} must be an object with captions in one of {LANGUAGES}, but is {line.strip()[:80]!r}."
         )
@@ -249,7 +271,4 @@ def parse_captions(line: str, place: str) -> tuple[dict[str, list[str]], float]:
             texts[language] = [row[language]] if isinstance(row[language], str) else row[language]
             if not isinstance(texts[language], list) or not all(isinstance(text, str) for text in texts[language]):
                 raise ValueError(f"{place} must have a text or a list of texts in {language!r}: {row[language]!r}.")
-    weight = row.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-        raise ValueError(f"{place} must have a number of at least 0 as `weight`, but has {weight!r}.")
-    return texts, float(weight)
+    return texts

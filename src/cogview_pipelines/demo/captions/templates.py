@@ -6,13 +6,13 @@ training only.
 import random
 from collections.abc import Mapping
 
-from .scenes import BACKGROUNDS, RELATIONS, STYLES, Scene, load_concepts
+from ..scenes import BACKGROUNDS, RELATIONS, STYLES, Scene, load_concepts
 
 LANGUAGES = ("en", "zh")
 CAPTION_VARIANT_KINDS = ("complete", "no_style", "no_background", "objects_only", "no_relation")
 
 
-def _with_article(words: str) -> str:
+def with_article(words: str) -> str:
     """`a` or `an` by sound: a unicorn, an umbrella."""
     vowel = words[0] in "aeiou" and not words.startswith(("uni", "use"))
     return f"an {words}" if vowel else f"a {words}"
@@ -55,14 +55,14 @@ def _english(scene: Scene) -> list[str]:
     if scene.relation is None:
         noun = nouns[0]
         return [
-            f"{_with_article(noun)} on a {ground} background, {style} style",
-            f"{_with_article(style)} style drawing of {_with_article(noun)} on {ground}",
+            f"{with_article(noun)} on a {ground} background, {style} style",
+            f"{with_article(style)} style drawing of {with_article(noun)} on {ground}",
             f"{style} style {noun}, {ground} background",
         ]
-    story = f" {RELATIONS[scene.relation].english} ".join(map(_with_article, nouns))
+    story = f" {RELATIONS[scene.relation].english} ".join(map(with_article, nouns))
     return [
         f"{story}, {ground} background, {style} style",
-        f"{_with_article(style)} style drawing of {story} on {ground}",
+        f"{with_article(style)} style drawing of {story} on {ground}",
     ]
 
 
@@ -107,10 +107,10 @@ def caption_variants(scene: Scene, language: str) -> dict[str, list[str]]:
 def _english_variants(scene: Scene) -> dict[str, list[str]]:
     style, ground = STYLES[scene.style].english, scene.background
     nouns = [load_concepts()[hexcode].noun for hexcode in scene.objects]
-    counted = [_with_article(noun) for noun in nouns]
+    counted = [with_article(noun) for noun in nouns]
     story = counted[0] if scene.relation is None else f" {RELATIONS[scene.relation].english} ".join(counted)
-    drawing = f"{_with_article(style)} style drawing of {story}"
-    on_ground = f"on {_with_article(ground)} background"
+    drawing = f"{with_article(style)} style drawing of {story}"
+    on_ground = f"on {with_article(ground)} background"
     variants = {
         "complete": [
             f"{drawing} {on_ground}",
