@@ -7,8 +7,8 @@ the new one.
     python training_scripts/emoji/grow_model.py --model src/cogview_pipelines/demo/models/cogview2-emoji \
         --tokenizer runs/tokenizer_people --output_dir runs/grown
 
-A piece that is new starts as the word it stands for ("bunny" as "rabbit"); one that stands for none of the model's words
-starts at random.
+A piece that is new starts as the word it stands for ("bunny" as "rabbit"); one that stands for none of the model's
+words starts at random.
 """
 
 from collections import defaultdict

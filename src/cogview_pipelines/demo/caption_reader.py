@@ -112,8 +112,8 @@ def _tell_places(marks: list[tuple[str, str]], language: str, refers_back: bool)
     Two objects and where the first one is, by the order in which objects and places are told.
 
     With one place: "A left of B", but "B with A left of it", "B, and left of it A", "left of B is A". In Chinese the
-    place follows the object that it is seen from: "A 在 B 左边", "B 左边有 A". With two places, each belongs to an object:
-    "A on the left, B on the right".
+    place follows the object that it is seen from: "A 在 B 左边", "B 左边有 A". With two places, each belongs to an
+    object: "A on the left, B on the right".
     """
     objects = tuple(name for kind, name in marks if kind == "object")
     places = [name for kind, name in marks if kind == "place"]
