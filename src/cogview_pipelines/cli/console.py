@@ -13,6 +13,7 @@ import typer
 
 BAD_INPUT = 2
 FAILURE = 1
+MOST_PARTS = 8  # of a text that the model does not know, in a warning
 
 
 class _Reports:
@@ -101,6 +102,17 @@ def fail_all(messages: list[str], shown: int = 20) -> NoReturn:
     if len(messages) > shown:
         say(f"Error: and {len(messages) - shown} more.", err=True)
     raise typer.Exit(BAD_INPUT)
+
+
+def warn_of_unknown(tokenizer, text: str, name: str = "the prompt") -> None:
+    """Say on stderr which parts of a text the model does not know, if there are any; it goes by the rest."""
+    parts = tokenizer.unknown_parts(text)
+    if parts:
+        shown = ", ".join(part if len(part) <= 20 else f"{part[:20]}…" for part in parts[:MOST_PARTS])
+        more = ", …" if len(parts) > MOST_PARTS else ""
+        typer.echo(
+            f"Warning: the model does not know this part of {name}, and goes by the rest: {shown}{more}", err=True
+        )
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from .console import bad_input, expand, fail, fail_all, failures, make_writable_folder, say
+from .console import bad_input, expand, fail, fail_all, failures, make_writable_folder, say, warn_of_unknown
 from .loading import (
     DEVICE_OPTION,
     DTYPE_OPTION,
@@ -367,6 +367,9 @@ def _plan(pipe: "CogView2Pipeline", request: Request, paths: list[Path]) -> list
         ValueError: If the model cannot do what is asked.
     """
     settings = pipe.check_inputs(request.prompt, **request.arguments)
+    warn_of_unknown(
+        pipe.tokenizer, request.prompt, f"the prompt of {request.where}" if request.where else "the prompt"
+    )
     settings = {name: value for name, value in settings.items() if value not in (None, "")}
     seed = random.SystemRandom().randrange(2**31) if request.seed is None else request.seed
     candidates, batch_size = (request.arguments.get(name) for name in ("num_candidates", "max_batch_size"))

@@ -14,7 +14,7 @@ from .scenes import BACKGROUNDS, RELATIONS, STYLES, Scene, load_concepts
 
 _ANY_WORD = {"en": re.compile(r"[\w'-]+|."), "zh": re.compile(".")}
 _MARKS = " ,.:;?!、。，：？！'\""
-_REFERS_BACK = "it"
+_IT = re.compile(r"\s*it\b")
 _SIDE_RELATIONS = {"left": "left of", "right": "right of", "top": "above", "bottom": "below"}
 
 
@@ -89,21 +89,20 @@ def read_caption(text: str, language: str) -> CaptionReading:
     text = _normalize(text, language)
     found: dict[str, list[str]] = {"style": [], "background": []}
     marks: list[tuple[str, str]] = []  # objects and words for places, in the order of the text
-    said: set[str] = set()
-    readable, place = True, 0
+    readable, refers_back, place = True, False, 0
     while place < len(text):
         match = pattern.match(text, place)
         if match is None:
             readable = False
             match = _ANY_WORD[language].match(text, place)
-        said.add(match[0])
         kind, name = meanings.get(match[0], (None, None))
         if kind in found:
             found[kind].append(name)
         elif kind is not None:
             marks.append((kind, name))
         place = match.end()
-    objects, relation = _tell_places(marks, language, refers_back=_REFERS_BACK in said)
+        refers_back |= kind == "place" and _IT.match(text, place) is not None
+    objects, relation = _tell_places(marks, language, refers_back)
     return CaptionReading(objects, relation, _only(found["style"]), _only(found["background"]), readable)
 
 

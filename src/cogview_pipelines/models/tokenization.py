@@ -12,6 +12,8 @@ from pathlib import Path
 import sentencepiece
 from transformers import PreTrainedTokenizer
 
+from .known_words import KnownWords
+
 _IMAGE_TOKEN = re.compile(r"<image_(0|[1-9][0-9]*)>")
 
 
@@ -28,6 +30,9 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
     Args:
         special_tokens (`dict[str, str]`): Tokens that must be there, by their names in transformers.
         extra_special_tokens (sequence of `str`): More tokens that `skip_special_tokens` leaves out.
+        known_words (sequence of `str`, *optional*):
+            All words that the model was trained on, where those are few: others are parts of a text that it does not
+            know, although they have pieces. Saved with the tokenizer.
         kwargs: As for [`~transformers.PreTrainedTokenizer`].
     """
 
@@ -37,7 +42,14 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
     # A piece that stands for a line break, if the family has one.
     line_break_piece: str | None = None
 
-    def __init__(self, *, special_tokens: dict[str, str], extra_special_tokens: Sequence[str] = (), **kwargs):
+    def __init__(
+        self,
+        *,
+        special_tokens: dict[str, str],
+        extra_special_tokens: Sequence[str] = (),
+        known_words: Sequence[str] | None = None,
+        **kwargs,
+    ):
         special = {name: kwargs.pop(name, None) or token for name, token in special_tokens.items()}
         for name, token in special.items():
             if not self._is_own(str(token)):
@@ -49,6 +61,9 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
         # The special pieces are looked up again: their saved ids are wrong if `num_image_tokens` is another one now.
         added = kwargs.pop("added_tokens_decoder", {})
         kwargs["added_tokens_decoder"] = {i: token for i, token in added.items() if not self._is_own(token.content)}
+        self.known_words = None if known_words is None else KnownWords(known_words)
+        if known_words is not None:
+            kwargs["known_words"] = list(known_words)
         super().__init__(extra_special_tokens=extra, **special, **kwargs)
 
     def load_model(self, vocab_file: str | os.PathLike, num_image_tokens: int) -> None:
@@ -186,7 +201,8 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
 
     def unknown_parts(self, text: str) -> list[str]:
         """
-        The parts of a text that are lost on a model, each once, in order: runs of characters that have no piece.
+        The parts of a text that are lost on a model, each once: runs of characters that have no piece, and where the
+        model brings the list of its words (`known_words`), words that are not among them.
 
         Args:
             text (`str`): Any text, also empty.
@@ -197,7 +213,11 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
         space = "\u2581"  # as SentencePiece writes it; by itself it says nothing
         unknown = [part for part in self.tokenize(text) if self.convert_tokens_to_ids(part) == self.unk_token_id]
         parts = dict.fromkeys(part.strip(space) for part in unknown)
-        return [part for part in parts if part and part != self.unk_token]
+        parts = [part for part in parts if part and part != self.unk_token]
+        if self.known_words is not None:
+            words = self.known_words.unknown(text)
+            parts = words + [part for part in parts if not any(part.casefold() in word for word in words)]
+        return parts
 
     # Ids to text -----------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from .templates import (
     check_language,
     sample_caption,
 )
-from .words import load_grammar, nouns, to_traditional
+from .words import known_words, load_grammar, nouns, to_traditional
 
 __all__ = [
     "CAPTION_VARIANT_KINDS",
@@ -25,6 +25,7 @@ __all__ = [
     "captions",
     "check_language",
     "held_out_parts",
+    "known_words",
     "load_grammar",
     "nouns",
     "sample_caption",

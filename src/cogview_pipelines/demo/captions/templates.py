@@ -7,8 +7,8 @@ import random
 from collections.abc import Mapping
 
 from ..scenes import BACKGROUNDS, RELATIONS, STYLES, Scene, load_concepts
+from .words import LANGUAGES
 
-LANGUAGES = ("en", "zh")
 CAPTION_VARIANT_KINDS = ("complete", "no_style", "no_background", "objects_only", "no_relation")
 
 

@@ -5,8 +5,26 @@ import json
 import re
 from functools import lru_cache
 
-from ..scenes import DATA_FOLDER, load_concepts
+from ..scenes import DATA_FOLDER, RELATIONS, STYLES, Scope, load_concepts
 
+LANGUAGES = ("en", "zh")
+LISTS = (  # tables of the grammar that are lists of words or of parts of sentences
+    "adjectives",
+    "mutual",
+    "between",
+    "single",
+    "pair",
+    "sided",
+    "beside",
+    "any",
+    "ground",
+    "lead",
+    "attribute",
+    "style",
+    "style_lead",
+    "head",
+    "frame",
+)
 GRAMMAR_FOLDER = DATA_FOLDER / "grammar"
 
 
@@ -55,3 +73,29 @@ def to_traditional(text: str) -> str:
     """
     forms, pattern = _traditional()
     return pattern.sub(lambda match: forms[match[0]], text)
+
+
+def known_words(scope: Scope) -> list[str]:
+    """
+    All words of captions and sentences about the scenes of a scope, in both languages: what a model of that scope can
+    understand, for the `known_words` of its tokenizer.
+    """
+    words = set()
+    for language in LANGUAGES:
+        grammar, english = load_grammar(language), language == "en"
+        for key in ("colours", "styles"):
+            chosen = scope.backgrounds if key == "colours" else scope.styles
+            words.update(word for name in chosen for word in grammar[key][name])
+        for key in ("places", "sides"):
+            words.update(word for synonyms in grammar[key].values() for word in synonyms)
+        words.update(noun.removeprefix("~") for hexcode in scope.concepts for noun in nouns(hexcode, language))
+        parts = [part for key in LISTS if key in grammar for part in grammar[key]]
+        words.update(piece for part in parts for piece in re.split(r"\{\w*\}|[，：？、]", part) if piece)
+        for name in scope.styles:
+            words.add(STYLES[name].english if english else STYLES[name].chinese)
+        for relation in RELATIONS.values():
+            words.add(relation.english if english else relation.chinese)
+    words |= {"a an the one", "一", "个", "和", "在", "的", "上的", "风格", "背景", "图", "图片"}
+    words |= {load_concepts()[hexcode].measure for hexcode in scope.concepts}
+    words |= set(map(to_traditional, words)) | {"隻"}
+    return sorted({word for text in words for word in text.split()})

@@ -1,0 +1,40 @@
+"""The words that a model was trained on, where those are few, and which words of a text are not among them."""
+
+import re
+import unicodedata
+from collections.abc import Iterable
+
+# Chinese characters stand without spaces: there a word is the longest known one that fits.
+_CHINESE = "\u3400-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"[{_CHINESE}]+|(?:(?![{_CHINESE}])[^\W_])+")
+
+
+class KnownWords:
+    """
+    A list of words in any language.
+
+    Args:
+        words (iterable of `str`): Capitals, full-width letters and what is no letter or digit make no difference.
+    """
+
+    def __init__(self, words: Iterable[str]):
+        self._words = {run for word in words for run in _runs(word)}
+        chinese = sorted((word for word in self._words if _is_chinese(word)), key=len, reverse=True)
+        self._chinese = re.compile("|".join(map(re.escape, chinese)) or r"(?!)")
+
+    def unknown(self, text: str) -> list[str]:
+        """The words of a text that are not in the list, each once, in order; of Chinese, what known ones leave."""
+        found = {}
+        for run in _runs(text):
+            parts = self._chinese.split(run) if _is_chinese(run) else [run] if run not in self._words else []
+            found.update(dict.fromkeys(filter(None, parts)))
+        return list(found)
+
+
+def _runs(text: str) -> list[str]:
+    """Words of scripts with spaces, and runs of Chinese characters."""
+    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+
+
+def _is_chinese(run: str) -> bool:
+    return re.match(f"[{_CHINESE}]", run) is not None
