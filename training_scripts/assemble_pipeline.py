@@ -44,6 +44,10 @@ class AssembleConfig:
     whole_pictures: bool = field(
         default=False, metadata={"help": "CogLM knows whole pictures only: inpainting shows it as much as it can."}
     )
+    words_file: str | None = field(
+        default=None,
+        metadata={"help": "Text file with all words that the model knows: prompts with others are warned about."},
+    )
     dtype: str = field(
         default="float16",
         metadata={"help": "Type of the stored weights.", "choices": ["float32", "float16", "bfloat16"]},
@@ -84,8 +88,11 @@ def main(arguments: list[str] | None = None) -> CogView2Pipeline:
         if folder is not None:
             parts[f"{stage}_transformer"] = CogLMCanvasModel.from_pretrained(folder, dtype=dtype)
             parts[f"{stage}_scheduler"] = LoPARScheduler(**options[f"{stage}_scheduler"])
+    words = {}
+    if config.words_file is not None:
+        words["known_words"] = Path(config.words_file).read_text(encoding="utf-8").split()
     pipeline = CogView2Pipeline(
-        IcetkTokenizer.from_pretrained(config.tokenizer),
+        IcetkTokenizer.from_pretrained(config.tokenizer, **words),
         transformer,
         IcetkVQModel.from_pretrained(config.vqvae, dtype=dtype),
         **parts,

@@ -39,8 +39,6 @@ from cogview_pipelines.training.samples_cogview2 import (
     generation_sample,
 )
 
-TEXT_SLOTS_STEP = 8
-
 
 @dataclass
 class CogLMTrainConfig(TokenTrainConfig):
@@ -119,41 +117,10 @@ def embed_codes(model: CogLMModel, vqvae: IcetkVQModel) -> None:
 def make_batch(
     config: CogLMTrainConfig, model_config: CogLMConfig, tokenizer: IcetkTokenizer, data: TokenData, draw: Draw
 ) -> TokenSequence:
-    """The samples of one forward pass, as long as the longest of their texts needs, rounded up to few lengths."""
-    generators = list(draw.generators(config.seed))
-    tasks = [draw_task(config, model_config, data, generator) for generator in generators]
-    longest = max(len(task.text) for task in tasks) + 1
-    num_slots = min(-(-longest // TEXT_SLOTS_STEP) * TEXT_SLOTS_STEP, model_config.max_text_tokens + 1)
+    """The samples of one forward pass."""
     return stack(
-        [
-            make_sample(config, model_config, tokenizer, data, task, num_slots, generator)
-            for task, generator in zip(tasks, generators, strict=True)
-        ]
+        [make_sample(config, model_config, tokenizer, data, generator) for generator in draw.generators(config.seed)]
     )
-
-
-@dataclass
-class Task:
-    """Which picture a sample is of, its text, and what it trains; text-to-image if it is neither of the two."""
-
-    index: int
-    text: list[int]
-    captioning: bool
-    completing: bool
-
-
-def draw_task(
-    config: CogLMTrainConfig, model_config: CogLMConfig, data: TokenData, generator: torch.Generator
-) -> Task:
-    """Picture, caption and task of one sample."""
-    index = data.draw(generator)
-    task, drop = torch.rand(2, generator=generator).tolist()
-    captioning = task < config.caption_probability
-    completing = not captioning and task < config.caption_probability + config.completion_probability
-    text = data.draw_caption(index, generator, to_write=captioning)[: model_config.max_text_tokens]
-    if not captioning and drop < config.drop_text_probability:
-        text = []
-    return Task(index, text, captioning, completing)
 
 
 def make_sample(
@@ -161,23 +128,27 @@ def make_sample(
     model_config: CogLMConfig,
     tokenizer: IcetkTokenizer,
     data: TokenData,
-    task: Task,
-    num_slots: int,
     generator: torch.Generator,
 ) -> TokenSequence:
-    """The sample of a task, whose masks and noise the generator draws."""
-    layout, pad_token_id = model_config.layout, tokenizer.pad_token_id
-    padding = num_slots - len(task.text)
-    row = torch.cat([torch.tensor(task.text + [pad_token_id] * padding), data.low[task.index].flatten().long()])
-    if task.captioning:
-        chinese = tokenizer.language(task.text) == "zh"
+    """One sample, whose picture, caption, task and masks the generator draws."""
+    layout, pad_token_id, index = model_config.layout, tokenizer.pad_token_id, data.draw(generator)
+    task, drop = torch.rand(2, generator=generator).tolist()
+    captioning = task < config.caption_probability
+    text = data.draw_caption(index, generator, to_write=captioning)[: model_config.max_text_tokens]
+    completing = not captioning and task < config.caption_probability + config.completion_probability
+    if not captioning and drop < config.drop_text_probability:
+        text = []
+    padding = model_config.max_text_tokens + 1 - len(text)
+    row = torch.cat([torch.tensor(text + [pad_token_id] * padding), data.low[index].flatten().long()])
+    if captioning:
+        chinese = tokenizer.language(text) == "zh"
         start = model_config.start_of_chinese_token_id if chinese else model_config.start_of_english_token_id
         corners = draw_patch_corners(layout, generator, config.patch_size)
         if torch.rand((), generator=generator) < config.whole_image_probability:
             corners = []
         sample = captioning_sample(row, layout, pad_token_id, [start], corners, config.patch_size)
         add_noise(sample, layout, config.caption_noise_probability, generator)
-    elif task.completing:
+    elif completing:
         sample = completion_sample(row, layout, pad_token_id, draw_rectangles(layout, generator))
     else:
         sample = generation_sample(row, layout, pad_token_id)

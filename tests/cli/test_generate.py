@@ -289,10 +289,11 @@ def test_requests_may_have_every_argument_of_the_call_that_json_can_hold():
     assert {name for name in parameters if not name.startswith(("callback", "return_"))} == set(ARGUMENTS)
 
 
-def test_characters_outside_the_vocabulary_are_no_obstacle(cogview2, tmp_path):
+def test_characters_outside_the_vocabulary_are_named_and_no_obstacle(cogview2, tmp_path):
     prompt = "a tiger ☃ Ж 龘 \U0001f984"
     result = cogview2("generate", prompt, "--seed", 1, "--output", tmp_path / "a.png")
     assert result.exit_code == 0, result.output
+    assert "the model does not know this part of the prompt" in result.stderr and "☃" in result.stderr
     assert read_metadata(tmp_path / "a.png")["prompt"] == prompt
 
 

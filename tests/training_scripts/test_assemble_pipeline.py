@@ -49,7 +49,9 @@ def test_the_folder_is_a_pipeline_that_makes_pictures(parts, tmp_path):
         f"files: {{README.md: {tmp_path / 'card.md'}}}\n",
         encoding="utf-8",
     )
+    (tmp_path / "words.txt").write_text("a tiger on blue background\n一只 老虎 蓝色 背景\n", encoding="utf-8")
     options = {"config": tmp_path / "pipeline.yaml", "output_dir": tmp_path / "model", **parts}
+    options["words_file"] = tmp_path / "words.txt"
     assembled = script.main(as_arguments(options))
     index = json.loads((tmp_path / "model/model_index.json").read_text())
     assert index["whole_pictures"] is True
@@ -62,6 +64,7 @@ def test_the_folder_is_a_pipeline_that_makes_pictures(parts, tmp_path):
 
     pipe = CogView2Pipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
+    assert pipe.tokenizer.unknown_parts("A cat on a blue tiger, 一只红色老虎") == ["cat", "红色"]
     assert pipe.sizes == [(32, 32), (96, 96)]
     assert pipe.config.default_style == "none" and pipe.config.styles["painted"]["suffix"]["zh"] == "红色"
     assert pipe.direct_sr_scheduler.config.cluster_temperature == 0.5

@@ -77,6 +77,19 @@ def test_files_that_the_configs_name_are_there(configs):
         assert (SCRIPTS.parent / name).is_file(), name
 
 
+@pytest.mark.parametrize("path", sorted(EMOJI.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_is_one_of_its_script_and_names_files_that_are_there(path):
+    step = max((name for name in CONFIG_CLASSES if path.stem.startswith(name)), key=len)
+    script, config_class = CONFIG_CLASSES[step]
+    arguments = ["--config", str(path)]
+    if "output_dir" not in yaml.safe_load(path.read_text(encoding="utf-8")):
+        arguments += ["--output_dir", "runs/any"]
+    config = parse_config(getattr(load_script(script), config_class), arguments)
+    named = [getattr(config, "scope", None), *json.loads(getattr(config, "files", "{}")).values()]
+    for name in filter(None, named):
+        assert (SCRIPTS.parent / name).is_file(), name
+
+
 def test_the_large_scope_is_everything():
     assert Scope.load(EMOJI / "gpu/scope.json") == Scope.full()
 

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from cogview_pipelines import IcetkVQModel
-from cogview_pipelines.demo import Scope, captions, iterate_scenes, render
+from cogview_pipelines.demo import Scope, captions, iterate_scenes, read_caption, render
 from cogview_pipelines.training.data.tokens import TokenData
 
 from .conftest import as_arguments, load_script
@@ -143,6 +143,23 @@ def test_emoji_scenes_of_the_scope_are_encoded_and_drawn_by_the_share_of_singles
     vqvae = IcetkVQModel.from_pretrained(vqvae_folder).eval()
     with torch.no_grad():
         assert torch.equal(vqvae.encode(pixels, 8).tokens[0], tensors["low"][0].long())
+
+
+def test_emoji_scenes_in_sentences_keep_the_templates_for_captioning(run, tokenizer, tmp_path):
+    scope = Scope(("1f431", "1f42f"), ("noto",), ("blue",), ("single", "pair"))
+    scope.save(tmp_path / "scope.json")
+    options = {"image_folder": None, "captions": None, "scope": tmp_path / "scope.json", "sentences": 4}
+    run(low_size=24, fine_size=0, batch_size=8, **options)
+    data = TokenData.load(tmp_path / "tokens", tokenizer)
+    scenes = [*iterate_scenes(scope, "single", "train"), *iterate_scenes(scope, "pair", "train")]
+    for scene, texts, targets in zip(scenes, data.captions, data.targets, strict=True):
+        for language in ("en", "zh"):
+            requests = [read_caption(text, language).request() for text in texts[language]]
+            assert len(requests) == 5 and all(request.is_met_by(scene) for request in requests)
+            assert all(read_caption(text, language).compare(scene)["all"] for text in targets[language])
+    generator = torch.Generator().manual_seed(0)
+    written = {tuple(data.draw_caption(0, generator, to_write=True)) for _ in range(40)}
+    assert written <= {tuple(data.encode(text)) for texts in data.targets[0].values() for text in texts}
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ of further training: image tokens, layers and positions stay, and what a piece m
 the new one.
 
     python training_scripts/emoji/grow_model.py --model src/cogview_pipelines/demo/models/cogview2-emoji \
-        --tokenizer runs/tokenizer_people --output_dir runs/grown
+        --tokenizer runs/tokenizer_people --scope training_scripts/emoji/scope_people.json --output_dir runs/grown
 
 A piece that is new starts as the word it stands for ("bunny" as "rabbit"); one that stands for none of the model's
 words starts at random.
@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from cogview_pipelines import CogLMCanvasModel, CogLMModel, IcetkTokenizer
-from cogview_pipelines.demo import BACKGROUNDS, RELATIONS, STYLES, load_concepts
-from cogview_pipelines.demo.captions import load_grammar, nouns, to_traditional
+from cogview_pipelines.demo import BACKGROUNDS, RELATIONS, STYLES, Scope, load_concepts
+from cogview_pipelines.demo.captions import known_words, load_grammar, nouns, to_traditional
 from cogview_pipelines.training.arguments import parse_config, run_script
 
 STAGES = {
@@ -36,6 +36,10 @@ class GrowConfig:
     model: str = field(metadata={"help": "Folder of the pipeline to start from."})
     tokenizer: str = field(metadata={"help": "Folder of the new tokenizer, with the same number of image tokens."})
     output_dir: str = field(metadata={"help": "Where the grown stages are written, a folder for each."})
+    scope: str | None = field(
+        default=None,
+        metadata={"help": "scope.json of what it will be trained on: its words are written to words.txt."},
+    )
     max_text_tokens: int = field(default=60, metadata={"help": "Room for a prompt."})
     seed: int = field(default=0, metadata={"help": "Of the rows that start at random."})
     config: str | None = field(
@@ -109,6 +113,10 @@ def main(arguments: list[str] | None = None) -> None:
     new = IcetkTokenizer.from_pretrained(config.tokenizer)
     rows = start_rows(old, new)
     print(f"{len(new) - len(rows)} of {len(new) - new.num_image_tokens} pieces start at random.")
+    if config.scope is not None:
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        words = known_words(Scope.load(config.scope))
+        Path(config.output_dir, "words.txt").write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
     position = config.max_text_tokens + 4
     for stage, model_class in STAGES.items():
         model = model_class.from_pretrained(Path(config.model) / stage, dtype=torch.float32)

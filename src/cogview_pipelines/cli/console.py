@@ -110,9 +110,8 @@ def warn_of_unknown(tokenizer, text: str, name: str = "the prompt") -> None:
     if parts:
         shown = ", ".join(part if len(part) <= 20 else f"{part[:20]}…" for part in parts[:MOST_PARTS])
         more = ", …" if len(parts) > MOST_PARTS else ""
-        typer.echo(
-            f"Warning: the model does not know this part of {name}, and goes by the rest: {shown}{more}", err=True
-        )
+        message = f"Warning: the model does not know this part of {name}, and goes by the rest: {shown}{more}"
+        say(message, err=True)
 
 
 @contextlib.contextmanager

@@ -61,9 +61,10 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
         # The special pieces are looked up again: their saved ids are wrong if `num_image_tokens` is another one now.
         added = kwargs.pop("added_tokens_decoder", {})
         kwargs["added_tokens_decoder"] = {i: token for i, token in added.items() if not self._is_own(token.content)}
-        self.known_words = None if known_words is None else KnownWords(known_words)
+        self.known_words = None if known_words is None else list(known_words)  # saved by this name
+        self._known_words = None if known_words is None else KnownWords(known_words)
         if known_words is not None:
-            kwargs["known_words"] = list(known_words)
+            kwargs["known_words"] = self.known_words
         super().__init__(extra_special_tokens=extra, **special, **kwargs)
 
     def load_model(self, vocab_file: str | os.PathLike, num_image_tokens: int) -> None:
@@ -214,8 +215,8 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
         unknown = [part for part in self.tokenize(text) if self.convert_tokens_to_ids(part) == self.unk_token_id]
         parts = dict.fromkeys(part.strip(space) for part in unknown)
         parts = [part for part in parts if part and part != self.unk_token]
-        if self.known_words is not None:
-            words = self.known_words.unknown(text)
+        if self._known_words is not None:
+            words = self._known_words.unknown(text)
             parts = words + [part for part in parts if not any(part.casefold() in word for word in words)]
         return parts
 

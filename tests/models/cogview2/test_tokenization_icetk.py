@@ -37,6 +37,16 @@ def by_protobuf():
     return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
 
 
+def test_words_that_the_model_does_not_know_are_told_and_the_list_is_saved(tmp_path):
+    words = ["a", "cat", "and", "猫"]
+    IcetkTokenizer(MODEL, known_words=words).save_pretrained(tmp_path)
+    loaded = IcetkTokenizer.from_pretrained(tmp_path)
+    assert loaded.known_words == words
+    assert loaded.unknown_parts("A cat and a dog, and ☃") == ["dog", "☃"]
+    assert loaded.unknown_parts("猫和狗") == ["和狗"]
+    assert loaded.encode("a cat") == IcetkTokenizer(MODEL).encode("a cat")
+
+
 def test_what_a_text_loses_is_told_part_by_part(released):
     assert released.unknown_parts("") == released.unknown_parts("cat") == []
     assert released.unknown_parts("ꙮꙮ cat ☃ ꙮꙮ") == ["ꙮꙮ", "☃"]

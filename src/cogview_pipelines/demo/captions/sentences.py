@@ -91,7 +91,7 @@ def sample_sentence(
         language (`str`): `"en"` or `"zh"`.
         rng (`random.Random`): Source of chance.
         wording (`str`, defaults to `"train"`): `"test"` for patterns that are never trained.
-        reversed_share (`float`, defaults to 0.5): How often a pair is told from its right or lower object.
+        reversed_share (`float`, defaults to 0.5): How often a pair's right or lower object is named first.
 
     Raises:
         ValueError: If language or wording is another one.
@@ -100,19 +100,20 @@ def sample_sentence(
     if wording not in WORDINGS:
         raise ValueError(f"`wording` must be one of {list(WORDINGS)}, but is {wording!r}.")
     told = _weighted(KINDS, rng)
-    scene = scene.canonical()
-    if scene.relation is not None and rng.random() < reversed_share:
-        scene = scene.other_reading()
     story_kind, relations = "single", ()
     if scene.relation is not None:
         story_kind = _weighted(PLACES, rng)
         if story_kind == "beside" and scene.relation not in BESIDE:
             story_kind = "pair"
-        relations = {"beside": BESIDE, "any": tuple(RELATIONS)}.get(story_kind, (scene.relation,))
     while True:
         pattern, belongs_to = _draw_pattern(language, told, story_kind, rng)
         if belongs_to == wording:
             break
+    if scene.relation is not None:
+        names_b_first = pattern.index("{b}") < pattern.index("{a}")
+        is_reversed = rng.random() < reversed_share
+        scene = scene.canonical() if is_reversed == names_b_first else scene.canonical().other_reading()
+        relations = {"beside": BESIDE, "any": tuple(RELATIONS)}.get(story_kind, (scene.relation,))
     text = _fill(pattern, story_kind, scene, language, rng)
     request = Request(
         scene.objects,
