@@ -301,7 +301,7 @@ def test_characters_outside_the_vocabulary_are_named_and_no_obstacle(cogview2, t
     "arguments, parts",
     [
         (["generate", " \n "], ["`prompt`", "empty"]),
-        (["generate", TIGER, "--temperature", "0"], ["`temperature`", "above 0", "0.0"]),
+        (["generate", TIGER, "--temperature", "0"], ["`temperature`", "1e-06", "0.0"]),
         (["generate", TIGER, "--temperature", "nan"], ["`temperature`", "nan"]),
         (["generate", TIGER, "--text-attention-bias", "inf"], ["`text_attention_bias`", "inf"]),
         (["generate", TIGER, "--iterative-sr-top-k", "9,x"], ["`iterative_sr_top_k`", "'x'"]),
