@@ -62,7 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="Image codes in the transformers' vocabulary (default: %(default)s).",
     )
     add("--strict", action="store_true", help="Refuse files with unknown tensors or with ranks that disagree.")
-    add("--verify", metavar="FOLDER", help="Convert nothing; hash the files of a converted folder again.")
+    add("--verify", metavar="FOLDER", help="Convert nothing; say whether a converted pipeline is whole, by hashes.")
     return parser
 
 
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             num_image_tokens=args.num_image_tokens,
             strict=args.strict,
         )
-    except ConversionError as error:
+    except (ConversionError, OSError) as error:  # of the system: a full disk, no permission
         print(f"error: {error}", file=sys.stderr)
         return 1
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -9,7 +9,7 @@ Any part alone, others later into the same folder:
 
     python conversion_scripts/convert_cogview2.py --output cogview2 --coglm coglm.zip
 
-Hash all files of a converted folder again:
+Whether a converted pipeline is whole:
 
     python conversion_scripts/convert_cogview2.py --verify cogview2
 
@@ -29,6 +29,13 @@ import torch
 from cogview_pipelines.conversion import ConversionError, convert_to_pipeline, verify
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def _gibibytes(text: str) -> float:
+    size = float(text)
+    if not 1e-6 < size < 1e6:
+        raise argparse.ArgumentTypeError("must be a number of GiB above 0")
+    return size
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -54,7 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, help="Convert the transformers (default: every tensor stays as it is, bit by bit).")
     add(
         "--max_shard_size",
-        type=float,
+        type=_gibibytes,
         default=2.0,
         metavar="GIB",
         help="Size of the safetensors files (default: %(default)s).",
@@ -70,8 +77,8 @@ def make_parser() -> argparse.ArgumentParser:
         default=20000,
         help="Image codes in the transformers' vocabulary (default: %(default)s).",
     )
-    add("--strict", action="store_true", help="Refuse files with unknown tensors instead of leaving them out.")
-    add("--verify", metavar="FOLDER", help="Convert nothing; hash the files of a converted folder again.")
+    add("--strict", action="store_true", help="Refuse files with unknown tensors, instead of leaving those out.")
+    add("--verify", metavar="FOLDER", help="Convert nothing; say whether a converted pipeline is whole, by hashes.")
     return parser
 
 
@@ -99,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             num_image_tokens=args.num_image_tokens,
             strict=args.strict,
         )
-    except ConversionError as error:
+    except (ConversionError, OSError) as error:  # of the system: a full disk, no permission
         print(f"error: {error}", file=sys.stderr)
         return 1
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

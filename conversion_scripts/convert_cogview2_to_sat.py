@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     try:
         convert_to_release(args.pipeline, args.output, iteration=args.iteration, dtype=DTYPES.get(args.dtype))
-    except ConversionError as error:
+    except (ConversionError, OSError) as error:  # of the system: a full disk, no permission
         print(f"error: {error}", file=sys.stderr)
         return 1
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

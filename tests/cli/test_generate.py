@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from cogview_pipelines import __version__
@@ -385,6 +386,32 @@ def break_config(folder):
     (folder / "transformer" / "config.json").write_text("[]")
 
 
+def rename_weight(folder):
+    path = folder / "transformer" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["surplus"] = tensors.pop("layers.0.mlp.dense_h_to_4h.bias")
+    save_file(tensors, path, {"format": "pt"})
+
+
+def deepen(folder):
+    path = folder / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 10**9}))
+
+
+def leave_a_pointer(folder):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (folder / "iterative_sr_transformer" / "model.safetensors").write_text(pointer)
+
+
+def name_code(folder):
+    path = folder / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"transformer": ["evilmod", "EvilClass"]}))
+    for place in (folder, folder / "transformer"):
+        (place / "evilmod.py").write_text(
+            f"open({str(folder.parent / 'a.png')!r}, 'w').close()\nclass EvilClass: pass\n"
+        )
+
+
 @pytest.mark.parametrize(
     "damage, part",
     [
@@ -396,6 +423,10 @@ def break_config(folder):
         (remove_weights, "damaged"),
         (remove_component, "damaged"),
         (break_config, "damaged"),
+        (rename_weight, "1 missing: layers.0.mlp.dense_h_to_4h.bias; 1 unknown: surplus"),
+        (deepen, "`num_hidden_layers` must be a number from 1 to 1000"),
+        (leave_a_pointer, "iterative_sr_transformer/model.safetensors is a Git LFS pointer"),
+        (name_code, "['evilmod', 'EvilClass'] for `transformer`"),
     ],
 )
 def test_a_missing_or_damaged_model_is_reported_in_one_line(cogview2, model_folder, tmp_path, damage, part):

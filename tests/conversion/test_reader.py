@@ -13,16 +13,28 @@ import numpy as np
 import pytest
 import torch
 
-from cogview_pipelines.conversion import ConversionError
+from cogview_pipelines.conversion import ConversionError, checkpoint_pickle
 from cogview_pipelines.conversion.reader import read_module
 from cogview_pipelines.conversion.released_models import open_released_model
 
+from .. import child_processes as children
 from .conftest import make_state_dict, weights_of, write_checkpoint
 
 
 def saved(content, **kwargs) -> io.BytesIO:
     file = io.BytesIO()
     torch.save(content, file, **kwargs)
+    file.seek(0)
+    return file
+
+
+def archived(payload, **records) -> io.BytesIO:
+    """A `.pt` file with this pickle and these records, compressed as much as they can be."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data.pkl", payload)
+        for name, data in records.items():
+            archive.writestr(f"x/data/{name}", data)
     file.seek(0)
     return file
 
@@ -222,19 +234,13 @@ def test_a_file_without_a_module_is_refused(content):
         read_module(saved(content), "x.pt")
 
 
-def test_state_cannot_be_set_on_what_stands_in_for_classes(tmp_path):
+def test_state_cannot_be_set_on_what_stands_in_for_classes():
     """A pickle that tries to give our placeholder class a `__setstate__` of its own changes nothing."""
     payload = b"\x80\x02csome_trainer\nScaler\n}X\x06\x00\x00\x00appendcsome_trainer\nOther\nsb."
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("x/data.pkl", payload)
-    file.seek(0)
-    from cogview_pipelines.conversion import reader
-
-    before = dict(vars(reader._Ignored))
+    before = dict(vars(checkpoint_pickle.Placeholder))
     with pytest.raises(ConversionError, match="module"):
-        read_module(file, "x.pt")
-    assert dict(vars(reader._Ignored)) == before
+        read_module(archived(payload), "x.pt")
+    assert dict(vars(checkpoint_pickle.Placeholder)) == before
 
 
 # Every kind of tensor ------------------------------------------------------------------------------------------------
@@ -348,3 +354,188 @@ def test_a_tensor_that_reaches_beyond_its_declared_storage_is_refused():
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConversionError, match="nowhere does not exist"):
         read_all(tmp_path / "nowhere", tmp_path)
+
+
+# What lies in the place of a file ------------------------------------------------------------------------------------
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12000000000\n"
+PAGES = [
+    b"<!DOCTYPE html><html><body>Sign in</body></html>",
+    b"\n <HTML>",
+    b"\xef\xbb\xbf<?xml version='1.0'?><Error/>",
+]
+FOREIGN = [(POINTER, "Git LFS pointer"), *((page, "web page") for page in PAGES), (b"", "is empty")]
+
+
+@pytest.mark.parametrize("content, kind", FOREIGN, ids=["pointer", "page", "page after a line", "XML", "nothing"])
+@pytest.mark.parametrize("name", ["weights.pt", "coglm.zip", "in a folder"])
+def test_a_pointer_or_a_page_instead_of_a_file_is_called_that(tmp_path, content, kind, name):
+    path = tmp_path / name
+    if name == "in a folder":
+        weights_of(write_checkpoint(path, "coglm")).write_bytes(content)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ConversionError, match=kind) as error:
+        read_all(path, tmp_path)
+    assert "weights_only" not in str(error.value)
+
+
+def test_a_pointer_instead_of_the_configuration_is_called_that(tmp_path):
+    folder = write_checkpoint(tmp_path / "coglm", "coglm")
+    (folder / "model_config.json").write_bytes(POINTER)
+    with pytest.raises(ConversionError, match="Git LFS pointer"):
+        read_all(folder, tmp_path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("content", [{"module": {"a": Call(os.system, "true")}}, [1], {"module": 1}])
+def test_nobody_is_told_to_trust_a_file(content, zipped):
+    for cut in (None, 100):
+        data = saved(content, _use_new_zipfile_serialization=zipped).getvalue()[:cut]
+        with pytest.raises(ConversionError) as error:
+            read_module(io.BytesIO(data), "x.pt")
+        assert "weights_only" not in str(error.value) and "allow_pickle" not in str(error.value)
+
+
+# Zips of other systems -----------------------------------------------------------------------------------------------
+
+
+def with_backslashes(folder, path, compression):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                entry = zipfile.ZipInfo("coglm\\" + file.relative_to(folder).as_posix().replace("/", "\\"))
+                entry.compress_type = compression
+                archive.writestr(entry, file.read_bytes())
+    assert b"coglm\\7\\mp_rank" in path.read_bytes()
+    return path
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_zip_with_backslashes_is_read(release, tmp_path, compression):
+    path = with_backslashes(release["coglm"], tmp_path / "coglm.zip", compression)
+    tensors, iteration, config = read_all(path, tmp_path)
+    expected = make_state_dict("coglm")
+    assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+    assert (iteration, config["num_layers"]) == ("7", 2)
+
+
+def test_a_torch_file_with_backslashes_is_read():
+    packed = io.BytesIO()
+    with zipfile.ZipFile(saved({"module": {"a": torch.ones(2)}})) as source, zipfile.ZipFile(packed, "w") as target:
+        for entry in source.infolist():
+            target.writestr(zipfile.ZipInfo(entry.filename.replace("/", "\\")), source.read(entry))
+    packed.seek(0)
+    assert read_module(packed, "x.pt")[0]["a"].read().tolist() == [1, 1]
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("name", ["coglm/latest", "coglm\\latest"])
+def test_a_zip_with_two_entries_of_one_name_is_refused(release, tmp_path, name):
+    path = zip_folder(release["coglm"], tmp_path / "coglm.zip", "coglm/", zipfile.ZIP_STORED)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(zipfile.ZipInfo(name), "8")
+    with pytest.raises(ConversionError, match="two entries of one name"):
+        read_all(path, tmp_path)
+
+
+# Memory --------------------------------------------------------------------------------------------------------------
+
+MEBIBYTE = 2**20
+
+
+def tuple_bomb() -> bytes:
+    """A key whose hash takes 2^200 steps."""
+    nested = b"K\x01" + b"q\x01h\x01\x86" * 200
+    return b"\x80\x02}" + nested + b"K\x02s."
+
+
+def mapping_bomb() -> bytes:
+    """A list of 20,000 pairs, from which 50,000 mappings are made."""
+    pairs = b"](" + b"".join(b"J" + n.to_bytes(4, "little") + b"K\x01\x86" for n in range(20_000)) + b"eq\x00"
+    return b"\x80\x02" + pairs + b"ccollections\nOrderedDict\nq\x01](" + b"h\x01h\x00\x85R" * 50_000 + b"e."
+
+
+def tensor_pickle(shape: tuple[int, ...], stride: tuple[int, ...], number: int) -> bytes:
+    """A state dict with one tensor of one storage."""
+
+    def integers(values):
+        return b"(" + b"".join(b"\x8a\x08" + value.to_bytes(8, "little") for value in values) + b"t"
+
+    storage = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\0" + b"0X\x03\0\0\0cpu" + integers([number])[1:-1]
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"tQK\0" + integers(shape) + integers(stride)
+    return b"\x80\x02}X\x06\0\0\0module}X\x01\0\0\0a" + tensor + b"\x89}tRss."
+
+
+def legacy(payload: bytes) -> bytes:
+    start = b"".join(pickle.dumps(x, 2) for x in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}))
+    return start + payload + pickle.dumps(["0"], 2) + (4).to_bytes(8, "little") + bytes(16)
+
+
+PICKLE_BOMBS = {
+    "memo": b"\x80\x02K\x01r" + (2**27).to_bytes(4, "little") + b".",
+    "memo by text": b"I1\np2000000000\n.",
+    "empty lists": b"\x80\x02(" + b"]" * 20_000_000 + b"t.",
+    "two million empty sets": b"\x80\x04(" + b"\x8f" * 2_000_000 + b"t.",
+    "bytes that are not there": b"\x80\x05\x8e" + (2**40).to_bytes(8, "little") + b".",
+    "bytearray that is not there": b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".",
+    "text that is not there": b"\x80\x04\x8d" + (2**40).to_bytes(8, "little") + b".",
+    "frame that is not there": b"\x80\x04\x95" + (2**40).to_bytes(8, "little") + b"N.",
+    "nested tuple as key": tuple_bomb(),
+    "mappings": mapping_bomb(),
+    "stride 0": tensor_pickle((2**30,), (0,), 4),
+    "stride 0 in two dimensions": tensor_pickle((2**20, 2**20), (0, 0), 4),
+    "more elements than there are": tensor_pickle((2**40,), (1,), 2**40),
+    "huge numbers": tensor_pickle((2**63, 2**63), (0, 2**63), 4),
+}
+
+
+@pytest.mark.parametrize("kind", PICKLE_BOMBS)
+@pytest.mark.parametrize("is_legacy", [False, True])
+def test_a_small_file_takes_little_memory_whatever_it_says(kind, is_legacy):
+    payload = PICKLE_BOMBS[kind]
+    file = io.BytesIO(legacy(payload)) if is_legacy else archived(payload, **{"0": bytes(16)})
+
+    def read():
+        try:
+            module, _, _ = read_module(file, "x.pt")
+            for tensor in module.values():
+                tensor.read()
+        except ConversionError as error:
+            return str(error)
+
+    message = children.run(read, memory=400 * MEBIBYTE, runs_code=False)
+    assert "x.pt" in message and len(message) < 1000
+
+
+def test_the_tensor_of_these_tests_is_read():
+    for file in (archived(tensor_pickle((2, 3), (1, 0), 4), **{"0": bytes(16)}), None):
+        file = file or io.BytesIO(legacy(tensor_pickle((2, 3), (1, 0), 4)))
+        assert read_module(file, "x.pt")[0]["a"].read().tolist() == [[0, 0, 0], [0, 0, 0]]
+
+
+def test_a_name_of_a_layer_allocates_nothing(tmp_path):
+    """Layers are counted; a layer of a number beyond all is a gap, not a list of all that are missing."""
+    from cogview_pipelines.conversion.shapes import count_layers
+
+    assert count_layers(["layers.0.a", "layers.1.a", "b"], "x.pt") == 2
+    for key in ("layers.999999.a", "layers.1000000000000.a", "layers." + "9" * 5000 + ".a"):
+        with pytest.raises(ConversionError, match=r"x\.pt has gaps") as error:
+            count_layers([key], "x.pt")
+        assert len(str(error.value)) < 200
+
+
+def test_a_configuration_that_is_nested_without_end_is_refused(tmp_path):
+    folder = write_checkpoint(tmp_path / "coglm", "coglm")
+    for content, reason in (("[" * 100_000, "is no JSON"), ("[" * 900 + "]" * 900, "must hold an object")):
+        (folder / "model_config.json").write_text(content)
+        with pytest.raises(ConversionError, match=reason):
+            read_all(folder, tmp_path)
+
+
+def test_a_configuration_beside_the_weights_is_small(tmp_path):
+    folder = write_checkpoint(tmp_path / "coglm", "coglm")
+    (folder / "model_config.json").write_bytes(b" " * (2**20 + 1))
+    for path in (folder, weights_of(folder)):
+        with pytest.raises(ConversionError, match="cannot be right"):
+            read_all(path, tmp_path)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from ..environment import SHIPPED_MODEL
+from ..foreign_files import describe_foreign_file
 from .console import expand, fail
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 SHIPPED = "shipped"
 _PLACES, _PLACE_BYTES = 256, 4096  # of each file of a model, in its fingerprint
+_SAVED = {".safetensors", ".json", ".model"}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -149,6 +151,9 @@ def load_pipeline(model: str, device: str | None = None, dtype: DType | None = N
     except Exception as error:  # whatever a damaged file makes the loaders raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if os.path.exists(source):
+            for path in sorted(Path(source).glob("*/*.*")):
+                if path.suffix in _SAVED and (foreign := describe_foreign_file(path)) is not None:
+                    fail(f"`--model`: {path} {foreign}")
             fail(f"`--model`: {source} is incomplete or damaged ({type(error).__name__}: {reason})")
         fail(f"`--model`: there is no folder {source}, and it could not be fetched from the Hub either: {reason}")
     finally:

@@ -3,10 +3,11 @@ What the converters of all families do alike: components written into one folder
 record of what was made from what, by which an interrupted conversion goes on.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .reader import ConversionError
+from .errors import ConversionError
+from .output_folder import locked
 from .shapes import check_shapes, expected_shapes
-from .writer import Tensors, content_hash, hash_file, write_component, write_json
+from .writer import PROGRESS_FILE, Tensors, content_hash, hash_file, partial_of, write_component, write_json
 
 RECORD_FILE = "conversion.json"
 RECORD_VERSION = 1
+INDEX_FILE = "model_index.json"
 
 
 @dataclass
@@ -44,13 +47,22 @@ class Job:
     say: Callable[[str], None]
 
     @classmethod
-    def start(cls, output: str | Path, dtype, max_shard_size: int, strict: bool, say: Callable[[str], None]) -> "Job":
-        """Begin, or go on, in a folder."""
-        output = Path(output)
-        output.mkdir(parents=True, exist_ok=True)
-        record = read_record(output)
-        there = {name: entry for name, entry in record["components"].items() if (output / name).is_dir()}
-        return cls(output, dtype, max_shard_size, strict, {**record, "components": there}, say)
+    @contextlib.contextmanager
+    def start(
+        cls,
+        output: str | Path,
+        dtype: torch.dtype | None,
+        max_shard_size: int,
+        strict: bool,
+        say: Callable[[str], None],
+    ) -> Iterator["Job"]:
+        """Begin, or go on, in a folder, which no other converter may use meanwhile."""
+        if max_shard_size < 1:
+            raise ConversionError(f"`max_shard_size` must be a number of bytes above 0, but is {max_shard_size}.")
+        with locked(output) as output:
+            record = read_record(output)
+            there = {name: entry for name, entry in record["components"].items() if (output / name).is_dir()}
+            yield cls(output, dtype, max_shard_size, strict, {**record, "components": there}, say)
 
     def save(self) -> None:
         """Write the record."""
@@ -68,25 +80,46 @@ class Job:
             )
         if not all(_matches(folder / name, sha256) for name, sha256 in entry["files"].items()):
             raise ConversionError(f"{folder} has changed since it was converted. Delete it to convert it again.")
+        (folder / PROGRESS_FILE).unlink(missing_ok=True)  # killed after the last rename
         self.say(f"{component}: already converted, files are as written")
         return True
 
     def enter(self, component: str, entry: dict, files: Mapping[str, str]) -> None:
-        """Put a component that is whole into the record."""
+        """
+        Let a component appear that is written, but still under its partial name.
+
+        First comes the record, then the rename: a record without a folder is as good as none, but a folder without a
+        record is not known.
+        """
         self.record["components"][component] = {**entry, "files": dict(files)}
         self.save()
+        folder = self.output / component
+        partial_of(folder).replace(folder)
+        (folder / PROGRESS_FILE).unlink(missing_ok=True)
 
     def save_small(self, component: str, save: Callable[[Path], object]) -> dict[str, str]:
-        """Let a component save itself in a partial folder, then rename it; returns hashes of its files."""
-        partial, folder = self.output / f"{component}.partial", self.output / component
+        """Let a component save itself in a partial folder, which [`enter`] renames; returns hashes of its files."""
+        partial = partial_of(self.output / component)
         if partial.exists():
             shutil.rmtree(partial)
         save(partial)
-        files = {path.name: hash_file(path) for path in sorted(partial.iterdir())}
-        if folder.exists():  # of schedulers only, whose settings are constants
+        return {path.name: hash_file(path) for path in sorted(partial.iterdir())}
+
+    def save_constant(self, component: str, file: str, save: Callable[[Path], object]) -> None:
+        """
+        Write a component that is the same for all models of a kind, such as a scheduler, unless it is there.
+
+        Args:
+            component (`str`): Its folder.
+            file (`str`): Without which it is not there.
+            save: As in [`save_small`].
+        """
+        folder = self.output / component
+        if component in self.record["components"] and (folder / file).is_file():
+            return
+        if folder.exists():
             shutil.rmtree(folder)
-        partial.replace(folder)
-        return files
+        self.enter(component, {"source_id": source_id(component)}, self.save_small(component, save))
 
     def write_model(
         self,
@@ -98,7 +131,10 @@ class Job:
         name: str,
         dtype: torch.dtype | None,
     ) -> dict:
-        """Check the tensors against the model, and write its folder; returns what the record says of it."""
+        """
+        Check the tensors against the model, and write its folder, which [`enter`] renames; returns what the record
+        says of it.
+        """
         surplus = check_shapes(tensors, expected_shapes(model_class, config), name)
         if surplus and self.strict:
             raise ConversionError(f"{name} has tensors that the model does not know: {', '.join(surplus)}.")
@@ -107,6 +143,8 @@ class Job:
         for tensor in tensors.values():
             if tensor.dtype.is_floating_point:
                 sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+        if not sizes:
+            raise ConversionError(f"{name} holds integers only, so it is no model.")
         main_dtype = dtype or max(sizes, key=sizes.get)
         config.architectures = [model_class.__name__]
         config.dtype = main_dtype
@@ -153,23 +191,44 @@ class Job:
 
 def verify(folder: str | Path, say: Callable[[str], None] = print) -> list[str]:
     """
-    Hash every file of a converted pipeline again.
+    Whether a converted pipeline is whole: hash every file again, and look for everything that its index names.
 
     Args:
         folder (`str` or `Path`): As converted.
         say: Called with a line for each component.
 
     Returns:
-        `list[str]`: Files that are missing or differ from what was written; empty if all is well.
+        `list[str]`: Files that are missing or differ from what was written, and `model_index.json` if the folder is
+        no pipeline yet; empty if all is well.
     """
     folder, wrong = Path(folder), []
     if not (folder / RECORD_FILE).is_file():
         raise ConversionError(f"{folder} has no `{RECORD_FILE}`: it was not made by this converter.")
-    for component, entry in read_record(folder)["components"].items():
+    components = read_record(folder)["components"]
+    for component, entry in components.items():
         bad = [n for n, sha256 in entry["files"].items() if not _matches(folder / component / n, sha256)]
         wrong += [f"{component}/{name}" for name in bad]
         say(f"{component}: {len(entry['files'])} files, " + (f"WRONG: {', '.join(bad)}" if bad else "as written"))
-    return wrong
+    for partial in sorted(folder.glob("*.partial")):
+        say(f"{partial.name}: an interrupted conversion; the same command goes on with it")
+    try:
+        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+        named = {name: value for name, value in index.items() if isinstance(value, list)}
+    except FileNotFoundError:
+        say(f"{INDEX_FILE}: MISSING, so the folder is no pipeline yet")
+        return [*wrong, INDEX_FILE]
+    except (OSError, ValueError, RecursionError, AttributeError):
+        say(f"{INDEX_FILE}: WRONG, it cannot be read. Run the converter again")
+        return [*wrong, INDEX_FILE]
+    absent = [name for name, value in named.items() if any(value) and name not in components]
+    # a super-resolution stage is a model and its scheduler
+    for name, value in named.items():
+        scheduler = name.removesuffix("_transformer") + "_scheduler"
+        if name.endswith("_transformer") and any(value) and scheduler in named and not any(named[scheduler]):
+            absent.append(scheduler)
+    for name in absent:
+        say(f"{name}: MISSING. Run the converter again")
+    return wrong + absent
 
 
 def _matches(path: Path, sha256: str) -> bool:
@@ -178,14 +237,38 @@ def _matches(path: Path, sha256: str) -> bool:
 
 def read_record(output: Path) -> dict:
     """What a folder's record says; of a folder without one, that there is nothing."""
+    path = output / RECORD_FILE
     try:
-        record = json.loads((output / RECORD_FILE).read_text())
-        assert record["version"] == RECORD_VERSION
-        return record
+        record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {"version": RECORD_VERSION, "components": {}}
-    except (ValueError, KeyError, AssertionError):
-        raise ConversionError(f"{output / RECORD_FILE} cannot be read. Choose another output folder.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConversionError(f"{path} cannot be read ({str(error)[:200]}). Choose another output folder.") from None
+    version = record.get("version") if isinstance(record, dict) else None
+    if version != RECORD_VERSION:
+        raise ConversionError(
+            f"{path} must have `version` {RECORD_VERSION}, but has {str(version)[:40]}. It was written by another "
+            "version of this converter, or by something else; choose another output folder."
+        )
+    components = record.get("components")
+    if not isinstance(components, dict) or not all(map(_is_entry, components, components.values())):
+        raise ConversionError(
+            f"{path} must say of each component from what it was made and which files it has, but does not. Choose "
+            "another output folder."
+        )
+    return record
+
+
+def _is_entry(name: str, entry: object) -> bool:
+    files = entry.get("files") if isinstance(entry, dict) else None
+    return (
+        isinstance(files, dict)
+        and isinstance(entry.get("source_id"), str)
+        and all(Path(part).name == part for part in (name, *files))  # nothing beyond the folder
+        and all(isinstance(sha256, str) for sha256 in files.values())
+        and isinstance(entry.get("tensors", {}), dict)
+        and all(isinstance(entry.get(key, ""), str) for key in ("content_hash", "dtype_option", "iteration"))
+    )
 
 
 def source_id(*parts: object) -> str:

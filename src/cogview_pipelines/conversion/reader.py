@@ -1,32 +1,52 @@
 """
 Tensors out of the files of the releases: streamed, and without running anything that a file says.
 
-A `.pt` file is a zip archive with one pickle (`data.pkl`) that describes the tensors and one stored record of bytes
-for each storage. The pickle is read by an unpickler that knows tensors and plain containers only. Files written during
-training also hold optimizer and scheduler objects; their classes are never imported: an inert placeholder stands in
-for each. Anything of Python's own library that is no container (`os.system`, `builtins.eval`, ...) has no place in a
-checkpoint, so such a file is refused.
+A `.pt` file is a zip archive with one pickle (`data.pkl`) that describes the tensors, and one stored record of bytes
+for each storage; before torch 1.6 it was a row of pickles with the bytes behind them. The pickle is read by
+[`checkpoint_pickle`], for which names mean tensors and plain containers only. Files written during training also hold
+optimizer and scheduler objects; their classes are never imported: a placeholder stands in for each. Anything of
+Python's own library that is no container (`os.system`, `builtins.eval`, ...) has no place in a checkpoint, so such a
+file is refused. Nothing takes memory because a file says so: what a file claims is compared with what it holds.
 """
 
 import hashlib
 import io
+import lzma
 import math
-import pickle
+import struct
 import sys
 import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import torch
 
+from ..foreign_files import describe_foreign
+from .checkpoint_pickle import MAX_ARGUMENTS, MAX_PICKLE_BYTES, PLACEHOLDER, Constructor, load, make_mapping
+from .errors import ConversionError
+
 CHUNK_BYTES = 2**24
-MAX_PICKLE_BYTES = 2**28
+MAX_TENSORS = 2**16
+MAX_ZIP_ENTRIES = 2**16
+# A tensor whose elements do not lie in a row is read at once; none in the releases is larger, and none is repeated.
+MAX_STRIDED_BYTES = 2**28
+MAX_REPEATED_BYTES = 2**20
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # what torch wrote first before version 1.6
+LEGACY_PROTOCOL = 1001
 
 
-class ConversionError(ValueError):
-    """A file that cannot be converted; the message says which, why, and what to do."""
+class Archive(Protocol):
+    """Where the bytes of tensors are."""
+
+    name: str
+
+    def record_size(self, record: str) -> int:
+        """Bytes of a storage."""
+
+    def read(self, record: str, start: int, size: int, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+        """Bytes of a storage in chunks."""
 
 
 # Tensors on disk ----------------------------------------------------------------------------------------------------
@@ -38,22 +58,21 @@ class StoredTensor:
     A tensor that is still on disk.
 
     Args:
-        archive (`TorchArchive`): Where it is.
+        archive (`Archive`): Where it is.
         record (`str`): Name of its storage in the archive.
         dtype (`torch.dtype`): Of the elements.
         shape, stride (`tuple[int, ...]`): As in torch, in elements.
         offset (`int`): First element in the storage.
+        num_elements (`int`): Of the storage, as the pickle says.
     """
 
-    archive: "TorchArchive"
+    archive: Archive
     record: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
-
-    def __setstate__(self, state):  # whatever a pickle sets on a tensor is ignored
-        pass
+    num_elements: int
 
     @property
     def nbytes(self) -> int:
@@ -72,16 +91,14 @@ class StoredTensor:
 
     def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         """The elements in row-major order, some bytes at a time; every chunk holds whole elements."""
-        if not self.is_contiguous:
-            span = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride)) if self.nbytes else 0
-            flat = torch.frombuffer(
-                bytearray(b"".join(self.archive.read(self.record, self._start, span * self.dtype.itemsize))),
-                dtype=self.dtype,
-            )
-            dense = flat.as_strided(self.shape, self.stride).contiguous()
-            yield dense.view(-1).view(torch.uint8).numpy().tobytes()
-        else:
+        if not self.nbytes:
+            return
+        if self.is_contiguous:
             yield from self.archive.read(self.record, self._start, self.nbytes, chunk_bytes)
+        else:
+            data = bytearray(b"".join(self.archive.read(self.record, self._start, self._span)))
+            dense = torch.frombuffer(data, dtype=self.dtype).as_strided(self.shape, self.stride).contiguous()
+            yield dense.view(-1).view(torch.uint8).numpy().tobytes()
 
     def read(self) -> torch.Tensor:
         """The tensor, in memory."""
@@ -93,23 +110,44 @@ class StoredTensor:
     def _start(self) -> int:
         return self.offset * self.dtype.itemsize
 
-    def _check(self, storage: "_Storage") -> None:
-        if len(self.shape) != len(self.stride) or any(n < 0 for n in (*self.shape, *self.stride, self.offset)):
+    @property
+    def _span(self) -> int:
+        """Bytes from the first element to the last, of a tensor that has some."""
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.stride))
+        return (1 + last) * self.dtype.itemsize
+
+    def check(self) -> None:
+        """
+        Raises:
+            ConversionError: If the file does not hold what the pickle says of the tensor.
+        """
+        sizes = (*self.shape, *self.stride, self.offset)
+        is_possible = len(self.shape) == len(self.stride) and all(n >= 0 for n in sizes)
+        if not is_possible or math.prod(size or 1 for size in self.shape) >= 2**60:
             raise ConversionError(
                 f"{self.archive.name}: a tensor has an impossible shape ({self.shape}, {self.stride})."
             )
         last = self.offset + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride))
         held = self.archive.record_size(self.record) // self.dtype.itemsize
-        if math.prod(self.shape) and last >= min(held, storage.num_elements):
+        if math.prod(self.shape) and last >= min(held, self.num_elements):
             raise ConversionError(
                 f"{self.archive.name}: a tensor of shape {self.shape} reaches beyond its data ({held} elements). "
                 "The file is damaged."
             )
+        if not self.is_contiguous:
+            repeated = self.nbytes > max(held * self.dtype.itemsize, MAX_REPEATED_BYTES)
+            if self.nbytes and (repeated or self._span > MAX_STRIDED_BYTES):
+                how = "repeats" if repeated else "is spread over"
+                raise ConversionError(
+                    f"{self.archive.name}: a tensor of shape {self.shape} {how} its data ({held} elements, strides "
+                    f"{self.stride}) and would take {max(self.nbytes, self._span):,} bytes of memory. Save it again "
+                    "after `tensor.clone().contiguous()`."
+                )
 
 
 @dataclass
 class LoadedTensor:
-    """A tensor that had to be loaded with its whole file, behind the interface of [`StoredTensor`]."""
+    """A tensor in memory, behind the interface of [`StoredTensor`]."""
 
     tensor: torch.Tensor
 
@@ -135,59 +173,10 @@ class _Storage:
     dtype: torch.dtype
     num_elements: int
 
-    def __setstate__(self, state):
-        pass
 
-
-class _Inert:
-    """
-    Base of all that a pickle gets for a global name: a static `__setstate__`, so that no state can be set on class or
-    instance.
-    """
-
-    __slots__ = ()
-    __setstate__ = staticmethod(lambda *args: None)
-
-
-class _Ignored(_Inert):
-    """
-    Stands for any object that is no tensor and no container: takes whatever an unpickler does to an object, and keeps
-    nothing.
-    """
-
-    def __new__(cls, *args, **kwargs):
-        return super().__new__(cls)
-
-    def __call__(self, *args, **kwargs):
-        return self
-
-    def _nothing(self, *args):
-        pass
-
-    append = extend = add = update = __setitem__ = _nothing
-
-
-class _Mapping(dict):
-    """`OrderedDict`, without what may be attached to it."""
-
-    __setstate__ = staticmethod(lambda *args: None)
-
-
-class _Size(_Inert):
-    def __new__(cls, sizes=()):
-        return tuple(sizes)
-
-
-class _Parameter(_Inert):
-    def __new__(cls, data, *args):
-        return data
-
-
-class _StorageType(_Inert):
-    __slots__ = ("dtype",)
-
-    def __init__(self, dtype):
-        self.dtype = dtype
+@dataclass(frozen=True)
+class _StorageType:
+    dtype: torch.dtype
 
 
 _STORAGE_DTYPES = {
@@ -223,57 +212,73 @@ _PLAIN_LIBRARY = {
 _OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 
-class _CheckpointUnpickler(pickle.Unpickler):
-    """Tensors, containers and plain values; no global name of the pickle is ever looked up."""
+class _CheckpointReader:
+    """What names and storages of a checkpoint's pickle stand for; no name is ever looked up."""
 
-    def __init__(self, file: BinaryIO, archive: "TorchArchive"):
-        super().__init__(file)
+    def __init__(self, archive: Archive):
         self.archive = archive
         self.ignored: set[str] = set()
+        self.storages: dict[str, _Storage] = {}
+        self._num_tensors = 0
 
-    def find_class(self, module: str, name: str):
+    def load(self, file: BinaryIO) -> object:
+        """What the pickle describes, with tensors left on disk."""
+        return load(file, self.archive.name, self.find_global, self.load_persistent)
+
+    def find_global(self, module: str, name: str):
+        """What stands in for a global name."""
         module = _OLD_MODULES.get(module, module)
         path = f"{module}.{name}"
         if path == "collections.OrderedDict":
-            return _Mapping
+            return Constructor(make_mapping)
         if path == "torch._utils._rebuild_tensor_v2":
-            return self._rebuild_type()
+            return Constructor(self._rebuild)
         if path == "torch._utils._rebuild_parameter":
-            return _Parameter
+            return Constructor(lambda data, *args: data)
         if path == "torch.Size":
-            return _Size
+            return Constructor(_sizes)
         if module == "torch" and name in _STORAGE_DTYPES:
             return _StorageType(_STORAGE_DTYPES[name])
         if module.split(".")[0] in sys.stdlib_module_names and path not in _PLAIN_LIBRARY:
             raise ConversionError(
-                f"{self.archive.name} asks for `{path}`, which could run commands and which no checkpoint needs. "
-                "Nothing was run. Do not open this file with other programs; fetch the original again."
+                f"{self.archive.name} asks for `{path[:100]}`, which no checkpoint needs and which could run "
+                "commands. Nothing of it was run. Do not open this file with other programs; fetch the original again."
             )
-        self.ignored.add(path)
-        return _Ignored
+        self.ignored.add(path[:200])
+        return PLACEHOLDER
 
-    def persistent_load(self, saved_id):
-        try:
-            kind, storage_type, record, _, num_elements = saved_id
-            if kind == "storage" and isinstance(storage_type, _StorageType):
-                return _Storage(str(record), storage_type.dtype, int(num_elements))
-        except (TypeError, ValueError):
-            pass
-        return _Ignored()
+    def load_persistent(self, saved_id):
+        """A storage, by what torch wrote of it."""
+        if not isinstance(saved_id, tuple) or len(saved_id) not in (5, 6) or saved_id[0] != "storage":
+            return PLACEHOLDER
+        _, storage_type, record, _, num_elements, *view = saved_id
+        if not isinstance(storage_type, _StorageType) or not isinstance(record, str):
+            return PLACEHOLDER
+        if view != [None] * len(view):
+            raise ConversionError(f"{self.archive.name} is of torch before 0.4. Save it again with a newer one.")
+        storage = _Storage(record, storage_type.dtype, _integer(num_elements))
+        return self.storages.setdefault(storage.record, storage)
 
-    def _rebuild_type(self):
-        archive = self.archive
+    def _rebuild(self, storage, offset, shape, stride, *args):
+        if not isinstance(storage, _Storage):
+            return PLACEHOLDER
+        self._num_tensors += 1
+        if self._num_tensors > MAX_TENSORS:
+            raise ConversionError(f"{self.archive.name} has more than {MAX_TENSORS:,} tensors, which no model has.")
+        shape, stride, offset = _sizes(shape), _sizes(stride), _integer(offset)
+        return StoredTensor(self.archive, storage.record, storage.dtype, shape, stride, offset, storage.num_elements)
 
-        class Rebuild(_Inert):
-            def __new__(cls, storage, offset, shape, stride, *args):
-                if not isinstance(storage, _Storage):
-                    return _Ignored()
-                shape, stride = tuple(map(int, shape)), tuple(map(int, stride))
-                tensor = StoredTensor(archive, storage.record, storage.dtype, shape, stride, int(offset))
-                tensor._check(storage)
-                return tensor
 
-        return Rebuild
+def _integer(number) -> int:
+    if not isinstance(number, int) or abs(number) >= 2**63:
+        raise TypeError("a size must be an integer of 64 bits")
+    return number
+
+
+def _sizes(sizes=()) -> tuple[int, ...]:
+    if not isinstance(sizes, list | tuple) or len(sizes) > MAX_ARGUMENTS:
+        raise TypeError(f"a shape must be a tuple of at most {MAX_ARGUMENTS} sizes")
+    return tuple(map(_integer, sizes))
 
 
 class TorchArchive:
@@ -297,39 +302,29 @@ class TorchArchive:
                 f"{name} is no whole torch file: the end of its archive is missing. It was cut off while it was "
                 "copied; fetch it again."
             ) from error
-        pickles = [n for n in self.zip.namelist() if n.count("/") == 1 and n.endswith("/data.pkl")]
+        self._entries = zip_entries(self.zip, name)
+        pickles = [n for n in self._entries if n.count("/") == 1 and n.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise ConversionError(f"{name} is a zip archive, but not one of torch: it has {len(pickles)} `data.pkl`.")
         self._prefix = pickles[0].removesuffix("data.pkl")
         order = f"{self._prefix}byteorder"
-        if order in self.zip.namelist() and (found := b"".join(self._bytes(order, 0, 16))) != b"little":
+        if order in self._entries and (found := b"".join(self._bytes(order, 0, 16))) != b"little":
             raise ConversionError(f"{name} was written on a machine of another byte order ({found!r}).")
         self.fingerprint = sorted((entry.filename, entry.file_size, entry.CRC) for entry in self.zip.infolist())
 
     def load(self) -> tuple[object, set[str]]:
         """What the pickle describes, with tensors left on disk, and the names of the classes that were left out."""
-        try:
-            unpickler = _CheckpointUnpickler(io.BytesIO(self._read_pickle()), self)
-            return unpickler.load(), unpickler.ignored
-        except ConversionError:
-            raise
-        except Exception as error:  # whatever a damaged pickle makes an unpickler stumble over
-            raise ConversionError(f"{self.name} cannot be read: its pickle is damaged ({error}).") from error
-
-    def _read_pickle(self) -> bytes:
-        entry = self.zip.getinfo(f"{self._prefix}data.pkl")
-        if entry.file_size > MAX_PICKLE_BYTES:
-            raise ConversionError(
-                f"{self.name}: its pickle has {entry.file_size} bytes, too many for a list of tensors."
-            )
-        return b"".join(self._bytes(entry.filename, 0, entry.file_size))
+        reader, entry = _CheckpointReader(self), f"{self._prefix}data.pkl"
+        if (size := self._entries[entry].file_size) > MAX_PICKLE_BYTES:
+            raise ConversionError(f"{self.name}: its pickle is {size:,} bytes long, which no list of tensors is.")
+        return reader.load(io.BytesIO(b"".join(self._bytes(entry, 0, size)))), reader.ignored
 
     def record_size(self, record: str) -> int:
         """Bytes of a storage."""
         try:
-            return self.zip.getinfo(f"{self._prefix}data/{record}").file_size
+            return self._entries[f"{self._prefix}data/{record}"].file_size
         except KeyError:
-            raise ConversionError(f"{self.name}: the data of a tensor (record {record}) is missing.") from None
+            raise ConversionError(f"{self.name}: the data of a tensor (record {record[:40]}) is missing.") from None
 
     def read(self, record: str, start: int, size: int, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         """Bytes of a storage in chunks; checksums are compared where the whole storage is read."""
@@ -342,19 +337,106 @@ class TorchArchive:
 
     def _bytes(self, entry: str, start: int, size: int, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         try:
-            with self.zip.open(entry) as file:
+            with self.zip.open(self._entries[entry]) as file:
                 if start:
                     file.seek(start)
                 while size > 0 and (chunk := file.read(min(size, chunk_bytes))):
                     size -= len(chunk)
                     yield chunk
-        except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError, ValueError) as error:
+        except ZIP_ERRORS as error:
             raise ConversionError(f"{self.name}: {entry} is damaged ({error}). Fetch the file again.") from error
 
 
-def read_module(
-    file: BinaryIO, name: str, is_bare: bool = False
-) -> tuple[dict[str, StoredTensor | LoadedTensor], list[str], object]:
+# What zipfile and the decompressors raise for entries that are damaged, encrypted, or packed in ways they do not know.
+ZIP_ERRORS = (
+    *(zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError, ValueError, OSError),
+    *(OverflowError, lzma.LZMAError, struct.error),
+)
+
+
+def zip_entries(archive: zipfile.ZipFile, name: str) -> dict[str, zipfile.ZipInfo]:
+    """
+    Entries by name, with slashes: some programs of Windows write backslashes, against the standard.
+
+    Raises:
+        ConversionError: If there are more than any checkpoint has, or two of one name.
+    """
+    infos = archive.infolist()
+    if len(infos) > MAX_ZIP_ENTRIES:
+        raise ConversionError(f"{name} has {len(infos):,} entries, which no checkpoint has.")
+    entries = {info.filename.replace("\\", "/"): info for info in infos}
+    if len(entries) < len(infos):
+        raise ConversionError(f"{name} has two entries of one name, so it is not clear which is meant.")
+    return entries
+
+
+class LegacyFile:
+    """
+    A `.pt` file from before torch 1.6: pickles of a magic number, a protocol, the machine and the tensors, then
+    one of the names of the storages, and their bytes, each after its length.
+
+    Args:
+        file (binary file): Seekable; stays open as long as its tensors are read.
+        name (`str`): For messages.
+
+    Raises:
+        ConversionError: If it is no such file, or is cut off.
+    """
+
+    def __init__(self, file: BinaryIO, name: str):
+        self.name, self._file = name, file
+        self._records: dict[str, tuple[int, int]] = {}
+
+    def load(self) -> tuple[object, set[str]]:
+        """What the pickle describes, with tensors left on disk, and the names of the classes that were left out."""
+        file, reader = self._file, _CheckpointReader(self)
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        try:
+            magic = reader.load(file)
+        except ConversionError:
+            magic = None
+        if magic != LEGACY_MAGIC:
+            raise ConversionError(
+                f"{self.name} is no torch file, or is damaged at its beginning. Fetch it again, or save its `module` "
+                "with a current torch."
+            )
+        protocol, machine = reader.load(file), reader.load(file)
+        if protocol != LEGACY_PROTOCOL or not isinstance(machine, dict) or not machine.get("little_endian"):
+            raise ConversionError(f"{self.name} was written by a torch, or on a machine, that is not supported.")
+        content, records = reader.load(file), reader.load(file)
+        if not isinstance(records, list) or not all(isinstance(record, str) for record in records):
+            raise ConversionError(f"{self.name} does not say where its tensors are. The file is damaged.")
+        for record in records:
+            if record not in reader.storages:
+                raise ConversionError(f"{self.name} holds data that no tensor has. The file is damaged.")
+            count = int.from_bytes(file.read(8), "little")
+            start, nbytes = file.tell(), count * reader.storages[record].dtype.itemsize
+            if start + nbytes > size:
+                raise ConversionError(f"{self.name} is cut off. Fetch it again.")
+            self._records[record] = (start, nbytes)
+            file.seek(start + nbytes)
+        return content, reader.ignored
+
+    def record_size(self, record: str) -> int:
+        """Bytes of a storage."""
+        if record not in self._records:
+            raise ConversionError(f"{self.name}: the data of a tensor (record {record[:40]}) is missing.")
+        return self._records[record][1]
+
+    def read(self, record: str, start: int, size: int, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+        """Bytes of a storage in chunks."""
+        position = self._records[record][0] + start
+        while size > 0:
+            self._file.seek(position)
+            chunk = self._file.read(min(size, chunk_bytes))
+            if not chunk:
+                raise ConversionError(f"{self.name}: record {record} ends too early. The file is damaged.")
+            position, size = position + len(chunk), size - len(chunk)
+            yield chunk
+
+
+def read_module(file: BinaryIO, name: str, is_bare: bool = False) -> tuple[dict[str, StoredTensor], list[str], object]:
     """
     The state dict under the key `module` of a `.pt` file.
 
@@ -370,47 +452,44 @@ def read_module(
     Raises:
         ConversionError: If there is no `module`, or it holds anything but tensors.
     """
-    start = file.read(4)
+    start = file.read(256)
     file.seek(0)
-    if start == b"PK\x03\x04":
+    if (foreign := describe_foreign(start)) is not None:
+        raise ConversionError(f"{name} {foreign}")
+    if start.startswith(b"PK\x03\x04"):
         archive = TorchArchive(file, name)
         content, ignored = archive.load()
         fingerprint = archive.fingerprint
     else:
-        fingerprint = hashlib.sha256(file.read()).hexdigest()
-        file.seek(0)
-        content, ignored = _load_old_format(file, name), set()
+        content, ignored = LegacyFile(file, name).load()
+        fingerprint = _hash(file)
     if is_bare:
         content = {"module": content}
     module = content.get("module") if isinstance(content, dict) else None
     if not isinstance(module, dict) or not module:
-        keys = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise ConversionError(f"{name} must hold a dict of tensors under the key `module`, but holds {keys}.")
-    wrong = [key for key, value in module.items() if not isinstance(value, (StoredTensor, torch.Tensor))]
+        found = f"the keys {_shortened(content)}" if isinstance(content, dict) else f"a {type(content).__name__}"
+        raise ConversionError(f"{name} must hold a dict of tensors under the key `module`, but holds {found}.")
+    wrong = [key for key, value in module.items() if not isinstance(key, str) or not isinstance(value, StoredTensor)]
     if wrong:
         raise ConversionError(
-            f"{name}: `module` must hold tensors only, but {wrong[0]!r} is something else ({len(wrong)} such)."
+            f"{name}: `module` must hold tensors only, but {_shortened(wrong[:1])} is something else "
+            f"({len(wrong)} such)."
         )
-    tensors = {
-        str(key): LoadedTensor(value) if isinstance(value, torch.Tensor) else value for key, value in module.items()
-    }
-    others = sorted(f"entry `{key}`" for key in content if key != "module") + sorted(
-        f"class `{path}`" for path in ignored
-    )
-    return tensors, others, fingerprint
+    for tensor in module.values():
+        tensor.check()
+    others = sorted(f"entry `{str(key)[:100]}`" for key in content if key != "module")
+    return module, others + sorted(f"class `{path}`" for path in ignored), fingerprint
 
 
-def _load_old_format(file: BinaryIO, name: str) -> object:
-    """
-    Files from before torch 1.6 hold tensors and pickle in one stream: read at once, by torch's own restricted
-    unpickler.
-    """
-    try:
-        return torch.load(file, weights_only=True, map_location="cpu")
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConversionError(
-            f"{name} is no torch file, is cut off, or holds more than tensors ({reason}). Fetch it again, or save "
-            "its `module` with a "
-            "current torch."
-        ) from error
+def _shortened(keys) -> str:
+    """Some of the keys, for a message."""
+    some = [repr(key)[:60] for key in list(keys)[:8]]
+    return ", ".join(some) + (", ..." if len(keys) > len(some) else "") if some else "(none)"
+
+
+def _hash(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    file.seek(0)
+    while chunk := file.read(CHUNK_BYTES):
+        digest.update(chunk)
+    return digest.hexdigest()

@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from .reader import CHUNK_BYTES, ConversionError, LoadedTensor, StoredTensor, read_module
+from ..foreign_files import describe_foreign, describe_foreign_file
+from .reader import CHUNK_BYTES, ZIP_ERRORS, ConversionError, LoadedTensor, StoredTensor, read_module, zip_entries
 
 WEIGHTS_FILE = "mp_rank_00_model_states.pt"
 CONFIG_FILE = "model_config.json"
 # What names the iteration: CogView2, and CogView.
 LATEST_FILES = ("latest", "latest_checkpointed_iteration.txt")
+ITERATION = r"[1-9][0-9]{0,17}|release"  # what may stand there; it is the name of a folder
 
 
 @dataclass
@@ -80,9 +82,11 @@ def open_released_model(
             model = _open_files(path, _Folder(path, stack))
         elif not path.is_file():
             raise ConversionError(f"{path} does not exist.")
+        elif (foreign := describe_foreign_file(path)) is not None:
+            raise ConversionError(f"{path} {foreign}")
         elif path.suffix == ".pt":
             model = _open_weights(path, stack)
-        elif tarfile.is_tarfile(path):  # first: the weights at the end of a tar are a zip by themselves
+        elif _is_tar(path):  # first: the weights at the end of a tar are a zip by themselves
             model = _open_files(path, _Tar(path, stack, scratch))
         elif zipfile.is_zipfile(path):
             model = _open_files(path, _Zip(path, stack, scratch))
@@ -116,9 +120,18 @@ class _Found:
         return ReleasedModel(self.path, self.iteration, self.config, ranks, others, fingerprint, size)
 
 
+def _is_tar(path: Path) -> bool:
+    try:
+        return tarfile.is_tarfile(path)
+    except Exception:  # packed, but damaged
+        return False
+
+
 def _open_weights(path: Path, stack: contextlib.ExitStack) -> _Found:
     config = next((f for f in (path.parent / CONFIG_FILE, path.parent.parent / CONFIG_FILE) if f.is_file()), None)
-    iteration = path.parent.name if re.fullmatch(r"[1-9][0-9]*|release", path.parent.name) else "release"
+    if config is not None:
+        _check_small(config.stat().st_size, config.name, path.parent)
+    iteration = path.parent.name if re.fullmatch(ITERATION, path.parent.name) else "release"
     ranks = [path]
     if path.name == WEIGHTS_FILE:
         ranks = sorted(path.parent.glob("mp_rank_*_model_states.pt"))
@@ -152,7 +165,7 @@ def _locate(names: list[str], path: Path) -> tuple[str, str | None]:
 def _rank_names(names: list[str], latest: str, iteration: str, path: Path) -> list[str]:
     """The weights files of all ranks, in order."""
     root, latest = PurePosixPath(latest).parent, PurePosixPath(latest).name
-    if not re.fullmatch(r"[1-9][0-9]*|release", iteration):
+    if not re.fullmatch(ITERATION, iteration):
         raise ConversionError(
             f"{path}: `{latest}` must hold a number or the word release, but holds {iteration[:40]!r}."
         )
@@ -171,10 +184,12 @@ def _rank_names(names: list[str], latest: str, iteration: str, path: Path) -> li
 
 
 def _read_config(content: bytes | None, path: Path) -> dict:
+    if content is not None and (foreign := describe_foreign(content)) is not None:
+        raise ConversionError(f"{path}: `{CONFIG_FILE}` {foreign}")
     try:
         config = json.loads(content) if content is not None else {}
-    except ValueError as error:
-        raise ConversionError(f"{path}: `{CONFIG_FILE}` is no JSON ({error}).") from error
+    except (ValueError, RecursionError) as error:
+        raise ConversionError(f"{path}: `{CONFIG_FILE}` is no JSON ({str(error)[:200]}).") from error
     if not isinstance(config, dict):
         raise ConversionError(f"{path}: `{CONFIG_FILE}` must hold an object, but holds {type(config).__name__}.")
     return config
@@ -205,29 +220,37 @@ class _Zip:
 
     def __init__(self, path: Path, stack: contextlib.ExitStack, scratch: str | Path | None):
         self.path, self.stack, self.scratch = path, stack, scratch
-        self.archive = stack.enter_context(zipfile.ZipFile(path))
-        self.names = _safe_names(((entry.filename, entry.is_dir()) for entry in self.archive.infolist()), path)
+        try:
+            self.archive = stack.enter_context(zipfile.ZipFile(path))
+        except Exception as error:  # zipfile lets several kinds through for damaged directories
+            raise ConversionError(f"{path} is no whole zip ({str(error)[:200]}). Fetch it again.") from error
+        self.entries = zip_entries(self.archive, str(path))
+        self.names = _safe_names(((name, name.endswith("/")) for name in self.entries), path)
 
     def read_small(self, name: str) -> bytes:
-        _check_small(self.archive.getinfo(name).file_size, name, self.path)
+        _check_small(self.entries[name].file_size, name, self.path)
         try:
-            return self.archive.read(name)
-        except (zipfile.BadZipFile, EOFError, RuntimeError) as error:
+            return self.archive.read(self.entries[name])
+        except ZIP_ERRORS as error:
             raise ConversionError(f"{self.path}: {name} cannot be read ({error}). Fetch the zip again.") from error
 
     def open(self, name: str) -> tuple[BinaryIO, int]:
-        entry = self.archive.getinfo(name)
+        entry = self.entries[name]
         if entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & 1:
             file = self.stack.enter_context(self.path.open("rb"))
-            file.seek(entry.header_offset)
+            file.seek(max(0, entry.header_offset))
             header = file.read(30)  # a local header: 30 bytes, then name and extra field, whose lengths end it
+            if not header.startswith(b"PK\x03\x04"):
+                raise ConversionError(f"{self.path}: {name} is not where the zip says. Fetch the zip again.")
             lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
             start = entry.header_offset + 30 + lengths
             return io.BufferedReader(_FileSlice(file, start, entry.file_size), CHUNK_BYTES), entry.file_size
         try:
             with self.archive.open(entry) as source:
                 return _unpack(source, entry.file_size, name, self)
-        except (zipfile.BadZipFile, EOFError, RuntimeError) as error:
+        except ConversionError:
+            raise
+        except ZIP_ERRORS as error:
             raise ConversionError(f"{self.path}: {name} cannot be unpacked ({error}). Fetch the zip again.") from error
 
 
@@ -239,15 +262,20 @@ class _Tar:
         try:
             self.archive = stack.enter_context(tarfile.open(path))  # noqa: SIM115
             members = self.archive.getmembers()
-        except (tarfile.TarError, EOFError, OSError) as error:
+        except Exception as error:  # tarfile lets many kinds through for damaged headers
             raise ConversionError(f"{path} is no whole tar ({error}). Fetch it again.") from error
-        self.members = {member.name.removeprefix("./"): member for member in members if member.isfile()}
+        self.members = {
+            member.name.removeprefix("./").replace("\\", "/"): member for member in members if member.isfile()
+        }
         _safe_names(((member.name, member.isdir()) for member in members), path)
         self.names = list(self.members)
 
     def read_small(self, name: str) -> bytes:
         _check_small(self.members[name].size, name, self.path)
-        return self._read(name).read()
+        try:
+            return self._read(name).read()
+        except Exception as error:  # tarfile lets many kinds through for damaged headers
+            raise ConversionError(f"{self.path}: {name} cannot be read ({error}). Fetch the tar again.") from error
 
     def open(self, name: str) -> tuple[BinaryIO, int]:
         member = self.members[name]
@@ -258,7 +286,9 @@ class _Tar:
             return io.BufferedReader(_FileSlice(file, member.offset_data, member.size), CHUNK_BYTES), member.size
         try:
             return _unpack(self._read(name), member.size, name, self)
-        except (tarfile.TarError, EOFError, OSError) as error:
+        except ConversionError:
+            raise
+        except Exception as error:  # tarfile lets many kinds through for damaged headers
             raise ConversionError(f"{self.path}: {name} cannot be unpacked ({error}). Fetch the tar again.") from error
 
     def _read(self, name: str) -> BinaryIO:

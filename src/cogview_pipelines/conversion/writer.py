@@ -3,8 +3,8 @@ Safetensors shards, written tensor by tensor.
 
 The safetensors library wants a whole shard in memory; a converter must not. Since the format is a small header and
 then the bytes of the tensors one after the other, this streams them from file to file. A component is written under
-another name and renamed when it is whole;
-what is left after an interruption is continued, not trusted: finished shards are hashed again before they are kept.
+another name, to be renamed when it is whole; what is left after an interruption is continued, not trusted: finished
+shards are hashed again before they are kept.
 """
 
 import hashlib
@@ -15,9 +15,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from .reader import CHUNK_BYTES, ConversionError, LoadedTensor, StoredTensor
+from ..foreign_files import describe_foreign_file
+from .errors import ConversionError
+from .reader import CHUNK_BYTES, LoadedTensor, StoredTensor
 
 Tensors = Mapping[str, StoredTensor | LoadedTensor]
 PROGRESS_FILE = "conversion_progress.json"
@@ -163,10 +165,10 @@ def write_component(
     advance: Callable[[int], None] = lambda count: None,
 ) -> dict:
     """
-    Write a model folder: shards, index and `config.json`.
+    Write a model folder, but for its last rename: shards, index and `config.json`.
 
     Args:
-        folder (`Path`): The folder; until it is whole it is named `<folder>.partial`.
+        folder (`Path`): What [`partial_of`] it, which is written, is to be named when it is whole.
         tensors: All tensors of the model, by our names.
         config: Content of `config.json`.
         source (`str`): Identifies the files that the tensors come from; a partial folder of another source is thrown
@@ -178,7 +180,7 @@ def write_component(
     Returns:
         `dict`: `files` (name -> SHA-256), `tensors` (name -> SHA-256), `reused` (how many shards stood there already).
     """
-    partial = folder.with_name(folder.name + ".partial")
+    partial = partial_of(folder)
     progress = _continue_or_clear(partial, source)
     shards, reused = plan_shards(tensors, max_shard_size, dtype), 0
     total = sum(_target_bytes(tensor, dtype) for tensor in tensors.values())
@@ -214,19 +216,26 @@ def write_component(
     files = {name: progress["shards"][name]["sha256"] for name in names}
     files |= {f.name: hash_file(f) for f in sorted(partial.glob("*.json")) if f.name != PROGRESS_FILE}
     hashes = {key: value for name in names for key, value in progress["shards"][name]["tensors"].items()}
-    partial.replace(folder)
-    (folder / PROGRESS_FILE).unlink()
     return {"files": files, "tensors": hashes, "reused": reused}
+
+
+def _is_shard(entry: object) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and isinstance(entry.get("tensors"), dict)
+
+
+def partial_of(folder: Path) -> Path:
+    """Where a component is written until it is whole."""
+    return folder.with_name(folder.name + ".partial")
 
 
 def _continue_or_clear(partial: Path, source: str) -> dict:
     try:
-        progress = json.loads((partial / PROGRESS_FILE).read_text())
-        if progress["source"] == source and isinstance(progress["shards"], dict):
+        progress = json.loads((partial / PROGRESS_FILE).read_text(encoding="utf-8"))
+        if progress["source"] == source and all(map(_is_shard, progress["shards"].values())):
             for left in partial.glob("*.tmp"):
                 left.unlink()
             return progress
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     if partial.exists():
         shutil.rmtree(partial)
@@ -249,16 +258,26 @@ def new_path(path: Path) -> Path:
 def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a saved model, mapped from its files: they are read when they are used."""
     index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            if not all(Path(name).name == name for name in names):
+                raise ValueError("it names files of other folders")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ConversionError(f"{index} is damaged ({type(error).__name__}: {str(error)[:200]}).") from error
     tensors = {}
     for name in names:
-        if not (folder / name).is_file():
-            raise ConversionError(f"{folder / name} is missing.")
-        with safe_open(folder / name, "pt") as file:
-            tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        path = folder / name
+        if not path.is_file():
+            raise ConversionError(f"{path} is missing.")
+        if (foreign := describe_foreign_file(path)) is not None:
+            raise ConversionError(f"{path} {foreign}")
+        try:
+            with safe_open(path, "pt") as file:
+                tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (OSError, ValueError, RuntimeError, MemoryError, SafetensorError) as error:
+            raise ConversionError(f"{path} is damaged ({str(error)[:200]}). Copy or save the model again.") from error
     return tensors
 
 

@@ -11,6 +11,7 @@ from ...models.cogview.modeling_cogview import CogViewConfig
 from ...models.cogview.tokenization_cogview import COMMAND_TOKENS
 from ...models.image_tokenizers.modeling_cogview_vq import CogViewVQConfig
 from ..reader import CHUNK_BYTES, ConversionError, LoadedTensor, StoredTensor
+from ..shapes import count_layers, sizes_of
 from ..writer import hash_tensor
 
 RELEASED_HEAD_DIM = 64
@@ -194,11 +195,9 @@ def transformer_config(
     for key in ("word_embeddings.weight", "position_embeddings.weight"):
         if key not in tensors:
             raise ConversionError(f"{name} has no `{released_transformer_key(key)}`, so it is no CogView transformer.")
-    vocab_size, hidden_size = tensors["word_embeddings.weight"].shape
-    layers = {int(match[1]) for key in tensors if (match := re.match(r"layers\.(\d+)\.", key))}
-    if not layers or layers != set(range(len(layers))):
-        missing = sorted(set(range(max(layers, default=0) + 1)) - layers)
-        raise ConversionError(f"{name} has gaps in its layers: {missing} are missing.")
+    vocab_size, hidden_size = sizes_of(tensors, "word_embeddings.weight", 2, name)
+    max_length, _ = sizes_of(tensors, "position_embeddings.weight", 2, name)
+    num_layers = count_layers(tensors, name)
     heads = num_attention_heads or hidden_size // RELEASED_HEAD_DIM
     if not heads or hidden_size % heads:
         raise ConversionError(
@@ -211,13 +210,12 @@ def transformer_config(
             "embeddings. Give the text tokenizer that belongs to this checkpoint."
         )
     first = tensors.get("layers.0.mlp.dense_h_to_4h.weight")
-    max_length = tensors["position_embeddings.weight"].shape[0]
     return CogViewConfig(
         vocab_size=vocab_size,
         num_image_tokens=num_image_tokens,
         command_token_id=command_token_id,
         hidden_size=hidden_size,
-        num_hidden_layers=len(layers),
+        num_hidden_layers=num_layers,
         num_attention_heads=heads,
         intermediate_size=4 * hidden_size if first is None else first.shape[0],
         max_position_embeddings=max_length,
@@ -228,8 +226,8 @@ def transformer_config(
 def image_tokenizer_config(tensors: Mapping[str, Any], name: str) -> CogViewVQConfig:
     """The configuration of a released image tokenizer, whose sizes are read from its tensors."""
     try:
-        num_embeddings, embedding_dim = tensors["quantize.embed.weight"].shape
-        channels = tensors["encoder.0.weight"].shape[0]
+        num_embeddings, embedding_dim = sizes_of(tensors, "quantize.embed.weight", 2, name)
+        channels = sizes_of(tensors, "encoder.0.weight", 4, name)[0]
     except KeyError as error:
         raise ConversionError(
             f"{name} has no `{released_image_tokenizer_key(error.args[0])}`, so it is no image tokenizer of CogView."

@@ -1,5 +1,6 @@
 """From the released files of CogView to a folder that its pipelines load."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,18 +63,20 @@ def convert_to_pipeline(
     paths = {"transformer": base, "caption_transformer": caption, "super_resolution_transformer": super_resolution}
     if not any([*paths.values(), image_tokenizer, text_tokenizer]):
         raise ConversionError("Nothing to convert: give at least one of the released files.")
-    job = Job.start(output, dtype, max_shard_size, strict, say)
-    if text_tokenizer is not None:
-        _convert_text_tokenizer(job, Path(text_tokenizer), num_image_tokens)
-    if image_tokenizer is not None:
-        _convert_image_tokenizer(job, Path(image_tokenizer))
-    command_token_id = _command_token_id(job.output)
-    for component, path in paths.items():
-        if path is not None:
-            with open_released_model(path, scratch=job.output, several_ranks=True) as model:
-                _convert_transformer(job, component, model, num_image_tokens, command_token_id, num_attention_heads)
-    _write_index(job)
-    return job.record
+    with Job.start(output, dtype, max_shard_size, strict, say) as job:
+        if text_tokenizer is not None:
+            _convert_text_tokenizer(job, Path(text_tokenizer), num_image_tokens)
+        if image_tokenizer is not None:
+            _convert_image_tokenizer(job, Path(image_tokenizer))
+        command_token_id = _command_token_id(job.output)
+        for component, path in paths.items():
+            if path is not None:
+                with open_released_model(path, scratch=job.output, several_ranks=True) as model:
+                    _convert_transformer(
+                        job, component, model, num_image_tokens, command_token_id, num_attention_heads
+                    )
+        _write_index(job)
+        return job.record
 
 
 def _convert_text_tokenizer(job: Job, path: Path, num_image_tokens: int) -> None:
@@ -186,8 +189,8 @@ def _write_index(job: Job) -> None:
         kind = CogViewUpscalePipeline if "super_resolution_transformer" in there else CogViewCaptionPipeline
         pipe = kind(**{name: part for name, part in parts.items() if name in kind._get_signature_keys(kind)[0]})
     partial = output / "index.partial"
-    partial.mkdir(exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)  # of a converter that was killed
     pipe.save_config(partial)
     (partial / "model_index.json").replace(output / "model_index.json")
-    partial.rmdir()
+    shutil.rmtree(partial)
     job.say(f"{output} is a {type(pipe).__name__}.")

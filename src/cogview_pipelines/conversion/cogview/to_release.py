@@ -1,6 +1,6 @@
 """From a folder of CogView's pipelines to the files that the original code reads."""
 
-import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +9,9 @@ import torch
 
 from ...models.cogview.modeling_cogview import CogViewConfig, CogViewModel
 from ...models.image_tokenizers.modeling_cogview_vq import CogViewVQConfig, CogViewVQModel
-from ..job import RECORD_FILE
+from ..job import read_record
 from ..reader import ConversionError
-from ..released_models import LATEST_FILES, WEIGHTS_FILE
+from ..released_models import ITERATION, LATEST_FILES, WEIGHTS_FILE
 from ..shapes import check_shapes, expected_shapes
 from ..writer import load_tensors, new_path, save_state_dict
 from . import layout
@@ -68,9 +68,10 @@ def convert_to_release(
 
 def _iteration(pipeline: Path, component: str) -> str:
     try:
-        return json.loads((pipeline / RECORD_FILE).read_text())["components"][component]["iteration"]
-    except (OSError, ValueError, KeyError):
+        iteration = read_record(pipeline)["components"][component]["iteration"]
+    except (ConversionError, KeyError):
         return "1"
+    return iteration if re.fullmatch(ITERATION, iteration) else "1"  # it is to be the name of a folder
 
 
 def _write_transformer(folder: Path, target: Path, step: str, dtype: torch.dtype | None, say) -> Path:

@@ -8,8 +8,8 @@ from typing import Any
 from ...models.cogview2.modeling_coglm import CogLMConfig, CogLMModel
 from ...models.cogview2.modeling_coglm_canvas import CogLMCanvasConfig, CogLMCanvasModel
 from ...models.image_tokenizers.modeling_icetk_vq import IcetkVQConfig, IcetkVQModel
-from ..reader import ConversionError
-from ..shapes import check_shapes, expected_shapes  # noqa: F401 (used with this family's models)
+from ..errors import ConversionError
+from ..shapes import check_shapes, count_layers, expected_shapes, sizes_of  # noqa: F401 (used with this family's models)
 
 
 @dataclass(frozen=True)
@@ -147,19 +147,14 @@ def transformer_config(
             raise ConversionError(
                 f"{name} has no `{released_transformer_key(key)}`, so it is no CogView2 transformer."
             )
-    vocab_size, hidden_size = tensors["word_embeddings.weight"].shape
-    layers = {int(match[1]) for key in tensors if (match := re.match(r"layers\.(\d+)\.", key))}
-    found = {"num_layers": len(layers), "hidden_size": hidden_size}
-    if layers != set(range(len(layers))):
-        raise ConversionError(
-            f"{name} has gaps in its layers: {sorted(set(range(max(layers) + 1)) - layers)} are missing."
-        )
+    vocab_size, hidden_size = sizes_of(tensors, "word_embeddings.weight", 2, name)
+    num_positions, _ = sizes_of(tensors, "position_embeddings.weight", 2, name)
+    found = {"num_layers": count_layers(tensors, name), "hidden_size": hidden_size}
     for key, value in found.items():
         if released_config.get(key, value) != value:
             raise ConversionError(
-                f"{name}: `model_config.json` says `{key}` = {released_config[key]}, but the tensors say {value}. "
-                "One of the files is of "
-                "another model."
+                f"{name}: `model_config.json` says `{key}` = {_told(released_config[key])}, but the tensors say "
+                f"{value}. One of the files is of another model."
             )
     for key, value in {
         "layernorm_order": "sandwich",
@@ -169,14 +164,14 @@ def transformer_config(
     }.items():
         if released_config.get(key, value) != value:
             raise ConversionError(
-                f"{name}: `model_config.json` has `{key}` = {released_config[key]!r}; only {value!r} is CogView2."
+                f"{name}: `model_config.json` has `{key}` = {_told(released_config[key])}; only {value!r} is CogView2."
             )
     heads = released_config.get("num_attention_heads")
     if not isinstance(heads, int) or heads < 1 or hidden_size % heads:
         raise ConversionError(
             f"{name}: `num_attention_heads` must be a divisor of the width {hidden_size}, but `model_config.json` "
-            f"says {heads}. The "
-            "tensors do not tell it; put the file that belongs to this checkpoint beside `latest`."
+            f"says {_told(heads)}. The tensors do not tell it; put the file that belongs to this checkpoint beside "
+            "`latest`."
         )
     if boi_token_id + 2 >= vocab_size:
         raise ConversionError(
@@ -187,32 +182,40 @@ def transformer_config(
     config_class, own = CogLMConfig, {}
     if stage.super_resolution is not None:
         config_class, own = CogLMCanvasConfig, {"super_resolution": stage.super_resolution}
-    return config_class(
-        **own,
-        vocab_size=vocab_size,
-        num_image_tokens=num_image_tokens,
-        hidden_size=hidden_size,
-        num_hidden_layers=len(layers),
-        num_attention_heads=heads,
-        intermediate_size=_intermediate_size(tensors, hidden_size),
-        max_position_embeddings=tensors["position_embeddings.weight"].shape[0],
-        boi_token_id=boi_token_id,
-        start_of_english_token_id=boi_token_id + 1,
-        start_of_chinese_token_id=boi_token_id + 2,
-        pad_token_id=num_image_tokens + 3,
-    )
+    try:
+        return config_class(
+            **own,
+            vocab_size=vocab_size,
+            num_image_tokens=num_image_tokens,
+            hidden_size=hidden_size,
+            num_hidden_layers=found["num_layers"],
+            num_attention_heads=heads,
+            intermediate_size=_intermediate_size(tensors, hidden_size),
+            max_position_embeddings=num_positions,
+            boi_token_id=boi_token_id,
+            start_of_english_token_id=boi_token_id + 1,
+            start_of_chinese_token_id=boi_token_id + 2,
+            pad_token_id=num_image_tokens + 3,
+        )
+    except ValueError as error:
+        raise ConversionError(f"{name} is no CogView2 transformer: {error}") from error
+
+
+def _told(value: object) -> str:
+    """A value out of a file, for a message."""
+    return repr(value)[:80] if isinstance(value, str | int | float | type(None)) else f"a {type(value).__name__}"
 
 
 def _intermediate_size(tensors: Mapping[str, Any], hidden_size: int) -> int:
     first = tensors.get("layers.0.mlp.dense_h_to_4h.weight")
-    return 4 * hidden_size if first is None else first.shape[0]
+    return first.shape[0] if first is not None and first.shape else 4 * hidden_size
 
 
 def image_tokenizer_config(tensors: Mapping[str, Any], num_clusters: int, name: str) -> IcetkVQConfig:
     """The configuration of a released image tokenizer, whose sizes are read from its tensors."""
     try:
-        num_embeddings, embedding_dim = tensors["quantize.embed.weight"].shape
-        base_channels = tensors["encoder.conv_in.weight"].shape[0]
+        num_embeddings, embedding_dim = sizes_of(tensors, "quantize.embed.weight", 2, name)
+        base_channels = sizes_of(tensors, "encoder.conv_in.weight", 4, name)[0]
     except KeyError as error:
         raise ConversionError(
             f"{name} has no `{released_image_tokenizer_key(error.args[0])}`, so it is no icetk image tokenizer."

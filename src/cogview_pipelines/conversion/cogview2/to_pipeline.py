@@ -1,17 +1,22 @@
 """From the released files to a `CogView2Pipeline` folder."""
 
 import importlib.resources
+import io
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from ...foreign_files import describe_foreign_file
+from ...models.cogview2.modeling_coglm import CogLMConfig
 from ...models.cogview2.tokenization_icetk import IcetkTokenizer
 from ...schedulers.scheduling_lopar import LoPARScheduler
-from ..job import Job, source_id
-from ..reader import ConversionError, LoadedTensor, read_module
+from ..errors import ConversionError
+from ..job import INDEX_FILE, RECORD_FILE, Job, source_id
+from ..reader import LoadedTensor, read_module
 from ..released_models import ReleasedModel, open_released_model
 from ..writer import Tensors, hash_file, hash_tensor
 from . import layout
@@ -73,18 +78,21 @@ def convert_to_pipeline(
             "original scripts. Give "
             '"compute" instead for clusters of our own, which make pictures that are not those of the release.'
         )
-    job = Job.start(output, dtype, max_shard_size, strict, say)
-    if text_tokenizer is not None:
-        _convert_text_tokenizer(job, Path(text_tokenizer), num_image_tokens)
-    if image_tokenizer is not None:
-        _convert_image_tokenizer(job, Path(image_tokenizer), cluster_labels)
-    boi_token_id = _boi_token_id(job.output)
-    for stage in STAGES:
-        if paths[stage.component] is not None:
-            with open_released_model(paths[stage.component], scratch=job.output) as model:
-                _convert_transformer(job, stage, model, boi_token_id, num_image_tokens, share_backbone)
-    _write_index(job)
-    return job.record
+    with Job.start(output, dtype, max_shard_size, strict, say) as job:
+        if text_tokenizer is not None:
+            _convert_text_tokenizer(job, Path(text_tokenizer), num_image_tokens)
+        if image_tokenizer is not None:
+            _convert_image_tokenizer(job, Path(image_tokenizer), cluster_labels)
+        boi_token_id = _boi_token_id(job.output)
+        for stage in STAGES:
+            if paths[stage.component] is not None:
+                with open_released_model(paths[stage.component], scratch=job.output) as model:
+                    _convert_transformer(job, stage, model, boi_token_id, num_image_tokens, share_backbone)
+                if stage.scheduler is not None:
+                    save = released_scheduler(stage).save_pretrained
+                    job.save_constant(stage.scheduler, LoPARScheduler.config_name, save)
+        _write_index(job)
+        return job.record
 
 
 # Components ----------------------------------------------------------------------------------------------------------
@@ -93,6 +101,8 @@ def convert_to_pipeline(
 def _convert_text_tokenizer(job: Job, path: Path, num_image_tokens: int) -> None:
     if not path.is_file():
         raise ConversionError(f"`text_tokenizer` {path} does not exist.")
+    if (foreign := describe_foreign_file(path)) is not None:
+        raise ConversionError(f"`text_tokenizer` {path} {foreign}")
     sha256 = hash_file(path)
     source = source_id("tokenizer", sha256, num_image_tokens)
     if job.is_done("tokenizer", source):
@@ -108,24 +118,37 @@ def _convert_text_tokenizer(job: Job, path: Path, num_image_tokens: int) -> None
 
 
 def _read_cluster_labels(path: str | Path, num_codes: int) -> torch.Tensor:
-    try:
-        labels = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ConversionError(f"`cluster_labels` {path} is no NumPy file of plain numbers ({error}).") from error
-    if (
-        not isinstance(labels, np.ndarray)
-        or not np.issubdtype(labels.dtype, np.integer)
-        or labels.shape != (num_codes,)
-    ):
-        found = f"{labels.dtype} of shape {labels.shape}" if isinstance(labels, np.ndarray) else type(labels).__name__
-        raise ConversionError(
-            f"`cluster_labels` must be {num_codes} integers, one for each image code, but is {found}."
-        )
-    labels = torch.from_numpy(labels.astype(np.int64))
-    sizes = labels.bincount() if labels.min() >= 0 else torch.zeros(1)
-    if not sizes.all():
+    labels = _read_integers(Path(path), num_codes)
+    if not np.array_equal(np.unique(labels), np.arange(len(np.unique(labels)))):
         raise ConversionError("`cluster_labels` must number the clusters from 0 without gaps.")
-    return labels
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+def _read_integers(path: Path, count: int) -> np.ndarray:
+    """A `.npy` file of so many integers; nothing of another size is read."""
+    if not path.is_file():
+        raise ConversionError(f"`cluster_labels` {path} does not exist.")
+    if (foreign := describe_foreign_file(path)) is not None:
+        raise ConversionError(f"`cluster_labels` {path} {foreign}")
+    try:
+        with path.open("rb") as file:
+            file = io.BytesIO(file.read(8 * count + 2**16))  # a header that promises more finds no more
+        version = np.lib.format.read_magic(file)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, _, dtype = read_header[version](file)
+        if dtype.hasobject:
+            raise ValueError("a pickle")
+    except Exception:  # of the system, and whatever NumPy's reader of headers stumbles over
+        raise ConversionError(f"`cluster_labels` {path} is no NumPy file of plain numbers.") from None
+    if not np.issubdtype(dtype, np.integer) or shape != (count,):
+        raise ConversionError(
+            f"`cluster_labels` must be {count} integers, one for each image code, but is {str(dtype)[:40]} of shape "
+            f"{str(shape)[:80]}."
+        )
+    data = file.read(count * dtype.itemsize)
+    if len(data) < count * dtype.itemsize:
+        raise ConversionError(f"`cluster_labels` {path} is cut off. Fetch it again.")
+    return np.frombuffer(data, dtype)
 
 
 def _convert_image_tokenizer(job: Job, path: Path, cluster_labels: str | Path) -> None:
@@ -181,7 +204,7 @@ def _convert_transformer(
     released_config = model.config
     if "num_attention_heads" not in released_config and (job.output / "transformer/config.json").is_file():
         # the original code, too, reads the sizes of all three from CogLM's file
-        heads = json.loads((job.output / "transformer/config.json").read_text())["num_attention_heads"]
+        heads = _load(job.output, "transformer", CogLMConfig).num_attention_heads
         released_config = {**released_config, "num_attention_heads": heads}
     config = layout.transformer_config(tensors, released_config, stage, boi_token_id, num_image_tokens, name)
     settings = (
@@ -194,6 +217,8 @@ def _convert_transformer(
     lender = (
         job.record["components"].get("transformer") if stage.super_resolution == "direct" and share_backbone else None
     )
+    if lender is not None and not {"tensors", "content_hash", "dtype_option"} <= lender.keys():
+        raise ConversionError(f"{job.output / RECORD_FILE} does not say what `transformer` is. Convert it again.")
     source = source_id(stage.component, model.fingerprint, model.size, settings, lender and lender["content_hash"])
     if job.is_done(stage.component, source):
         return
@@ -221,9 +246,6 @@ def _convert_transformer(
         "left_out": [layout.released_transformer_key(key) for key in surplus],
     }
     job.enter(stage.component, entry, entry.pop("files"))
-    if stage.scheduler is not None:
-        files = job.save_small(stage.scheduler, released_scheduler(stage).save_pretrained)
-        job.enter(stage.scheduler, {"source_id": source_id(stage.scheduler)}, files)
     others = [*model.others, *(f"tensor `{key}`" for key in surplus)]
     job.report(stage.component, entry, others)
 
@@ -254,7 +276,18 @@ def _equal_backbone(tensors: Tensors, hashes: Mapping[str, str], say: Callable[[
 def _boi_token_id(output: Path) -> int | None:
     if not (output / "tokenizer").is_dir():
         return None
-    return IcetkTokenizer.from_pretrained(output / "tokenizer").boi_token_id
+    return _load(output, "tokenizer", IcetkTokenizer).boi_token_id
+
+
+def _load(output: Path, component: str, component_class: type):
+    """A component, or its configuration, of the folder, which may have been damaged since it was written."""
+    try:
+        return component_class.from_pretrained(output / component)
+    except Exception as error:  # whatever a damaged file makes the loaders raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConversionError(
+            f"{output / component} cannot be read ({reason[:300]}). Delete it, and convert it again."
+        ) from error
 
 
 def released_styles() -> dict:
@@ -272,15 +305,16 @@ def _write_index(job: Job) -> None:
     if missing:
         job.say(f"The folder is no pipeline yet: {', '.join(missing)} must be converted too.")
         return
-    parts: dict[str, object] = {"tokenizer": IcetkTokenizer.from_pretrained(output / "tokenizer")}
+    parts: dict[str, object] = {"tokenizer": _load(output, "tokenizer", IcetkTokenizer)}
     for name in ("vqvae", *(stage.component for stage in STAGES)):
         if name in components:
             model_class = layout.model_class_of(name)
+            config = _load(output, name, model_class.config_class)
             with torch.device("meta"):
-                parts[name] = model_class(model_class.config_class.from_pretrained(output / name))
+                parts[name] = model_class(config)
     for stage in STAGES:
         if stage.scheduler in components:
-            parts[stage.scheduler] = LoPARScheduler.from_pretrained(output / stage.scheduler)
+            parts[stage.scheduler] = _load(output, stage.scheduler, LoPARScheduler)
     codes, wanted = parts["vqvae"].config.num_embeddings, parts["transformer"].config.num_image_tokens
     if codes != wanted:
         job.say(
@@ -297,14 +331,14 @@ def _write_index(job: Job) -> None:
         )
         return
     lender = components.get("direct_sr_transformer", {}).get("shares_backbone_of")
-    if lender not in (None, components["transformer"]["content_hash"]):
+    if lender not in (None, components["transformer"].get("content_hash")):
         raise ConversionError(
             f"{output / 'direct_sr_transformer'} shares the backbone of another CogLM. Delete and convert it again."
         )
     pipe = CogView2Pipeline(**parts, **released_styles())
     partial = output / "index.partial"
-    partial.mkdir(exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
     pipe.save_config(partial)
-    (partial / "model_index.json").replace(output / "model_index.json")
-    partial.rmdir()
+    (partial / INDEX_FILE).replace(output / INDEX_FILE)
+    shutil.rmtree(partial)
     job.say(f"{output} is a CogView2Pipeline.")

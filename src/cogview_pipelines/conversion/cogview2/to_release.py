@@ -1,6 +1,7 @@
 """From a `CogView2Pipeline` folder to the files that the original code reads."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..job import RECORD_FILE
-from ..reader import ConversionError
-from ..released_models import WEIGHTS_FILE
-from ..writer import load_tensors, new_path, save_state_dict
+from ..errors import ConversionError
+from ..job import read_record, source_id
+from ..output_folder import continued, locked
+from ..released_models import ITERATION, WEIGHTS_FILE
+from ..writer import load_tensors, save_state_dict
 from . import layout
 from .layout import STAGES, Stage
+
+IMAGE_FILE, LABELS_FILE, TEXT_FILE = "ice_image.pt", "cluster_label.npy", "ice_text.model"
 
 
 def convert_to_release(
@@ -30,50 +34,69 @@ def convert_to_release(
     Args:
         pipeline (`str` or `Path`): A folder with any of the components of a [`CogView2Pipeline`].
         output (`str` or `Path`): Gets `coglm/`, `cogview2-dsr/`, `cogview2-itersr/`, `ice_image.pt`, `ice_text.model`,
-            `cluster_label.npy`, as far as the pipeline has them. None of these may exist yet.
+            `cluster_label.npy`, as far as there is something to write; nothing of these may be there yet, but what
+            the same call wrote before it was interrupted.
         iteration (`int`, *optional*): Written to `latest`; by default the one that was converted, else 1.
         dtype (`torch.dtype`, *optional*): Convert the transformers; by default tensors stay as they are. The release
             runs in float16.
         say: Called with each line of the report.
 
     Returns:
-        `list[Path]`: What was written.
+        `list[Path]`: What is there now.
 
     Raises:
         ConversionError: If the original code could not run the model, or something is there already.
     """
-    pipeline, output = Path(pipeline), Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    written = []
-    for stage in STAGES:
-        if (pipeline / stage.component).is_dir():
-            written.append(_write_transformer(pipeline, output, stage, iteration, dtype, say))
+    if iteration is not None and not re.fullmatch(ITERATION, str(iteration)):
+        raise ConversionError(f"`iteration` must be a number above 0, but is {iteration}.")
+    pipeline = Path(pipeline)
+    stages = [stage for stage in STAGES if (pipeline / stage.component).is_dir()]
+    targets = [stage.released_name for stage in stages]
     if (pipeline / "vqvae").is_dir():
-        written += _write_image_tokenizer(pipeline / "vqvae", output, say)
-    vocabulary = pipeline / "tokenizer" / "ice_text.model"
-    if vocabulary.is_file():
-        target = new_path(output / "ice_text.model")
-        shutil.copyfile(vocabulary, target)
-        written.append(target)
-        say(f"{target}")
-    if not written:
+        targets += [IMAGE_FILE, LABELS_FILE]
+    if (pipeline / "tokenizer" / TEXT_FILE).is_file():
+        targets.append(TEXT_FILE)
+    if not targets:
         raise ConversionError(f"{pipeline} has no component of a CogView2Pipeline.")
-    return written
+    source = _source_id(pipeline, iteration, dtype)
+    with locked(output) as output, continued(output, source, targets) as there:
+        for stage in stages:
+            if stage.released_name not in there:
+                _write_transformer(pipeline, output, stage, iteration, dtype, say)
+        if IMAGE_FILE in targets and not {IMAGE_FILE, LABELS_FILE} <= there:
+            _write_image_tokenizer(pipeline / "vqvae", output, say)
+        if TEXT_FILE in targets and TEXT_FILE not in there:
+            temporary = output / f"{TEXT_FILE}.tmp"
+            shutil.copyfile(pipeline / "tokenizer" / TEXT_FILE, temporary)
+            temporary.replace(output / TEXT_FILE)
+            say(f"{output / TEXT_FILE}")
+        for name in sorted(there):
+            say(f"{output / name}: already written by a run that was interrupted")
+    return [output / name for name in targets]
+
+
+def _source_id(pipeline: Path, *settings: object) -> str:
+    """Identifies what is converted and how: files by size and time of their last change."""
+    files = sorted(path for path in pipeline.glob("*/*") if path.is_file())
+    parts = [(str(path.relative_to(pipeline)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return source_id(parts, *map(str, settings))
 
 
 def _iteration(pipeline: Path, stage: Stage) -> str:
     try:
-        return json.loads((pipeline / RECORD_FILE).read_text())["components"][stage.component]["iteration"]
-    except (OSError, ValueError, KeyError):
+        iteration = read_record(pipeline)["components"][stage.component]["iteration"]
+    except (ConversionError, KeyError):
         return "1"
+    return iteration if re.fullmatch(ITERATION, iteration) else "1"  # it is to be the name of a folder
 
 
 def _read_config(folder: Path, config_class: type[layout.CogLMConfig], stage: Stage) -> layout.CogLMConfig:
     """The configuration of a component folder, which must be that of its stage."""
     try:
         config = config_class.from_pretrained(folder)
-    except ValueError as error:
-        raise ConversionError(f"{folder}: {error}") from None
+    except Exception as error:  # whatever a damaged file makes the loaders raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConversionError(f"{folder}: {reason[:300]}") from None
     found = getattr(config, "super_resolution", None)
     if found != stage.super_resolution:
         raise ConversionError(
@@ -83,7 +106,7 @@ def _read_config(folder: Path, config_class: type[layout.CogLMConfig], stage: St
 
 
 def _write_transformer(pipeline, output, stage, iteration, dtype, say) -> Path:
-    folder, target = pipeline / stage.component, new_path(output / stage.released_name)
+    folder, target = pipeline / stage.component, output / stage.released_name
     model_class = layout.model_class_of(stage.component)
     config = _read_config(folder, model_class.config_class, stage)
     released_config = layout.released_config(config, stage)
@@ -117,7 +140,11 @@ def _write_transformer(pipeline, output, stage, iteration, dtype, say) -> Path:
 
 
 def _write_image_tokenizer(folder: Path, output: Path, say: Callable[[str], None]) -> list[Path]:
-    config = layout.IcetkVQConfig.from_pretrained(folder)
+    try:
+        config = layout.IcetkVQConfig.from_pretrained(folder)
+    except Exception as error:  # as above
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConversionError(f"{folder}: {reason[:300]}") from None
     released = layout.IcetkVQConfig(
         num_embeddings=config.num_embeddings, embedding_dim=config.embedding_dim, base_channels=config.base_channels
     )
@@ -144,8 +171,9 @@ def _write_image_tokenizer(folder: Path, output: Path, say: Callable[[str], None
     if wrong:
         raise ConversionError(f"{folder}: the original image tokenizer has another architecture: {'; '.join(wrong)}.")
     tensors = load_tensors(folder)
+    layout.check_shapes(tensors, layout.expected_shapes(layout.IcetkVQModel, config), str(folder))
     labels = tensors.pop("cluster_labels")
-    image, clusters = new_path(output / "ice_image.pt"), new_path(output / "cluster_label.npy")
+    image, clusters = output / IMAGE_FILE, output / LABELS_FILE
     save_state_dict({layout.released_image_tokenizer_key(key): value for key, value in tensors.items()}, image)
     temporary = clusters.with_suffix(".tmp")
     with temporary.open("wb") as file:

@@ -22,6 +22,7 @@ from ..layers import (
     pb_relaxed_attention,
     select_positions,
 )
+from ..loading import WholeModelMixin, check_count
 from .sequences import SequenceLayout
 from .tokenization_cogview import COMMAND_TOKENS
 
@@ -112,6 +113,7 @@ class CogViewConfig(PreTrainedConfig):
         self.num_image_tokens = num_image_tokens
         self.command_token_id = command_token_id
         self.hidden_size = hidden_size
+        check_count("num_hidden_layers", num_hidden_layers)
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.intermediate_size = 4 * hidden_size if intermediate_size is None else intermediate_size
@@ -302,7 +304,7 @@ class CogViewLayer(GradientCheckpointingLayer):
         return hidden_states + fed_forward
 
 
-class CogViewModel(PreTrainedModel):
+class CogViewModel(WholeModelMixin, PreTrainedModel):
     """
     The transformer of CogView: one causal sequence of text, pictures and command tokens.
 

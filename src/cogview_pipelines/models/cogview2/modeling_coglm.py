@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 
 from ...generation.token_sequence import IGNORED_LABEL
 from ..layers import LayerCache, LazyDropout, SandwichLayer, TokenEmbedding, attention_bias, select_positions
+from ..loading import WholeModelMixin, check_count
 from .sequences import SequenceLayout
 
 # Arguments that models of transformers take and these do not, and the values of them that ask for nothing.
@@ -80,6 +81,8 @@ class CogLMConfig(PreTrainedConfig):
                 f"`super_resolution` must be left out, but is {kwargs['super_resolution']!r}: it is a field of "
                 "`CogLMCanvasConfig`."
             )
+        check_count("num_hidden_layers", num_hidden_layers)
+        check_count("num_attention_heads", num_attention_heads, hidden_size)
         if hidden_size % num_attention_heads:
             raise ValueError(
                 f"`hidden_size` must be a multiple of the {num_attention_heads} heads, but is {hidden_size}."
@@ -167,7 +170,7 @@ class CogLMModelOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
-class CogLMPreTrainedModel(PreTrainedModel):
+class CogLMPreTrainedModel(WholeModelMixin, PreTrainedModel):
     """What CogLM and its super-resolution stages share: token and position embeddings, and the scores of tokens."""
 
     config_class = CogLMConfig

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from ..loading import WholeModelMixin, check_count
 from .codebook import as_grids, check_pixels, image_statistics, nearest_codes
 
 CODEBOOK_TRAINING = ("moving_average", "nearest", "gumbel", "fixed")
@@ -61,6 +62,7 @@ class CogViewVQConfig(PreTrainedConfig):
         for name in ("image_mean", "image_std"):
             setattr(self, name, tuple(getattr(self, name)))
         super().__post_init__(**kwargs)
+        check_count("num_halvings", self.num_halvings, 10)
         if self.codebook_training not in CODEBOOK_TRAINING:
             raise ValueError(
                 f"`codebook_training` must be one of {CODEBOOK_TRAINING}, but is {self.codebook_training!r}."
@@ -182,7 +184,7 @@ def divergence_from_uniform(scores: torch.Tensor) -> torch.Tensor:
     return (probabilities * (probabilities * scores.shape[-1] + 1e-20).log()).sum(-1).mean()
 
 
-class CogViewVQModel(PreTrainedModel):
+class CogViewVQModel(WholeModelMixin, PreTrainedModel):
     """
     The image tokenizer of CogView: RGB pictures of any size that is a multiple of 8 to codes, and back.
 

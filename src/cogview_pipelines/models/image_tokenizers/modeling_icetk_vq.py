@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from ..loading import WholeModelMixin, check_count
 from .codebook import as_grids, check_pixels, image_statistics, nearest_codes, same_on_all_processes
 
 
@@ -96,6 +97,8 @@ class IcetkVQConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.norm_type not in ("group", "position"):
             raise ValueError(f"`norm_type` must be 'group' or 'position', but is '{self.norm_type}'.")
+        for name in ("num_res_blocks", "num_decoder_res_blocks"):
+            check_count(name, getattr(self, name))
         for rate in self.compression_rates:
             self._check_rate(rate)
 
@@ -433,7 +436,7 @@ def _choose_by_weight(weights: torch.Tensor, count: int) -> torch.Tensor:
     return (weights.log() + noise).topk(count).indices
 
 
-class IcetkVQModel(PreTrainedModel):
+class IcetkVQModel(WholeModelMixin, PreTrainedModel):
     """
     The image tokenizer: RGB pictures to codes of one shared codebook and back, at one of several compression rates.
 

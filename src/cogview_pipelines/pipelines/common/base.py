@@ -97,6 +97,25 @@ class PipelineBase(DiffusionPipeline):
         return super().from_pretrained(pretrained_model_name_or_path, dtype=dtype, **kwargs)
 
     @classmethod
+    def load_config(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """
+        As diffusers does.
+
+        Raises:
+            ValueError: If `model_index.json` is damaged, or names a class of anything but this package. Some versions
+                of diffusers look for other modules in the folder of the model, and run what they find.
+        """
+        try:
+            loaded = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
+        except (RecursionError, AttributeError, TypeError) as error:  # JSON, but none of a pipeline
+            raise ValueError(
+                f"`model_index.json` of {pretrained_model_name_or_path} is damaged ({type(error).__name__}). Copy or "
+                "save the model again."
+            ) from error
+        _check_components(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+    @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
         """As diffusers does, but without a warning for what only other pipelines of the family have a use for."""
         own = inspect.signature(cls.__init__).parameters
@@ -268,3 +287,25 @@ class PipelineBase(DiffusionPipeline):
         """Pixels in [0, 1], `(num_images, 3, height, width)`, to `(num_images, rows, columns)` tokens."""
         pixels = pixels.to(self._device_of(self.vqvae), self.vqvae.dtype)
         return self.vqvae.encode(pixels, self.config.compression_rate).tokens
+
+
+def _check_components(config_dict: dict) -> None:
+    """Of what a `model_index.json` names, everything must be this package's own."""
+    package = __name__.split(".")[0]
+    if not isinstance(config_dict, dict):
+        raise ValueError("`model_index.json` must hold an object. Copy or save the model again.")
+    pipeline = config_dict.get("_class_name")
+    if pipeline is not None and not isinstance(pipeline, str):
+        raise ValueError(
+            f"`model_index.json` must name a pipeline under `_class_name`, but has {str(pipeline)[:100]}: a pipeline "
+            "whose code comes with the model is not run."
+        )
+    for name, value in config_dict.items():
+        if not isinstance(value, list | tuple) or name.startswith("_") or not value:
+            continue
+        if not all(part is None or isinstance(part, str) for part in value) or value[0] in (None, package):
+            continue
+        raise ValueError(
+            f"`model_index.json` must name classes of `{package}`, but says {str(list(value))[:100]} for `{name}`: "
+            "code that is not this package's is not run. Save the model again with this package."
+        )
