@@ -34,7 +34,7 @@ MUTATIONS = [
     Mutation(
         "evaluation: shuffled pictures are their own",
         "demo/evaluation.py",
-        "scenes = scenes[1:] + scenes[:1]",
+        "asked = cases[1:] + cases[:1]",
         "pass",
         "cli/test_evaluate.py::test_true_pictures_have_full_marks_and_shuffled_ones_none",
     ),
@@ -54,7 +54,7 @@ MUTATIONS = [
     ),
     Mutation(
         "captions: articles by letters instead of sounds",
-        "demo/captions.py",
+        "demo/captions/templates.py",
         ' and not words.startswith(("uni", "use"))',
         "",
         "demo/test_captions.py::test_pair_has_the_templates_of_both_true_readings_with_articles_by_sound",

@@ -134,8 +134,8 @@ MUTATIONS = [
     Mutation(
         "captions: drawn among those of all languages",
         "training/data/tokens.py",
-        "by_language = list(self.captions[index].values())",
-        "by_language = [sum(self.captions[index].values(), [])]",
+        "by_language = list(captions[index].values())",
+        "by_language = [sum(captions[index].values(), [])]",
         "training/data/test_tokens.py::test_pictures_are_drawn_by_weight_and_captions_by_language_first",
     ),
     Mutation(
