@@ -493,7 +493,15 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(runner, number, 
     assert runner.metrics("run") == runner.metrics("whole")
 
 
-def test_a_second_ctrl_c_ends_the_run_at_once(runner):
+@pytest.fixture
+def heeds_ctrl_c():
+    """Python's own handler of Ctrl-C, which it does not set where the program that started it ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(runner, heeds_ctrl_c):
     def twice():
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)

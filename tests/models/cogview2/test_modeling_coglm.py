@@ -315,7 +315,7 @@ def test_the_default_configuration_is_the_released_one():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"hidden_size": 30}, "`hidden_size` must be a multiple of .*48.*, but is 30"),
+        ({"hidden_size": 100}, "`hidden_size` must be a multiple of .*48.*, but is 100"),
         ({"max_position_embeddings": 912}, "`max_position_embeddings` must be above 912 .*, but is 912"),
         ({"super_resolution": "direct"}, "`super_resolution` must be left out, but is 'direct'"),
     ],
