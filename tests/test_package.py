@@ -25,6 +25,7 @@ LAYERS = (
     {"models"},
     {"schedulers"},
     {"generation"},
+    {"loaders"},
     {"evaluation", "training"},
     {"pipelines.common"},
     {"pipelines"},

@@ -81,8 +81,9 @@ def make_model(config: CogLMTrainConfig, tokenizer: IcetkTokenizer, data: TokenD
     if config.init_from is not None:
         model = load_model(CogLMModel, config.init_from, **options)
         data.require_fit(model.config, tokenizer)
+        config.put_adapter(model, trained=True)
         return model
-    return CogLMModel(
+    model = CogLMModel(
         CogLMConfig(
             **{
                 "vocab_size": len(tokenizer),
@@ -96,6 +97,8 @@ def make_model(config: CogLMTrainConfig, tokenizer: IcetkTokenizer, data: TokenD
             }
         )
     )
+    config.put_adapter(model, trained=False)
+    return model
 
 
 @torch.no_grad()
@@ -233,6 +236,10 @@ def main(arguments: list[str] | None = None) -> CogLMModel | None:
         functools.partial(compute_loss, model.config.num_image_tokens, config.text_loss_weight),
         functools.partial(loss_weight, model.config.num_image_tokens, config.text_loss_weight),
         None if vqvae is None else functools.partial(make_samples, config, vqvae, data),
+        save=config.saving("transformer"),
+        held_out=config.held_out_batches(
+            tokenizer, lambda held_out, draw: make_batch(config, model.config, tokenizer, held_out, draw)
+        ),
     )
 
 

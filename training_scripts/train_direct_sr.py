@@ -83,7 +83,10 @@ def make_model(config: DirectSRTrainConfig, data: TokenData) -> CogLMCanvasModel
             shares_backbone=not config.train_backbone,
             **json.loads(config.model),
         )
-    if not config.train_backbone:
+    if config.lora_rank is not None:
+        config.put_adapter(model, trained=config.init_from is not None)
+        model.layers[-1].attention.dense.requires_grad_(False)  # as below
+    elif not config.train_backbone:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("canvas_" in name)
     else:
@@ -147,6 +150,10 @@ def main(arguments: list[str] | None = None) -> CogLMCanvasModel | None:
         canvas_loss,
         count_labels,
         None if vqvae is None else functools.partial(make_samples, config, vqvae, data),
+        save=config.saving("direct_sr_transformer"),
+        held_out=config.held_out_batches(
+            tokenizer, lambda held_out, draw: make_batch(config, model, held_out.require_fine(), draw)
+        ),
     )
 
 

@@ -76,10 +76,14 @@ def make_model(config: IterativeSRTrainConfig, data: TokenData) -> CogLMCanvasMo
     if config.from_scratch:
         options |= {"super_resolution": "iterative", "fine_grid": fine_grid}
         coglm_config = CogLMConfig.from_pretrained(config.transformer)
+        config.put_adapter(None, trained=False)
         return CogLMCanvasModel(CogLMCanvasConfig.of_transformer(coglm_config, **options))
     found, _ = CogLMConfig.get_config_dict(config.transformer)
     if found.get("super_resolution") == "iterative":  # go on with it
-        return load_model(CogLMCanvasModel, config.transformer)
+        model = load_model(CogLMCanvasModel, config.transformer)
+        config.put_adapter(model, trained=True)
+        return model
+    config.put_adapter(None, trained=False)
     transformer = load_model(CogLMModel, config.transformer)
     return CogLMCanvasModel.from_transformer(transformer, "iterative", fine_grid, **options)
 
@@ -143,6 +147,10 @@ def main(arguments: list[str] | None = None) -> CogLMCanvasModel | None:
         canvas_loss,
         count_labels,
         None if vqvae is None else functools.partial(make_samples, config, vqvae, data),
+        save=config.saving("iterative_sr_transformer"),
+        held_out=config.held_out_batches(
+            tokenizer, lambda held_out, draw: make_batch(config, model.config, held_out.require_fine(), draw)
+        ),
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from cogview_pipelines import CogLMModel, IcetkVQModel
 from cogview_pipelines.training.checkpoints import list_checkpoints
@@ -205,3 +206,27 @@ def test_the_image_tokenizer_trains_by_copies_and_says_that_it_cannot_be_shared_
         RuntimeError, match=r"IcetkVQModel does not say what its layers are. Train it with --sharding none"
     ):
         launch(2, run_script, "train_vq_model", sharded)
+
+
+@pytest.mark.parametrize("script", ["train_coglm", "train_direct_sr"])
+def test_a_sharded_adapter_is_that_of_one_process(options, coglm_folder, tmp_path, script):
+    """Frozen weights and trained matrices lie side by side in a layer; an adapter alone is saved and checkpointed."""
+    from cogview_pipelines import CogLMCanvasModel
+    from cogview_pipelines.loaders.lora_files import WEIGHT_NAME
+
+    more = {"lora_rank": 4, "max_steps": 3, "learning_rate": 0.01, "ema_decay": 0.5}
+    if script == "train_coglm":
+        more |= {"init_from": coglm_folder, "model": NO_DROPOUT}
+    else:
+        transformer = CogLMModel.from_pretrained(coglm_folder)
+        CogLMCanvasModel.from_transformer(
+            transformer, "direct", (12, 12), shares_backbone=True, num_text_slots=30, **WINDOWS, **NO_DROPOUT
+        ).save_pretrained(tmp_path / "direct")
+        more |= {"init_from": tmp_path / "direct", "model": {}}
+    launch(1, run_script, script, options(script, "one", batch_size=4, **more))
+    launch(2, run_script, script, options(script, "two", batch_size=2, sharding="full", **more))
+    one, two = (load_file(tmp_path / name / "final" / WEIGHT_NAME) for name in ("one", "two"))
+    assert one.keys() == two.keys() and len(one) >= 16
+    moved = max(float(value.abs().max()) for name, value in one.items() if "lora_B" in name)
+    assert moved > 0
+    assert all((one[name] - two[name]).abs().max() <= 0.01 * moved for name in one)

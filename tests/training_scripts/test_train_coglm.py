@@ -238,3 +238,31 @@ def test_a_tokenizer_of_another_model_is_an_error(run, tokenizer, tmp_path):
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=r"`tokenizer` is not that of the model: its boi_token_id is \d+, .* 3"):
         run(init_from=tmp_path / "other")
+
+
+def test_the_loss_of_held_out_pictures_is_told_and_changes_nothing(
+    script, coglm_folder, token_folder, tokenizer_folder, tmp_path
+):
+    common = {"init_from": coglm_folder, "tokenizer": tokenizer_folder, "data": token_folder, "batch_size": 4}
+    common |= {"max_steps": 6, "warmup_steps": 0, "log_every_steps": 2, "ema_decay": 0.5}
+    held_out = {"held_out_data": token_folder, "held_out_samples": 6, "evaluate_every_steps": 4}
+    script.main(as_arguments({**common, "output_dir": tmp_path / "plain"}))
+    model = script.main(as_arguments({**common, **held_out, "output_dir": tmp_path / "held_out"}))
+    names = ("held_out_loss", "held_out_loss_before")
+    lines = metrics(tmp_path / "held_out")
+    assert [[name for name in names if name in line] for line in lines] == [
+        ["held_out_loss_before"],
+        ["held_out_loss"],
+        ["held_out_loss"],
+    ]
+    plain = [{name: value for name, value in line.items() if name not in names} for line in lines]
+    assert plain == metrics(tmp_path / "plain")
+    config = script.CogLMTrainConfig(output_dir="", data=str(token_folder), tokenizer=str(tokenizer_folder))
+    tokenizer = script.IcetkTokenizer.from_pretrained(tokenizer_folder)
+    batch = script.make_batch(
+        config, model.config, tokenizer, TokenData.load(token_folder, tokenizer), Draw(0, range(6))
+    )
+    with torch.no_grad():
+        loss, _ = script.compute_loss(model.config.num_image_tokens, 1.0, model, batch)
+    weight = script.loss_weight(model.config.num_image_tokens, 1.0, batch)
+    assert lines[-1]["held_out_loss"] == pytest.approx(float(loss) / weight, rel=1e-5)

@@ -7,6 +7,8 @@ runs the model on tensors of fixed shapes at fixed addresses, so that one compil
 all steps and prompts. [`Decoding`] says which, and keeps what can be used again.
 """
 
+import functools
+import logging
 from collections.abc import Callable
 
 import torch
@@ -19,6 +21,8 @@ from ..models.layers import DenseAttention, FeedForward, LazyDropout, SandwichLa
 from ..ops.decode_step import LAYER_PARTS, DecodeStep, decode_step_refusals
 from .cache import KeyValueCache, SlotCache
 from .token_sequence import TokenSequence
+
+logger = logging.getLogger(__name__)
 
 # A fixed step reads a whole number of blocks of the cache: few variants, and little that is masked.
 BLOCK = 128
@@ -212,6 +216,8 @@ def model_refusals(model: CogLMModel) -> list[str]:
         reasons.append("its layers are not those of its config, in order")
     for name, module in model.named_modules():
         # a changed class is an adapter, a quantised layer or a parametrised one; a `forward` of its own, offloading
+        if hasattr(module, "base_layer"):
+            return [f"`{name}` has an adapter (`pipe.fuse_lora()` adds it to the weights)"]
         if type(module) not in _PLAIN_MODULES:
             reasons.append(f"`{name}` is a {type(module).__name__}")
         elif "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
@@ -467,6 +473,9 @@ class Decoding:
             self._static = None  # its memory goes before the next takes its own
             self._refusals = model_refusals(model) if self.fused and not (self.compile or self.cuda_graph) else []
             self._state = state
+            if torch.device(device).type == "cpu" and not call_refusals(model, num_sequences, max_length, device):
+                for reason in self._refusals:
+                    _tell_once(reason)
         device = torch.device(device)
         if self.compile or self.cuda_graph:
             return self._static_decoder(model, num_sequences, max_length, full_vocabulary, device)
@@ -495,8 +504,16 @@ class Decoding:
         return self._static[1]
 
 
+@functools.cache
+def _tell_once(reason: str) -> None:
+    """Say why steps are slower than they could be; loudly where the user can do something about it."""
+    level = logging.WARNING if "adapter" in reason else logging.INFO
+    logger.log(level, "Steps run operation by operation instead of in one kernel: %s.", reason)
+
+
 # Of modules: what decoders rely on, besides their class and weights.
 _SETTINGS = ("eps", "p", "dropout", "index", "num_heads", "pb_relaxation_alpha", "training")
+_SETTINGS += ("_disable_adapters", "_active_adapter")
 
 
 def _state(model: nn.Module) -> tuple:
@@ -505,7 +522,8 @@ def _state(model: nn.Module) -> tuple:
     for module in model.modules():
         own = vars(module)
         hooks = (*module._forward_hooks, *module._forward_pre_hooks)
-        modules.append((id(module), type(module), id(own.get("forward")), hooks, *map(own.get, _SETTINGS)))
+        settings = (*map(own.get, _SETTINGS), str(own.get("scaling")))  # of an adapter: by how much it counts
+        modules.append((id(module), type(module), id(own.get("forward")), hooks, *settings))
     weights = [(type(each.data), each.dtype, each.device, each.shape, each.stride()) for each in model.parameters()]
     return modules, weights
 

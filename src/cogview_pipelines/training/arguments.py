@@ -142,6 +142,13 @@ class TrainConfig:
     sample_every_steps: int = field(
         default=500, metadata={"help": "Steps between sample pictures; 0: never.", "resume": UNNOTICED}
     )
+    evaluate_every_steps: int = field(
+        default=100,
+        metadata={
+            "help": "Steps between losses of held-out data, where there is some; 0: only before and after.",
+            "resume": UNNOTICED,
+        },
+    )
     log_with: str | None = field(
         default=None,
         metadata={
@@ -164,7 +171,11 @@ class TrainConfig:
         """Raise `ValueError` for a number that cannot work, before anything is loaded."""
         least = {"max_steps": 1, "batch_size": 1, "log_every_steps": 1, "gradient_accumulation_steps": 1}
         least.update(dict.fromkeys(("warmup_steps", "decay_steps", "checkpoint_every_steps", "keep_checkpoints"), 0))
-        least.update(dict.fromkeys(("sample_every_steps", "data_workers", "max_grad_norm", "learning_rate"), 0))
+        least.update(
+            dict.fromkeys(
+                ("sample_every_steps", "evaluate_every_steps", "data_workers", "max_grad_norm", "learning_rate"), 0
+            )
+        )
         for name, value in least.items():
             if getattr(self, name) is not None and not getattr(self, name) >= value:
                 raise ValueError(f"`{name}` must be at least {value}, but is {getattr(self, name)}.")

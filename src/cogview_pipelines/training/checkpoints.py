@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+from ..models.adapters import adapter_layers
 from .arguments import UNNOTICED, TrainConfig
 from .averaging import WeightAverage
 from .optimizers import Optimizers
@@ -77,8 +78,11 @@ class TrainingState:
 
 
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers by name, detached."""
-    return {name: value.detach() for name, value in model.state_dict(keep_vars=True).items()}
+    """Parameters and persistent buffers by name, detached; of a model with adapters, the adapters alone."""
+    tensors = model.state_dict(keep_vars=True)
+    if any(True for _ in adapter_layers(model)):  # the rest is what the run began with
+        tensors = {name: value for name, value in tensors.items() if value.requires_grad}
+    return {name: value.detach() for name, value in tensors.items()}
 
 
 # Saving --------------------------------------------------------------------------------------------------------------

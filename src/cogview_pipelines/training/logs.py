@@ -44,6 +44,7 @@ class MetricsLog:
 
     def _reset(self):
         self.sums, self.num_samples, self.skipped, self.time = {}, 0, 0, time.monotonic()
+        self.notes: dict[str, float] = {}
 
     def add(self, num_samples: int, **values: tuple[Number, Number]):
         """Report one forward pass: its samples on this process, and sum and count of each scalar that is averaged."""
@@ -57,6 +58,10 @@ class MetricsLog:
         """Report a step whose update was left out."""
         self.skipped += 1
 
+    def note(self, **values: float):
+        """Put numbers that are the same on all processes into the next line."""
+        self.notes.update(values)
+
     def end_step(self, step: int, learning_rate: float):
         """Call after each update with the number of updates so far."""
         self.bar.update(1)
@@ -69,6 +74,7 @@ class MetricsLog:
         for name, total, count in zip(self.sums, totals[::2], totals[1::2]):
             if count:  # what no sample had, such as a caption, has no mean
                 line[name] = total / count
+        line |= self.notes
         line["learning_rate"] = learning_rate
         line["samples_per_second"] = round(samples / seconds, 2)
         if self.skipped:

@@ -6,8 +6,9 @@ differs between the scripts (samples, loss, sample pictures, what happens betwee
 """
 
 import contextlib
+import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -52,6 +53,8 @@ def train(
     adamw_names: tuple[str, ...] = (),
     begin_step: Callable[[int], None] | None = None,
     finish: Callable[[nn.Module], None] | None = None,
+    save: Callable[[nn.Module, Path], object] | None = None,
+    held_out: Sequence[object] = (),
 ) -> nn.Module | None:
     """
     Train all parameters of a model that require a gradient.
@@ -71,6 +74,9 @@ def train(
         adamw_names (`tuple[str, ...]`): Parts of names of linear layers that Muon leaves to AdamW.
         begin_step (`Callable`, *optional*): Called with the number of updates so far before each forward pass.
         finish (`Callable`, *optional*): Called with the trained model, in evaluation mode, before it is saved.
+        save (`Callable`, *optional*): Saves the trained model in a folder; default: its `save_pretrained`.
+        held_out (sequence of batches): Batches that are not trained on. Their mean loss goes to the metrics every
+            `evaluate_every_steps`, before the first step, and after the last.
 
     Returns:
         `nn.Module` or `None`: The trained model (the moving average, if there is one), also saved in
@@ -93,6 +99,7 @@ def train(
         run = _Run(
             config, accelerator, processes, model, compute_loss, loss_weight, make_samples, adamw_names, begin_step
         )
+        run.held_out = held_out
         found = run.resume()
         run.note("running")
         try:
@@ -105,7 +112,11 @@ def train(
         if not finished:
             run.note("interrupted")
             return None
-        return run.finish(finish, nothing_to_do=found == config.max_steps)
+        return run.finish(finish, save or _save_pretrained, nothing_to_do=found == config.max_steps)
+
+
+def _save_pretrained(model: nn.Module, folder: Path) -> None:
+    model.save_pretrained(folder)
 
 
 class _Run:
@@ -125,6 +136,7 @@ class _Run:
         self.state = TrainingState(self.model, optimizers, make_average(self.model, config.ema_decay))
         self.scale = LossScale() if accelerator.mixed_precision == "fp16" else None
         self.watch = FiniteWatch(processes)
+        self.held_out: Sequence[object] = ()
         self.last_checkpoint: Path | None = None
 
     @property
@@ -160,6 +172,8 @@ class _Run:
         log = MetricsLog(self.accelerator, self.processes, config, state.step)
         clock = Clock(config)
         self.model.train()
+        if state.step == 0 and self.held_out:
+            log.note(held_out_loss_before=self.held_out_loss())
         batches = prefetch(make_batch, self.draws(), config.data_workers, config.data_processes)
         with contextlib.closing(batches), contextlib.closing(log):
             while passes := list(islice(batches, config.gradient_accumulation_steps)):
@@ -167,6 +181,8 @@ class _Run:
                 (weight,) = self.processes.sum([sum(self.loss_weight(batch) for _, batch in passes)])
                 self.update(step, passes, weight, log)
                 state.step, state.samples = step + 1, state.samples + self.samples_per_step
+                if self.evaluation_due(state.step):
+                    log.note(held_out_loss=self.held_out_loss())
                 log.end_step(state.step, learning_rate(config, step))
                 self.show(state.step)
                 # what one process was asked for, all do
@@ -249,6 +265,33 @@ class _Run:
         every = self.config.checkpoint_every_steps
         return step == self.config.max_steps or bool(every and step % every == 0)
 
+    def evaluation_due(self, step: int) -> bool:
+        every = self.config.evaluate_every_steps
+        return bool(self.held_out) and (step == self.config.max_steps or bool(every and step % every == 0))
+
+    def held_out_loss(self) -> float:
+        """The mean loss over the labels of the held-out batches, of the weights as they would be saved now."""
+        total = weight = 0.0
+        with self._as_saved():
+            for batch in self.held_out:
+                batch = batch.to(self.processes.device)
+                with self.distributed.autocast():
+                    loss, _ = self.compute_loss(self.distributed.forward, batch)
+                total, weight = total + float(loss), weight + self.loss_weight(batch)
+        return total / max(weight, 1e-30)
+
+    @contextlib.contextmanager
+    def _as_saved(self) -> Iterator[None]:
+        """The model in evaluation mode, with the weights that would be saved now, without a trace in the run."""
+        average = self.state.average
+        with (
+            average.in_place_of_weights(self.model)
+            if average is not None and average.started
+            else contextlib.nullcontext(),
+            self.distributed.evaluating(),
+        ):
+            yield
+
     def save(self) -> None:
         """Save a checkpoint, if all losses since the last one were finite."""
         self.watch.require_finite(self.last_checkpoint)
@@ -262,15 +305,16 @@ class _Run:
         every = self.config.sample_every_steps
         if self.make_samples is None or not every or step % every:
             return
-        average = self.state.average
-        with (
-            average.in_place_of_weights(self.model) if average is not None else contextlib.nullcontext(),
-            self.distributed.evaluating(),
-        ):
+        with self._as_saved():
             samples = self.make_samples(self.model)
         self.processes.main_first(lambda: save_samples(samples, self.config, step))
 
-    def finish(self, finish: Callable[[nn.Module], None] | None, nothing_to_do: bool) -> nn.Module:
+    def finish(
+        self,
+        finish: Callable[[nn.Module], None] | None,
+        save: Callable[[nn.Module, Path], object],
+        nothing_to_do: bool,
+    ) -> nn.Module:
         """The trained model, saved."""
         config, step = self.config, self.state.step
         if self.state.average is not None:
@@ -282,7 +326,7 @@ class _Run:
             if self.processes.is_main:
                 logger.warning("The run has its %d steps; with more --max_steps it goes on.", step)
         else:
-            self.processes.main_first(lambda: save_final(config.output_dir, step, final.save_pretrained))
+            self.processes.main_first(lambda: save_final(config.output_dir, step, functools.partial(save, final)))
         self.note("finished", step)
         self.processes.wait()
         return final

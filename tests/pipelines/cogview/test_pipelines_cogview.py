@@ -264,3 +264,35 @@ def test_bad_arguments_are_refused(pipe, upscale, captioner):
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+# Adapters ------------------------------------------------------------------------------------------------------------
+
+
+def test_adapters_work_in_all_stages_and_fuse(cogview_tokenizer, tmp_path):
+    from ...loaders.conftest import random_adapter
+
+    models = [make_cogview(), make_cogview(1), make_cogview(2)]
+    pipe = CogViewPipeline(cogview_tokenizer, make_cogview_vq(), *models)
+    names = ("transformer", "caption_transformer", "super_resolution_transformer")
+    random_adapter({name: getattr(pipe, name) for name in names}, tmp_path)
+    upscale, captioner = CogViewUpscalePipeline.from_pipe(pipe), CogViewCaptionPipeline.from_pipe(pipe)
+    tokens = make_image_tokens(1).unflatten(1, (4, 4))
+
+    def use():
+        drawn = pipe("a cat", generator=generators(1)).tokens
+        fine = upscale(tokens=tokens, prompt="a cat", generator=generators(1)).tokens
+        return [drawn, fine[0] if isinstance(fine, list) else fine, captioner.score(None, "a cat", tokens=tokens)]
+
+    before = use()
+    pipe.load_lora_weights(tmp_path, "style")
+    assert pipe.get_list_adapters() == {name: ["style"] for name in names}
+    adapted = use()
+    assert not any(torch.equal(one, other) for one, other in zip(before, adapted))
+    pipe.fuse_lora()
+    for one, other in zip(adapted, use()):
+        assert torch.allclose(one.float(), other.float(), atol=1e-4)
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    for one, other in zip(before, use()):
+        assert torch.allclose(one.float(), other.float(), atol=1e-4)

@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 from ...generation.token_sequence import TokenSequence
 from ...ops.key_set import KeySet
 from ...ops.local_attention import local_attention
+from ..adapters import fused_adapters, lent_parameters, plain_parameters
 from ..layers import DenseAttention, LazyDropout, SandwichLayer, TokenEmbedding, attention_bias, select_positions
 from .modeling_coglm import (
     CogLMConfig,
@@ -401,6 +402,8 @@ class CogLMCanvasModel(CogLMPreTrainedModel):
         """
         Use the parameters of `transformer` for all but the canvas: one copy in memory, none in this model's files.
 
+        Adapters of `transformer` are not lent: this model goes on with its weights as they are without them.
+
         Raises:
             ValueError: If this is no direct super-resolution, or the shapes of the two models differ.
         """
@@ -415,9 +418,13 @@ class CogLMCanvasModel(CogLMPreTrainedModel):
                     f"`transformer` must have `{field}` = {getattr(self.config, field)} like this model, but has "
                     f"{getattr(transformer.config, field)}."
                 )
-        lent = dict(transformer.named_parameters())
+        lent, fused = lent_parameters(transformer), fused_adapters(self)
         for module, name, path in self._backbone_parameters():
-            module._parameters[name] = lent[path]
+            if fused is not None and (module, name) in fused.kept:
+                fused.kept[module, name] = lent[path]
+            else:
+                module._parameters[name] = lent[path]
+        transformer.lends_weights = True
         self.config.shares_backbone = True
         self.config.vocab_size = transformer.config.vocab_size  # which may have been given more tokens since
 
@@ -433,7 +440,7 @@ class CogLMCanvasModel(CogLMPreTrainedModel):
         save_peft_format: bool = True,
         **kwargs,
     ) -> None:
-        """As in transformers, but a backbone that is lent is left out."""
+        """As in transformers, but a backbone that is lent is left out, unless adapters are fused into it."""
         # by name: diffusers reads this signature to know what it may ask for
         options = {
             "is_main_process": is_main_process,
@@ -446,6 +453,12 @@ class CogLMCanvasModel(CogLMPreTrainedModel):
         }
         if not self.config.shares_backbone:
             return super().save_pretrained(save_directory, state_dict=state_dict, **options)
+        if self._backbone_differs():
+            self.config.shares_backbone = False
+            try:
+                return super().save_pretrained(save_directory, state_dict=state_dict, **options)
+            finally:
+                self.config.shares_backbone = True
         if state_dict is not None:
             state_dict = {key: value for key, value in state_dict.items() if "canvas_" in key}
         lent = [(module, name, module._parameters[name]) for module, name, _ in self._backbone_parameters()]
@@ -455,6 +468,13 @@ class CogLMCanvasModel(CogLMPreTrainedModel):
         finally:
             for module, name, parameter in lent:
                 module._parameters[name] = parameter
+
+    def _backbone_differs(self) -> bool:
+        """Whether the weights of this model are not those of its lender, since adapters are fused into either."""
+        if fused_adapters(self) is not None:
+            return True
+        lent = [module._parameters[name] for module, name, _ in self._backbone_parameters()]
+        return any(getattr(parameter, "lender_is_fused", False) for parameter in lent)
 
     def _forget_backbone(self) -> None:
         """Hold nothing where [`CogLMCanvasModel.share_backbone`] puts the parameters of another model."""
@@ -470,12 +490,7 @@ class CogLMCanvasModel(CogLMPreTrainedModel):
 
     def _backbone_parameters(self) -> list[tuple[nn.Module, str, str]]:
         """Module, name and path of every parameter that CogLM has too."""
-        return [
-            (module, name, f"{path}.{name}" if path else name)
-            for path, module in self.named_modules()
-            if "canvas_" not in path
-            for name in module._parameters
-        ]
+        return [(module, name, path) for module, name, path in plain_parameters(self) if "canvas_" not in path]
 
 
 for _public in (CogLMCanvasConfig, CogLMCanvasModel):

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import os
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
@@ -10,6 +11,8 @@ from diffusers.image_processor import VaeImageProcessor
 from transformers import PreTrainedModel
 
 from ...generation.decoders import Decoding
+from ...loaders.lora import LoraLoaderMixin
+from ...models.adapters import without_adapters
 from .calls import Call, RunningCalls
 from .memory import execution_device, pictures_that_fit
 from .notifier import Callback
@@ -17,7 +20,7 @@ from .offloading import offload_stages
 from .outputs import PreviewOutput
 
 
-class PipelineBase(DiffusionPipeline):
+class PipelineBase(LoraLoaderMixin, DiffusionPipeline):
     """
     A pipeline of models that write and read image tokens, and of an image tokenizer, `vqvae`.
 
@@ -94,7 +97,28 @@ class PipelineBase(DiffusionPipeline):
         dtype = kwargs.pop("dtype", None)
         dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
         dtype = torch.float32 if dtype is None else None if dtype == "auto" else dtype
-        return super().from_pretrained(pretrained_model_name_or_path, dtype=dtype, **kwargs)
+        pipe = super().from_pretrained(pretrained_model_name_or_path, dtype=dtype, **kwargs)
+        hub_options = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+        options = {name: kwargs[name] for name in hub_options if kwargs.get(name) is not None}
+        pipe._load_saved_adapters(pretrained_model_name_or_path, **options)
+        return pipe
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """
+        Save the pipeline, as [`DiffusionPipeline.save_pretrained`] does.
+
+        Adapters are saved beside the weights, in the folder `lora`, and [`PipelineBase.from_pretrained`] loads them
+        again; those that are fused are part of the weights that are saved. Both are told in a warning.
+
+        Args:
+            save_directory: The folder.
+            args, kwargs: As for diffusers, such as `variant`, `max_shard_size` or `push_to_hub`.
+        """
+        with contextlib.ExitStack() as stack:
+            self._save_adapters(save_directory)  # first: `push_to_hub` sends what is in the folder
+            for model in self._lora_models().values():
+                stack.enter_context(without_adapters(model))
+            super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path, *args, **kwargs):

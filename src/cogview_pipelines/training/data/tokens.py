@@ -24,9 +24,10 @@ from ...generation.token_sequence import TokenSequence
 from ...json_lines import parse_object, read_lines, write_lines
 from ...models.cogview2.modeling_coglm import CogLMConfig
 from ...models.cogview2.tokenization_icetk import IcetkTokenizer
-from ..arguments import TrainConfig
+from ..adapters import LoraOptions
+from ..arguments import UNNOTICED, TrainConfig
 from ..run_folder import set_modes
-from .draws import WeightedIndex, draw_index
+from .draws import Draw, WeightedIndex, draw_index
 
 TOKENS_FILE = "tokens.safetensors"
 CAPTIONS_FILE = "captions.jsonl"
@@ -215,7 +216,7 @@ class CanvasBatch:
 
 
 @dataclass
-class TokenTrainConfig(TrainConfig):
+class TokenTrainConfig(LoraOptions, TrainConfig):
     """What the scripts that train on token folders have in common."""
 
     data: str = field(kw_only=True, metadata={"help": "Token folder, as prepare_tokens.py writes it."})
@@ -224,6 +225,16 @@ class TokenTrainConfig(TrainConfig):
         default=None, metadata={"help": "A second token folder, for what helps but is not what the model is for."}
     )
     auxiliary_probability: float = field(default=0.5, metadata={"help": "Share of samples from `auxiliary_data`."})
+    held_out_data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Token folder of pictures that are not trained on; the loss of some goes to metrics.jsonl.",
+            "resume": UNNOTICED,
+        },
+    )
+    held_out_samples: int = field(
+        default=128, metadata={"help": "How many samples of `held_out_data`.", "resume": UNNOTICED}
+    )
 
     def load_data(self, tokenizer: IcetkTokenizer) -> TokenData:
         """The pictures to train on; raises `ValueError` as [`TokenData.load`] does."""
@@ -231,6 +242,20 @@ class TokenTrainConfig(TrainConfig):
         if self.auxiliary_data is None:
             return data
         return data.with_auxiliary(TokenData.load(self.auxiliary_data, tokenizer), self.auxiliary_probability)
+
+    def held_out_batches(self, tokenizer: IcetkTokenizer, make_batch: Callable[[TokenData, Draw], object]) -> list:
+        """
+        Batches of the held-out pictures, the same in every run with this seed; none without `held_out_data`.
+
+        Args:
+            tokenizer ([`IcetkTokenizer`]): Of the captions.
+            make_batch (`Callable`): What makes a batch of some data and a draw, as for training.
+        """
+        if self.held_out_data is None:
+            return []
+        data, size = TokenData.load(self.held_out_data, tokenizer), self.batch_size
+        starts = range(0, self.held_out_samples, size)
+        return [make_batch(data, Draw(0, range(start, min(start + size, self.held_out_samples)))) for start in starts]
 
 
 def parse_captions(line: str, place: str) -> tuple[dict[str, list[str]], float]:

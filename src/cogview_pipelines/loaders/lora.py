@@ -1,0 +1,397 @@
+"""Adapters (LoRA) of pipelines: loaded, weighed, fused, saved and removed, under the names of diffusers."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import logging
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
+from torch import nn
+
+from ..models import adapters
+from .lora_files import WEIGHT_NAME, read_lora, write_lora
+
+logger = logging.get_logger(__name__)
+
+# In the folder of a saved pipeline: its adapters, one file each, and by how much they count.
+LORA_FOLDER, LORA_INDEX = "lora", "adapters.json"
+
+AdapterWeights = float | Mapping[str, float] | Sequence[float | Mapping[str, float] | None] | None
+
+
+class LoraLoaderMixin:
+    """
+    A pipeline whose stages take adapters, as those of diffusers do.
+
+    Files are those of diffusers: `pytorch_lora_weights.safetensors`, whose matrices are named after the component
+    (`transformer.layers.0.attention.dense.lora_A.weight`). One adapter may adapt several components; several can be
+    loaded, and count together. Pipelines that `from_pipe` makes share components, and so adapters.
+    """
+
+    @property
+    def _lora_loadable_modules(self) -> list[str]:
+        """Names of the components that adapters may be for."""
+        return self.model_cpu_offload_seq.split("->")
+
+    def _lora_models(self, components: Sequence[str] | None = None) -> dict[str, nn.Module]:
+        names = self._lora_loadable_modules
+        unknown = [name for name in components or () if name not in names]
+        if unknown:
+            raise ValueError(f"`components` may name {names}, but names {unknown}.")
+        models = {name: getattr(self, name, None) for name in (names if components is None else components)}
+        return {name: model for name, model in models.items() if model is not None}
+
+    # Loading and saving ----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def lora_state_dict(cls, source, weight_name: str | None = None, **hub_options) -> dict[str, torch.Tensor]:
+        """The matrices in a file of adapters, as [`LoraLoaderMixin.load_lora_weights`] reads them."""
+        weights, _ = read_lora(source, cls.model_cpu_offload_seq.split("->"), weight_name, **hub_options)
+        return {f"{part}.{name}": value for part, own in weights.items() for name, value in own.items()}
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | Mapping[str, torch.Tensor],
+        adapter_name: str | None = None,
+        *,
+        weight_name: str | None = None,
+        **hub_options,
+    ) -> None:
+        """
+        Load an adapter; it counts from now on, beside those that do already.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: A folder, a file, a Hub id, or the matrices.
+            adapter_name (`str`, *optional*): What it is called here; default: `default_0`, `default_1`, ...
+            weight_name (`str`, *optional*): The file in the folder, where it holds several.
+            hub_options: `subfolder`, `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
+
+        Raises:
+            ImportError: If PEFT is missing.
+            ValueError: If it is damaged, no adapter, one for another model, or the name is taken; then nothing is
+                loaded.
+            OSError: If there is no such file.
+        """
+        adapters.require_peft()
+        self._refuse_hooks_of_layers()
+        weights, configs = read_lora(
+            pretrained_model_name_or_path_or_dict, self._lora_loadable_modules, weight_name, **hub_options
+        )
+        if adapter_name is None:
+            taken, number = self._all_adapters(), 0
+            while f"default_{number}" in taken:
+                number += 1
+            adapter_name = f"default_{number}"
+        if not adapter_name or "." in adapter_name:
+            raise ValueError(f"`adapter_name` must be a name without dots, but is {adapter_name!r}.")
+        models = self._lora_models()
+        absent = [part for part in weights if part not in models]
+        if len(absent) == len(weights):
+            raise ValueError(f"The adapter is for {absent}, which this {type(self).__name__} does not have.")
+        if absent:
+            logger.warning(
+                f"Parts of the adapter {adapter_name!r} are left out: there is no {' and no '.join(absent)}."
+            )
+        done = []
+        try:
+            for part, own in weights.items():
+                if part in models:
+                    adapters.load_adapter(models[part], adapter_name, own, configs[part])
+                    done.append(models[part])
+        except ValueError:
+            for model in done:
+                adapters.delete_adapters(model, [adapter_name])
+            raise
+
+    @classmethod
+    def save_lora_weights(
+        cls,
+        save_directory: str | os.PathLike,
+        *,
+        is_main_process: bool = True,
+        weight_name: str | None = None,
+        **layers: Mapping[str, Any] | nn.Module | None,
+    ) -> None:
+        """
+        Write an adapter, given its matrices, as diffusers does; [`LoraLoaderMixin.save_adapter`] writes a loaded one.
+
+        Args:
+            save_directory: The folder; it is made.
+            is_main_process (`bool`): Write nothing where it is false.
+            weight_name (`str`, defaults to `"pytorch_lora_weights.safetensors"`): Of the file.
+            layers: For each component `<component>_lora_layers`, its matrices by name, and perhaps
+                `<component>_lora_adapter_metadata`, the fields of its `peft.LoraConfig`.
+
+        Raises:
+            TypeError: If another argument is given.
+            ValueError: If no matrices are.
+        """
+        weights, configs = {}, {}
+        for part in cls.model_cpu_offload_seq.split("->"):
+            own = layers.pop(f"{part}_lora_layers", None)
+            config = layers.pop(f"{part}_lora_adapter_metadata", None)
+            if own:
+                weights[part] = own.state_dict() if isinstance(own, nn.Module) else dict(own)
+                configs[part] = dict(config or {})
+        if layers:
+            raise TypeError(f"`save_lora_weights` has no argument {sorted(layers)[0]!r}.")
+        if not weights:
+            raise ValueError(
+                f"`{cls.model_cpu_offload_seq.split('->')[0]}_lora_layers` or that of another must be given."
+            )
+        if is_main_process:
+            write_lora(save_directory, weights, configs, weight_name or WEIGHT_NAME)
+
+    def save_adapter(
+        self, save_directory: str | os.PathLike, adapter_name: str | None = None, weight_name: str | None = None
+    ) -> Path:
+        """
+        Write a loaded adapter into a file, for all components that it adapts.
+
+        Args:
+            save_directory: The folder; it is made.
+            adapter_name (`str`, *optional*): Which; default: the only one.
+            weight_name (`str`, defaults to `"pytorch_lora_weights.safetensors"`): Of the file.
+
+        Returns:
+            `Path`: The file.
+
+        Raises:
+            ValueError: If there is no such adapter, or several and no name.
+        """
+        names = self._all_adapters()
+        if adapter_name is None and len(names) == 1:
+            adapter_name = names[0]
+        if adapter_name not in names:
+            raise ValueError(f"`adapter_name` must be one of {names}, but is {adapter_name!r}.")
+        models = {part: m for part, m in self._lora_models().items() if adapter_name in adapters.adapter_names(m)}
+        weights = {part: adapters.adapter_weights(model, adapter_name) for part, model in models.items()}
+        configs = {part: adapters.adapter_config(model, adapter_name) for part, model in models.items()}
+        return write_lora(save_directory, weights, configs, weight_name or WEIGHT_NAME)
+
+    # Choosing --------------------------------------------------------------------------------------------------------
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """The adapters of each component."""
+        found = {part: adapters.adapter_names(model) for part, model in self._lora_models().items()}
+        return {part: names for part, names in found.items() if names}
+
+    def _all_adapters(self) -> list[str]:
+        return list(dict.fromkeys(name for names in self.get_list_adapters().values() for name in names))
+
+    def get_active_adapters(self) -> list[str]:
+        """The adapters that count, in any component."""
+        models = self._lora_models().values()
+        return list(dict.fromkeys(name for model in models for name in adapters.active_adapters(model)))
+
+    def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: AdapterWeights = None) -> None:
+        """
+        Let these adapters count, and no others.
+
+        Args:
+            adapter_names (`str` or sequence of `str`): Loaded ones.
+            adapter_weights (`float`, `dict` or a sequence of them, *optional*): By how much each counts (default: 1);
+                a `dict` says so by component.
+
+        Raises:
+            ValueError: If there is no such adapter, or not a weight for each; or they are fused.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        unknown = [name for name in names if name not in self._all_adapters()]
+        if unknown or len(set(names)) < len(names):
+            raise ValueError(f"`adapter_names` must be of {self._all_adapters()}, each once, but is {names}.")
+        weights = adapter_weights
+        weights = (
+            [weights] * len(names) if weights is None or isinstance(weights, (int, float, Mapping)) else [*weights]
+        )
+        if len(weights) != len(names):
+            raise ValueError(f"`adapter_weights` must be one for each of {names}, but has {len(weights)}.")
+        models = self._lora_models()
+        for model in models.values():
+            adapters.require_unfused(model)
+        for each in weights:
+            wrong = (
+                [part for part in each if part not in self._lora_loadable_modules] if isinstance(each, Mapping) else []
+            )
+            if wrong:
+                raise ValueError(f"`adapter_weights` may name {self._lora_loadable_modules}, but names {wrong}.")
+        for part, model in models.items():
+            own = [
+                each.get(part, 1.0) if isinstance(each, Mapping) else 1.0 if each is None else each for each in weights
+            ]
+            adapters.activate(model, names, own)
+
+    def disable_lora(self) -> None:
+        """Let no adapter count."""
+        for model in self._lora_models().values():
+            adapters.activate(model, [])
+
+    def enable_lora(self) -> None:
+        """Let all adapters count, as much as they did."""
+        for model in self._lora_models().values():
+            adapters.activate(model, adapters.adapter_names(model))
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """
+        Remove adapters.
+
+        Raises:
+            ValueError: If there is no such adapter, or they are fused.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        unknown = [name for name in names if name not in self._all_adapters()]
+        if unknown:
+            raise ValueError(f"`adapter_names` must be of {self._all_adapters()}, but names {unknown}.")
+        for model in self._lora_models().values():
+            if any(name in adapters.adapter_names(model) for name in names):
+                adapters.delete_adapters(model, names)
+
+    def unload_lora_weights(self) -> None:
+        """Remove all adapters. Those that are fused stay in the weights."""
+        for model in self._lora_models().values():
+            adapters.unload_adapters(model)
+
+    # Fusing ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def num_fused_loras(self) -> int:
+        """How many adapters are fused."""
+        return len(self.fused_loras)
+
+    @property
+    def fused_loras(self) -> set[str]:
+        """The adapters that are fused into the weights of any component."""
+        fused = [adapters.fused_adapters(model) for model in self._lora_models().values()]
+        return {name for each in fused if each is not None for name in each.names}
+
+    def fuse_lora(
+        self,
+        components: Sequence[str] | None = None,
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: Sequence[str] | None = None,
+    ) -> None:
+        """
+        Add adapters to the weights that they adapt: then a step takes as long as without them, and a CPU runs it in
+        one kernel.
+
+        Where two stages share weights, the other one keeps them as they were, which takes memory for the weights that
+        are adapted.
+
+        Args:
+            components (sequence of `str`, *optional*): Which components; default: all that have adapters.
+            lora_scale (`float`, defaults to 1.0): By how much more than they count.
+            safe_fusing (`bool`, defaults to `False`): Raise an error rather than leave NaN in the weights.
+            adapter_names (sequence of `str`, *optional*): Which adapters; default: those that count.
+
+        Raises:
+            ValueError: If there are none, some are fused already, or the weights are quantised in a way that adapters
+                cannot be added to.
+        """
+        self._refuse_hooks_of_layers()
+        models = self._lora_models(components)
+        wanted = {}
+        for part, model in models.items():
+            adapters.require_unfused(model)
+            own = adapters.adapter_names(model)
+            chosen = (
+                adapters.active_adapters(model) if adapter_names is None else [n for n in adapter_names if n in own]
+            )
+            if chosen:
+                wanted[part] = chosen
+        unknown = [name for name in adapter_names or () if name not in self._all_adapters()]
+        if unknown or not wanted:
+            raise ValueError(
+                f"There is no adapter to fuse: {unknown or 'none counts'}. Loaded are {self._all_adapters()}."
+            )
+        done = []
+        try:
+            for part, names in wanted.items():
+                adapters.fuse_adapters(models[part], names, lora_scale, safe_fusing)
+                done.append(models[part])
+        except ValueError:
+            for model in done:
+                adapters.unfuse_adapters(model)
+            raise
+
+    def unfuse_lora(self, components: Sequence[str] | None = None) -> None:
+        """
+        Take fused adapters out of the weights again.
+
+        Weights that another stage uses get back the numbers they had; of others the adapter is subtracted, which
+        leaves rounding errors.
+
+        Args:
+            components (sequence of `str`, *optional*): Which components; default: all.
+
+        Raises:
+            ValueError: If the adapters have been unloaded since.
+        """
+        for model in self._lora_models(components).values():
+            adapters.unfuse_adapters(model)
+
+    def _refuse_hooks_of_layers(self) -> None:
+        """Hooks of single layers would miss the layers that come and go."""
+        for name, model in self._lora_models().items():
+            if any(
+                hasattr(m, "_diffusers_hook") or (m is not model and hasattr(m, "_hf_hook")) for m in model.modules()
+            ):
+                raise ValueError(
+                    f"`{name}` is offloaded layer by layer. Load or fuse adapters first, then call "
+                    "`enable_group_offload` or `enable_sequential_cpu_offload`."
+                )
+
+    # Saved pipelines -------------------------------------------------------------------------------------------------
+
+    def _save_adapters(self, folder: str | os.PathLike) -> None:
+        """Write the adapters that are not fused beside a saved pipeline, and say so."""
+        folder, names, counts = Path(folder), self._all_adapters(), {}
+        (folder / LORA_FOLDER / LORA_INDEX).unlink(missing_ok=True)  # of another model
+        fused = sorted(self.fused_loras)
+        if fused:
+            logger.warning(f"The adapters {fused} are fused: they are saved as part of the weights.")
+        left = [name for name in names if name not in fused]
+        if not left:
+            return
+        for name in left:
+            self.save_adapter(folder / LORA_FOLDER, name, f"{name}.safetensors")
+            counts[name] = {
+                part: adapters.adapter_scale(model, name)
+                for part, model in self._lora_models().items()
+                if name in adapters.adapter_names(model)
+            }
+        index = {"active": self.get_active_adapters(), "adapters": counts}
+        (folder / LORA_FOLDER / LORA_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        logger.warning(
+            f"The weights are saved without the adapters {left}; these are in {folder / LORA_FOLDER}, and "
+            "`from_pretrained` of the folder loads them, too. After `fuse_lora` they would be part of the weights."
+        )
+
+    def _load_saved_adapters(self, source: str | os.PathLike, **hub_options) -> None:
+        """Load the adapters that were saved with a pipeline."""
+        if os.path.isdir(source):
+            index_file = Path(source) / LORA_FOLDER / LORA_INDEX
+            if not index_file.is_file():
+                return
+        else:
+            try:
+                index_file = hf_hub_download(os.fspath(source), f"{LORA_FOLDER}/{LORA_INDEX}", **hub_options)
+            except (HfHubHTTPError, OSError, ValueError):  # there are none, or none in the cache
+                return
+        try:
+            index = json.loads(Path(index_file).read_text(encoding="utf-8"))
+            names, active = dict(index["adapters"]), list(index["active"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{index_file} is damaged. Copy or save the model again.") from error
+        names = {name: counts for name, counts in names.items() if any(map(self._lora_models().get, counts))}
+        for name in names:
+            options = {"weight_name": f"{name}.safetensors", "subfolder": LORA_FOLDER, **hub_options}
+            self.load_lora_weights(source, name, **options)
+        if names:
+            self.set_adapters([*names], [*names.values()])
+        for model in self._lora_models().values():
+            adapters.activate(model, [name for name in active if name in names])

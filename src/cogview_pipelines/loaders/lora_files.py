@@ -1,0 +1,141 @@
+"""
+Files of adapters, as diffusers writes them: `pytorch_lora_weights.safetensors` with the matrices of all components,
+and how each adapter is made in its metadata.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, hf_hub_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+WEIGHT_NAME = "pytorch_lora_weights.safetensors"
+METADATA_KEY = "lora_adapter_metadata"
+Weights = dict[str, dict[str, torch.Tensor]]
+Configs = dict[str, dict[str, Any]]
+
+
+def write_lora(
+    folder: str | os.PathLike,
+    weights: Mapping[str, Mapping[str, torch.Tensor]],
+    configs: Configs,
+    weight_name: str = WEIGHT_NAME,
+) -> Path:
+    """
+    Write the adapter of one or more components into a file.
+
+    Args:
+        folder: Where; it is made.
+        weights (`dict[str, dict[str, torch.Tensor]]`): By component, the matrices.
+        configs (`dict[str, dict]`): By component, fields of `peft.LoraConfig`.
+        weight_name (`str`): Of the file.
+
+    Returns:
+        `Path`: The file.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"{part}.{name}": value.detach().cpu().contiguous()
+        for part, own in weights.items()
+        for name, value in own.items()
+    }
+    metadata = {
+        f"{part}.{name}": sorted(value) if isinstance(value, (set, frozenset)) else value
+        for part, config in configs.items()
+        for name, value in config.items()
+    }
+    save_file(tensors, folder / weight_name, {"format": "pt", METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+    return folder / weight_name
+
+
+def read_lora(
+    source: str | os.PathLike | Mapping[str, torch.Tensor],
+    components: list[str],
+    weight_name: str | None = None,
+    **hub_options,
+) -> tuple[Weights, Configs]:
+    """
+    The adapter in a file, by component.
+
+    Args:
+        source: A folder, a file, a Hub id, or the matrices themselves by `component.layer.lora_A.weight`.
+        components (list of `str`): Names that the components may have.
+        weight_name (`str`, *optional*): The file in the folder; needed only where there are several.
+        hub_options: `subfolder`, `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
+
+    Raises:
+        ValueError: If it is no adapter, is damaged, or is for other components.
+        OSError: If there is no such file.
+    """
+    if isinstance(source, Mapping):
+        tensors, metadata = dict(source), {}
+    else:
+        tensors, metadata = _read_file(_find_file(os.fspath(source), weight_name, **hub_options))
+    weights: Weights = {}
+    for name, value in tensors.items():
+        part = next((part for part in components if name.startswith(f"{part}.")), None)
+        if part is None or ".lora_" not in name:
+            raise ValueError(
+                f"The file holds {name!r}, which is no matrix of an adapter for {components}. Is it one for another "
+                "kind of pipeline?"
+            )
+        weights.setdefault(part, {})[name.removeprefix(f"{part}.")] = value
+    if not weights:
+        raise ValueError("The file holds no matrices of adapters.")
+    configs = {
+        part: {name.removeprefix(f"{part}."): value for name, value in metadata.items() if name.startswith(f"{part}.")}
+        for part in weights
+    }
+    return weights, configs
+
+
+def _read_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    if path.suffix != ".safetensors":
+        raise ValueError(
+            f"Adapters are read from .safetensors files only, but this is {path.name}: a pickle can run code."
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}. Copy or save the adapter again.") from error
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path} is damaged: its metadata are no object. Copy or save the adapter again.")
+    return tensors, metadata
+
+
+def _find_file(source: str, weight_name: str | None, subfolder: str | None = None, **hub_options) -> Path:
+    path = Path(source)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        folder = path / (subfolder or "")
+        if weight_name is not None:
+            names = [weight_name]
+        else:
+            names = sorted(file.name for file in folder.glob("*.safetensors"))
+            names = [WEIGHT_NAME] if WEIGHT_NAME in names else names
+        if len(names) != 1 or not (folder / names[0]).is_file():
+            raise OSError(f"{folder} must hold one .safetensors file, or name one by `weight_name`, but: {names}.")
+        return folder / names[0]
+    if weight_name is None:
+        files = (
+            []
+            if hub_options.get("local_files_only")
+            else HfApi(token=hub_options.get("token")).list_repo_files(source, revision=hub_options.get("revision"))
+        )
+        prefix = f"{subfolder}/" if subfolder else ""
+        names = [
+            name.removeprefix(prefix)
+            for name in files
+            if name.startswith(prefix) and name.endswith(".safetensors") and "/" not in name.removeprefix(prefix)
+        ]
+        weight_name = names[0] if len(names) == 1 else WEIGHT_NAME
+    return Path(hf_hub_download(source, weight_name, subfolder=subfolder, **hub_options))

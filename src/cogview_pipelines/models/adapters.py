@@ -1,0 +1,440 @@
+"""
+Low-rank adapters (LoRA) on the linear layers of a model: added, loaded, weighed, merged, and kept apart from the
+weights that another model borrows.
+
+PEFT puts a layer of its own around each linear layer that it adapts. Merging changes weights in place. Here a merged
+model holds its plain layers again, so that all that knows plain layers (fused decoding, saving, compiling) works on
+it; and weights that are lent are copied before they are changed.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+# Every linear layer of the transformers of all families.
+TARGET_MODULES = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+DEFAULT_ADAPTER = "default"
+_INFIX = ".base_layer"
+
+
+@dataclass
+class FusedAdapters:
+    """
+    What stands in for the adapters of a model while they are merged.
+
+    Args:
+        names (`list[str]`): The adapters that are merged.
+        layers (list of `(parent, name, layer, scalings)`): The layers of PEFT, where they belong, and their scalings.
+        kept (`dict`): By module and name, the weights that other models go on to use, as they were.
+    """
+
+    names: list[str]
+    layers: list[tuple[nn.Module, str, nn.Module, dict[str, float]]] = field(default_factory=list)
+    kept: dict[tuple[nn.Module, str], nn.Parameter] = field(default_factory=dict)
+
+
+def require_peft():
+    """
+    The module `peft`.
+
+    Raises:
+        ImportError: If it is missing; the message says how to install it.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("Adapters (LoRA) need the package peft: pip install 'cogview_pipelines[lora]'.") from error
+    return peft
+
+
+# Adding --------------------------------------------------------------------------------------------------------------
+
+
+def add_adapter(
+    model: nn.Module,
+    name: str = DEFAULT_ADAPTER,
+    rank: int = 8,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    target_modules: Sequence[str] = TARGET_MODULES,
+) -> None:
+    """
+    Put a new adapter on a model, which changes nothing yet; all other weights are frozen.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        name (`str`, defaults to `"default"`): Of the adapter.
+        rank (`int`, defaults to 8): Rows of its matrices.
+        alpha (`float`, *optional*): Its product is multiplied by `alpha / rank`; default: `rank`.
+        dropout (`float`, defaults to 0.0): Of its inputs, in training.
+        target_modules (sequence of `str`): Names of linear layers, or ends of their names.
+
+    Raises:
+        ImportError: If PEFT is missing.
+        ValueError: If `rank` is below 1, or the model has no such layers.
+    """
+    peft = require_peft()
+    if rank < 1:
+        raise ValueError(f"`rank` must be at least 1, but is {rank}.")
+    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    found = [path for path in linear if any(_is_target(path, target) for target in target_modules)]
+    if not found:
+        known = sorted({path.rpartition(".")[2] for path in linear})
+        raise ValueError(f"`target_modules` must name linear layers, such as {known}, but is {list(target_modules)}.")
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules=sorted(target_modules),
+    )
+    require_unfused(model)
+    model.add_adapter(config, name)
+
+
+def _is_target(path: str, target: str) -> bool:
+    path = path.replace(_INFIX, "")
+    return path == target or path.endswith(f".{target}")
+
+
+def load_adapter(model: nn.Module, name: str, weights: Mapping[str, torch.Tensor], config: dict[str, Any]) -> None:
+    """
+    Put a trained adapter on a model.
+
+    Args:
+        model (`PreTrainedModel`): The model; its weights may be quantised.
+        name (`str`): Of the adapter.
+        weights (`Mapping[str, torch.Tensor]`): Its matrices, as [`adapter_weights`] names them.
+        config (`dict`): Fields of `peft.LoraConfig`; without `r`, the rank is read from the matrices.
+
+    Raises:
+        ImportError: If PEFT is missing.
+        ValueError: If the adapter is there already, or is one of another model.
+    """
+    peft = require_peft()
+    require_unfused(model)
+    if name in adapter_names(model):
+        raise ValueError(f"`adapter_name` must be a new one, but {name!r} is loaded already. Delete it first.")
+    known = set(peft.LoraConfig.__dataclass_fields__)
+    fields = {key: value for key, value in config.items() if key in known and key not in ("peft_type", "task_type")}
+    ranks = {key: value.shape[0] for key, value in weights.items() if key.endswith("lora_A.weight")}
+    targets = {key.removesuffix(".lora_A.weight") for key in ranks}
+    _check_fit(model, name, weights, targets)
+    if "r" not in fields:
+        if not ranks:
+            raise ValueError(f"The adapter {name!r} has no matrices `lora_A.weight`: {sorted(weights)[:3]}.")
+        fields["r"] = max(ranks.values())
+        fields["rank_pattern"] = {
+            key.removesuffix(".lora_A.weight"): rank for key, rank in ranks.items() if rank != fields["r"]
+        }
+        fields.setdefault("lora_alpha", fields["r"])
+    fields["target_modules"] = sorted(targets)  # those that the file has, whatever it says
+    active = active_adapters(model)
+    # without the hidden arguments that PEFT tests: what is loaded is used, not trained
+    lora = peft.LoraConfig(**{**fields, "inference_mode": True})
+    model.add_adapter(lora, name)
+    result = peft.set_peft_model_state_dict(model, dict(weights), name)
+    if result.unexpected_keys:
+        delete_adapters(model, [name])
+        raise ValueError(
+            f"The adapter {name!r} has matrices that the model has no place for: {_few(result.unexpected_keys)}."
+        )
+    activate(model, [*active, name])
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def _check_fit(model: nn.Module, name: str, weights: Mapping[str, torch.Tensor], targets: set[str]) -> None:
+    modules = {path.replace(_INFIX, ""): module for path, module in model.named_modules() if not _is_adapter(path)}
+    lost = sorted(path for path in targets if path not in modules)
+    if lost or not targets:
+        raise ValueError(
+            f"The adapter {name!r} is not one for a {type(model).__name__} of this size: "
+            + (f"it adapts {_few(lost)}, which the model lacks." if lost else "it has no matrices.")
+        )
+    for path in sorted(targets):
+        module = modules[path]
+        module = getattr(module, "base_layer", module)
+        rows, columns = weights[f"{path}.lora_B.weight"].shape[0], weights[f"{path}.lora_A.weight"].shape[1]
+        if (rows, columns) != (module.out_features, module.in_features):
+            raise ValueError(
+                f"The adapter {name!r} is of another model: its {path} has {columns} inputs and {rows} outputs, that "
+                f"of the model {module.in_features} and {module.out_features}."
+            )
+
+
+def _few(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+# Looking -------------------------------------------------------------------------------------------------------------
+
+
+def adapter_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """The layers that PEFT put around others, each with its parent and its name there."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if hasattr(child, "base_layer") and hasattr(child, "merged_adapters"):
+                yield parent, name, child
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The adapters that a model has, in the order in which they came."""
+    names = list(getattr(model, "peft_config", {}))
+    return names if names and (fused_adapters(model) or any(True for _ in adapter_layers(model))) else []
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """Those that count."""
+    layers = [entry[2] for entry in _fused_layers(model)] or [entry[2] for entry in adapter_layers(model)]
+    active = {name for layer in layers if not layer.disable_adapters for name in layer.active_adapters}
+    return [name for name in adapter_names(model) if name in active]
+
+
+def adapter_weights(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    """The matrices of an adapter, by the names of the model's layers and `lora_A.weight` or `lora_B.weight`."""
+    with unfused_layers(model):
+        found = require_peft().get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return {key.removeprefix("base_model.model."): value.detach() for key, value in found.items()}
+
+
+def adapter_config(model: nn.Module, name: str) -> dict[str, Any]:
+    """How an adapter is made: what is not PEFT's default, and its rank, alpha and layers."""
+    peft = require_peft()
+    config = model.peft_config[name].to_dict()
+    defaults = peft.LoraConfig().to_dict()
+    kept = {"r", "lora_alpha", "target_modules", "peft_type"}
+    fields = {key: value for key, value in config.items() if key in kept or value != defaults.get(key)}
+    for key in ("base_model_name_or_path", "inference_mode", "auto_mapping", "task_type", "revision"):
+        fields.pop(key, None)
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
+
+
+def adapter_scale(model: nn.Module, name: str) -> float:
+    """By how much an adapter counts."""
+    layers = [entry[2] for entry in _fused_layers(model)] or [entry[2] for entry in adapter_layers(model)]
+    for layer in layers:
+        if name in layer.scaling:
+            own = layer.lora_alpha[name] / (layer.r[name] ** (0.5 if layer.use_rslora.get(name) else 1))
+            return layer.scaling[name] / own
+    return 1.0
+
+
+# Choosing ------------------------------------------------------------------------------------------------------------
+
+
+def activate(model: nn.Module, names: Sequence[str], weights: Sequence[float] | None = None) -> None:
+    """
+    Let these adapters count, and no others.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        names (sequence of `str`): The adapters; none switches all off.
+        weights (sequence of `float`, *optional*): By how much each counts; as before by default.
+    """
+    require_unfused(model)
+    for *_, layer in adapter_layers(model):
+        own = [name for name in names if name in layer.scaling]
+        layer.enable_adapters(bool(own))
+        if own:
+            layer.set_adapter(own)
+        if weights is not None:
+            for name, weight in zip(names, weights):
+                if name in layer.scaling:
+                    layer.set_scale(name, weight)
+    for parameter in model.parameters():  # PEFT lets the chosen ones train
+        parameter.requires_grad_(False)
+
+
+def delete_adapters(model: nn.Module, names: Sequence[str]) -> None:
+    """Remove adapters; where none is left, so are the layers of PEFT."""
+    require_unfused(model)
+    left = [name for name in adapter_names(model) if name not in names]
+    if not left:
+        return unload_adapters(model)
+    for parent, child, layer in adapter_layers(model):
+        for name in names:
+            if name in layer.scaling:
+                layer.delete_adapter(name)
+        if not layer.scaling:
+            setattr(parent, child, layer.base_layer)
+    for name in names:
+        model.peft_config.pop(name, None)
+
+
+def unload_adapters(model: nn.Module) -> None:
+    """Remove all adapters. Those that are merged stay in the weights."""
+    fused = fused_adapters(model)
+    if fused is not None:
+        fused.layers, fused.names = [], []
+    for parent, child, layer in adapter_layers(model):
+        setattr(parent, child, layer.base_layer)
+    vars(model).pop("peft_config", None)
+    model._hf_peft_config_loaded = False
+
+
+# Merging -------------------------------------------------------------------------------------------------------------
+
+
+def fused_adapters(model: nn.Module) -> FusedAdapters | None:
+    """What is merged into a model, if anything is."""
+    return getattr(model, "_fused_adapters", None)
+
+
+def _fused_layers(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module, dict[str, float]]]:
+    fused = fused_adapters(model)
+    return [] if fused is None else fused.layers
+
+
+def require_unfused(model: nn.Module) -> None:
+    """Raise `ValueError` if adapters are merged into a model."""
+    fused = fused_adapters(model)
+    if fused is not None and fused.layers:
+        raise ValueError(f"The adapters {fused.names} are fused into the weights. Call `unfuse_lora` first.")
+
+
+def fuse_adapters(
+    model: nn.Module, names: Sequence[str] | None = None, scale: float = 1.0, safe: bool = False
+) -> list[str]:
+    """
+    Add adapters to the weights that they adapt; the model then is as plain as one without.
+
+    Args:
+        model (`PreTrainedModel`): The model. Weights that it lends or borrows are copied first: the other model goes
+            on with them as they were.
+        names (sequence of `str`, *optional*): Which; by default those that count.
+        scale (`float`, defaults to 1.0): By how much more than they count.
+        safe (`bool`, defaults to `False`): Raise an error rather than leave NaN in the weights.
+
+    Returns:
+        `list[str]`: Which adapters are merged.
+
+    Raises:
+        ValueError: If some are merged already, there is no such adapter, or these weights cannot be merged into.
+    """
+    require_unfused(model)
+    names = active_adapters(model) if names is None else list(names)
+    unknown = [name for name in names if name not in adapter_names(model)]
+    if unknown or not names:
+        raise ValueError(f"`adapter_names` must be of {adapter_names(model)}, but is {names}.")
+    before = fused_adapters(model)  # of adapters that were unloaded since
+    fused = FusedAdapters(names, kept={} if before is None else before.kept)
+    model._fused_adapters = fused
+    try:
+        for parent, child, layer in adapter_layers(model):
+            own = [name for name in names if name in layer.scaling]
+            fused.layers.append((parent, child, layer, dict(layer.scaling)))
+            if own:
+                base = layer.get_base_layer()
+                _keep_lent(model, base, fused)
+                for name in own:
+                    layer.scaling[name] *= scale
+                layer.merge(safe_merge=safe, adapter_names=own)
+    except Exception as error:
+        unfuse_adapters(model)
+        if isinstance(error, (NotImplementedError, TypeError)):
+            raise ValueError(f"Adapters cannot be fused into these weights: {error}") from error
+        raise
+    for parent, child, layer, _ in fused.layers:
+        setattr(parent, child, layer.get_base_layer())
+    return names
+
+
+def unfuse_adapters(model: nn.Module) -> None:
+    """
+    Take merged adapters out of the weights; they count as before.
+
+    Raises:
+        ValueError: If the adapters have been removed since.
+    """
+    fused = fused_adapters(model)
+    if fused is None:
+        return
+    if not fused.layers:
+        raise ValueError("The fused adapters have been unloaded, and stay in the weights. Load the model again.")
+    for parent, child, layer, scalings in fused.layers:
+        setattr(parent, child, layer)
+        base, lent = layer.get_base_layer(), {}
+        for (module, name), parameter in fused.kept.items():
+            if module is base:
+                lent[name] = parameter
+        if layer.merged:
+            if "weight" in lent:
+                layer.merged_adapters = []
+            else:
+                layer.unmerge()
+        for name, parameter in lent.items():
+            base._parameters[name] = parameter
+            parameter.lender_is_fused = False
+        layer.scaling.update(scalings)
+    del model._fused_adapters
+
+
+def _keep_lent(model: nn.Module, base: nn.Module, fused: FusedAdapters) -> None:
+    """Give a layer weights of its own, if another model uses those that it has."""
+    if not (getattr(model, "lends_weights", False) or getattr(model.config, "shares_backbone", False)):
+        return
+    for name, parameter in list(base._parameters.items()):
+        if parameter is None or (base, name) in fused.kept:
+            continue
+        fused.kept[base, name] = parameter
+        parameter.lender_is_fused = True
+        if type(parameter) is nn.Parameter and type(parameter.data) is torch.Tensor:
+            base._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+        # of quantised weights, PEFT makes new ones
+
+
+# A model as it is without adapters -----------------------------------------------------------------------------------
+
+
+def _is_adapter(path: str) -> bool:
+    return ".lora_" in path or ".lora_" in f".{path}"
+
+
+def plain_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    """Module, name and path of every parameter of a model, as they would be called without adapters."""
+    for path, module in model.named_modules():
+        if not _is_adapter(path):
+            path = path.replace(_INFIX, "")
+            for name in module._parameters:
+                yield module, name, f"{path}.{name}" if path else name
+
+
+def lent_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What a model lends to others, by path: its weights as they are without adapters, merged ones included."""
+    fused = fused_adapters(model)
+    kept = {} if fused is None else fused.kept
+    return {path: kept.get((module, name), module._parameters[name]) for module, name, path in plain_parameters(model)}
+
+
+@contextlib.contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The model holds its plain layers meanwhile, as if no adapter had ever been added; what is merged stays."""
+    layers = list(adapter_layers(model))
+    loaded = getattr(model, "_hf_peft_config_loaded", False)
+    for parent, name, layer in layers:
+        setattr(parent, name, layer.base_layer)
+    model._hf_peft_config_loaded = False
+    try:
+        yield
+    finally:
+        model._hf_peft_config_loaded = loaded
+        for parent, name, layer in layers:
+            setattr(parent, name, layer)
+
+
+@contextlib.contextmanager
+def unfused_layers(model: nn.Module) -> Iterator[None]:
+    """The layers of PEFT stand in their places meanwhile, where they are merged, so that PEFT finds them."""
+    layers = _fused_layers(model)
+    for parent, name, layer, _ in layers:
+        setattr(parent, name, layer)
+    try:
+        yield
+    finally:
+        for parent, name, layer, _ in layers:
+            setattr(parent, name, layer.get_base_layer())

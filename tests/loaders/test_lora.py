@@ -1,0 +1,457 @@
+"""Adapters of pipelines: what counts, what is merged, what other stages see of it, and what is saved."""
+
+import copy
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from cogview_pipelines import CogView2CaptionPipeline, CogView2Pipeline, CogView2UpscalePipeline
+from cogview_pipelines.generation import decoders
+from cogview_pipelines.generation.decoders import fused_decoding_refusals
+from cogview_pipelines.models.adapters import adapter_layers
+
+from ..pipelines.conftest import build
+from ..utils import make_image_tokens
+from .conftest import STAGES, random_adapter
+
+
+def draw(pipe, **options):
+    """The tokens of a fixed prompt and seed."""
+    pipe.set_progress_bar_config(disable=True)
+    return pipe("a cat", generator=torch.Generator().manual_seed(1), output_type="latent", **options).tokens
+
+
+def draft(pipe):
+    """The low-resolution tokens alone."""
+    return draw(pipe, height=pipe.sizes[0][0])
+
+
+def logits(model):
+    ids = make_image_tokens(2)
+    with torch.no_grad():
+        return model(ids, torch.arange(ids.shape[1]).expand_as(ids)).logits
+
+
+def context(pipe):
+    """What direct super-resolution reads of fixed tokens, through its borrowed backbone."""
+    from cogview_pipelines.models.cogview2.sequences import direct_super_resolution
+
+    model = pipe.direct_sr_transformer
+    tokens = make_image_tokens(1).unflatten(1, (4, 4))
+    sequence = direct_super_resolution([[]], tokens, model.config.num_text_slots, model.config.layout)
+    with torch.no_grad():
+        return torch.stack(model.encode_context(sequence).keys)
+
+
+def weights_of(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+# Loading and choosing ------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_changes_the_stage_that_it_is_for_alone(pipe, adapters):
+    before, drafted, read = draw(pipe), draft(pipe), context(pipe)
+    pipe.load_lora_weights(adapters["draft"])
+    assert pipe.get_list_adapters() == {"transformer": ["default_0"]}
+    assert pipe.get_active_adapters() == ["default_0"]
+    assert not torch.equal(draft(pipe), drafted)
+    assert torch.equal(context(pipe), read)
+    pipe.unload_lora_weights()
+    assert torch.equal(draw(pipe), before)
+    assert not list(adapter_layers(pipe.transformer)) and pipe.get_list_adapters() == {}
+    pipe.load_lora_weights(adapters["sr"], "fine")
+    assert torch.equal(draft(pipe), drafted)
+    assert not torch.equal(draw(pipe), before)
+
+
+def test_adapters_add_up_by_their_weights(pipe, adapters, tmp_path):
+    plain = logits(pipe.transformer)
+    other = random_adapter({"transformer": pipe.transformer}, tmp_path, seed=7)
+    pipe.load_lora_weights(adapters["draft"], "one")
+    one = logits(pipe.transformer)
+    pipe.load_lora_weights(other, "two")
+    both = logits(pipe.transformer)
+    assert not torch.equal(one, both)
+    assert pipe.get_active_adapters() == ["one", "two"]
+    pipe.set_adapters("one")
+    assert torch.equal(logits(pipe.transformer), one)
+    pipe.set_adapters(["one", "two"], [0.0, 0.0])
+    assert torch.equal(logits(pipe.transformer), plain)
+    pipe.set_adapters(["two", "one"], [1.0, 1.0])
+    assert torch.allclose(logits(pipe.transformer), both, atol=1e-5)
+    pipe.disable_lora()
+    assert torch.equal(logits(pipe.transformer), plain)
+    pipe.enable_lora()
+    assert torch.allclose(logits(pipe.transformer), both, atol=1e-5)
+    pipe.delete_adapters("two")
+    assert torch.equal(logits(pipe.transformer), one)
+
+
+def test_a_weight_of_a_half_is_half_of_the_matrix(pipe, adapters):
+    """One layer by hand: `W + weight * alpha / rank * B A`."""
+    file = load_file(adapters["draft"] / "pytorch_lora_weights.safetensors")
+    name = "layers.0.attention.query_key_value"
+    up, down = (file[f"transformer.{name}.lora_{part}.weight"] for part in "BA")
+    layer = pipe.transformer.get_submodule(name)
+    weight, bias = layer.weight.clone(), layer.bias.clone()
+    pipe.load_lora_weights(adapters["draft"], "one")
+    pipe.set_adapters("one", 0.5)
+    states = torch.randn(3, 32)
+    expected = states @ (weight + 0.5 * up @ down).T + bias
+    assert torch.allclose(pipe.transformer.get_submodule(name)(states), expected, atol=1e-5)
+
+
+def test_weights_may_differ_by_component(pipe, adapters):
+    expected = draft(pipe)
+    pipe.load_lora_weights(adapters["all"], "style")
+    pipe.set_adapters("style", {"transformer": 0.0, "direct_sr_transformer": 0.5})
+    assert torch.equal(draft(pipe), expected)
+    scalings = {stage: next(layer for *_, layer in adapter_layers(getattr(pipe, stage))).scaling for stage in STAGES}
+    assert [scalings[stage]["style"] for stage in STAGES] == [0.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda pipe, folder: pipe.load_lora_weights(folder, "one"), "'one' is loaded already"),
+        (lambda pipe, folder: pipe.load_lora_weights(folder, "a.b"), "without dots"),
+        (lambda pipe, folder: pipe.set_adapters("two"), "must be of \\['one'\\]"),
+        (lambda pipe, folder: pipe.set_adapters("one", [1.0, 2.0]), "must be one for each"),
+        (lambda pipe, folder: pipe.set_adapters("one", {"vqvae": 1.0}), "names \\['vqvae'\\]"),
+        (lambda pipe, folder: pipe.delete_adapters("two"), "names \\['two'\\]"),
+        (lambda pipe, folder: pipe.fuse_lora(adapter_names=["two"]), "no adapter to fuse"),
+        (lambda pipe, folder: pipe.fuse_lora(components=["vqvae"]), "`components` may name"),
+        (lambda pipe, folder: pipe.save_adapter(folder, "two"), "must be one of \\['one'\\]"),
+        (lambda pipe, folder: pipe.save_lora_weights(folder), "must be given"),
+    ],
+)
+def test_mistakes_are_named(pipe, adapters, call, message):
+    pipe.load_lora_weights(adapters["draft"], "one")
+    expected = draft(pipe)
+    with pytest.raises(ValueError, match=message):
+        call(pipe, adapters["draft"])
+    assert torch.equal(draft(pipe), expected)
+
+
+def test_an_adapter_of_another_model_is_refused_and_leaves_no_trace(pipe, adapters, tmp_path):
+    file = load_file(adapters["all"] / "pytorch_lora_weights.safetensors")
+    expected = draw(pipe)
+
+    def refuse(tensors, message):
+        save_file(tensors, tmp_path / "bad.safetensors")
+        with pytest.raises(ValueError, match=message):
+            pipe.load_lora_weights(tmp_path / "bad.safetensors")
+        assert pipe.get_list_adapters() == {}
+        assert torch.equal(draw(pipe), expected)
+
+    last = "iterative_sr_transformer.layers.1.mlp.dense.lora_A.weight"
+    refuse({**file, last: torch.zeros(4, 32)}, "adapts layers.1.mlp.dense, which the model lacks")
+    name = "iterative_sr_transformer.layers.0.attention.dense.lora_A.weight"
+    refuse({**file, name: torch.zeros(4, 33)}, "has 33 inputs")
+    refuse({"unet.x.lora_A.weight": torch.zeros(1)}, "no matrix of an adapter")
+    refuse({"transformer.layers.0.attention.dense.weight": torch.zeros(1)}, "no matrix of an adapter")
+    (tmp_path / "bad.bin").write_bytes(b"x")
+    with pytest.raises(ValueError, match="a pickle can run code"):
+        pipe.load_lora_weights(tmp_path / "bad.bin")
+    (tmp_path / "bad.safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match="is damaged"):
+        pipe.load_lora_weights(tmp_path / "bad.safetensors")
+
+
+def test_without_peft_a_sentence_says_what_to_install(pipe, adapters, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"pip install 'cogview_pipelines\[lora\]'"):
+        pipe.load_lora_weights(adapters["draft"])
+    draw(pipe)  # nothing else needs it
+
+
+def test_parts_for_components_that_a_pipeline_lacks_are_left_out_loudly(tokenizer, adapters, caplog):
+    low = build(tokenizer, stages=())
+    with pytest.raises(ValueError, match="which this CogView2Pipeline does not have"):
+        low.load_lora_weights(adapters["sr"])
+    low.load_lora_weights(adapters["all"], "style")
+    assert low.get_list_adapters() == {"transformer": ["style"]}
+    assert "there is no direct_sr_transformer and no iterative_sr_transformer" in caplog.text
+
+
+def test_pipelines_of_the_same_components_share_adapters(pipe, adapters):
+    pipe.load_lora_weights(adapters["all"], "style")
+    expected = draw(pipe)
+    other = CogView2UpscalePipeline.from_pipe(pipe)
+    assert "style" in other.get_active_adapters()
+    assert torch.equal(draw(CogView2Pipeline.from_pipe(pipe)), expected)
+    CogView2CaptionPipeline.from_pipe(pipe).unload_lora_weights()
+    assert "transformer" not in pipe.get_list_adapters()
+
+
+# Fusing --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["draft", "sr", "all"])
+def test_fused_adapters_give_the_same_tokens_and_unfusing_brings_the_weights_back(pipe, adapters, kind):
+    plain = {stage: weights_of(getattr(pipe, stage)) for stage in STAGES}
+    pipe.load_lora_weights(adapters[kind], "style")
+    expected = draw(pipe)
+    pipe.fuse_lora()
+    assert pipe.fused_loras == {"style"} and pipe.num_fused_loras == 1
+    assert not any(list(adapter_layers(getattr(pipe, stage))) for stage in STAGES)
+    assert torch.equal(draw(pipe), expected)
+    pipe.unfuse_lora()
+    assert pipe.num_fused_loras == 0 and pipe.get_active_adapters() == ["style"]
+    assert torch.equal(draw(pipe), expected)
+    pipe.unload_lora_weights()
+    for stage in STAGES:
+        for name, value in getattr(pipe, stage).state_dict().items():
+            assert torch.allclose(value, plain[stage][name], atol=1e-5), name
+
+
+def test_fusing_into_one_stage_leaves_the_one_that_shares_its_weights_alone(pipe, adapters):
+    read, plain = context(pipe), weights_of(pipe.transformer)
+    pipe.load_lora_weights(adapters["draft"], "style")
+    pipe.fuse_lora()
+    assert torch.equal(context(pipe), read)
+    for new in (CogView2Pipeline.from_pipe(pipe), CogView2UpscalePipeline.from_pipe(pipe)):
+        assert torch.equal(context(new), read)  # the backbone is lent again
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    assert all(torch.equal(value, plain[name]) for name, value in pipe.transformer.state_dict().items())
+    lent = dict(pipe.direct_sr_transformer.named_parameters())
+    assert all(lent[name] is parameter for name, parameter in pipe.transformer.named_parameters())
+    pipe.load_lora_weights(adapters["sr"], "style")
+    pipe.fuse_lora()
+    assert not torch.equal(context(pipe), read)
+    assert all(torch.equal(value, plain[name]) for name, value in pipe.transformer.state_dict().items())
+    again = CogView2Pipeline.from_pipe(pipe)
+    assert not torch.equal(context(again), read)
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    assert torch.equal(context(pipe), read)
+
+
+def test_fused_adapters_stay_when_they_are_unloaded(pipe, adapters):
+    read = context(pipe)
+    pipe.load_lora_weights(adapters["draft"], "style")
+    expected = draw(pipe)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    assert torch.equal(draw(pipe), expected) and pipe.get_list_adapters() == {}
+    with pytest.raises(ValueError, match="have been unloaded"):
+        pipe.unfuse_lora()
+    assert torch.equal(context(CogView2Pipeline.from_pipe(pipe)), read)
+    pipe.load_lora_weights(adapters["draft"], "again")
+    twice = draft(pipe)
+    pipe.fuse_lora()
+    assert torch.equal(draft(pipe), twice) and torch.equal(context(pipe), read)
+
+
+def test_what_is_fused_is_left_alone_until_it_is_unfused(pipe, adapters):
+    pipe.load_lora_weights(adapters["draft"], "style")
+    pipe.fuse_lora(lora_scale=0.5)
+    half = draft(pipe)
+    for call in (
+        lambda: pipe.fuse_lora(),
+        lambda: pipe.set_adapters("style"),
+        lambda: pipe.delete_adapters("style"),
+        lambda: pipe.load_lora_weights(adapters["draft"], "more"),
+    ):
+        with pytest.raises(ValueError, match="Call `unfuse_lora` first"):
+            call()
+    assert torch.equal(draft(pipe), half)
+    pipe.unfuse_lora()
+    pipe.set_adapters("style", 0.5)
+    assert torch.equal(draft(pipe), half)
+
+
+def test_a_fused_adapter_runs_in_the_fused_step_and_another_says_why_not(pipe, adapters, caplog):
+    if fused_decoding_refusals(pipe.transformer, 1, 50, "cpu"):
+        pytest.skip("the kernels are not built")
+    decoders._tell_once.cache_clear()
+    pipe.load_lora_weights(adapters["draft"], "style")
+    with caplog.at_level(logging.WARNING):
+        expected = draft(pipe)
+        draft(pipe)
+    told = [record for record in caplog.records if "instead of in one kernel" in record.message]
+    assert len(told) == 1 and "has an adapter (`pipe.fuse_lora()`" in told[0].message
+    pipe.fuse_lora()
+    assert not fused_decoding_refusals(pipe.transformer, 1, 50, "cpu")
+    assert torch.equal(draft(pipe), expected)
+
+
+def test_a_weight_that_changes_counts_in_steps_that_are_kept(pipe, adapters):
+    pipe.load_lora_weights(adapters["draft"], "style")
+    before = decoders._state(pipe.transformer)
+    pipe.set_adapters("style", 0.25)
+    after = decoders._state(pipe.transformer)
+    assert before != after and after == decoders._state(pipe.transformer)
+    pipe.disable_lora()
+    assert decoders._state(pipe.transformer) != after
+
+
+def test_an_error_while_fusing_leaves_everything_as_it_was(pipe, adapters):
+    pipe.load_lora_weights(adapters["all"], "style")
+    expected = draw(pipe)
+    layers = list(adapter_layers(pipe.iterative_sr_transformer))
+    layers[-1][2].lora_B["style"].weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN"):
+        pipe.fuse_lora(safe_fusing=True)
+    assert pipe.num_fused_loras == 0
+    layers[-1][2].lora_B["style"].weight.data.copy_(
+        load_file(adapters["all"] / "pytorch_lora_weights.safetensors")[
+            "iterative_sr_transformer.layers.1.mlp.dense_4h_to_h.lora_B.weight"
+        ]
+    )
+    assert torch.equal(draw(pipe), expected)
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def test_files_are_those_of_diffusers(pipe, adapters, tmp_path):
+    from diffusers.utils.state_dict_utils import _load_sft_state_dict_metadata
+
+    pipe.load_lora_weights(adapters["all"], "style")
+    file = pipe.save_adapter(tmp_path)
+    assert file.name == "pytorch_lora_weights.safetensors"
+    with safe_open(file, "pt") as opened:
+        assert "transformer.layers.0.attention.query_key_value.lora_A.weight" in opened.keys()  # noqa: SIM118
+    metadata = _load_sft_state_dict_metadata(str(file))
+    assert metadata["transformer.r"] == 4 and metadata["iterative_sr_transformer.peft_type"] == "LORA"
+    source, saved = load_file(adapters["all"] / file.name), load_file(file)
+    assert saved.keys() == source.keys()
+    assert all(torch.equal(saved[name], source[name]) for name in source)
+
+
+def test_a_file_of_rank_8_for_the_shipped_model_is_below_a_megabyte(tmp_path):
+    from cogview_pipelines import CogLMModel
+    from cogview_pipelines.environment import SHIPPED_MODEL
+
+    model = CogLMModel.from_pretrained(SHIPPED_MODEL / "transformer")
+    assert random_adapter({"transformer": model}, tmp_path, rank=8).stat().st_size < 1_000_000
+
+
+def test_matrices_alone_are_enough(pipe, adapters):
+    state_dict = CogView2Pipeline.lora_state_dict(adapters["draft"])
+    pipe.load_lora_weights(adapters["draft"], "file")
+    expected = draft(pipe)
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(state_dict, "memory")
+    assert torch.equal(draft(pipe), expected)
+
+
+def test_save_lora_weights_writes_what_it_is_given(pipe, adapters, tmp_path):
+    matrices = {
+        name.removeprefix("transformer."): value
+        for name, value in CogView2Pipeline.lora_state_dict(adapters["draft"]).items()
+    }
+    CogView2Pipeline.save_lora_weights(tmp_path / "none", transformer_lora_layers=matrices, is_main_process=False)
+    assert not (tmp_path / "none").exists()
+    CogView2Pipeline.save_lora_weights(
+        tmp_path, transformer_lora_layers=matrices, transformer_lora_adapter_metadata={"r": 4, "lora_alpha": 8}
+    )
+    pipe.load_lora_weights(tmp_path, "style")
+    assert next(layer for *_, layer in adapter_layers(pipe.transformer)).scaling["style"] == 2
+    with pytest.raises(TypeError, match="unet_lora_layers"):
+        CogView2Pipeline.save_lora_weights(tmp_path, unet_lora_layers=matrices)
+
+
+@pytest.mark.parametrize("kind", ["draft", "all"])
+def test_a_pipeline_saved_with_an_adapter_says_so_and_loads_with_it(pipe, adapters, kind, tmp_path, caplog):
+    pipe.load_lora_weights(adapters[kind], "style")
+    pipe.load_lora_weights(adapters["sr"], "off")
+    pipe.set_adapters("style", 0.75)
+    expected = draw(pipe)
+    pipe.save_pretrained(tmp_path)
+    assert "saved without the adapters ['style', 'off']" in caplog.text
+    assert torch.equal(draw(pipe), expected)
+    loaded = CogView2Pipeline.from_pretrained(tmp_path)
+    assert loaded.get_active_adapters() == ["style"]
+    assert torch.equal(draw(loaded), expected)
+    loaded.unload_lora_weights()
+    pipe.unload_lora_weights()
+    assert torch.equal(draw(loaded), draw(pipe))
+    loaded.save_pretrained(tmp_path)  # now without any
+    assert CogView2Pipeline.from_pretrained(tmp_path).get_list_adapters() == {}
+
+
+@pytest.mark.parametrize("kind", ["draft", "sr", "all"])
+@pytest.mark.parametrize("unload", [False, True])
+def test_a_pipeline_saved_with_a_fused_adapter_holds_it_in_its_weights(pipe, adapters, kind, unload, tmp_path):
+    pipe.load_lora_weights(adapters[kind], "style")
+    pipe.fuse_lora()
+    if unload:
+        pipe.unload_lora_weights()
+    expected = draw(pipe)
+    pipe.save_pretrained(tmp_path)
+    assert not (tmp_path / "lora").exists()
+    loaded = CogView2Pipeline.from_pretrained(tmp_path)
+    assert loaded.get_list_adapters() == {} and torch.equal(draw(loaded), expected)
+    assert torch.equal(draw(pipe), expected)
+
+
+def test_a_new_process_makes_the_same_picture(pipe, adapters, tmp_path):
+    copy_of = CogView2Pipeline(**copy.deepcopy(pipe.components))
+    copy_of.save_pretrained(tmp_path / "model")
+    code = f"""
+import torch
+from cogview_pipelines import CogView2Pipeline
+pipe = CogView2Pipeline.from_pretrained({str(tmp_path / "model")!r})
+pipe.load_lora_weights({str(adapters["all"])!r}, "style")
+print(pipe("a cat", generator=torch.Generator().manual_seed(1), output_type="latent").tokens.flatten().tolist())
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    pipe.load_lora_weights(adapters["all"], "style")
+    assert json.loads(result.stdout.splitlines()[-1]) == draw(pipe).flatten().tolist()
+
+
+# Weights that are not plain ------------------------------------------------------------------------------------------
+
+
+def test_adapters_work_on_weights_of_eight_bits(tokenizer, tmp_path):
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    build(tokenizer, shares_backbone=True).save_pretrained(tmp_path)
+    pipe = CogView2Pipeline.from_pretrained(tmp_path, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))
+    plain, read = logits(pipe.transformer), context(pipe)
+    exact = build(tokenizer, shares_backbone=True)
+    folder = random_adapter({"transformer": exact.transformer}, tmp_path / "adapter").parent
+    exact.load_lora_weights(folder, "style")
+    pipe.load_lora_weights(folder, "style")
+    adapted = logits(pipe.transformer)
+    moved = (logits(exact.transformer) - adapted).std()
+    assert moved < 0.1 * (plain - adapted).std()
+    assert torch.equal(context(pipe), read)
+    pipe.fuse_lora()
+    fused = logits(pipe.transformer)
+    assert not torch.equal(fused, plain) and (fused - adapted).std() < 0.1 * (plain - adapted).std()
+    assert torch.equal(context(pipe), read)
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    assert torch.equal(logits(pipe.transformer), plain)
+    assert torch.equal(context(pipe), read)
+
+
+def test_adapters_of_half_precision_models_stay_exact(pipe, adapters):
+    pipe.load_lora_weights(adapters["draft"], "style")
+    expected = logits(pipe.transformer)
+    pipe.unload_lora_weights()
+    pipe.transformer.bfloat16()
+    pipe.load_lora_weights(adapters["draft"], "style")
+    assert (logits(pipe.transformer) - expected).std() < 0.1 * expected.std()
+
+
+def test_layers_that_are_offloaded_one_by_one_refuse_to_be_changed(pipe, adapters):
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    add_hook_to_module(pipe.transformer.layers[0].attention.dense, AlignDevicesHook("cpu"))
+    with pytest.raises(ValueError, match="offloaded layer by layer"):
+        pipe.load_lora_weights(adapters["draft"])
