@@ -1,0 +1,56 @@
+"""Deliberate errors in adapters of pipelines, and in what they do to models."""
+
+from tests.mutations.mutation import Mutation
+
+TESTS = "loaders/test_lora.py"
+MUTATIONS = [
+    Mutation(
+        "adapters: parts for a component that is not there load into nothing, and nobody hears of it",
+        "loaders/lora.py",
+        "if len(absent) == len(weights):",
+        "if False:",
+        f"{TESTS}::test_parts_for_components_that_a_pipeline_lacks_are_left_out_loudly",
+    ),
+    Mutation(
+        "adapters: those of an earlier model in a folder are loaded with the new one",
+        "loaders/lora.py",
+        "(folder / LORA_FOLDER / LORA_INDEX).unlink(missing_ok=True)",
+        "pass",
+        f"{TESTS}::test_a_pipeline_saved_with_an_adapter_says_so_and_loads_with_it",
+    ),
+    Mutation(
+        "adapters: a pickle is read",
+        "loaders/lora_files.py",
+        'if path.suffix != ".safetensors":',
+        "if False:",
+        f"{TESTS}::test_an_adapter_of_another_model_is_refused_and_leaves_no_trace",
+    ),
+    Mutation(
+        "adapters: fusing changes weights that another stage uses",
+        "models/adapters.py",
+        "_keep_lent(model, base, fused)",
+        "pass",
+        f"{TESTS}::test_fusing_into_one_stage_leaves_the_one_that_shares_its_weights_alone",
+    ),
+    Mutation(
+        "adapters: the scale of fusing stays after unfusing",
+        "models/adapters.py",
+        "layer.scaling.update(scalings)",
+        "pass",
+        f"{TESTS}::test_what_is_fused_is_left_alone_until_it_is_unfused",
+    ),
+    Mutation(
+        "adapters: a model saved after fusing lends the fused weights when it is loaded",
+        "models/cogview2/modeling_coglm_canvas.py",
+        'return any(getattr(parameter, "lender_is_fused", False) for parameter in lent)',
+        "return False",
+        f"{TESTS}::test_a_pipeline_saved_with_a_fused_adapter_holds_it_in_its_weights",
+    ),
+    Mutation(
+        "adapters: a kept step goes on with an old weight",
+        "generation/decoders.py",
+        'str(own.get("scaling"))',
+        '""',
+        f"{TESTS}::test_a_weight_that_changes_counts_in_steps_that_are_kept",
+    ),
+]
