@@ -1,11 +1,13 @@
 #!/usr/bin/env python
 r"""
-Turn captioned pictures into a token folder for train_coglm.py, train_direct_sr.py and train_iterative_sr.py.
+Turn captioned pictures into a token folder for train_coglm.py, train_direct_sr.py, train_iterative_sr.py and
+train_cogview.py.
 
 The emoji scenes of the demo, all that the training split has:
     python training_scripts/prepare_tokens.py --config training_scripts/emoji/tokens_small.yaml
 Your own pictures; a line of captions.jsonl is {"file": "cat.jpg", "en": "a cat", "zh": ["一只猫", "猫"]}, with either
-language or both, and perhaps a "weight" above or below 1 for pictures that shall be drawn more or less often:
+language or both, and perhaps a "weight" above or below 1 for pictures that shall be drawn more or less often, or a
+"style", such as "oil painting":
     python training_scripts/prepare_tokens.py --image_folder PICTURES --captions PICTURES/captions.jsonl \
         --vqvae VQVAE --output_dir data/mine
 """
@@ -19,9 +21,10 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
-from cogview_pipelines import IcetkVQModel
 from cogview_pipelines.json_lines import parse_object, read_lines
+from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
 from cogview_pipelines.pictures.colours import on_white
 from cogview_pipelines.pictures.files import find_file, read_picture
 from cogview_pipelines.training.arguments import parse_config, run_script
@@ -198,7 +201,7 @@ def read_captions_file(captions: Path, image_folder: Path) -> list[tuple[str, Pa
     return rows
 
 
-def check_config(config: PrepareConfig, vqvae: IcetkVQModel) -> None:
+def check_config(config: PrepareConfig, vqvae: PreTrainedModel) -> None:
     """Raise `ValueError` for what cannot work, before any work is done."""
     if bool(config.image_folder) != bool(config.captions):
         missing = "captions" if config.image_folder else "image_folder"
@@ -228,7 +231,7 @@ def stack_pictures(rows: list[tuple]) -> tuple[list[torch.Tensor], list[dict]]:
 @torch.no_grad()
 def main(arguments: list[str] | None = None) -> None:
     config = parse_config(PrepareConfig, arguments, description=__doc__)
-    vqvae = IcetkVQModel.from_pretrained(config.vqvae, dtype=torch.float32).to(config.device).eval()
+    vqvae = load_image_tokenizer(config.vqvae, dtype=torch.float32).to(config.device).eval()
     check_config(config, vqvae)
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)  # rather fail now than after hours of encoding
     sizes = {"low": config.low_size, **({"fine": config.fine_size} if config.fine_size else {})}

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """
-Train the text model of an `IcetkTokenizer` (SentencePiece unigram, English and Chinese) and save the tokenizer.
+Train the text model of an `IcetkTokenizer` (SentencePiece unigram, English and Chinese) and save the tokenizer; with
+`--family cogview` that of a `CogViewTokenizer`.
 
 The tokenizer of the shipped model, from the captions of all emoji scenes:
     python training_scripts/train_tokenizer.py --config training_scripts/emoji/tokenizer_small.yaml
@@ -34,6 +35,7 @@ import sentencepiece
 from cogview_pipelines import demo
 from cogview_pipelines.demo.captions import load_grammar, nouns, to_traditional
 from cogview_pipelines.json_lines import parse_object, read_lines
+from cogview_pipelines.models.cogview.tokenization_cogview import CogViewTokenizer
 from cogview_pipelines.models.cogview2.tokenization_icetk import IcetkTokenizer
 from cogview_pipelines.training.arguments import parse_config, run_script
 
@@ -49,6 +51,10 @@ class TokenizerConfig:
     output_dir: str = field(metadata={"help": "Folder for the tokenizer."})
     config: str | None = field(
         default=None, metadata={"help": "YAML file with any of these options; the command line wins over it."}
+    )
+    family: str = field(
+        default="cogview2",
+        metadata={"help": "Whose tokenizer: the command tokens differ.", "choices": ["cogview2", "cogview"]},
     )
     train_files: list[str] = field(
         default_factory=list, metadata={"help": "Text files, one text a line, and .jsonl files, one object a line."}
@@ -305,9 +311,12 @@ def train_tokenizer(config: TokenizerConfig) -> dict:
         ranges[name] = (first, first + counts[name])
         first += counts[name]
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "ice_text.model")
+        path = Path(folder, "text.model")
         path.write_bytes(model)
-        tokenizer = IcetkTokenizer(path, config.num_image_tokens, {key: ranges[key] for key in ("en", "zh")})
+        if config.family == "cogview":
+            tokenizer = CogViewTokenizer(path, config.num_image_tokens)
+        else:
+            tokenizer = IcetkTokenizer(path, config.num_image_tokens, {key: ranges[key] for key in ("en", "zh")})
     tokenizer.save_pretrained(config.output_dir)
     report = {"vocab_size": len(tokenizer), "num_pieces": sum(counts.values()), "ranges": ranges}
     lengths = {"en": {}, "zh": {}}

@@ -7,6 +7,9 @@ On a CPU, the small tokenizer of the demo (emoji scenes):
 On one GPU, on your own pictures:
     python training_scripts/train_vq_model.py --image_folder PICTURES --resolutions 256 --mixed_precision bf16 \
         --output_dir runs/vq
+CogView's image tokenizer, its codes learnt through Gumbel-softmax:
+    python training_scripts/train_vq_model.py --family cogview --codebook_training gumbel --image_folder PICTURES \
+        --resolutions 256 --output_dir runs/cogview_vq
 On eight GPUs:
     accelerate launch --num_processes 8 training_scripts/train_vq_model.py --image_folder PICTURES --output_dir runs/vq
 """
@@ -21,7 +24,8 @@ import torch
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
-from cogview_pipelines import IcetkVQConfig, IcetkVQModel
+from cogview_pipelines import CogViewVQConfig, CogViewVQModel, IcetkVQConfig, IcetkVQModel
+from cogview_pipelines.models.image_tokenizers.modeling_cogview_vq import CODEBOOK_TRAINING
 from cogview_pipelines.training.arguments import TrainConfig, parse_config, run_script
 from cogview_pipelines.training.data.draws import Draw, WeightedIndex, draw_index, seeded_generator
 from cogview_pipelines.training.data.pictures import PictureFolder, PicturePool, check_pictures, to_bytes
@@ -29,6 +33,8 @@ from cogview_pipelines.training.data.prefetch import image_paths
 from cogview_pipelines.training.loop import train
 from cogview_pipelines.training.losses import content_weights, load_perceptual_network, reconstruction_loss
 from cogview_pipelines.training.processes import make_model_once, start_processes
+
+ImageTokenizer = IcetkVQModel | CogViewVQModel
 
 
 @dataclass
@@ -52,8 +58,22 @@ class VQTrainConfig(TrainConfig):
         default_factory=list, metadata={"help": "Chances of the resolutions, by default equal."}
     )
     crop_size: int | None = field(default=None, metadata={"help": "Train on random squares of this side, in pixels."})
+    family: str = field(
+        default="cogview2", metadata={"help": "Whose image tokenizer.", "choices": ["cogview2", "cogview"]}
+    )
     model: str = field(
-        default="{}", metadata={"help": "Options of IcetkVQConfig: JSON, or a mapping in the YAML file."}
+        default="{}",
+        metadata={"help": "Options of IcetkVQConfig, or CogViewVQConfig: JSON, or a mapping in the YAML file."},
+    )
+    codebook_training: str | None = field(
+        default=None,
+        metadata={
+            "help": "CogView: how codes are learnt, by default as `model` says, else by moving averages.",
+            "choices": list(CODEBOOK_TRAINING),
+        },
+    )
+    final_gumbel_temperature: float = field(
+        default=0.0625, metadata={"help": "Temperature that that of Gumbel-softmax falls to over the run."}
     )
     l1_weight: float = field(default=1.0, metadata={"help": "Weight of absolute differences of pixels."})
     l2_weight: float = field(default=1.0, metadata={"help": "Weight of squared differences of pixels."})
@@ -66,6 +86,16 @@ class VQTrainConfig(TrainConfig):
     )
     perceptual_weight: float = field(default=1.0, metadata={"help": "Weight of the perceptual distance."})
     num_clusters: int | None = field(default=None, metadata={"help": "Clusters of codes, by default as in the model."})
+
+    def check(self) -> None:
+        super().check()
+        if self.family == "cogview2" and self.codebook_training is not None:
+            raise ValueError(
+                "`codebook_training` must be left out for `family` cogview2, whose codes follow averages, but is "
+                f"{self.codebook_training}."
+            )
+        if not self.final_gumbel_temperature > 0:
+            raise ValueError(f"`final_gumbel_temperature` must be above 0, but is {self.final_gumbel_temperature}.")
 
 
 @dataclass
@@ -85,6 +115,19 @@ class PixelBatch:
     def to(self, device: torch.device | str) -> "PixelBatch":
         """The same batch on another device."""
         return PixelBatch(self.pixel_values.to(device), self.rate)
+
+
+def make_model(config: VQTrainConfig) -> ImageTokenizer:
+    """A new image tokenizer of the family."""
+    options = json.loads(config.model)
+    if config.family == "cogview2":
+        return IcetkVQModel(IcetkVQConfig(**options))
+    if config.codebook_training is not None:
+        options["codebook_training"] = config.codebook_training
+    model = CogViewVQModel(CogViewVQConfig(**options))
+    if model.config.codebook_training in ("moving_average", "fixed"):
+        model.quantize.embed.requires_grad_(False)  # no gradient reaches the codes
+    return model
 
 
 def make_sources(config: VQTrainConfig) -> list[PicturePool]:
@@ -131,11 +174,14 @@ def make_batch(config: VQTrainConfig, sources: list[PicturePool], rates: tuple[i
 
 
 def compute_loss(
-    config: VQTrainConfig, model: IcetkVQModel, perceptual_distance, trained: torch.nn.Module, batch: PixelBatch
+    config: VQTrainConfig, model: ImageTokenizer, perceptual_distance, trained: torch.nn.Module, batch: PixelBatch
 ) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, int]]]:
     """Reconstruction and commitment loss, summed over pictures; `trained` is `model` as it is distributed."""
     pixel_values = batch.pixel_values
     output = trained(pixel_values, compression_rate=batch.rate)
+    in_use = (model.quantize.cluster_size > 0.01).sum()
+    if not in_use:  # CogView's codes that follow no averages: those of this batch
+        in_use = output.tokens.unique().numel()
     weights = content_weights(pixel_values, config.flat_weight, batch.rate) if config.flat_weight != 1 else None
     reconstruction = reconstruction_loss(
         output.sample, pixel_values, config.l1_weight, config.l2_weight, config.edge_weight, weights
@@ -148,19 +194,26 @@ def compute_loss(
     metrics = {
         "reconstruction_loss": (reconstruction * count, count),
         "commitment_loss": (output.commitment_loss * count, count),
-        "codes_in_use": ((model.quantize.cluster_size > 0.01).sum(), 1),
+        "codes_in_use": (in_use, 1),
     }
     return loss * count, metrics
 
 
-def begin_step(config: VQTrainConfig, model: IcetkVQModel, step: int) -> None:
-    """Late in the run codes stay where they are, so that the decoder can settle."""
+def begin_step(config: VQTrainConfig, model: ImageTokenizer, step: int) -> None:
+    """
+    Late in the run codes stay where they are, so that the decoder can settle. With Gumbel-softmax, the temperature
+    falls.
+    """
+    if getattr(model.config, "codebook_training", None) == "gumbel":
+        first, last = model.config.gumbel_temperature, config.final_gumbel_temperature
+        model.quantize.gumbel_temperature = first * (last / first) ** (step / config.max_steps)
+        return
     settling = step >= config.max_steps - config.decay_steps // 2
     model.quantize.dead_code_threshold = 0.0 if settling else model.config.dead_code_threshold
 
 
 def make_samples(
-    config: VQTrainConfig, sources: list[PicturePool], model: IcetkVQModel, count: int = 8
+    config: VQTrainConfig, sources: list[PicturePool], model: ImageTokenizer, count: int = 8
 ) -> dict[str, torch.Tensor]:
     """Pictures above their reconstructions, the same pictures every time, at each resolution."""
     rate, samples = model.config.compression_rates[-1], {}
@@ -171,14 +224,21 @@ def make_samples(
     return samples
 
 
-def main(arguments: list[str] | None = None) -> IcetkVQModel | None:
+def group_codes(config: VQTrainConfig, model: ImageTokenizer) -> None:
+    """Group the codes into clusters, from which CogView2 draws."""
+    if config.family == "cogview2":
+        model.compute_cluster_labels(config.num_clusters, config.seed)
+
+
+def main(arguments: list[str] | None = None) -> ImageTokenizer | None:
     config = parse_config(VQTrainConfig, arguments, description=__doc__)
     set_seed(config.seed)
-    model = make_model_once(lambda: IcetkVQModel(IcetkVQConfig(**json.loads(config.model))))
+    model = make_model_once(functools.partial(make_model, config))
     sources = make_sources(config)
     perceptual_distance = load_perceptual_network(config.perceptual_network) if config.perceptual_network else None
     if config.compile:  # not the codebook, which changes under the hood
-        for part in (model.encoder, *model.decoders.values()):
+        decoders = model.decoders.values() if config.family == "cogview2" else [model.decoder]
+        for part in (model.encoder, *decoders):
             part.compile()
     return train(
         dataclasses.replace(config, compile=False),
@@ -188,7 +248,7 @@ def main(arguments: list[str] | None = None) -> IcetkVQModel | None:
         len,
         functools.partial(make_samples, config, sources),
         begin_step=functools.partial(begin_step, config, model),
-        finish=lambda final: final.compute_cluster_labels(config.num_clusters, config.seed),
+        finish=functools.partial(group_codes, config),
     )
 
 

@@ -15,6 +15,7 @@ from cogview_pipelines.training.checkpoints import Clock
 from cogview_pipelines.training.data.tokens import TokenData
 
 from ..utils import COLOURS, FINE_GRID, IMAGE_GRID, NOUNS, NUM_IMAGE_TOKENS, make_coglm, make_vq_model, token_config
+from ..utils_cogview import make_cogview_tokenizer, make_cogview_vq
 
 SCRIPTS = Path(__file__).parents[2] / "training_scripts"
 COGLM = {
@@ -25,6 +26,7 @@ COGLM = {
     "image_position": 32,
     "max_position_embeddings": 56,
 }
+COGVIEW = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 WINDOWS = {"kernel_size": [5, 3], "cross_kernel_size": [3, 3]}
 
 
@@ -103,7 +105,35 @@ def token_folder(tmp_path_factory) -> Path:
     return folder
 
 
-def write_token_folder(folder: Path, **options) -> Path:
+@pytest.fixture(scope="session")
+def cogview_tokenizer_folder(tmp_path_factory) -> Path:
+    """CogView's tiny tokenizer, saved."""
+    folder = tmp_path_factory.mktemp("saved_cogview") / "tokenizer"
+    make_cogview_tokenizer(tmp_path_factory.mktemp("pieces")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cogview_vqvae_folder(tmp_path_factory) -> Path:
+    """CogView's tiny image tokenizer, saved."""
+    folder = tmp_path_factory.mktemp("saved_cogview") / "vqvae"
+    make_cogview_vq().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cogview_token_folder(tmp_path_factory) -> Path:
+    """Twenty pictures as 4 x 4 and 8 x 8 random tokens, with captions, and styles in one or both languages."""
+    return write_cogview_token_folder(tmp_path_factory.mktemp("saved_cogview") / "tokens")
+
+
+def write_cogview_token_folder(folder: Path, styles: bool = True, **options) -> Path:
+    """A token folder for CogView, whose fine pictures have twice as many rows and columns."""
+    fine = torch.randint(NUM_IMAGE_TOKENS, (20, 8, 8), generator=torch.Generator().manual_seed(1))
+    return write_token_folder(folder, styles=styles, **{"fine": fine, **options})
+
+
+def write_token_folder(folder: Path, styles: bool = False, **options) -> Path:
     """A token folder; `options` replace `low`, `fine` or `captions`, and `None` leaves a tensor out."""
     generator = torch.Generator().manual_seed(0)
     tensors = {
@@ -117,6 +147,9 @@ def write_token_folder(folder: Path, **options) -> Path:
     ]
     del captions[0]["zh"], captions[1]["en"]
     captions[2]["weight"] = 3
+    for index, line in enumerate(captions if styles else []):
+        if index % 3 == 0:
+            line["style"] = "oil painting" if index % 2 else {"en": "oil painting", "zh": "油画"}
     tensors = {name: options.get(name, value) for name, value in tensors.items()}
     TokenData.save(
         folder,

@@ -16,7 +16,7 @@ from cogview_pipelines import CogLMModel, IcetkVQModel
 from cogview_pipelines.training.checkpoints import list_checkpoints
 from cogview_pipelines.training.run_folder import read_run
 
-from .conftest import COGLM, WINDOWS, as_arguments
+from .conftest import COGLM, COGVIEW, WINDOWS, as_arguments
 from .launching import first_gradients, killed_in_second_save, launch, run_script, shares, told_to_stop
 
 NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
@@ -29,7 +29,7 @@ pytestmark = [
 
 
 @pytest.fixture
-def options(tokenizer_folder, coglm_folder, token_folder, tmp_path):
+def options(tokenizer_folder, coglm_folder, token_folder, cogview_tokenizer_folder, cogview_token_folder, tmp_path):
     """Options of a script, and a folder by name."""
     own = {
         "train_coglm": {"model": {**COGLM, **NO_DROPOUT}, "caption_probability": 0.5, "text_loss_weight": 3.0},
@@ -37,6 +37,14 @@ def options(tokenizer_folder, coglm_folder, token_folder, tmp_path):
         "train_iterative_sr": {"transformer": coglm_folder, "model": {"num_text_slots": 4, **WINDOWS, **NO_DROPOUT}},
     }
     own["train_coglm"]["patch_size"] = 2
+    own["train_cogview"] = {
+        "data": cogview_token_folder,
+        "tokenizer": cogview_tokenizer_folder,
+        "model": {**COGVIEW, **NO_DROPOUT},
+        "caption_probability": 0.3,
+        "super_resolution_probability": 0.3,
+        "text_loss_weight": 3.0,
+    }
 
     def make(script, name, **more):
         common = {
@@ -78,7 +86,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("script", ["train_coglm", "train_direct_sr", "train_iterative_sr"])
+@pytest.mark.parametrize("script", ["train_coglm", "train_direct_sr", "train_iterative_sr", "train_cogview"])
 def test_the_gradient_of_every_parameter_is_that_of_one_process(options, script):
     layouts = LAYOUTS if script == "train_coglm" else {"sharded": LAYOUTS["sharded"]}
     (alone,) = launch(1, first_gradients, script, options(script, "one", batch_size=4))

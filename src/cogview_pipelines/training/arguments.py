@@ -66,8 +66,16 @@ class TrainConfig:
     weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay of matrices and kernels."})
     adam_beta2: float = field(default=0.99, metadata={"help": "Decay of AdamW's second moment."})
     warmup_steps: int = field(default=100, metadata={"help": "Steps of linear warm-up."})
+    lr_scheduler: str = field(
+        default="constant",
+        metadata={
+            "help": "The learning rate after the warm-up: constant until `decay_steps` before the end; or from "
+            "there on falling as in CogView's release, linear to zero or cosine to a tenth.",
+            "choices": ["constant", "linear", "cosine"],
+        },
+    )
     decay_steps: int = field(
-        default=0, metadata={"help": "Last steps of the run, in which the learning rate falls to zero."}
+        default=0, metadata={"help": "Last steps of the run, in which a constant learning rate falls to zero."}
     )
     max_grad_norm: float = field(default=1.0, metadata={"help": "Clip the norm of all gradients at this; 0: never."})
     non_finite: str = field(
@@ -84,6 +92,12 @@ class TrainConfig:
             "help": "Autocast type of the forward pass; by default as `accelerate config` says, else no.",
             "choices": ["no", "bf16", "fp16"],
         },
+    )
+    loss_scale_interval: int = field(
+        default=2000, metadata={"help": "fp16: steps without an overflow until the loss scale is doubled."}
+    )
+    loss_scale_patience: int = field(
+        default=1, metadata={"help": "fp16: overflows until the loss scale is halved; CogView's release: 2."}
     )
     compile: bool = field(
         default=False, metadata={"help": "Run the model's layers through torch.compile.", "resume": UNNOTICED}
@@ -170,6 +184,7 @@ class TrainConfig:
     def check(self) -> None:
         """Raise `ValueError` for a number that cannot work, before anything is loaded."""
         least = {"max_steps": 1, "batch_size": 1, "log_every_steps": 1, "gradient_accumulation_steps": 1}
+        least.update({"loss_scale_interval": 1, "loss_scale_patience": 1})
         least.update(dict.fromkeys(("warmup_steps", "decay_steps", "checkpoint_every_steps", "keep_checkpoints"), 0))
         least.update(
             dict.fromkeys(
@@ -179,6 +194,11 @@ class TrainConfig:
         for name, value in least.items():
             if getattr(self, name) is not None and not getattr(self, name) >= value:
                 raise ValueError(f"`{name}` must be at least {value}, but is {getattr(self, name)}.")
+        if self.lr_scheduler != "constant" and self.decay_steps:
+            raise ValueError(
+                f"`decay_steps` must be 0 with `lr_scheduler` {self.lr_scheduler}, whose rate falls all along, but is "
+                f"{self.decay_steps}."
+            )
         for name in ("ema_decay", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 0 and below 1, but is {getattr(self, name)}.")

@@ -134,7 +134,9 @@ class _Run:
         self.model = self.distributed.model
         optimizers = Optimizers(self.model, config, adamw_names)
         self.state = TrainingState(self.model, optimizers, make_average(self.model, config.ema_decay))
-        self.scale = LossScale() if accelerator.mixed_precision == "fp16" else None
+        self.scale = None
+        if accelerator.mixed_precision == "fp16":
+            self.scale = LossScale(interval=config.loss_scale_interval, patience=config.loss_scale_patience)
         self.watch = FiniteWatch(processes)
         self.held_out: Sequence[object] = ()
         self.last_checkpoint: Path | None = None
@@ -155,9 +157,8 @@ class _Run:
             return None
         folder, content = found
         notes = load_checkpoint(folder, content, self.state)
-        if self.scale is not None and "loss_scale" in self.state.numbers:
-            self.scale.scale = self.state.numbers["loss_scale"]
-            self.scale.good_steps = int(self.state.numbers["loss_scale_steps"])
+        if self.scale is not None:
+            self.scale.load(self.state.numbers)
         self.last_checkpoint = folder
         if self.processes.is_main:
             for line in [*changed_options(self.config, content["options"]), *notes]:
@@ -296,7 +297,7 @@ class _Run:
         """Save a checkpoint, if all losses since the last one were finite."""
         self.watch.require_finite(self.last_checkpoint)
         if self.scale is not None:
-            self.state.numbers.update(loss_scale=self.scale.scale, loss_scale_steps=self.scale.good_steps)
+            self.state.numbers.update(self.scale.state())
         self.last_checkpoint = save_checkpoint(self.processes, self.config, self.state)
         self.note("running")
 

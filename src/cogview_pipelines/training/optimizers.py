@@ -151,13 +151,22 @@ def _orthogonal_change(update: torch.Tensor, learning_rate: float) -> torch.Tens
 
 def learning_rate(config: TrainConfig, step: int) -> float:
     """
-    The rate of the update after `step` updates: linear warm-up, a constant stretch, then a late decay (1 - sqrt).
+    The rate of the update after `step` updates: linear warm-up, and then as `config.lr_scheduler` says.
+
+    `"constant"` stays there, and falls late, over `decay_steps` (1 - sqrt). `"linear"` and `"cosine"` fall from the
+    warm-up on, to zero and to a tenth, as in CogView's release: at a pace that would take `max_steps` from there, so
+    that a run ends a little above that.
 
     The rate of the first update is 0 where there is a warm-up, that of the last is above 0. It is a function of the
     step alone, so that a run resumed with another `learning_rate` goes on with that one.
     """
     if step < config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
+    if config.lr_scheduler != "constant":
+        done = (step - config.warmup_steps) / config.max_steps
+        if config.lr_scheduler == "linear":
+            return config.learning_rate * max(0.0, 1 - done)
+        return config.learning_rate * (1 + 4.5 * (1 + math.cos(math.pi * min(1.0, done)))) / 10
     # one more, so that the rate of the last update is above zero
     end = max(config.max_steps + 1, config.warmup_steps + config.decay_steps)
     begin = end - config.decay_steps
@@ -189,12 +198,27 @@ class LossScale:
     Args:
         scale (`float`): To begin with.
         interval (`int`): Steps without an overflow until it is doubled.
+        patience (`int`): Overflows until it is halved; all of them are left again after it was doubled.
+        least (`float`): The smallest scale.
     """
 
-    LEAST = 2.0**-14
+    def __init__(self, scale: float = 2.0**16, interval: int = 2000, patience: int = 1, least: float = 2.0**-14):
+        self.scale, self.interval, self.good_steps, self.least = scale, interval, 0, least
+        self.patience = self.overflows_left = patience
 
-    def __init__(self, scale: float = 2.0**16, interval: int = 2000):
-        self.scale, self.interval, self.good_steps = scale, interval, 0
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps of it."""
+        return {
+            "loss_scale": self.scale,
+            "loss_scale_steps": self.good_steps,
+            "loss_scale_overflows_left": self.overflows_left,
+        }
+
+    def load(self, numbers: dict[str, float]) -> None:
+        """Go on as a checkpoint says, if it says something."""
+        self.scale = numbers.get("loss_scale", self.scale)
+        self.good_steps = int(numbers.get("loss_scale_steps", self.good_steps))
+        self.overflows_left = int(numbers.get("loss_scale_overflows_left", self.overflows_left))
 
     def update(self, finite: bool) -> None:
         """
@@ -204,13 +228,17 @@ class LossScale:
             FloatingPointError: If the gradients overflow at any scale.
         """
         if not finite:
-            self.scale, self.good_steps = self.scale / 2, 0
-            if self.scale < self.LEAST:
+            self.good_steps = 0
+            if self.overflows_left > 1:
+                self.overflows_left -= 1
+                return
+            self.scale /= 2
+            if self.scale < self.least:
                 raise FloatingPointError("Gradients overflow in float16 at any loss scale; train in bf16, or slower.")
             return
         self.good_steps += 1
         if self.good_steps == self.interval:
-            self.scale, self.good_steps = 2 * self.scale, 0
+            self.scale, self.good_steps, self.overflows_left = 2 * self.scale, 0, self.patience
 
 
 def unscale(gradients: Iterator[torch.Tensor] | list[torch.Tensor], scale: float) -> None:

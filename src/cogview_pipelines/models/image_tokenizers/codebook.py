@@ -32,6 +32,13 @@ def nearest_codes(vectors: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Ten
     return torch.cat(tokens), torch.cat(distances)
 
 
+def choose_by_weight(weights: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` different indices, drawn with a chance that grows with the (non-negative) weights."""
+    # The Gumbel trick, because `multinomial` is limited to 2**24 categories.
+    noise = -torch.empty_like(weights).exponential_().log()
+    return (weights.log() + noise).topk(count).indices
+
+
 def as_grids(tokens: torch.Tensor, num_codes: int) -> torch.Tensor:
     """
     Codes of shape `(batch_size, rows, columns)`; flat ones, `(batch_size, side * side)`, are taken as squares.

@@ -17,7 +17,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..loading import WholeModelMixin, check_count
-from .codebook import as_grids, check_pixels, image_statistics, nearest_codes
+from .codebook import (
+    as_grids,
+    check_pixels,
+    choose_by_weight,
+    image_statistics,
+    nearest_codes,
+    same_on_all_processes,
+)
 
 CODEBOOK_TRAINING = ("moving_average", "nearest", "gumbel", "fixed")
 
@@ -40,8 +47,12 @@ class CogViewVQConfig(PreTrainedConfig):
             `"fixed"`: they stay as they are.
         commitment_cost (`float`, defaults to 0.25): Weight of the distance of vectors to their codes in training.
         codebook_decay (`float`, defaults to 0.99): Decay of the moving averages.
-        gumbel_temperature (`float`, defaults to 1.0): Temperature of Gumbel-softmax; training lets it fall.
+        gumbel_temperature (`float`, defaults to 1.0): Temperature of Gumbel-softmax to begin with; training lets that
+            of the codebook (`model.quantize.gumbel_temperature`) fall.
         kl_cost (`float`, defaults to 1e-4): Gumbel-softmax: weight of the divergence of the codes from equal use.
+        dead_code_threshold (`float`, defaults to 0.0):
+            Moving averages: a code whose average of uses per step falls below this is moved to a vector that the
+            codebook serves badly. 0 leaves dead codes alone, as in the release.
     """
 
     model_type = "cogview_vq"
@@ -57,6 +68,7 @@ class CogViewVQConfig(PreTrainedConfig):
     codebook_decay: float | int = 0.99
     gumbel_temperature: float | int = 1.0
     kl_cost: float | int = 1e-4
+    dead_code_threshold: float | int = 0.0
 
     def __post_init__(self, **kwargs):
         for name in ("image_mean", "image_std"):
@@ -72,6 +84,11 @@ class CogViewVQConfig(PreTrainedConfig):
     def compression_rate(self) -> int:
         """Pixels per token and axis (release: 8)."""
         return 2**self.num_halvings
+
+    @property
+    def compression_rates(self) -> tuple[int, ...]:
+        """The one rate, as a choice of which other image tokenizers have several."""
+        return (self.compression_rate,)
 
 
 @dataclass
@@ -119,6 +136,7 @@ class Codebook(nn.Module):
     def __init__(self, config: CogViewVQConfig):
         super().__init__()
         self.config = config
+        self.gumbel_temperature, self.dead_code_threshold = config.gumbel_temperature, config.dead_code_threshold
         self.embed = nn.Embedding(config.num_embeddings, config.embedding_dim)
         # What moving averages have summed up so far: uses of each code, and the vectors it was used for.
         self.register_buffer("cluster_size", torch.zeros(config.num_embeddings))
@@ -132,7 +150,7 @@ class Codebook(nn.Module):
             `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: The codes, through which gradients reach the vectors;
                 the tokens; the commitment loss. In train mode moving averages take a step, after the codes were read.
         """
-        tokens, _ = self.nearest(vectors)
+        tokens, distances = self.nearest(vectors)
         if self.config.codebook_training == "gumbel":
             return self._gumbel(vectors, tokens)
         codes = self.embed(tokens)
@@ -142,6 +160,8 @@ class Codebook(nn.Module):
         codes = codes.detach()
         if self.training and self.config.codebook_training == "moving_average":
             self.follow(vectors.detach(), tokens)
+            if self.dead_code_threshold:
+                self.revive(vectors.detach(), distances)
         return vectors + (codes - vectors).detach(), tokens, loss
 
     def nearest(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,7 +173,7 @@ class Codebook(nn.Module):
         loss = self.config.kl_cost * divergence_from_uniform(scores)
         if not self.training:
             return self.embed(tokens), tokens, loss
-        chosen = F.gumbel_softmax(scores.float(), tau=self.config.gumbel_temperature, dim=-1)
+        chosen = F.gumbel_softmax(scores.float(), tau=self.gumbel_temperature, dim=-1)
         return chosen.to(self.embed.weight.dtype) @ self.embed.weight, tokens, loss
 
     @torch.no_grad()
@@ -171,6 +191,19 @@ class Codebook(nn.Module):
         total = self.cluster_size.sum()
         sizes = (self.cluster_size + 1e-5) / (total + 1e-5 * len(self.cluster_size)) * total
         self.embed.weight.copy_(self.embed_avg / sizes[:, None])
+
+    @torch.no_grad()
+    def revive(self, vectors: torch.Tensor, distances: torch.Tensor) -> None:
+        """Move some codes that are hardly used to vectors far from their codes, as if each were used once a step."""
+        # few at a time, the least used first, so that they do not all jump to the same bad spot
+        num_codes = len(self.cluster_size)
+        sizes, codes = self.cluster_size.topk(max(1, min(num_codes // 32, len(vectors))), largest=False)
+        num_dead = int((sizes < self.dead_code_threshold).sum())
+        if num_dead:
+            chosen = vectors[choose_by_weight(distances, num_dead)].to(self.embed.weight.dtype)
+            codes, chosen = codes[:num_dead], same_on_all_processes(chosen)
+            self.embed.weight[codes] = self.embed_avg[codes] = chosen
+            self.cluster_size[codes] = 1.0
 
 
 def squared_distances(vectors: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
@@ -273,16 +306,18 @@ class CogViewVQModel(WholeModelMixin, PreTrainedModel):
         embeddings = self.quantize.embed(as_grids(tokens, self.config.num_embeddings))
         return CogViewVQDecoderOutput(sample=self._decode_embeddings(embeddings))
 
-    def forward(self, pixel_values: torch.Tensor) -> CogViewVQModelOutput:
+    def forward(self, pixel_values: torch.Tensor, compression_rate: int | None = None) -> CogViewVQModelOutput:
         """
         Encode and decode, differentiable as `config.codebook_training` says.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): RGB values in 0..1.
+            compression_rate (`int`, *optional*): As for `encode`.
 
         Returns:
             [`CogViewVQModelOutput`]: `sample`, `tokens` and `commitment_loss`.
         """
+        self._check_rate(compression_rate)
         features = self.encode_features(pixel_values)
         codes, tokens, loss = self.quantize(features.flatten(0, 2))
         sample = self._decode_embeddings(codes.view(features.shape))

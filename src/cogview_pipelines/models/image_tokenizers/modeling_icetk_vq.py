@@ -20,7 +20,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..loading import WholeModelMixin, check_count
-from .codebook import as_grids, check_pixels, image_statistics, nearest_codes, same_on_all_processes
+from .codebook import (
+    as_grids,
+    check_pixels,
+    choose_by_weight,
+    image_statistics,
+    nearest_codes,
+    same_on_all_processes,
+)
 
 
 @strict
@@ -393,7 +400,7 @@ class VectorQuantizer(nn.Module):
         chosen = vectors[torch.randint(len(vectors), (1,), device=vectors.device)]
         while len(chosen) < min(num_codes, len(vectors)):
             distances = torch.cdist(vectors, chosen).amin(1).square()
-            more = _choose_by_weight(distances, min(max(1, len(chosen) // 4), num_codes - len(chosen)))
+            more = choose_by_weight(distances, min(max(1, len(chosen) // 4), num_codes - len(chosen)))
             chosen = torch.cat([chosen, vectors[more]])
         spare = torch.randint(len(chosen), (num_codes - len(chosen),), device=vectors.device)
         noise = torch.randn(len(spare), chosen.shape[1], device=vectors.device) * 0.1 * chosen.std(0, correction=0)
@@ -418,7 +425,7 @@ class VectorQuantizer(nn.Module):
         sizes, codes = self.cluster_size.topk(max(1, min(len(counts) // 32, len(vectors))), largest=False)
         num_dead = int((sizes < self.dead_code_threshold).sum())
         if num_dead:
-            chosen = _choose_by_weight(distances, num_dead)
+            chosen = choose_by_weight(distances, num_dead)
             self._place(codes[:num_dead], same_on_all_processes(vectors[chosen]))
 
     def _place(self, codes, vectors):
@@ -427,13 +434,6 @@ class VectorQuantizer(nn.Module):
         self.embed.weight[codes] = vectors
         self.embed_avg[codes] = vectors
         self.cluster_size[codes] = 1.0
-
-
-def _choose_by_weight(weights: torch.Tensor, count: int) -> torch.Tensor:
-    """`count` different indices, drawn with a chance that grows with the (non-negative) weights."""
-    # The Gumbel trick, because `multinomial` is limited to 2**24 categories.
-    noise = -torch.empty_like(weights).exponential_().log()
-    return (weights.log() + noise).topk(count).indices
 
 
 class IcetkVQModel(WholeModelMixin, PreTrainedModel):

@@ -1,7 +1,8 @@
 """What the pipelines of CogView share: components, texts, pictures, and how well a caption fits."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizer
@@ -17,11 +18,17 @@ from ..common.arguments import quote
 from ..common.base import PipelineBase
 from ..common.settings import Settings
 from .outputs import CogViewPreviewOutput
+from .settings import CaptionSettings, SamplingSettings, UpscaleSettings
 
 # The model reads all of its weights for each token, whatever the number of pictures.
 MOST_SEQUENCES = 32
 # Copies of the states of new tokens that live at the peak.
 STATES = 12
+SETTINGS = {
+    "CogViewPipeline": SamplingSettings,
+    "CogViewUpscalePipeline": UpscaleSettings,
+    "CogViewCaptionPipeline": CaptionSettings,
+}
 STAGES = {
     "transformer": "CogViewPipeline makes pictures with it",
     "super_resolution_transformer": "CogViewUpscalePipeline makes finer pictures with it",
@@ -46,6 +53,7 @@ class CogViewPipelineBase(PipelineBase):
         caption_transformer: PreTrainedModel | None = None,
         super_resolution_transformer: PreTrainedModel | None = None,
         compression_rate: int = 8,
+        settings: Mapping[str, Mapping[str, Any]] | None = None,
     ):
         super().__init__()
         given = {
@@ -55,16 +63,28 @@ class CogViewPipelineBase(PipelineBase):
         }
         self._check_components(tokenizer, vqvae, given)
         self.register_modules(tokenizer=tokenizer, vqvae=vqvae, **given)
-        self.register_to_config(compression_rate=compression_rate)
+        self.register_to_config(compression_rate=compression_rate, settings=_check_settings(settings))
+
+    @classmethod
+    def check_needed(cls, there: Collection[str]) -> None:
+        """
+        See that one of the models that this pipeline works with is there.
+
+        Args:
+            there (collection of `str`): Names of components.
+
+        Raises:
+            ValueError: If none is; the message says what those that are there are good for.
+        """
+        if any(name in there for name in cls._needed):
+            return
+        hints = "; ".join(f"`{name}` is there: {use}" for name, use in STAGES.items() if name in there)
+        raise ValueError(
+            f"`{cls._needed[0]}` must be given for a {cls.__name__}, but is missing." + (f" {hints}." if hints else "")
+        )
 
     def _check_components(self, tokenizer, vqvae, given: dict) -> None:
-        if all(given[name] is None for name in self._needed):
-            there = [name for name, model in given.items() if model is not None]
-            hints = "; ".join(f"`{name}` is there: {STAGES[name]}" for name in there)
-            raise ValueError(
-                f"`{self._needed[0]}` must be given for a {type(self).__name__}, but is missing."
-                + (f" {hints}." if hints else "")
-            )
+        self.check_needed([name for name, model in given.items() if model is not None])
         for name, model in given.items():
             if model is None:
                 continue
@@ -104,6 +124,11 @@ class CogViewPipelineBase(PipelineBase):
         return (cache + states) * model.dtype.itemsize, MOST_SEQUENCES
 
     # Arguments -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _preset(self) -> dict[str, Any]:
+        """The settings that this model wants in the calls of this pipeline, in place of the released ones."""
+        return dict(self.config.settings.get(type(self).__name__, {}))
 
     def _sampler(self, settings: Settings) -> Sampler:
         return functools.partial(
@@ -181,3 +206,19 @@ def _fit(picture: Picture, size: tuple[int, int]) -> torch.Tensor:
     else:
         pixels = torch.nn.functional.interpolate(pixels[None], size, mode="bilinear", antialias=True)[0]
     return pixels.float() / 255
+
+
+def _check_settings(settings: Mapping[str, Mapping[str, Any]] | None) -> dict[str, dict[str, Any]]:
+    """What a model brings in place of the released settings, by pipeline, if the pipelines have such settings."""
+    settings = {} if settings is None else settings
+    checked = {}
+    for pipeline, own in settings.items() if isinstance(settings, Mapping) else [(settings, None)]:
+        if pipeline not in SETTINGS or not isinstance(own, Mapping):
+            raise ValueError(f"`settings` must have settings by name for {list(SETTINGS)}, but is {settings!r}.")
+        unknown = sorted(set(own) - set(SETTINGS[pipeline].declared()))
+        if unknown:
+            known = list(SETTINGS[pipeline].declared())
+            raise ValueError(f"`settings` must have some of {known} for {pipeline}, but has {unknown}.")
+        SETTINGS[pipeline](**own)
+        checked[pipeline] = dict(own)
+    return checked

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
 import PIL.Image
 import torch
@@ -44,6 +45,9 @@ class CogViewPipeline(PreviewMixin, CogViewPipelineBase):
             Describes pictures (`cogview-caption`); decides on candidates. Without it, `transformer` does.
         super_resolution_transformer ([`CogViewModel`], *optional*): Of [`CogViewUpscalePipeline`] (`cogview-sr`).
         compression_rate (`int`): Pixels per token along each side.
+        settings (`dict[str, dict]`, *optional*):
+            Settings that this model wants in place of the released ones, by the name of the pipeline, such as
+            `{"CogViewPipeline": {"temperature": 0.7}}`. What a call says counts more.
 
     Source: https://arxiv.org/abs/2105.13290.
     """
@@ -112,21 +116,14 @@ class CogViewPipeline(PreviewMixin, CogViewPipelineBase):
             ValueError: If an argument cannot be used; the message says which and why.
             GenerationInterrupted: If `pipe.interrupt` was set to True meanwhile.
         """
-        settings = SamplingSettings.choose({}, locals())
+        settings = SamplingSettings.choose(self._preset, locals())
         check_choice("output_type", output_type, OUTPUT_TYPES)
         self._check_tensor_inputs(callback_on_step_end_tensor_inputs)
         if scorer is not None and num_candidates is None:
             raise ValueError("`scorer` has nothing to choose from without `num_candidates`. Set it.")
-        prompts = check_prompts(prompt)
-        num_kept, num_candidates = check_numbers_drawn(
-            len(prompts), num_images_per_prompt=num_images_per_prompt, num_candidates=num_candidates
+        prompts, num_kept, num_candidates, max_batch_size = self._check_inputs(
+            prompt, num_images_per_prompt, num_candidates, max_batch_size
         )
-        (max_batch_size,) = check_counts(max_batch_size=max_batch_size)
-        if num_candidates is not None and num_candidates < num_kept:
-            raise ValueError(
-                f"`num_candidates` must be at least `num_images_per_prompt` ({num_kept}), the number of pictures that "
-                f"are kept, but is {num_candidates}."
-            )
         prompts = translate(prompts, prompt_translator)
         texts = self._encode_prompts(prompts, self.layout.max_text_tokens)
         num_drafts = len(prompts) * (num_candidates or num_kept)
@@ -155,6 +152,54 @@ class CogViewPipeline(PreviewMixin, CogViewPipelineBase):
             statistics=call.statistics,
         )
         return output if return_dict else output.to_tuple()
+
+    def check_inputs(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        num_images_per_prompt: int = 1,
+        num_candidates: int | None = None,
+        max_batch_size: int | None = None,
+        **settings,
+    ) -> dict:
+        """
+        Raise the error that a call with these arguments would raise, without computing anything.
+
+        Args:
+            prompt, num_images_per_prompt, num_candidates, max_batch_size: As for `__call__`.
+            settings: The call's settings of sampling.
+
+        Returns:
+            `dict`: The settings that the call would use: those given, else the defaults. With them, `__call__` makes
+                the same pictures.
+
+        Raises:
+            TypeError: If there is no such setting.
+            ValueError: If an argument cannot be used; the message says which and why.
+        """
+        unknown = sorted(set(settings) - set(SamplingSettings.declared()))
+        if unknown:
+            raise TypeError(f"There are no settings {unknown}. Known: {list(SamplingSettings.declared())}.")
+        used = SamplingSettings.choose(self._preset, settings)
+        prompts, *_ = self._check_inputs(prompt, num_images_per_prompt, num_candidates, max_batch_size)
+        self._encode_prompts(prompts, self.layout.max_text_tokens)
+        return asdict(used)
+
+    def _check_inputs(
+        self, prompt, num_images_per_prompt, num_candidates, max_batch_size
+    ) -> tuple[list[str], int, int | None, int | None]:
+        """Prompts and numbers, checked."""
+        prompts = check_prompts(prompt)
+        num_kept, num_candidates = check_numbers_drawn(
+            len(prompts), num_images_per_prompt=num_images_per_prompt, num_candidates=num_candidates
+        )
+        (max_batch_size,) = check_counts(max_batch_size=max_batch_size)
+        if num_candidates is not None and num_candidates < num_kept:
+            raise ValueError(
+                f"`num_candidates` must be at least `num_images_per_prompt` ({num_kept}), the number of pictures that "
+                f"are kept, but is {num_candidates}."
+            )
+        return prompts, num_kept, num_candidates, max_batch_size
 
     def _write(
         self,

@@ -40,7 +40,7 @@ class CogViewCaptionPipeline(CogViewPipelineBase):
         caption_transformer ([`CogViewModel`]): Describes pictures (`cogview-caption`). If only `transformer` is there,
             it is used; a model that was trained on pictures after texts alone writes poor captions.
         transformer, super_resolution_transformer ([`CogViewModel`], *optional*): Of the other pipelines.
-        compression_rate (`int`): Pixels per token along each side.
+        compression_rate, settings: As of [`CogViewPipeline`].
 
     Source: https://arxiv.org/abs/2105.13290, section 3.2.
     """
@@ -95,7 +95,7 @@ class CogViewCaptionPipeline(CogViewPipelineBase):
             ValueError: If an argument cannot be used; the message says which and why.
             GenerationInterrupted: If `pipe.interrupt` was set to True meanwhile.
         """
-        settings = CaptionSettings.choose({}, locals())
+        settings = CaptionSettings.choose(self._preset, locals())
         check_choice("end", end, ENDS)
         (num_captions,) = check_numbers_drawn(1, num_captions_per_image=num_captions_per_image)
         max_length, max_batch_size = check_counts(max_length=max_length, max_batch_size=max_batch_size)

@@ -42,7 +42,7 @@ class CogViewUpscalePipeline(PreviewMixin, CogViewPipelineBase):
         vqvae ([`CogViewVQModel`]): Pixels to tokens, and back.
         super_resolution_transformer ([`CogViewModel`]): Writes finer pictures (`cogview-sr`).
         transformer, caption_transformer ([`CogViewModel`], *optional*): Of the other pipelines.
-        compression_rate (`int`): Pixels per token along each side.
+        compression_rate, settings: As of [`CogViewPipeline`].
 
     Source: https://arxiv.org/abs/2105.13290, section 3.1.
     """
@@ -101,7 +101,7 @@ class CogViewUpscalePipeline(PreviewMixin, CogViewPipelineBase):
             ValueError: If an argument cannot be used; the message says which and why.
             GenerationInterrupted: If `pipe.interrupt` was set to True meanwhile.
         """
-        settings = UpscaleSettings.choose({}, locals())
+        settings = UpscaleSettings.choose(self._preset, locals())
         check_choice("output_type", output_type, OUTPUT_TYPES)
         self._check_tensor_inputs(callback_on_step_end_tensor_inputs)
         (max_batch_size,) = check_counts(max_batch_size=max_batch_size)

@@ -6,9 +6,11 @@ and however many processes and forward passes share a step, together they see th
 """
 
 import hashlib
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -49,6 +51,16 @@ def derived_seed(seed: int, *key: int | str) -> int:
 def draw_index(count: int, generator: torch.Generator) -> int:
     """An index below `count`, all equally likely."""
     return int(torch.randint(count, (), generator=generator))
+
+
+def released_index(number: int, count: int) -> int:
+    """
+    Which of `count` items is sample `number` of a run of CogView's release: with replacement, and without a seed.
+
+    Source: the CogView release, its behaviour.
+    """
+    source = random.Random(number)
+    return int(np.random.RandomState([source.randint(0, 2**32 - 1) for _ in range(16)]).randint(count))
 
 
 class WeightedIndex:

@@ -1,13 +1,13 @@
 """
-Pictures as tokens with their captions: what CogLM and the super-resolution models train on.
+Pictures as tokens with their captions: what the transformers of both families train on.
 
 A token folder, as `training_scripts/prepare_tokens.py` writes it, holds two files:
 
 - `tokens.safetensors` with the tensors `low` and (for super-resolution) `fine`, each of shape
   `(num_pictures, rows, columns)`;
 - `captions.jsonl` with one object a picture: captions by language, `{"en": [...], "zh": [...]}`, of which one may be
-  missing; an optional `weight`, the relative chance of the picture; and optional `targets`, captions by language
-  that captioning writes in place of those.
+  missing; an optional `weight`, the relative chance of the picture; optional `targets`, captions by language that
+  captioning writes in place of those; and an optional `style`, what its style is called, by language or one name.
 """
 
 import functools
@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedConfig
 
 from ...generation.token_sequence import TokenSequence
 from ...json_lines import parse_object, read_lines, write_lines
-from ...models.cogview2.modeling_coglm import CogLMConfig
-from ...models.cogview2.tokenization_icetk import IcetkTokenizer
+from ...models.tokenization import CodesAndPiecesTokenizer
 from ..adapters import LoraOptions
 from ..arguments import UNNOTICED, TrainConfig
 from ..run_folder import set_modes
@@ -45,6 +45,7 @@ class TokenData:
         encode (`Callable`): Token ids of a caption. Captions are encoded when drawn: they are many, and few are drawn.
         targets (`list[dict[str, list[str]]]`, *optional*):
             Of each picture, what captioning writes, if that is not what pictures are drawn from.
+        styles (`list[dict[str, list[str]]]`): Of each picture, what its style is called; empty where it has none.
     """
 
     low: torch.Tensor
@@ -53,12 +54,16 @@ class TokenData:
     weights: torch.Tensor
     encode: Callable[[str], list[int]]
     targets: list[dict[str, list[str]]] | None = None
+    styles: list[dict[str, list[str]]] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.styles = self.styles or [{} for _ in self.captions]
 
     def __len__(self) -> int:
         return len(self.captions)
 
     @classmethod
-    def load(cls, folder: str | Path, tokenizer: IcetkTokenizer) -> "TokenData":
+    def load(cls, folder: str | Path, tokenizer: CodesAndPiecesTokenizer) -> "TokenData":
         """
         Read a token folder.
 
@@ -76,9 +81,10 @@ class TokenData:
             tensors = load_file(folder / TOKENS_FILE)
         except SafetensorError as error:
             raise ValueError(f"`data` has a damaged {TOKENS_FILE} ({error}). Make it again.") from error
-        captions, weights, targets = [], [], []
+        captions, weights, targets, styles = [], [], [], []
         for number, line in read_lines(folder / CAPTIONS_FILE):
             texts, weight = parse_captions(line, f"Line {number} of {folder / CAPTIONS_FILE}")
+            styles.append(texts.pop("style", {}))
             targets.append(texts.pop("targets", texts))
             captions.append(texts)
             weights.append(weight)
@@ -94,7 +100,7 @@ class TokenData:
             if value is not None and not 0 <= int(value.min()) <= int(value.max()) < tokenizer.num_image_tokens:
                 raise ValueError(f"`data` has tokens in `{name}` outside of 0..{tokenizer.num_image_tokens - 1}.")
         encode = functools.lru_cache(2**16)(tokenizer.encode)
-        return cls(low, fine, captions, torch.tensor(weights, dtype=torch.float64), encode, targets)
+        return cls(low, fine, captions, torch.tensor(weights, dtype=torch.float64), encode, targets, styles)
 
     def with_auxiliary(self, auxiliary: "TokenData", probability: float) -> "TokenData":
         """
@@ -126,9 +132,10 @@ class TokenData:
             ),
             self.encode,
             (self.targets or self.captions) + (auxiliary.targets or auxiliary.captions),
+            self.styles + auxiliary.styles,
         )
 
-    def require_fit(self, model_config: CogLMConfig, tokenizer: IcetkTokenizer) -> "TokenData":
+    def require_fit(self, model_config: PreTrainedConfig, tokenizer: CodesAndPiecesTokenizer) -> "TokenData":
         """
         This data, if the model was made for pictures of this size and for this tokenizer.
 
@@ -141,12 +148,9 @@ class TokenData:
                 f"`data` has low-resolution pictures of {grid[0]} x {grid[1]} tokens, but the model makes "
                 f"{model_config.image_grid[0]} x {model_config.image_grid[1]}. Make it with another `--low_size`."
             )
-        for name, value in (
-            ("num_image_tokens", tokenizer.num_image_tokens),
-            ("boi_token_id", tokenizer.boi_token_id),
-            ("pad_token_id", tokenizer.pad_token_id),
-        ):
-            if getattr(model_config, name) != value:
+        for name in ("num_image_tokens", "boi_token_id", "command_token_id", "pad_token_id"):
+            value = getattr(tokenizer, name, None)
+            if hasattr(model_config, name) and getattr(model_config, name) != value:
                 raise ValueError(
                     f"`tokenizer` is not that of the model: its {name} is {value}, the model's "
                     f"{getattr(model_config, name)}."
@@ -236,19 +240,21 @@ class TokenTrainConfig(LoraOptions, TrainConfig):
         default=128, metadata={"help": "How many samples of `held_out_data`.", "resume": UNNOTICED}
     )
 
-    def load_data(self, tokenizer: IcetkTokenizer) -> TokenData:
+    def load_data(self, tokenizer: CodesAndPiecesTokenizer) -> TokenData:
         """The pictures to train on; raises `ValueError` as [`TokenData.load`] does."""
         data = TokenData.load(self.data, tokenizer)
         if self.auxiliary_data is None:
             return data
         return data.with_auxiliary(TokenData.load(self.auxiliary_data, tokenizer), self.auxiliary_probability)
 
-    def held_out_batches(self, tokenizer: IcetkTokenizer, make_batch: Callable[[TokenData, Draw], object]) -> list:
+    def held_out_batches(
+        self, tokenizer: CodesAndPiecesTokenizer, make_batch: Callable[[TokenData, Draw], object]
+    ) -> list:
         """
         Batches of the held-out pictures, the same in every run with this seed; none without `held_out_data`.
 
         Args:
-            tokenizer ([`IcetkTokenizer`]): Of the captions.
+            tokenizer ([`CodesAndPiecesTokenizer`]): Of the captions.
             make_batch (`Callable`): What makes a batch of some data and a draw, as for training.
         """
         if self.held_out_data is None:
@@ -267,7 +273,7 @@ def parse_captions(line: str, place: str) -> tuple[dict[str, list[str]], float]:
         place (`str`): What an error calls the line, such as `"Line 7 of captions.jsonl"`.
 
     Returns:
-        `tuple[dict, float]`: The captions, among them those of `targets` under that key, if there are any; the weight.
+        `tuple[dict, float]`: The captions, and under `targets` and `style` what the line has there; the weight.
 
     Raises:
         ValueError: If the line is no object, has no caption, or its weight is no number of at least 0.
@@ -279,6 +285,10 @@ def parse_captions(line: str, place: str) -> tuple[dict[str, list[str]], float]:
     texts = _captions_by_language(row, place, line)
     if "targets" in row:
         texts["targets"] = _captions_by_language(row["targets"], f"`targets` of {place}", line)
+    style = row.get("style")
+    if style:
+        names = {"en" if style.isascii() else "zh": style} if isinstance(style, str) else style
+        texts["style"] = _captions_by_language(names, f"`style` of {place}", line)
     weight = row.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
         raise ValueError(f"{place} must have a number of at least 0 as `weight`, but has {weight!r}.")
