@@ -14,6 +14,7 @@ from cogview_pipelines.cli import app
 from cogview_pipelines.cli.loading import describe_model
 from cogview_pipelines.cli.requests import ARGUMENTS
 from cogview_pipelines.pictures.png import read_metadata, save_png
+from cogview_pipelines.pipelines.cogview.pipeline_cogview import CogViewPipeline
 from cogview_pipelines.pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
 
 from .conftest import FULL_SIZE, LOW_SIZE, assert_bad_input
@@ -286,7 +287,8 @@ def test_every_setting_reaches_the_pipeline(cogview2, tmp_path, monkeypatch, opt
 
 def test_requests_may_have_every_argument_of_the_call_that_json_can_hold():
     objects = {"self", "prompt", "generator", "output_type", "scorer", "prompt_translator"}
-    parameters = set(inspect.signature(CogView2Pipeline.__call__).parameters) - objects
+    kinds = (CogView2Pipeline, CogViewPipeline)
+    parameters = {name for kind in kinds for name in inspect.signature(kind.__call__).parameters} - objects
     assert {name for name in parameters if not name.startswith(("callback", "return_"))} == set(ARGUMENTS)
 
 

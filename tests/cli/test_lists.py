@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cogview_pipelines import CogView2CaptionPipeline, CogView2InpaintPipeline, CogView2UpscalePipeline
+from cogview_pipelines import (
+    CogView2CaptionPipeline,
+    CogView2InpaintPipeline,
+    CogView2UpscalePipeline,
+    CogViewCaptionPipeline,
+    CogViewUpscalePipeline,
+)
 from cogview_pipelines.cli import caption_and_score as texts
 from cogview_pipelines.cli import console
 from cogview_pipelines.cli import inpaint_and_upscale as pictures
@@ -316,17 +322,18 @@ def test_files_are_found_however_their_accents_are_written(cogview2, write_list,
 
 
 @pytest.mark.parametrize(
-    "kind, pipeline, objects",
+    "kind, pipelines, objects",
     [
-        (INPAINT, CogView2InpaintPipeline, {"mask_image"}),
-        (UPSCALE, CogView2UpscalePipeline, {"tokens"}),
-        (CAPTION, CogView2CaptionPipeline, {"tokens"}),
+        (INPAINT, [CogView2InpaintPipeline], {"mask_image"}),
+        (UPSCALE, [CogView2UpscalePipeline, CogViewUpscalePipeline], {"tokens"}),
+        (CAPTION, [CogView2CaptionPipeline, CogViewCaptionPipeline], {"tokens"}),
     ],
 )
-def test_lines_may_have_every_argument_of_the_call_that_json_can_hold(kind, pipeline, objects):
+def test_lines_may_have_every_argument_of_the_call_that_json_can_hold(kind, pipelines, objects):
     objects = {"self", "generator", "output_type", "return_dict", "prompt_translator", *objects}
     parameters = {
         name
+        for pipeline in pipelines
         for name in inspect.signature(pipeline.__call__).parameters
         if name not in objects and not name.startswith(("callback", "return_"))
     }

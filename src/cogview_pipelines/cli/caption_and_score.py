@@ -22,6 +22,7 @@ from .console import (
     say,
     say_json,
 )
+from .families import check_taken, is_cogview, pipeline_for
 from .inputs import decode, describe_inputs, read_file, read_image, same_inputs
 from .loading import (
     BATCH_OPTION,
@@ -132,7 +133,7 @@ def caption(
     for path, own in zip(images, captions, strict=True):
         for entry in own[:count]:
             if as_json:
-                say_json({"file": str(path), "language": given.get("language", "en"), **entry})
+                say_json({"file": str(path), **_language(pipe, given), **entry})
             else:
                 say(entry["caption"] if len(images) == 1 else f"{path}\t{entry['caption']}")
 
@@ -314,7 +315,7 @@ def _work(pipe, batch: Sequence[Request], work: Batch, model: str, failed: LineF
         inputs.append(describe_inputs(request.files, contents))
     if not readable:
         return
-    common = {**describe_model(model), "dtype": str(pipe.transformer.dtype).removeprefix("torch.")}
+    common = {**describe_model(model), "dtype": str(pipe.vqvae.dtype).removeprefix("torch.")}
     try:
         results = list(work(pipe, readable, pictures))
     except (ValueError, TypeError) as error:
@@ -341,7 +342,7 @@ def _caption_batch(pipe, requests: Sequence[Request], pictures: list) -> Iterato
     drawn = arguments.get("strategy") in ("sample", "best_of")
     for seed, captions in zip(seeds, _captions(pipe, pictures, arguments, seeds), strict=True):
         yield {
-            "language": arguments.get("language", "en"),
+            **_language(pipe, arguments),
             **({"seed": seed} if drawn else {}),
             "captions": captions,
         }
@@ -356,13 +357,22 @@ def _score_batch(pipe, requests: Sequence[Request], pictures: list) -> Iterator[
 # Both ----------------------------------------------------------------------------------------------------------------
 
 
+def _language(pipe, arguments: dict) -> dict[str, str]:
+    """The language that was asked for; CogView's captions have the one that the model chooses."""
+    return {} if is_cogview(pipe) else {"language": arguments.get("language", "en")}
+
+
 def _captions(pipe, pictures: list, arguments: dict, seeds: list[int]) -> list[list[dict]]:
     """The captions of each picture with their scores; those drawn have seeds from that of the picture on."""
     import torch
 
     count = arguments.get("num_captions_per_image", 1)
-    arguments = {"num_candidates": DEFAULT_CANDIDATES, **arguments}
-    drawn = {"sample": count, "best_of": arguments["num_candidates"]}.get(arguments.get("strategy"), 0)
+    if is_cogview(pipe):
+        drawn, arguments = _for_cogview(arguments)
+    else:
+        arguments = {"num_candidates": DEFAULT_CANDIDATES, **arguments}
+        drawn = {"sample": count, "best_of": arguments["num_candidates"]}.get(arguments.get("strategy"), 0)
+    check_taken(pipe, arguments)
     generators = [torch.Generator().manual_seed(seed + index) for seed in seeds for index in range(drawn)]
     output = pipe(pictures, generator=generators or None, **arguments)
     entries = [
@@ -371,19 +381,31 @@ def _captions(pipe, pictures: list, arguments: dict, seeds: list[int]) -> list[l
     return [entries[start : start + count] for start in range(0, len(entries), count)]
 
 
+def _for_cogview(arguments: dict) -> tuple[int, dict]:
+    """How many captions of each picture are drawn, and the arguments as CogView's pipeline calls them."""
+    count, strategy = arguments.get("num_captions_per_image", 1), arguments.get("strategy", "greedy")
+    own = {name: value for name, value in arguments.items() if name != "strategy"}
+    if strategy == "sample":
+        return count, own
+    if strategy != "greedy":
+        raise ValueError(f"`strategy` must be greedy or sample with this model, but is {strategy}.")
+    if count > 1 or "top_k" in own:
+        raise ValueError("`strategy` must be sample for `num_captions_per_image` or `top_k` with this model.")
+    return count, {**own, "top_k": 1}
+
+
 def _scores(pipe, picture, prompts: list[str], max_batch_size: int | None) -> list[dict]:
     """The caption loss of each prompt, best first."""
-    losses = pipe.score(picture, prompts, max_batch_size=max_batch_size).tolist()
+    losses = pipe.score(picture, prompts, max_batch_size=max_batch_size)
+    losses = (-losses if is_cogview(pipe) else losses).tolist()  # CogView's are log-probabilities
     rows = [{"prompt": text, "caption_loss": round(loss, 4)} for text, loss in zip(prompts, losses, strict=True)]
     return sorted(rows, key=lambda row: row["caption_loss"])
 
 
 def _load(model: str, device: str | None, dtype: DType | None, quiet: bool):
-    from ..pipelines.cogview2.pipeline_cogview2_caption import CogView2CaptionPipeline
-
-    pipe = load_pipeline(model, device, dtype)
+    pipe = load_pipeline(model, device, dtype, "caption")
     with bad_input():
-        pipe = CogView2CaptionPipeline.from_pipe(pipe)
+        pipe = pipeline_for(pipe, "caption")
     pipe.set_progress_bar_config(disable=True if quiet else None)
     return pipe
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from .console import bad_input, expand, fail, fail_all, failures, make_writable_folder, say, warn_of_unknown
+from .families import check_taken
 from .loading import (
     DEVICE_OPTION,
     DTYPE_OPTION,
@@ -39,7 +40,7 @@ from .results import LineFailures, check_names, manifest_of, only_writer, refuse
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
+    from ..pipelines.common.base import PipelineBase
 
 _OTHER_FORMATS = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 _NOT_REMADE = ("num_images_per_prompt", "num_candidates", "max_batch_size")  # they say nothing of one picture
@@ -123,6 +124,8 @@ def generate(
     iterative_sr_temperature: float = setting_option("iterative_sr_temperature"),
     iterative_sr_top_k: str = setting_option("iterative_sr_top_k"),
     num_lopar_steps: int = setting_option("num_lopar_steps"),
+    top_k: int = setting_option("top_k"),
+    top_p: float = setting_option("top_p"),
     max_batch_size: int = typer.Option(None, min=1, help="Pictures computed at a time.  [default: 8]"),
     device: str = DEVICE_OPTION,
     dtype: DType = DTYPE_OPTION,
@@ -321,7 +324,7 @@ def _generate_list(
 
 
 def _make_list(
-    pipe: "CogView2Pipeline",
+    pipe: "PipelineBase",
     requests: list[Request],
     jobs: list[Job],
     folder: Path,
@@ -359,13 +362,14 @@ def _make_list(
 # Pictures ------------------------------------------------------------------------------------------------------------
 
 
-def _plan(pipe: "CogView2Pipeline", request: Request, paths: list[Path]) -> list[Job]:
+def _plan(pipe: "PipelineBase", request: Request, paths: list[Path]) -> list[Job]:
     """
     The jobs that make the pictures of a request.
 
     Raises:
         ValueError: If the model cannot do what is asked.
     """
+    check_taken(pipe, request.arguments)
     settings = pipe.check_inputs(request.prompt, **request.arguments)
     warn_of_unknown(
         pipe.tokenizer, request.prompt, f"the prompt of {request.where}" if request.where else "the prompt"
@@ -381,7 +385,7 @@ def _plan(pipe: "CogView2Pipeline", request: Request, paths: list[Path]) -> list
     ]
 
 
-def _make(pipe: "CogView2Pipeline", jobs: list[Job], quiet: bool) -> Iterator[tuple[Job, Path, "Image.Image", dict]]:
+def _make(pipe: "PipelineBase", jobs: list[Job], quiet: bool) -> Iterator[tuple[Job, Path, "Image.Image", dict]]:
     """
     Do jobs with the same settings together, batch by batch, and hand out each picture as soon as it is there: with its
     job, the path for it, and its metadata.
@@ -422,7 +426,7 @@ def _make(pipe: "CogView2Pipeline", jobs: list[Job], quiet: bool) -> Iterator[tu
             progress.update(len(slots))
 
 
-def _common_metadata(pipe: "CogView2Pipeline", model: str) -> dict:
+def _common_metadata(pipe: "PipelineBase", model: str) -> dict:
     from ..environment import versions
 
     return {

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from .console import bad_input, expand, fail, fail_all, failures, make_writable_folder, say
+from .families import check_taken, is_cogview, pipeline_for
 from .inputs import MOST_PIXELS, decode, describe_inputs, read_file, same_inputs
 from .loading import (
     BATCH_OPTION,
@@ -153,6 +154,12 @@ def upscale(
     ),
     style: str = STYLE_OPTION,
     num_lopar_steps: int = setting_option("num_lopar_steps"),
+    size: int = typer.Option(
+        None, min=1, help="CogView only: height in pixels that the picture is brought to before, 128 or 256."
+    ),
+    temperature: float = typer.Option(None, min=0, help="CogView only: lower is more regular.  [default: 1.02]"),
+    top_k: int = setting_option("top_k"),
+    top_p: float = setting_option("top_p"),
     model: str = MODEL_OPTION,
     device: str = DEVICE_OPTION,
     dtype: DType = DTYPE_OPTION,
@@ -163,7 +170,8 @@ def upscale(
     """
     Enlarge a picture by super-resolution.
 
-    With the released models it becomes three times as high and wide.
+    With the released models of CogView2 it becomes three times as high and wide. A CogView brings the square in its
+    middle to one of its two sizes, and makes twice as many pixels each way of that.
 
     With --requests FILE.jsonl, each line is an object with "id" and "image", and optionally "prompt", "seed" and any
     other argument of the pipeline's call. Results are written as ID.png into the output folder, beside a manifest;
@@ -180,6 +188,10 @@ def upscale(
         "faithful": faithful,
         "style": style,
         "num_lopar_steps": num_lopar_steps,
+        "size": size,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
     }
     run = _Run("upscale", UPSCALE, output, seed, model, device, dtype, metadata, quiet, _enlarge)
     with bad_input():
@@ -322,14 +334,9 @@ class _Run:
         say(path)
 
     def _load(self):
-        pipe = load_pipeline(self.model, self.device, self.dtype)
-        from ..pipelines.cogview2.pipeline_cogview2_inpaint import CogView2InpaintPipeline
-        from ..pipelines.cogview2.pipeline_cogview2_upscale import CogView2UpscalePipeline
-
+        pipe = load_pipeline(self.model, self.device, self.dtype, self.command)
         with bad_input():
-            pipe = {"inpaint": CogView2InpaintPipeline, "upscale": CogView2UpscalePipeline}[self.command].from_pipe(
-                pipe
-            )
+            pipe = pipeline_for(pipe, self.command)
         pipe.set_progress_bar_config(disable=True if self.quiet else None)
         return pipe
 
@@ -371,6 +378,9 @@ def _paint(pipe, request: Request, pictures: Pictures, generators: list) -> list
 
 def _enlarge(pipe, request: Request, pictures: Pictures, generators: list) -> list["Image.Image"]:
     image = pictures["image"]
+    check_taken(pipe, request.arguments)
+    if is_cogview(pipe):  # it brings the picture to one of its sizes first
+        return pipe(image, request.prompt, generator=generators, **request.arguments).images
     scale = (pipe.scale[0] * pipe.scale[1]) ** request.arguments.get("num_levels", 1)
     if image.width * image.height * scale > MOST_PIXELS:
         raise ValueError(

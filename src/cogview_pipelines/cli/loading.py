@@ -14,9 +14,10 @@ import typer
 from ..environment import SHIPPED_MODEL
 from ..foreign_files import describe_foreign_file
 from .console import expand, fail
+from .families import SAVED_AS, pipeline_class
 
 if TYPE_CHECKING:
-    from ..pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
+    from ..pipelines.common.base import PipelineBase
 
 SHIPPED = "shipped"
 _PLACES, _PLACE_BYTES = 256, 4096  # of each file of a model, in its fingerprint
@@ -85,6 +86,12 @@ def find_model(model: str) -> str:
         if _HUB_ID.fullmatch(model) and model[0] not in "./~":
             return model
         fail(f"`--model`: there is no folder {model}, and it is not a Hub id (owner/name) either.")
+    _read_index(folder)
+    return os.fspath(folder)
+
+
+def _read_index(folder: Path) -> dict:
+    """What the `model_index.json` of a folder says, if it is that of a pipeline of this package."""
     index = folder / "model_index.json"
     if not os.path.isfile(index):
         fail(f"`--model`: {folder} is not a saved pipeline: it has no model_index.json.")
@@ -93,9 +100,9 @@ def find_model(model: str) -> str:
         name = saved["_class_name"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         fail(f"`--model`: {index} is damaged ({type(error).__name__}: {error}). Copy or save the model again.")
-    if name != "CogView2Pipeline":
-        fail(f"`--model`: {folder} holds a {name}, not a CogView2Pipeline.")
-    return os.fspath(folder)
+    if name not in SAVED_AS:
+        fail(f"`--model`: {folder} holds a {name}, not a CogView2Pipeline or CogViewPipeline.")
+    return saved
 
 
 def describe_model(model: str) -> dict[str, str]:
@@ -134,20 +141,30 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_pipeline(model: str, device: str | None = None, dtype: DType | None = None) -> "CogView2Pipeline":
-    """Load the pipeline, ready to be called; what is wrong with the model is told in one line."""
+def load_pipeline(
+    model: str, device: str | None = None, dtype: DType | None = None, work: str = "generate"
+) -> "PipelineBase":
+    """
+    Load a model: of CogView2 all of it as its first pipeline, of CogView a pipeline that does the work. What is wrong
+    with the model is told in one line.
+
+    Args:
+        model, device, dtype: As in `--model`, `--device` and `--dtype`.
+        work (`str`): What it is for: `"generate"`, `"inpaint"`, `"upscale"` or `"caption"`; see `pipeline_for`.
+    """
     source = find_model(model)
     import diffusers
     import torch
     import transformers
 
-    from ..pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
-
     device = choose_device(device)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     try:
-        pipe = CogView2Pipeline.from_pretrained(source, dtype=getattr(torch, choose_dtype(dtype, device)))
+        kind = _class_for(source, work)
+        pipe = kind.from_pretrained(source, dtype=getattr(torch, choose_dtype(dtype, device)))
+    except typer.Exit:
+        raise
     except Exception as error:  # whatever a damaged file makes the loaders raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if os.path.exists(source):
@@ -160,3 +177,24 @@ def load_pipeline(model: str, device: str | None = None, dtype: DType | None = N
         diffusers.utils.logging.enable_progress_bar()
         transformers.utils.logging.enable_progress_bar()
     return pipe.to(device)
+
+
+def _class_for(source: str, work: str) -> type["PipelineBase"]:
+    """
+    What is loaded for some work. Of CogView2 that is the whole model, of CogView only a pipeline that does the work:
+    a folder may hold one of its models alone.
+    """
+    from ..pipelines.common.base import PipelineBase
+
+    saved = _read_index(Path(source)) if os.path.exists(source) else dict(PipelineBase.load_config(source))
+    saved_as = saved.get("_class_name")
+    if saved_as not in SAVED_AS:
+        fail(f"`--model`: {source} holds a {saved_as}, not a CogView2Pipeline or CogViewPipeline.")
+    try:
+        kind = pipeline_class(saved_as, work)
+        if SAVED_AS[saved_as] == "cogview2":
+            return pipeline_class(saved_as, "generate")
+        kind.check_needed({name for name, value in saved.items() if isinstance(value, list) and value[0] is not None})
+    except ValueError as error:
+        fail(f"`--model`: {source}: {error}")
+    return kind

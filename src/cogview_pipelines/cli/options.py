@@ -4,17 +4,21 @@ from typing import Any
 
 import typer
 
+from ..pipelines.cogview.settings import SamplingSettings as CogViewSamplingSettings
 from ..pipelines.cogview2.settings import SamplingSettings
 from ..pipelines.common.settings import MOST_COUNT
 
-DECLARED = SamplingSettings.declared()
+# Where both families have a setting, the help is that of CogView2.
+DECLARED = {**CogViewSamplingSettings.declared(), **SamplingSettings.declared()}
+ONLY_COGVIEW = CogViewSamplingSettings.declared().keys() - SamplingSettings.declared().keys()
 
 
 def setting_option(name: str) -> Any:
     """The option for a setting of sampling. The pipelines check its bounds, too; a count shows them in the help."""
     setting = DECLARED[name]
     bounds = {"min": int(setting.least), "max": int(setting.most)} if setting.is_whole else {}
-    return typer.Option(None, help=setting.help, **({} if setting.is_per_pass else bounds))
+    help = f"CogView only: {setting.help}" if name in ONLY_COGVIEW else setting.help
+    return typer.Option(None, help=help, **({} if setting.is_per_pass else bounds))
 
 
 def count_option(*names: str, help: str) -> Any:

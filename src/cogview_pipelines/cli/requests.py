@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..json_lines import parse_object, read_lines
+from ..pipelines.cogview.settings import CaptionSettings as CogViewCaptionSettings
+from ..pipelines.cogview.settings import SamplingSettings as CogViewSamplingSettings
 from ..pipelines.cogview2.settings import CaptionSettings, SamplingSettings
 from ..pipelines.common.settings import MOST_COUNT, Setting
 from .names import check_id, clashes
@@ -83,7 +85,9 @@ def _setting(declared: Setting) -> Callable:
     return check
 
 
-# The arguments of the pipeline's call that a request may have, and how each is checked.
+COGVIEW_SAMPLING = CogViewSamplingSettings.declared()
+# The arguments of the pipeline's call that a request may have, and how each is checked: those of both families. Which
+# of them a model takes is known once it is there.
 ARGUMENTS: dict[str, Callable] = {
     "num_images_per_prompt": _count,
     "num_candidates": _count,
@@ -91,12 +95,13 @@ ARGUMENTS: dict[str, Callable] = {
     "height": _whole_number,
     "width": _whole_number,
     "negative_prompt": _text,
+    **{name: _setting(declared) for name, declared in COGVIEW_SAMPLING.items()},
     **{name: _setting(declared) for name, declared in SamplingSettings.declared().items()},
     "max_batch_size": _whole_number,
 }
 _SUPER_RESOLUTION = {
     name: ARGUMENTS[name]
-    for name in (*SamplingSettings.declared("CogView2UpscalePipeline"), "style", "max_batch_size")
+    for name in (*SamplingSettings.declared("CogView2UpscalePipeline"), *COGVIEW_SAMPLING, "style", "max_batch_size")
 }
 MARGINS = ("top", "bottom", "left", "right")
 
@@ -130,11 +135,12 @@ class Kind:
 
 
 GENERATE = Kind(("id", "prompt", "seed"), ("id", "prompt"), ARGUMENTS)
+_NOT_PAINTING = ("num_candidates", "height", "width", "top_k", "top_p")
 INPAINT = Kind(
     ("id", "prompt", "image", "mask", "seed"),
     ("id", "prompt", "image"),
     {
-        **{name: check for name, check in ARGUMENTS.items() if name not in ("num_candidates", "height", "width")},
+        **{name: check for name, check in ARGUMENTS.items() if name not in _NOT_PAINTING},
         **dict.fromkeys(MARGINS, _whole_number_or_none_at_all),
         "super_resolve": _truth,
         "mask_share": _share,
@@ -146,7 +152,13 @@ INPAINT = Kind(
 UPSCALE = Kind(
     ("id", "image", "prompt", "seed"),
     ("id", "image"),
-    {**_SUPER_RESOLUTION, "num_levels": _whole_number, "tile_overlap": _share, "faithful": _truth},
+    {
+        **_SUPER_RESOLUTION,
+        "num_levels": _whole_number,
+        "tile_overlap": _share,
+        "faithful": _truth,
+        "size": _whole_number,
+    },
 )
 CAPTION = Kind(
     ("id", "image", "seed"),
@@ -158,6 +170,7 @@ CAPTION = Kind(
         "num_candidates": _count,
         "num_beams": _count,
         "rank_by": _choice("image", "caption"),
+        **{name: _setting(declared) for name, declared in CogViewCaptionSettings.declared().items()},
         **{name: _setting(declared) for name, declared in CaptionSettings.declared().items()},
         "max_length": _whole_number,
         "end": _choice("sentence", "likelihood", "length"),

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..environment import stamp
+from ..models.cogview.modeling_cogview import CogViewModel
 from ..models.cogview2.modeling_coglm import CogLMModel
 from ..models.cogview2.modeling_coglm_canvas import CogLMCanvasModel
-from ..pipelines.cogview2.base import CogView2PipelineBase
+from ..pipelines.common.base import PipelineBase
 from ..schedulers.scheduling_lopar import LoPARScheduler
 from .timing import PeakMemory, machine_speed, median_seconds
 
@@ -26,7 +27,7 @@ def _linears(module: nn.Module, without: str) -> list[nn.Linear]:
     return [part for name, part in module.named_modules() if isinstance(part, nn.Linear) and without not in name]
 
 
-def step_products(model: CogLMModel, num_sequences: int) -> list[Product]:
+def step_products(model: CogLMModel | CogViewModel, num_sequences: int) -> list[Product]:
     """The matrix products of one token of `num_sequences` sequences: those of all layers, and the logits."""
     products = [(num_sequences, part.weight, part.bias) for part in _linears(model.layers, "canvas_")]
     return [*products, (num_sequences, model.word_embeddings.weight[: model.config.num_image_tokens], None)]
@@ -78,7 +79,7 @@ def product_seconds(products: list[Product], device: torch.device | str, limit: 
 
 
 def stage_seconds(
-    pipe: CogView2PipelineBase, batch_size: int, limit: float, prompt: str = PROMPT, **settings
+    pipe: PipelineBase, batch_size: int, limit: float, prompt: str = PROMPT, **settings
 ) -> tuple[dict[str, float], int]:
     """
     Median seconds of each stage, and of all (`"all"`), of calls that make `batch_size` pictures, and the number of
@@ -113,7 +114,7 @@ def stage_seconds(
     return {name: statistics.median(one[name] for one in calls) for name in calls[0]}, len(calls)
 
 
-def num_weight_bytes(pipe: CogView2PipelineBase) -> int:
+def num_weight_bytes(pipe: PipelineBase) -> int:
     """Bytes of all weights; those that models share count once."""
     weights = {
         id(p): p.nbytes
@@ -125,13 +126,13 @@ def num_weight_bytes(pipe: CogView2PipelineBase) -> int:
 
 
 def bench_pipeline(
-    pipe: CogView2PipelineBase, batch_size: int, limit: float = 30.0, *, before: int | None = None, **settings
+    pipe: PipelineBase, batch_size: int, limit: float = 30.0, *, before: int | None = None, **settings
 ) -> dict:
     """
     Measure a pipeline that is ready to be called.
 
     Args:
-        pipe (`CogView2Pipeline`): What is measured.
+        pipe (`CogView2Pipeline` or `CogViewPipeline`): What is measured.
         batch_size (`int`): Pictures of one call.
         limit (`float`): Seconds for the calls, after the one that warms up. Three calls are made if they take no
             longer than four times as much.
@@ -151,7 +152,7 @@ def bench_pipeline(
     model = pipe.transformer
     bandwidth, rate = machine_speed(device, model.dtype, min(1.0, limit / 4))
     num_tokens = pipe.layout.image_length
-    guided = pipe.check_inputs(PROMPT, **settings)["guidance_scale"] != 1
+    guided = pipe.check_inputs(PROMPT, **settings).get("guidance_scale", 1) != 1  # CogView has none
     sequences = batch_size * (2 if guided else 1)
     per_token = seconds["transformer"] / num_tokens
     refined = sum(seconds.get(stage, 0.0) for stage in SUPER_RESOLUTION)
@@ -201,9 +202,9 @@ def bench_pipeline(
     return line
 
 
-def _has_plain_weights(pipe: CogView2PipelineBase, device: torch.device) -> bool:
+def _has_plain_weights(pipe: PipelineBase, device: torch.device) -> bool:
     """Whether all weights are ordinary tensors on the device where the models compute."""
-    models = [getattr(pipe, stage) for stage in STAGES[:3]]
+    models = [getattr(pipe, stage, None) for stage in STAGES[:3]]
     weights = [weight for model in models if model is not None for weight in model.parameters()]
     return all(type(w.data) is torch.Tensor and w.is_floating_point() and w.device == device for w in weights)
 
