@@ -143,4 +143,25 @@ MUTATIONS = [
         "len(path.name)",
         "cli/test_names.py::test_the_length_of_a_name_is_counted_in_bytes",
     ),
+    Mutation(
+        "CogView's losses: the likeliest text is last",
+        "cli/caption_and_score.py",
+        "(-losses if is_cogview(pipe) else losses)",
+        "(losses)",
+        "cli/test_cogview_models.py::test_scores_are_losses_best_first",
+    ),
+    Mutation(
+        "settings of the other family are passed over",
+        "cli/families.py",
+        "if name not in taken and not takes_all:",
+        "if False:",
+        "cli/test_cogview_models.py::test_settings_of_cogview_are_refused_for_cogview2",
+    ),
+    Mutation(
+        "CogView's captions are drawn unless asked otherwise",
+        "cli/caption_and_score.py",
+        'return count, {**own, "top_k": 1}',
+        "return count, own",
+        "cli/test_cogview_models.py::test_captions_are_greedy_unless_they_are_drawn",
+    ),
 ]

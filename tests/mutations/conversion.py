@@ -80,4 +80,25 @@ MUTATIONS = [
         "if False:",
         "conversion/cogview2/test_to_pipeline.py::test_transformers_of_another_text_tokenizer_make_no_pipeline",
     ),
+    Mutation(
+        "CogView: the third norm is taken for the second",
+        "conversion/cogview/layout.py",
+        '    "third_layernorm": "attention_output_layernorm",\n    "post_attention_layernorm": "mlp_layernorm",',
+        '    "third_layernorm": "mlp_layernorm",\n    "post_attention_layernorm": "attention_output_layernorm",',
+        "parity/cogview/test_model.py::test_text_to_image_is_the_originals",
+    ),
+    Mutation(
+        "CogView: ranks of queries, keys and values are joined as rows",
+        "conversion/cogview/layout.py",
+        '"attention.query_key_value.weight": "thirds",',
+        '"attention.query_key_value.weight": "rows",',
+        "conversion/cogview/test_conversion_cogview.py::test_two_ranks_are_merged_into_the_tensors_of_one",
+    ),
+    Mutation(
+        "CogView: codes are rows in the release",
+        "conversion/cogview/layout.py",
+        'TRANSPOSED = ("quantize.embed.weight", "quantize.embed_avg")',
+        'TRANSPOSED = ("quantize.embed_avg",)',
+        "conversion/cogview/test_conversion_cogview.py",
+    ),
 ]

@@ -2,10 +2,12 @@
 
 import pytest
 
+from cogview_pipelines.pipelines.cogview.pipeline_cogview import CogViewPipeline
 from cogview_pipelines.pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
 from cogview_pipelines.schedulers.scheduling_lopar import LoPARScheduler
 
 from ..utils import make_coglm, make_vq_model, randomize, token_config
+from ..utils_cogview import make_cogview, make_cogview_tokenizer, make_cogview_vq
 
 LOW, FINE = 32, 96  # pixels
 
@@ -61,3 +63,22 @@ def shared_pipe(tokenizer):
 def low_pipe(tokenizer):
     """No super-resolution."""
     return build(tokenizer, stages=())
+
+
+def build_cogview(tokenizer) -> CogViewPipeline:
+    """All three models of the first CogView."""
+    pipe = CogViewPipeline(tokenizer, make_cogview_vq(), make_cogview(), make_cogview(1), make_cogview(2))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def cogview_tokenizer(tmp_path_factory):
+    """CogView's tiny tokenizer."""
+    return make_cogview_tokenizer(tmp_path_factory.mktemp("cogview_tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def cogview_pipe(cogview_tokenizer):
+    """All three models of the first CogView."""
+    return build_cogview(cogview_tokenizer)

@@ -19,13 +19,17 @@ from cogview_pipelines import (
     CogView2InpaintPipeline,
     CogView2Pipeline,
     CogView2UpscalePipeline,
+    CogViewCaptionPipeline,
+    CogViewPipeline,
+    CogViewUpscalePipeline,
     GenerationInterrupted,
 )
+from cogview_pipelines.models.cogview.modeling_cogview import CogViewModel
 from cogview_pipelines.models.cogview2.modeling_coglm import CogLMModel
 from cogview_pipelines.models.cogview2.modeling_coglm_canvas import CogLMCanvasModel
 
 from ..utils import make_image_tokens
-from .conftest import build
+from .conftest import build, build_cogview
 
 PICTURE = torch.rand(3, 60, 60, generator=torch.Generator().manual_seed(5))
 MASK = torch.zeros(60, 60)
@@ -44,6 +48,7 @@ class Row:
         seeded (`str`): The argument that makes `generator` matter: how many each picture gets.
         result (`str`): The field of the output that is compared.
         has_steps (`bool`): Whether a callback hears of each step.
+        is_cogview (`bool`): Whether it is one of the first CogView.
     """
 
     kind: type[DiffusionPipeline]
@@ -51,6 +56,13 @@ class Row:
     named: dict
     result: str
     has_steps: bool = True
+    is_cogview: bool = False
+
+    def new(self, request):
+        """A pipeline whose components nothing else has."""
+        if self.is_cogview:
+            return self.pipe(build_cogview(request.getfixturevalue("cogview_tokenizer")))
+        return self.pipe(build(request.getfixturevalue("tokenizer")))
 
     def pipe(self, source):
         pipe = self.kind.from_pipe(source)
@@ -92,9 +104,38 @@ ROWS = [
         "token_ids",
         has_steps=False,
     ),
+    Row(
+        CogViewPipeline,
+        lambda count: (["a cat", "a tree", "a car"][:count],),
+        {"output_type": "pt"},
+        "images",
+        is_cogview=True,
+    ),
+    Row(
+        CogViewUpscalePipeline,
+        lambda count: ([PICTURE[:, :40, :40]] * count, ["a cat", "a tree", "a car"][:count]),
+        {"output_type": "pt", "size": 16},
+        "images",
+        is_cogview=True,
+    ),
+    Row(
+        CogViewCaptionPipeline,
+        lambda count: ([PICTURE, PICTURE.flip(2), PICTURE.flip(1)][:count],),
+        {"max_length": 3, "end": "length"},
+        "token_ids",
+        has_steps=False,
+        is_cogview=True,
+    ),
 ]
 every_pipeline = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.kind.__name__)
 with_steps = pytest.mark.parametrize("row", [row for row in ROWS if row.has_steps], ids=lambda row: row.kind.__name__)
+
+
+@pytest.fixture
+def pipe(request, pipe):
+    """Of the family of the row."""
+    row = request.node.callspec.params["row"] if hasattr(request.node, "callspec") else None
+    return request.getfixturevalue("cogview_pipe") if row is not None and row.is_cogview else pipe
 
 
 class Bar:
@@ -128,7 +169,7 @@ def watch_bar(pipe, monkeypatch):
 
 
 def test_every_public_pipeline_has_a_row():
-    public = {name for name in cogview_pipelines.__all__ if name.endswith("Pipeline") and name.startswith("CogView2")}
+    public = {name for name in cogview_pipelines.__all__ if name.endswith("Pipeline")}
     assert public == {row.kind.__name__ for row in ROWS}
 
 
@@ -167,15 +208,15 @@ def test_number_formats_are_kept_and_changed(pipe, row, tmp_path, dtype):
 
 
 @every_pipeline
-def test_float64_is_refused_with_a_sentence(tokenizer, row):
-    pipe = row.pipe(build(tokenizer)).to(torch.float64)
+def test_float64_is_refused_with_a_sentence(request, row):
+    pipe = row.new(request).to(torch.float64)
     with pytest.raises(ValueError, match=r"must be float32, bfloat16 or float16, but is float64"):
         row.call(pipe)
 
 
 @every_pipeline
-def test_offloaded_it_does_the_same(tokenizer, row):
-    pipe = row.pipe(build(tokenizer))
+def test_offloaded_it_does_the_same(request, row):
+    pipe = row.new(request)
     expected = row.of(row.call(pipe))
     pipe.enable_model_cpu_offload(device="cpu")
     assert row.of(row.call(pipe)) == expected
@@ -244,7 +285,7 @@ def test_the_progress_bar_ends_at_its_total_although_a_batch_failed(pipe, row, m
 
         return run
 
-    for model in (CogLMModel, CogLMCanvasModel):
+    for model in (CogLMModel, CogLMCanvasModel, CogViewModel):
         monkeypatch.setattr(model, "forward", fail_once(model.forward))
     if row.kind is CogView2InpaintPipeline:  # each picture is a batch of its own: nothing smaller is left
         with pytest.raises(torch.OutOfMemoryError):

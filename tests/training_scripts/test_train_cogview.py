@@ -166,6 +166,18 @@ def test_style_learning_names_the_style_instead(make_batch, data, tokenizer):
     assert seen == {"en", "zh"}
 
 
+def test_pictures_are_announced_as_while_generating(script):
+    """Of 16 x 16 tokens, for which the release's data has another command."""
+    layout = make_layout(image_grid=(16, 16), max_length=300, max_super_resolution_length=500)
+    data = TokenData(
+        torch.zeros(1, 16, 16).long(), torch.zeros(1, 32, 32).long(), [{"en": ["a"]}], torch.ones(1), lambda text: [50]
+    )
+    config = script.CogViewTrainConfig(output_dir="", data="", tokenizer="")
+    for task, count in (("pretraining", 1), ("caption", 1), ("super_resolution", 2)):
+        sample = script.make_sample(config, layout, data, 0, task, torch.Generator().manual_seed(0))
+        assert sample.count(layout.command("[BASE]")) == count and layout.command("[SMALL]") not in sample
+
+
 def test_noise_changes_image_tokens_that_are_read_and_no_label(make_batch):
     clean, noisy = make_batch(), make_batch(noise_probability=0.5)
     layout = make_layout(max_length=80, max_super_resolution_length=90)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cogview_pipelines import IcetkVQConfig, IcetkVQModel
+from cogview_pipelines import CogViewVQModel, IcetkVQConfig, IcetkVQModel
 
 SCRIPT = Path(__file__).parents[2] / "training_scripts" / "train_vq_model.py"
 MODEL = {
@@ -90,6 +90,37 @@ def test_the_final_model_loads_and_has_clusters(run, tmp_path):
     assert pictures == ["0000004_16px.png", "0000004_32px.png"]
 
 
+COGVIEW = {"num_embeddings": 32, "embedding_dim": 8, "hidden_channels": 8, "num_halvings": 3}
+
+
+@pytest.mark.parametrize("method", ["moving_average", "nearest", "gumbel", "fixed"])
+def test_the_image_tokenizer_of_cogview_learns_in_all_four_ways_and_resumes(run, tmp_path, method):
+    options = {"family": "cogview", "codebook_training": method, "model": json.dumps(COGVIEW), "max_steps": 3}
+    options |= {"decay_steps": 0, "sample_every_steps": 0}
+    whole = run("whole", **options)
+    run("parts", max_minutes=1e-9, **options)
+    resumed = run("parts", resume_from_checkpoint="latest", **options)
+    assert whole.config.codebook_training == method
+    codes = CogViewVQModel.from_pretrained(tmp_path / "whole/final").quantize.embed.weight
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    untrained = run("untrained", **{**options, "learning_rate": 0.0, "codebook_training": "fixed"})
+    assert torch.equal(codes, untrained.quantize.embed.weight) == (method == "fixed")
+    assert {"reconstruction_loss", "commitment_loss", "codes_in_use"} <= set(
+        json.loads((tmp_path / "whole/metrics.jsonl").read_text().splitlines()[0])
+    )
+
+
+def test_the_temperature_of_gumbel_softmax_falls_and_is_not_saved(script):
+    options = {"family": "cogview", "codebook_training": "gumbel", "model": json.dumps(COGVIEW), "max_steps": 4}
+    config = script.VQTrainConfig(output_dir="out", **options)
+    model, seen = script.make_model(config), []
+    for step in range(4):
+        script.begin_step(config, model, step)
+        seen.append(model.quantize.gumbel_temperature)
+    assert seen == pytest.approx([1.0, 0.5, 0.25, 0.125]) and model.config.gumbel_temperature == 1.0
+
+
 def test_codes_stay_where_they_are_late_in_the_run(script):
     model = IcetkVQModel(IcetkVQConfig(**MODEL))
     config = script.VQTrainConfig(output_dir="out", max_steps=10, decay_steps=4)
@@ -148,6 +179,7 @@ def test_a_config_file_is_read_and_the_command_line_wins(script, tmp_path):
     [
         ({"image_folder": "/nowhere"}, "`/nowhere` has no pictures"),
         ({"perceptual_network": "no_such_module:make"}, "`perceptual_network` 'no_such_module:make'"),
+        ({"codebook_training": "gumbel"}, "`codebook_training` must be left out for `family` cogview2"),
         ({"perceptual_network": "vgg"}, "'lpips' or 'module:factory'"),
         ({"resume_from_checkpoint": "/nowhere"}, "`resume_from_checkpoint`"),
     ],

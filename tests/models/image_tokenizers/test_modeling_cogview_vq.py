@@ -76,6 +76,21 @@ def test_the_codebook_loss_is_of_the_codes_and_the_commitment_of_the_vectors():
     assert torch.allclose(nearest.commitment_loss, 5 * fixed.commitment_loss)
 
 
+def test_dead_codes_move_to_vectors_that_are_served_badly():
+    codebook = make_model(dead_code_threshold=0.03).quantize.train()
+    torch.nn.init.zeros_(codebook.embed.weight)
+    codebook.embed_avg.zero_()
+    codebook.cluster_size.fill_(1.0)
+    codebook.cluster_size[7] = 0.0
+    vectors = torch.zeros(20, 4)
+    vectors[3] = 50.0  # far from all codes
+    codebook.revive(vectors, codebook.nearest(vectors)[1])
+    assert torch.equal(codebook.embed.weight[7], vectors[3]) and codebook.cluster_size[7] == 1
+    before = codebook.embed.weight.clone()
+    codebook.revive(vectors, codebook.nearest(vectors)[1])  # none is dead now
+    assert torch.equal(codebook.embed.weight, before)
+
+
 def test_gumbel_softmax_grows_hard_as_the_temperature_falls():
     vectors = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
     spread = []

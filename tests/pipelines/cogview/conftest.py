@@ -2,21 +2,12 @@
 
 import pytest
 
-from cogview_pipelines import CogViewCaptionPipeline, CogViewPipeline, CogViewUpscalePipeline
-
-from ...utils_cogview import make_cogview, make_cogview_tokenizer, make_cogview_vq
+from cogview_pipelines import CogViewCaptionPipeline, CogViewUpscalePipeline
 
 
 @pytest.fixture(scope="session")
-def cogview_tokenizer(tmp_path_factory):
-    return make_cogview_tokenizer(tmp_path_factory.mktemp("cogview_tokenizer"))
-
-
-@pytest.fixture(scope="session")
-def pipe(cogview_tokenizer):
-    pipe = CogViewPipeline(cogview_tokenizer, make_cogview_vq(), make_cogview(), make_cogview(1), make_cogview(2))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+def pipe(cogview_pipe):
+    return cogview_pipe
 
 
 @pytest.fixture(scope="session")
