@@ -1,11 +1,11 @@
-"""`cogview2 evaluate`: how many pictures show what their prompts say."""
+"""`cogview2 evaluate`: how many pictures show what their prompts say; and the papers' measures of any captions."""
 
 import enum
 from pathlib import Path
 
 import typer
 
-from .console import bad_input, fail, failures, make_writable_folder, say, say_json
+from .console import bad_input, expand, fail, failures, make_writable_folder, say, say_json
 from .loading import DEVICE_OPTION, DTYPE_OPTION, MODEL_OPTION, DType, describe_model, find_model, load_pipeline
 
 
@@ -44,6 +44,13 @@ class Baseline(str, enum.Enum):
     shuffled = "shuffled"
 
 
+class Protocol(str, enum.Enum):
+    """What the papers did."""
+
+    cogview2 = "cogview2"
+    cogview = "cogview"
+
+
 class Measure(str, enum.Enum):
     """What is measured."""
 
@@ -52,14 +59,29 @@ class Measure(str, enum.Enum):
     post_selection = "post-selection"
 
 
+# Options of only one of the two: the demo data, or captions of one's own
+_DEMO = ("split", "language", "layout", "measure", "baseline", "sprites", "save", "export")
+_CAPTIONS = (
+    *("references", "pictures", "output", "protocol", "contrast", "radii", "size", "inception", "network", "clip"),
+    "shard",
+)
+
+
 def evaluate(
+    context: typer.Context,
     split: Split = typer.Option(
         Split.train,
         help="Which scenes: train are the seen combinations, the rest held out; test_wording: seen combinations in"
         " sentences as people type them, whose patterns are held out.",
     ),
     language: Language = typer.Option(Language.en, help="Of the prompts."),
-    num: int = typer.Option(100, "--num", "-n", min=1, help="How many scenes; if there are fewer, all of them."),
+    num: int = typer.Option(
+        None,
+        "--num",
+        "-n",
+        min=1,
+        help="How many scenes; if there are fewer, all of them; or captions.  [default: 100; all captions]",
+    ),
     layout: Layout = typer.Option(None, help="Only scenes of one object, or only of two.  [default: both]"),
     measure: Measure = typer.Option(
         Measure.pictures,
@@ -70,7 +92,9 @@ def evaluate(
         Baseline.none,
         help="For pictures. ceiling: true pictures, encoded and decoded; shuffled: pictures of other prompts.",
     ),
-    candidates: int = typer.Option(8, min=2, help="For post-selection."),
+    candidates: int = typer.Option(
+        None, min=2, help="How many to draw, to keep the best: for post-selection, or of captions.  [default: 8; one]"
+    ),
     seed: int = typer.Option(0, min=0, max=2**40, help="Of scenes, prompts and pictures."),
     batch_size: int = typer.Option(8, min=1, help="Pictures computed at a time."),
     height: int = typer.Option(None, min=1, help="Of the pictures, in pixels.  [default: the largest]"),
@@ -80,12 +104,38 @@ def evaluate(
     dtype: DType = DTYPE_OPTION,
     sprites: Path = typer.Option(None, help="Folder of full-size drawings, for the ceiling beyond 240 px."),
     save: Path = typer.Option(None, help="Folder for the pictures, with what was read from them in the PNG metadata."),
+    export: Path = typer.Option(
+        None,
+        help="Write captions.jsonl and the true pictures of the scenes into this folder, for --captions; no more.",
+    ),
+    captions: Path = typer.Option(
+        None, help="Captions of your own: .jsonl, COCO's .json, or .tsv. The options below are for them."
+    ),
+    references: list[Path] = typer.Option(
+        None, help="The true pictures: a folder, WebDataset .tar files (several times), or a .tsv file."
+    ),
+    pictures: Path = typer.Option(None, help="Pictures that were made already, named like the captions: a folder."),
+    output: Path = typer.Option(None, "--output", "-o", help="Folder for pictures, features and evaluation.json."),
+    protocol: Protocol = typer.Option(
+        None,
+        help="What the papers did: 30000 captions, and the best of 16 (cogview2), or of 60 with contrast 1.5"
+        " (cogview). Options given beside it override.",
+    ),
+    contrast: float = typer.Option(None, min=0, max=100, help="Factor for the pictures that were made.  [default: 1]"),
+    radii: str = typer.Option(None, help="Of the blur of both sides, a FID for each.  [default: 0,1,2,4,8]"),
+    size: int = typer.Option(256, min=1, max=4096, help="Both sides are resized to this many pixels."),
+    inception: Path = typer.Option(
+        None, help="Weights of Inception for FID and the Inception score: torch-fidelity's."
+    ),
+    network: str = typer.Option(None, help="Another network, as MODULE:FUNCTION; see docs/evaluation.md."),
+    clip: str = typer.Option(None, help="Folder or Hub id of CLIP or the like, for the CLIP score."),
+    shard: str = typer.Option(None, help="Like 1/4: only this part, of as many processes or machines."),
     as_json: bool = typer.Option(False, "--json", help="Print one line of JSON."),
 ) -> None:
     """
     Measure how many pictures show what was asked for.
 
-    The prompts are captions of scenes that the model was trained for (scope.json): one object or two on a plain
+    With --captions, the papers' measures of any captions and pictures. Without it, the prompts are captions of scenes that the model was trained for (scope.json): one object or two on a plain
     background, in a drawing style. A scorer without a neural network reads the pictures: background, style, objects,
     position are the shares of pictures that show each of these as the prompt says; all is the share that shows all
     four; clean is the share with nothing else on the background. Compare with --baseline ceiling and shuffled.
@@ -95,7 +145,17 @@ def evaluate(
       cogview2 evaluate --split test_pair --language zh --num 200 --json
       cogview2 evaluate --split test_background --baseline ceiling
       cogview2 evaluate --measure post-selection --candidates 8 --num 50
+      cogview2 evaluate --captions captions_val2014.json --references val2014 --inception weights.pth -o coco
     """
+    _check_combination(context, captions is not None)
+    if captions is not None:
+        from .evaluate_captions import CaptionsOptions, evaluate_captions
+
+        protocol = None if protocol is None else protocol.value
+        own = locals()
+        evaluate_captions(CaptionsOptions(**{name: own[name] for name in CaptionsOptions.__dataclass_fields__}))
+        return
+    num, candidates = num or 100, candidates or 8
     source = Path(find_model(model))
     if not (source / "scope.json").is_file():
         fail(f"`--model`: {source} has no scope.json, which lists the scenes that the model was trained on.")
@@ -112,6 +172,9 @@ def evaluate(
             scope, split.value, language.value, num, seed, None if layout is None else layout.value
         )
         drawings = None if sprites is None else SpriteSet(sprites)
+    if export is not None:
+        _export(expand(export, "--export"), cases, height or 240)
+        return
     if save is not None:
         make_writable_folder(save)
     pipe = load_pipeline(model, device, dtype)
@@ -138,6 +201,31 @@ def evaluate(
     settings_of = {Measure.pictures: {"baseline": baseline.value}, Measure.post_selection: {"candidates": candidates}}
     repeats = {"layout": None if layout is None else layout.value, "seed": seed, "model": model}
     _print({**asked, **result, **settings_of.get(measure, {}), **repeats, **_conditions(pipe, cases)}, as_json)
+
+
+def _check_combination(context: typer.Context, has_captions: bool) -> None:
+    """Refuse options of the other kind."""
+    others = _DEMO if has_captions else _CAPTIONS
+    given = [name for name in others if context.get_parameter_source(name).name != "DEFAULT"]
+    if given:
+        which = "is for the demo data, not for --captions" if has_captions else "is for --captions"
+        fail(f"--{given[0].replace('_', '-')} {which}.")
+
+
+def _export(folder: Path, cases: list, size: int) -> None:
+    """Scenes as a list of captions with true pictures."""
+    from ..demo import render
+    from ..json_lines import write_lines
+    from ..pictures.png import save_png
+
+    make_writable_folder(folder)
+    rows = [{"id": f"{index:05d}", "caption": case.caption} for index, case in enumerate(cases)]
+    with failures():
+        for row, case in zip(rows, cases, strict=True):
+            save_png(render(case.scene, size), folder / f"{row['id']}.png", None)
+        with open(folder / "captions.jsonl", "w", encoding="utf-8") as file:
+            write_lines(file, rows)
+    say(folder / "captions.jsonl")
 
 
 def _conditions(pipe, cases: list) -> dict:

@@ -1,0 +1,342 @@
+"""
+An evaluation of many captions and pictures that may stop at any time and be spread over processes.
+
+The captions are worked off in blocks of 64: pictures are made, each saved at once, compared, and what the comparison
+needs (features, losses) is written into one file a block. Whatever is there is not made again; so the same command
+goes on after a stop, and shards that write into one folder need no merging: who comes last finds all blocks. Figures
+are computed from the blocks one after the other, so that memory does not depend on the number of pictures.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageEnhance, ImageFilter
+
+from ..pictures.colours import on_white
+from ..pictures.files import read_picture
+from ..pictures.png import read_metadata, save_png
+from .captioned import Captioned, References
+from .distances import frechet_distance_with_error, inception_score, mean_with_error
+from .networks import FeatureNetwork, features_of
+
+BLOCK = 64
+RADII = (0, 1, 2, 4, 8)  # of the blur, as in DALL-E's and CogView's tables
+MOST_NAMED = 20  # pictures that could not be read, in the results
+_RESULTS = "evaluation.json"
+
+Make = Callable[[Sequence[Captioned], Sequence[int]], Sequence[Image.Image]]
+Score = Callable[[Sequence[Image.Image], Sequence[Captioned]], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """
+    What is done to pictures before they are compared.
+
+    Args:
+        size (`int`, defaults to 256): Pictures of both sides are resized to so many pixels in height and width.
+        radii (tuple of `float`): A comparison for each: both sides are blurred by a Gaussian filter of this radius.
+        contrast (`float`, defaults to 1): Factor of the contrast of the pictures that were made; CogView's has 1.5.
+    """
+
+    size: int = 256
+    radii: tuple[float, ...] = RADII
+    contrast: float = 1.0
+
+    def __call__(self, image: Image.Image, is_true: bool) -> Iterator[torch.Tensor]:
+        """`uint8` pixels of shape `(3, size, size)` for each radius."""
+        image = on_white(image).convert("RGB").resize((self.size, self.size), Image.Resampling.BICUBIC)
+        if not is_true and self.contrast != 1:
+            image = ImageEnhance.Contrast(image).enhance(self.contrast)
+        for radius in self.radii:
+            blurred = image.filter(ImageFilter.GaussianBlur(radius)) if radius else image
+            pixels = torch.frombuffer(bytearray(blurred.tobytes()), dtype=torch.uint8)
+            yield pixels.view(self.size, self.size, 3).permute(2, 0, 1)
+
+
+@dataclass
+class PictureRun:
+    """
+    An evaluation in a folder.
+
+    Args:
+        folder (`Path`): For pictures, blocks and results.
+        rows (list of [`Captioned`]): The captions.
+        settings (`dict`): All that decides the result, for JSON. A folder that was begun with others is refused.
+        make (function of captions and seeds): Makes the picture of each caption from its seed.
+        made ([`References`], *optional*): In place of `make`: where pictures are that were made already.
+        references ([`References`], *optional*): The true pictures. Without them there is no distance.
+        network ([`FeatureNetwork`], *optional*): For distances and the Inception score.
+        preparation ([`Preparation`]): What is done to pictures before.
+        scores (`dict` of functions of pictures and captions): Further figures of each picture, by name; lower or
+            higher, `mean` and standard error are given.
+        seed (`int`, defaults to 0): Picture `i` of the list has `seed + i * seeds_of_each`.
+        seeds_of_each (`int`, defaults to 1): How many seeds a picture takes: its candidates.
+        batch_size (`int`, defaults to 8): Pictures that are made and compared at a time.
+        stamp (`dict`): Goes into the results: versions, hardware.
+    """
+
+    folder: Path
+    rows: Sequence[Captioned]
+    settings: dict
+    make: Make | None = None
+    made: References | None = None
+    references: References | None = None
+    network: FeatureNetwork | None = None
+    preparation: Preparation = field(default_factory=Preparation)
+    scores: dict[str, Score] = field(default_factory=dict)
+    seed: int = 0
+    seeds_of_each: int = 1
+    batch_size: int = 8
+    stamp: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.make is None) == (self.made is None):
+            raise ValueError("`make` or `made` must be given, and not both.")
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of captions."""
+        return -(-len(self.rows) // BLOCK)
+
+    @property
+    def key(self) -> str:
+        """Changes with the settings and the captions."""
+        content = [self.settings, [[row.id, row.caption, row.picture] for row in self.rows]]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def begin(self) -> None:
+        """
+        Write down what is evaluated.
+
+        Raises:
+            ValueError: If the folder holds an evaluation of something else; the message says what differs.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / _RESULTS
+        if path.exists():
+            try:
+                before = json.loads(path.read_text(encoding="utf-8"))
+                key, settings = before["key"], before["settings"]
+            except (OSError, ValueError, KeyError, TypeError):
+                raise ValueError(f"{path} is damaged or no file of an evaluation. Name another folder.") from None
+            if key != self.key:
+                differing = [
+                    f"{name} {settings.get(name)!r}, now {self.settings.get(name)!r}"
+                    for name in sorted({*settings, *self.settings})
+                    if settings.get(name) != self.settings.get(name)
+                ]
+                raise ValueError(
+                    f"{self.folder} holds an evaluation with other settings ({'; '.join(differing) or 'captions'}). "
+                    "Name another folder."
+                )
+            return
+        _write(path, {"key": self.key, "settings": self.settings})
+
+    # One block -------------------------------------------------------------------------------------------------------
+
+    def run(self, shard: tuple[int, int] = (0, 1), on_pictures: Callable[[int], None] | None = None) -> None:
+        """
+        Do the blocks of a shard that are not done.
+
+        Args:
+            shard (`(index, count)`): Every `count`-th block from `index` on.
+            on_pictures (function of a number, *optional*): Is told how many pictures were just done.
+        """
+        for block in range(shard[0], self.num_blocks, shard[1]):
+            count = len(self._rows(block))
+            if not self._is_done(block):
+                with self._only_worker(block):
+                    if not self._is_done(block):
+                        self._run_block(block, on_pictures)
+                        continue
+            if on_pictures is not None:
+                on_pictures(count)
+
+    def _run_block(self, block: int, on_pictures: Callable[[int], None] | None) -> None:
+        rows = self._rows(block)
+        excluded: dict[str, str] = {}
+        if self.make is not None:
+            self._make_missing(block, rows, on_pictures)
+        pairs = []
+        for row, path in zip(rows, self._paths(block), strict=True):
+            try:
+                made = read_picture(path) if self.made is None else self.made.read(row)
+                true = None if self.references is None else self.references.read(row)
+            except ValueError as error:
+                excluded[row.id] = str(error)
+            else:
+                pairs.append((row, made, true))
+        if self.make is None and on_pictures is not None:
+            on_pictures(len(rows))
+        tensors = self._compare(pairs) if pairs else {}
+        from safetensors.torch import save_file
+
+        path = self._block_file(block)
+        path.parent.mkdir(exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+        metadata = {"key": self.key, "excluded": json.dumps(excluded), "count": str(len(pairs))}
+        save_file({name: values.contiguous() for name, values in tensors.items()}, unfinished, metadata)
+        os.replace(unfinished, path)
+
+    def _make_missing(self, block: int, rows: Sequence[Captioned], on_pictures: Callable[[int], None] | None) -> None:
+        missing = []
+        for offset, (row, path) in enumerate(zip(rows, self._paths(block), strict=True)):
+            seed = self.seed + (block * BLOCK + offset) * self.seeds_of_each
+            metadata = {"prompt": row.caption, "id": row.id, "seed": seed, "evaluation": self.key}
+            try:
+                there = read_metadata(path)
+            except ValueError:
+                there = {}
+            if all(str(there.get(name)) == str(value) for name, value in metadata.items()):
+                if on_pictures is not None:
+                    on_pictures(1)
+            else:
+                missing.append((row, seed, path, metadata))
+        for start in range(0, len(missing), self.batch_size):
+            part = missing[start : start + self.batch_size]
+            images = self.make([row for row, *_ in part], [seed for _, seed, *_ in part])
+            for (_, _, path, metadata), image in zip(part, images, strict=True):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_png(image, path, metadata)
+            if on_pictures is not None:
+                on_pictures(len(part))
+
+    def _compare(self, pairs: Sequence[tuple[Captioned, Image.Image, Image.Image | None]]) -> dict[str, torch.Tensor]:
+        tensors: dict[str, list[torch.Tensor]] = {}
+        for start in range(0, len(pairs), self.batch_size):
+            part = pairs[start : start + self.batch_size]
+            if self.network is not None:
+                sides = {"made": [made for _, made, _ in part]}
+                if self.references is not None:
+                    sides["true"] = [true for _, _, true in part]
+                for side, images in sides.items():
+                    prepared = [list(self.preparation(image, side == "true")) for image in images]
+                    for number, radius in enumerate(self.preparation.radii):
+                        features, logits = features_of(self.network, torch.stack([one[number] for one in prepared]))
+                        tensors.setdefault(f"{side}/{radius:g}", []).append(features)
+                        if side == "made" and radius == 0 and logits is not None:
+                            tensors.setdefault("logits", []).append(logits)
+            for name, score in self.scores.items():
+                values = score([made for _, made, _ in part], [row for row, *_ in part])
+                tensors.setdefault(f"score/{name}", []).append(torch.tensor(values, dtype=torch.float64))
+        return {name: torch.cat(parts) for name, parts in tensors.items()}
+
+    # Results ---------------------------------------------------------------------------------------------------------
+
+    def results(self) -> dict | None:
+        """
+        All figures, each with what says how sure it is; they are written into the folder, too. `None` as long as
+        blocks are missing.
+        """
+        files = [self._block_file(block) for block in range(self.num_blocks)]
+        if not all(self._is_done(block) for block in range(self.num_blocks)):
+            return None
+        excluded: dict[str, str] = {}
+        names: set[str] = set()
+        count = 0
+        for file in files:
+            with _open(file) as opened:
+                metadata = opened.metadata()
+                excluded |= json.loads(metadata["excluded"])
+                names |= set(opened.keys())
+                count += int(metadata["count"])
+
+        def chunks(name: str) -> Iterator[torch.Tensor]:
+            for file in files:
+                with _open(file) as opened:
+                    if name in set(opened.keys()):
+                        yield opened.get_tensor(name)
+
+        figures: dict[str, dict] = {}
+        notes = []
+        for radius in self.preparation.radii:
+            true, made = f"true/{radius:g}", f"made/{radius:g}"
+            if {true, made} <= names and count >= 2:
+                value, error = frechet_distance_with_error(partial(chunks, true), partial(chunks, made))
+                figures[f"fid_{radius:g}"] = {"value": value, "standard_error": error}
+                width = next(chunks(made)).shape[1]
+                note = (
+                    f"{count} pictures are fewer than the network's {width} features: FID is far too large, and can "
+                    "only be compared with that of as many pictures."
+                )
+                if count < width and note not in notes:
+                    notes.append(note)
+        if "logits" in names and count >= 2:
+            value, deviation = inception_score(chunks("logits"), count)
+            figures["inception_score"] = {"value": value, "deviation_over_splits": deviation}
+        for name in sorted(name for name in names if name.startswith("score/")):
+            value, error = mean_with_error(torch.cat(list(chunks(name))))
+            figures[name.removeprefix("score/")] = {"value": value, "standard_error": error}
+        results = {
+            "key": self.key,
+            "settings": self.settings,
+            "pictures": count,
+            "excluded": len(excluded),
+            "excluded_pictures": dict(list(excluded.items())[:MOST_NAMED]),
+            "figures": figures,
+            "notes": notes,
+            **self.stamp,
+        }
+        _write(self.folder / _RESULTS, results)
+        return results
+
+    # Files -----------------------------------------------------------------------------------------------------------
+
+    def _rows(self, block: int) -> Sequence[Captioned]:
+        return self.rows[block * BLOCK : (block + 1) * BLOCK]
+
+    def _paths(self, block: int) -> list[Path]:
+        folder = self.folder / "pictures" / f"{block:05d}"
+        return [folder / f"{block * BLOCK + offset:06d}.png" for offset in range(len(self._rows(block)))]
+
+    def _block_file(self, block: int) -> Path:
+        return self.folder / "blocks" / f"{block:05d}.safetensors"
+
+    def _is_done(self, block: int) -> bool:
+        path = self._block_file(block)
+        if not path.exists():
+            return False
+        try:
+            with _open(path) as opened:
+                return opened.metadata().get("key") == self.key
+        except Exception:  # whatever a damaged file makes the reader raise
+            return False
+
+    @contextlib.contextmanager
+    def _only_worker(self, block: int) -> Iterator[None]:
+        from filelock import FileLock, Timeout
+
+        path = self.folder / f".block-{block:05d}.lock"
+        lock = FileLock(path, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"another process works on block {block} in {self.folder}. Give each its own shard, or wait."
+            ) from None
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+            lock.release()
+
+
+def _open(path: Path):
+    from safetensors import safe_open
+
+    return safe_open(path, "pt")
+
+
+def _write(path: Path, content: dict) -> None:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    unfinished.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+    os.replace(unfinished, path)

@@ -1,0 +1,138 @@
+"""`cogview2 evaluate --captions`, from demo scenes written as a list."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from cogview_pipelines import CogView2CaptionPipeline
+from cogview_pipelines.json_lines import parse_object, read_lines
+from cogview_pipelines.pictures.png import read_metadata
+
+from .conftest import FULL_SIZE, assert_bad_input
+
+NETWORK = "cogview_pipelines.evaluation.networks:efficientnet_lite0"
+
+
+@pytest.fixture
+def listed(cogview2, tmp_path):
+    """A list of captions with their true pictures."""
+    folder = tmp_path / "listed"
+    result = cogview2("evaluate", "--num", 10, "--height", FULL_SIZE, "--export", folder)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.strip() == str(folder / "captions.jsonl")
+    return folder
+
+
+def evaluated(cogview2, listed, output, *more):
+    arguments = (
+        "--captions",
+        listed / "captions.jsonl",
+        "--references",
+        listed,
+        "--radii",
+        "0,2",
+        "--network",
+        NETWORK,
+    )
+    result = cogview2("evaluate", *arguments, "--batch-size", 4, "--json", "-o", output, *more)
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout) if result.stdout else None
+
+
+def test_exported_scenes_are_captions_with_true_pictures(listed):
+    rows = [parse_object(line) for _, line in read_lines(listed / "captions.jsonl")]
+    assert len(rows) == 10 and all(row["caption"] for row in rows)
+    for row in rows:
+        assert Image.open(listed / f"{row['id']}.png").size == (FULL_SIZE, FULL_SIZE)
+
+
+def test_all_measures_from_one_command(cogview2, listed, tmp_path, model_folder, pipeline):
+    report = evaluated(cogview2, listed, tmp_path / "out", "--seed", 5)
+    assert set(report["figures"]) == {"fid_0", "fid_2", "inception_score", "caption_loss"}
+    assert report["pictures"] == 10 and report["settings"]["seed"] == 5 and "torch" in report["versions"]
+    assert "10 pictures are fewer than the network's 1280 features" in report["notes"][0]
+    # the pictures are those of their seeds, and the loss is that of `score`
+    made = sorted((tmp_path / "out" / "pictures").rglob("*.png"))
+    rows = [parse_object(line) for _, line in read_lines(listed / "captions.jsonl")]
+    expected = pipeline(rows[3]["caption"], generator=torch.Generator().manual_seed(8)).images[0]
+    assert Image.open(made[3]).tobytes() == expected.tobytes()
+    scorer = CogView2CaptionPipeline.from_pipe(pipeline)
+    losses = scorer.score([Image.open(path) for path in made], [row["caption"] for row in rows])
+    assert report["figures"]["caption_loss"]["value"] == pytest.approx(float(losses.mean()), rel=1e-5)
+
+
+def test_shards_then_all_are_as_at_once_and_pictures_may_come_from_elsewhere(cogview2, listed, tmp_path):
+    whole = evaluated(cogview2, listed, tmp_path / "whole")
+    assert evaluated(cogview2, listed, tmp_path / "parts", "--shard", "2/2") is None  # one block only, not its
+    assert evaluated(cogview2, listed, tmp_path / "parts", "--shard", "1/2") == whole
+    assert evaluated(cogview2, listed, tmp_path / "parts") == whole
+    # the same pictures, named like the captions
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for number, path in enumerate(sorted((tmp_path / "whole" / "pictures").rglob("*.png"))):
+        path.rename(elsewhere / f"{number:05d}.png")
+    given = evaluated(cogview2, listed, tmp_path / "given", "--pictures", elsewhere)
+    for name, figure in whole["figures"].items():
+        assert given["figures"][name]["value"] == pytest.approx(figure["value"], rel=1e-5)
+
+
+def test_true_pictures_have_no_distance_from_themselves(cogview2, listed, tmp_path):
+    report = evaluated(cogview2, listed, tmp_path / "out", "--pictures", listed)
+    assert abs(report["figures"]["fid_0"]["value"]) < 1e-3
+
+
+def test_candidates_are_drawn_and_the_best_is_kept(cogview2, listed, tmp_path, pipeline):
+    report = evaluated(cogview2, listed, tmp_path / "out", "--candidates", 2, "--num", 3, "--seed", 5)
+    assert report["pictures"] == 3 and report["settings"]["call"]["num_candidates"] == 2
+    first = sorted((tmp_path / "out" / "pictures").rglob("*.png"))[0]
+    drawn = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    best = pipeline(read_metadata(first)["prompt"], generator=drawn, num_candidates=2, num_images_per_prompt=1).images[
+        0
+    ]
+    assert Image.open(first).tobytes() == best.tobytes()
+
+
+def test_a_protocol_sets_what_the_paper_did_and_options_override(cogview2, listed, tmp_path):
+    arguments = ("--protocol", "cogview", "--num", 2, "--candidates", 2)
+    report = evaluated(cogview2, listed, tmp_path / "out", *arguments)
+    assert report["settings"]["contrast"] == 1.5 and report["settings"]["protocol"] == "cogview"
+    assert report["settings"]["num"] == 2 and report["settings"]["call"]["num_candidates"] == 2
+    result = cogview2(
+        "evaluate", "--captions", listed / "captions.jsonl", "--protocol", "cogview2", "-o", tmp_path / "x"
+    )
+    assert_bad_input(result, "captions of 10 different pictures, but 30000 are asked for")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--references", "."], "--references is for --captions"),
+        (["--captions", "LIST"], "`--output` must name a folder"),
+        (["--captions", "LIST", "-o", "out", "--split", "train"], "--split is for the demo data"),
+        (["--captions", "LIST", "-o", "out", "--radii", "0,x"], "`--radii` must be"),
+        (["--captions", "LIST", "-o", "out", "--radii", "1,1"], "`--radii` must be"),
+        (["--captions", "LIST", "-o", "out", "--shard", "3/2"], "`--shard` must be like 1/4"),
+        (["--captions", "LIST", "-o", "out", "--references", "REFERENCES"], "need a network that compares"),
+        (["--captions", "LIST", "-o", "out", "--inception", "none.pth"], "there is no file none.pth of Inception's"),
+        (["--captions", "LIST", "-o", "out", "--inception", "none.pth", "--network", "a:b"], "not both"),
+        (["--captions", "LIST", "-o", "out", "--network", "nothing"], "must be `module:function`"),
+        (["--captions", "LIST", "-o", "out", "--network", "json:nothing"], "must be `module:function`"),
+        (["--captions", "LIST", "-o", "out", "--clip", "no-such-folder"], "no model of pictures and texts"),
+        (["--captions", "missing.jsonl", "-o", "out"], "missing.jsonl"),
+    ],
+)
+def test_bad_input_is_told_in_a_line_before_any_picture(cogview2, listed, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    names = {"LIST": listed / "captions.jsonl", "REFERENCES": listed}
+    assert_bad_input(cogview2("evaluate", *(names.get(argument, argument) for argument in arguments)), message)
+    assert not list(tmp_path.glob("out/**/*.png"))
+
+
+def test_captions_that_do_not_fit_are_all_named_before_any_picture(cogview2, tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({"id": n, "caption": "a tiger " * 80}) + "\n" for n in range(2)))
+    result = cogview2("evaluate", "--captions", path, "-o", tmp_path / "out")
+    assert result.exit_code == 2 and "caption 0: " in result.stderr and "caption 1: " in result.stderr
+    assert not list(tmp_path.glob("out/**/*.png"))
