@@ -135,10 +135,11 @@ def evaluate(
     """
     Measure how many pictures show what was asked for.
 
-    With --captions, the papers' measures of any captions and pictures. Without it, the prompts are captions of scenes that the model was trained for (scope.json): one object or two on a plain
-    background, in a drawing style. A scorer without a neural network reads the pictures: background, style, objects,
-    position are the shares of pictures that show each of these as the prompt says; all is the share that shows all
-    four; clean is the share with nothing else on the background. Compare with --baseline ceiling and shuffled.
+    With --captions, the papers' measures of any captions and pictures. Without it, the prompts are captions of scenes
+    that the model was trained for (scope.json): one object or two on a plain background, in a drawing style. A scorer
+    without a neural network reads the pictures: background, style, objects, position are the shares of pictures that
+    show each of these as the prompt says; all is the share that shows all four; clean is the share with nothing else
+    on the background. Compare with --baseline ceiling and shuffled.
 
     \b
     Examples:
