@@ -24,6 +24,7 @@ from pathlib import Path
 from setuptools import Distribution, Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc"
@@ -219,6 +220,18 @@ class BuildKernels(build_ext):
                 super().copy_extensions_to_source()
 
 
+class BuildPython(build_py):
+    """Adds the training scripts, which `cogview2 finetune` runs; an editable install finds them in the checkout."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib) / "cogview_pipelines" / "training_scripts"
+            target.mkdir(parents=True, exist_ok=True)
+            for script in sorted((ROOT / "training_scripts").glob("*.py")):
+                self.copy_file(str(script), str(target / script.name))
+
+
 class PlatformWheel(bdist_wheel):
     """A wheel for this platform and any Python 3: the library is not a Python extension module."""
 
@@ -233,6 +246,6 @@ class PlatformDistribution(Distribution):
 
 setup(
     ext_modules=[Extension("cogview_pipelines.ops._kernels", sources=[], optional=True)],
-    cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
+    cmdclass={"build_ext": BuildKernels, "build_py": BuildPython, "bdist_wheel": PlatformWheel},
     distclass=PlatformDistribution,
 )

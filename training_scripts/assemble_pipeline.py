@@ -5,6 +5,8 @@ Join trained parts into a CogView2Pipeline folder.
 The model of the demo:
     python training_scripts/assemble_pipeline.py --config training_scripts/emoji/pipeline_small.yaml \
         --output_dir src/cogview_pipelines/demo/models/cogview2-emoji
+A finetuned CogLM, and all else as in the model that it was finetuned from:
+    python training_scripts/assemble_pipeline.py --like MODEL --transformer runs/mine/final --output_dir my_model
 Without super-resolution:
     python training_scripts/assemble_pipeline.py --tokenizer TOKENIZER --vqvae VQVAE --transformer COGLM \
         --output_dir MODEL
@@ -30,19 +32,32 @@ from cogview_pipelines.training.arguments import parse_config, run_script
 
 @dataclass
 class AssembleConfig:
-    tokenizer: str = field(metadata={"help": "Folder or Hub id of the tokenizer."})
-    vqvae: str = field(metadata={"help": "The image tokenizer."})
-    transformer: str = field(metadata={"help": "The CogLM."})
     output_dir: str = field(metadata={"help": "The pipeline folder to write."})
+    like: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hub id of a pipeline: what no other option says (parts, schedulers, styles, known "
+            "words) is as there."
+        },
+    )
+    tokenizer: str | None = field(default=None, metadata={"help": "Folder or Hub id of the tokenizer."})
+    vqvae: str | None = field(default=None, metadata={"help": "The image tokenizer."})
+    transformer: str | None = field(default=None, metadata={"help": "The CogLM."})
     direct_sr_transformer: str | None = field(default=None, metadata={"help": "Direct super-resolution."})
     iterative_sr_transformer: str | None = field(default=None, metadata={"help": "Iterative super-resolution."})
-    direct_sr_scheduler: str = field(default="{}", metadata={"help": "JSON: options of its LoPARScheduler."})
-    iterative_sr_scheduler: str = field(default="{}", metadata={"help": "JSON: options of its LoPARScheduler."})
-    compression_rate: int = field(default=8, metadata={"help": "Pixels per token along each side."})
-    styles: str = field(default="{}", metadata={"help": "JSON: style presets by name."})
+    direct_sr_scheduler: str | None = field(
+        default=None, metadata={"help": "JSON: options of its LoPARScheduler; default: one pass, top_k 5."}
+    )
+    iterative_sr_scheduler: str | None = field(
+        default=None, metadata={"help": "JSON: options of its LoPARScheduler; default: those of the release."}
+    )
+    compression_rate: int | None = field(
+        default=None, metadata={"help": "Pixels per token along each side; default: 8."}
+    )
+    styles: str | None = field(default=None, metadata={"help": "JSON: style presets by name."})
     default_style: str | None = field(default=None, metadata={"help": "The preset used when a call names none."})
-    whole_pictures: bool = field(
-        default=False, metadata={"help": "CogLM knows whole pictures only: inpainting shows it as much as it can."}
+    whole_pictures: bool | None = field(
+        default=None, metadata={"help": "CogLM knows whole pictures only: inpainting shows it as much as it can."}
     )
     words_file: str | None = field(
         default=None,
@@ -58,8 +73,15 @@ class AssembleConfig:
     )
 
 
-def read_json(config: AssembleConfig, name: str) -> dict:
-    """The object that an option holds as JSON."""
+# Of a model that is like no other.
+DEFAULTS = {"compression_rate": 8, "styles": {}, "default_style": None, "whole_pictures": False}
+SCHEDULERS = {"direct_sr": {"step_grid": [[1]], "top_k": 5}, "iterative_sr": {}}
+
+
+def read_json(config: AssembleConfig, name: str) -> dict | None:
+    """The object that an option holds as JSON, or `None`."""
+    if getattr(config, name) is None:
+        return None
     try:
         value = json.loads(getattr(config, name))
     except json.JSONDecodeError as error:
@@ -69,37 +91,84 @@ def read_json(config: AssembleConfig, name: str) -> dict:
     return value
 
 
+class Parts:
+    """Where the parts of the pipeline come from: the options, else the model that it is like."""
+
+    def __init__(self, config: AssembleConfig):
+        self.config, self.dtype = config, getattr(torch, config.dtype)
+        self.like = {} if config.like is None else dict(CogView2Pipeline.load_config(config.like))
+
+    def place(self, name: str) -> dict[str, str] | None:
+        """Arguments of `from_pretrained` for a part, or `None` where there is none."""
+        own = getattr(self.config, name, None)
+        if own is not None:
+            return {"pretrained_model_name_or_path": own}
+        if self.like.get(name, [None])[0] is None:
+            return None
+        return {"pretrained_model_name_or_path": self.config.like, "subfolder": name}
+
+    def require(self, name: str) -> dict[str, str]:
+        place = self.place(name)
+        if place is None:
+            raise ValueError(f"`{name}` must be given, or `like`, a pipeline that has one.")
+        return place
+
+    def setting(self, name: str, own):
+        return self.like.get(name, DEFAULTS[name]) if own is None else own
+
+    def model(self, model_class, name: str):
+        return model_class.from_pretrained(**self.require(name), dtype=self.dtype)
+
+    def direct_sr(self) -> CogLMCanvasModel:
+        """Direct super-resolution; one that borrowed the weights of another CogLM than this one keeps those."""
+        model = self.model(CogLMCanvasModel, "direct_sr_transformer")
+        replaced = self.config.transformer is not None and self.config.direct_sr_transformer is None
+        if model.config.shares_backbone and replaced:
+            print(
+                "Direct super-resolution is that of `like`, which reads tokens by the weights of its CogLM: it keeps "
+                "a copy of them. Train it on the new CogLM (train_direct_sr.py --init_from) to teach it what is new."
+            )
+            options = {"subfolder": "transformer", "dtype": self.dtype}
+            model.keep_backbone(CogLMModel.from_pretrained(self.config.like, **options))
+        return model
+
+    def scheduler(self, stage: str, options: dict | None) -> LoPARScheduler:
+        if options is None and self.like.get(f"{stage}_scheduler", [None])[0] is not None:
+            return LoPARScheduler.from_pretrained(self.config.like, subfolder=f"{stage}_scheduler")
+        return LoPARScheduler(**(SCHEDULERS[stage] if options is None else options))
+
+
 def main(arguments: list[str] | None = None) -> CogView2Pipeline:
     config = parse_config(AssembleConfig, arguments, description=__doc__)
-    options = {name: read_json(config, name) for name in ("direct_sr_scheduler", "iterative_sr_scheduler")}
-    styles, files = read_json(config, "styles"), read_json(config, "files")
-    if config.default_style is not None and config.default_style not in styles:
+    options = {name: read_json(config, f"{name}_scheduler") for name in SCHEDULERS}
+    files = read_json(config, "files") or {}
+    parts = Parts(config)
+    settings = {name: parts.setting(name, getattr(config, name)) for name in DEFAULTS if name != "styles"}
+    settings["styles"] = parts.setting("styles", read_json(config, "styles"))
+    if settings["default_style"] is not None and settings["default_style"] not in settings["styles"]:
         raise ValueError(
-            f"`default_style` must be one of the `styles` {list(styles)}, but is {config.default_style!r}."
+            f"`default_style` must be one of the `styles` {list(settings['styles'])}, but is "
+            f"{settings['default_style']!r}."
         )
     for source in files.values():
         if not Path(source).is_file():
             raise ValueError(f"`files` names {source}, which is no file.")
-    dtype = getattr(torch, config.dtype)
-    transformer = CogLMModel.from_pretrained(config.transformer, dtype=dtype)
-    parts = {}
-    for stage in ("direct_sr", "iterative_sr"):
-        folder = getattr(config, f"{stage}_transformer")
-        if folder is not None:
-            parts[f"{stage}_transformer"] = CogLMCanvasModel.from_pretrained(folder, dtype=dtype)
-            parts[f"{stage}_scheduler"] = LoPARScheduler(**options[f"{stage}_scheduler"])
+    stages = {}
+    for stage in SCHEDULERS:
+        if parts.place(f"{stage}_transformer") is not None:
+            is_direct = stage == "direct_sr"
+            model = parts.direct_sr() if is_direct else parts.model(CogLMCanvasModel, f"{stage}_transformer")
+            stages[f"{stage}_transformer"] = model
+            stages[f"{stage}_scheduler"] = parts.scheduler(stage, options[stage])
     words = {}
     if config.words_file is not None:
         words["known_words"] = Path(config.words_file).read_text(encoding="utf-8").split()
     pipeline = CogView2Pipeline(
-        IcetkTokenizer.from_pretrained(config.tokenizer, **words),
-        transformer,
-        IcetkVQModel.from_pretrained(config.vqvae, dtype=dtype),
-        **parts,
-        compression_rate=config.compression_rate,
-        styles=styles,
-        default_style=config.default_style,
-        whole_pictures=config.whole_pictures,
+        IcetkTokenizer.from_pretrained(**parts.require("tokenizer"), **words),
+        parts.model(CogLMModel, "transformer"),
+        parts.model(IcetkVQModel, "vqvae"),
+        **stages,
+        **settings,
     )
     pipeline.save_pretrained(config.output_dir)
     for name, source in files.items():

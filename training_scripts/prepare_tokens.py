@@ -9,7 +9,8 @@ Your own pictures; a line of captions.jsonl is {"file": "cat.jpg", "en": "a cat"
 language or both, and perhaps a "weight" above or below 1 for pictures that shall be drawn more or less often, or a
 "style", such as "oil painting":
     python training_scripts/prepare_tokens.py --image_folder PICTURES --captions PICTURES/captions.jsonl \
-        --vqvae VQVAE --output_dir data/mine
+        --like MODEL --held_out_share 0.1 --output_dir data/mine
+Without a pipeline, for the image tokenizer alone: --vqvae VQVAE --low_size 160 --fine_size 480 in place of --like.
 """
 
 import os
@@ -21,23 +22,38 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizer
 
+from cogview_pipelines import (
+    CogLMCanvasConfig,
+    CogLMConfig,
+    CogView2Pipeline,
+    CogViewConfig,
+    CogViewTokenizer,
+    IcetkTokenizer,
+)
 from cogview_pipelines.json_lines import parse_object, read_lines
 from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
 from cogview_pipelines.pictures.colours import on_white
 from cogview_pipelines.pictures.files import find_file, read_picture
 from cogview_pipelines.training.arguments import parse_config, run_script
 from cogview_pipelines.training.data.pictures import check_pictures, to_bytes
-from cogview_pipelines.training.data.tokens import TokenData, parse_captions
+from cogview_pipelines.training.data.tokens import TokenData, parse_captions, tell_text_losses
 
 TEMPLATE_REPEATS = 4  # copies of each template caption beside one of each variant
 
 
 @dataclass
 class PrepareConfig:
-    vqvae: str = field(metadata={"help": "Folder or Hub id of the image tokenizer."})
     output_dir: str = field(metadata={"help": "The token folder to write."})
+    like: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hub id of the pipeline that is to be trained: its image tokenizer and sizes are taken "
+            "where no other option says them, and what it cannot read of the captions is told."
+        },
+    )
+    vqvae: str | None = field(default=None, metadata={"help": "Folder or Hub id of the image tokenizer."})
     image_folder: str | None = field(default=None, metadata={"help": "Folder of pictures; without it: emoji scenes."})
     captions: str | None = field(default=None, metadata={"help": "JSONL with `file` and captions by language."})
     scope: str | None = field(
@@ -62,9 +78,29 @@ class PrepareConfig:
     sprites: str | None = field(
         default=None, metadata={"help": "Folder of full-size drawings, for emoji scenes larger than 240 pixels."}
     )
-    low_size: int = field(default=160, metadata={"help": "Side of the low-resolution pictures in pixels."})
-    fine_size: int | None = field(default=480, metadata={"help": "Side of the super-resolved pictures; 0: none."})
-    compression_rate: int = field(default=8, metadata={"help": "Pixels per token along each side."})
+    low_size: int | None = field(
+        default=None, metadata={"help": "Side of the low-resolution pictures in pixels; default: 160."}
+    )
+    fine_size: int | None = field(
+        default=None, metadata={"help": "Side of the super-resolved pictures; 0: none; default: 480."}
+    )
+    compression_rate: int | None = field(
+        default=None, metadata={"help": "Pixels per token along each side; default: 8."}
+    )
+    fit: str = field(
+        default="crop",
+        metadata={
+            "help": "How your pictures become squares: crop takes the middle, pad adds white at two sides.",
+            "choices": ["crop", "pad"],
+        },
+    )
+    held_out_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the pictures, drawn by the seed, that goes to the token folder OUTPUT_DIR/held_out "
+            "instead, to be told from what was trained on."
+        },
+    )
     skip_unreadable: bool = field(
         default=False,
         metadata={"help": "Leave out pictures that cannot be read, with a warning, instead of stopping."},
@@ -74,7 +110,9 @@ class PrepareConfig:
         default=0, metadata={"help": "Processes that read or draw pictures ahead; 0: none beside this one."}
     )
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Where to compute."})
-    seed: int = field(default=0, metadata={"help": "Which emoji pairs are taken if not all are."})
+    seed: int = field(
+        default=0, metadata={"help": "Which emoji pairs are taken if not all are, and which pictures are held out."}
+    )
     config: str | None = field(
         default=None, metadata={"help": "YAML file with any of these options; the command line wins over it."}
     )
@@ -158,12 +196,13 @@ class FolderPictures(Dataset):
     """The user's files with their captions; all lines and pictures are checked before the first is used."""
 
     def __init__(self, config: PrepareConfig, sizes: list[int]):
-        self.sizes = sizes
+        self.sizes, self.fit = sizes, config.fit
         rows = read_captions_file(Path(config.captions), Path(config.image_folder))
         places = {path: place for place, path, _ in reversed(rows)}  # of several lines, the first
         paths = list(places)
         readable = set(check_pictures(paths, config.skip_unreadable, config.data_workers, places=[*places.values()]))
         self.rows = [row for row in rows if row[1] in readable]
+        self.num_left_out = len(rows) - len(self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -171,6 +210,9 @@ class FolderPictures(Dataset):
     def __getitem__(self, index: int) -> tuple[list[Image.Image], dict]:
         _, path, texts = self.rows[index]
         image = on_white(read_picture(path))
+        if self.fit == "pad":
+            sides = [(size, size) for size in self.sizes]
+            return [ImageOps.pad(image, side, Image.Resampling.BICUBIC, color="white") for side in sides], texts
         return [ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC) for size in self.sizes], texts
 
 
@@ -203,6 +245,8 @@ def read_captions_file(captions: Path, image_folder: Path) -> list[tuple[str, Pa
 
 def check_config(config: PrepareConfig, vqvae: PreTrainedModel) -> None:
     """Raise `ValueError` for what cannot work, before any work is done."""
+    if not 0 <= config.held_out_share < 1:
+        raise ValueError(f"`held_out_share` must be at least 0 and below 1, but is {config.held_out_share}.")
     if bool(config.image_folder) != bool(config.captions):
         missing = "captions" if config.image_folder else "image_folder"
         raise ValueError(f"`{missing}` is missing: pictures need captions, and captions need pictures.")
@@ -231,7 +275,13 @@ def stack_pictures(rows: list[tuple]) -> tuple[list[torch.Tensor], list[dict]]:
 @torch.no_grad()
 def main(arguments: list[str] | None = None) -> None:
     config = parse_config(PrepareConfig, arguments, description=__doc__)
-    vqvae = load_image_tokenizer(config.vqvae, dtype=torch.float32).to(config.device).eval()
+    if config.vqvae is None and config.like is None:
+        raise ValueError("`vqvae` must be given, or `like`, a pipeline that has one.")
+    reader = read_like(config)
+    place = {"name_or_path": config.vqvae}
+    if config.vqvae is None:
+        place = {"name_or_path": config.like, "subfolder": "vqvae"}
+    vqvae = load_image_tokenizer(**place, dtype=torch.float32).to(config.device).eval()
     check_config(config, vqvae)
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)  # rather fail now than after hours of encoding
     sizes = {"low": config.low_size, **({"fine": config.fine_size} if config.fine_size else {})}
@@ -245,7 +295,70 @@ def main(arguments: list[str] | None = None) -> None:
                 tokens[name].append(encoded.cpu())
             captions += texts
             bar.update(len(texts))
-    TokenData.save(config.output_dir, {name: torch.cat(parts) for name, parts in tokens.items()}, captions)
+    tensors = {name: torch.cat(parts) for name, parts in tokens.items()}
+    kept, held_out = split(len(captions), config.held_out_share, config.seed)
+    for folder, indices in ((Path(config.output_dir), kept), (Path(config.output_dir) / "held_out", held_out)):
+        if indices:
+            chosen = {name: value[indices] for name, value in tensors.items()}
+            TokenData.save(folder, chosen, [captions[index] for index in indices])
+    report(config, pictures, captions, len(held_out), reader)
+
+
+def split(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indices of the pictures to train on and of those that are held out, at least one of each if there is a share."""
+    num_held_out = 0 if not share else min(max(1, round(share * count)), count - 1)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted(order[num_held_out:]), sorted(order[:num_held_out])
+
+
+def read_like(config: PrepareConfig) -> tuple[PreTrainedTokenizer, int] | None:
+    """
+    Take what the options leave open from the pipeline that the tokens are for.
+
+    Returns:
+        Its text tokenizer, and the tokens of a caption that it reads; `None` without a pipeline.
+    """
+    found, reader = {}, None
+    if config.like is not None:
+        index = CogView2Pipeline.load_config(config.like)
+        rate = index.get("compression_rate", 8)
+        is_first = not str(index.get("_class_name")).startswith("CogView2")
+        config_class, tokenizer_class = (
+            (CogViewConfig, CogViewTokenizer) if is_first else (CogLMConfig, IcetkTokenizer)
+        )
+        model = config_class.from_pretrained(config.like, subfolder="transformer")
+        rows, columns = model.image_grid
+        if rows != columns:
+            raise ValueError(
+                f"`like` makes pictures of {rows} x {columns} tokens, but this script makes squares only."
+            )
+        found = {"compression_rate": rate, "low_size": rows * rate, "fine_size": 0}
+        if index.get("direct_sr_transformer", [None])[0] is not None:
+            canvas = CogLMCanvasConfig.from_pretrained(config.like, subfolder="direct_sr_transformer")
+            found["fine_size"] = canvas.fine_grid[0] * rate
+        if index.get("super_resolution_transformer", [None])[0] is not None:
+            found["fine_size"] = 2 * rows * rate
+        reader = tokenizer_class.from_pretrained(config.like, subfolder="tokenizer"), model.max_text_tokens
+    for name, default in {"compression_rate": 8, "low_size": 160, "fine_size": 480}.items():
+        if getattr(config, name) is None:
+            setattr(config, name, found.get(name, default))
+    return reader
+
+
+def report(
+    config: PrepareConfig,
+    pictures: Dataset,
+    captions: list[dict],
+    num_held_out: int,
+    reader: tuple[PreTrainedTokenizer, int] | None,
+) -> None:
+    """Say what was written, and what was lost on the way."""
+    print(f"{len(captions)} pictures are in {config.output_dir}, {num_held_out} of them held out.")
+    num_left_out = getattr(pictures, "num_left_out", 0)
+    if num_left_out:
+        print(f"{num_left_out} lines were left out: their pictures cannot be read.")
+    if reader is not None:
+        tell_text_losses(captions, *reader)
 
 
 if __name__ == "__main__":

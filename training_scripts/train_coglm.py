@@ -229,7 +229,7 @@ def main(arguments: list[str] | None = None) -> CogLMModel | None:
             raise ValueError("`embed_codes` takes code vectors from `vqvae`, which is not given.")
         if model.device.type != "meta":
             embed_codes(model, vqvae)
-    return train(
+    result = train(
         config,
         model,
         functools.partial(make_batch, config, model.config, tokenizer, data),
@@ -241,6 +241,8 @@ def main(arguments: list[str] | None = None) -> CogLMModel | None:
             tokenizer, lambda held_out, draw: make_batch(config, model.config, tokenizer, held_out, draw)
         ),
     )
+    config.tell_losses(data, tokenizer, model.config.max_text_tokens)
+    return result
 
 
 if __name__ == "__main__":

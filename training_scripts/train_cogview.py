@@ -314,7 +314,7 @@ def main(arguments: list[str] | None = None) -> CogViewModel | None:
     vqvae = None
     if config.vqvae is not None:
         vqvae = load_image_tokenizer(config.vqvae, dtype=torch.float32).eval()
-    return train(
+    trained = train(
         config,
         model,
         functools.partial(make_batch, config, model.config, data),
@@ -326,6 +326,8 @@ def main(arguments: list[str] | None = None) -> CogViewModel | None:
             tokenizer, lambda held_out, draw: make_batch(config, model.config, held_out, draw)
         ),
     )
+    config.tell_losses(data, tokenizer, model.config.max_text_tokens)
+    return trained
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def main(arguments: list[str] | None = None) -> CogLMCanvasModel | None:
     vqvae = None
     if config.vqvae is not None:
         vqvae = IcetkVQModel.from_pretrained(config.vqvae, dtype=torch.float32).eval()
-    return train(
+    result = train(
         config,
         model,
         functools.partial(make_batch, config, model, data),
@@ -155,6 +155,8 @@ def main(arguments: list[str] | None = None) -> CogLMCanvasModel | None:
             tokenizer, lambda held_out, draw: make_batch(config, model, held_out.require_fine(), draw)
         ),
     )
+    config.tell_losses(data, tokenizer, min(model.config.num_text_slots - 1, model.config.max_text_tokens))
+    return result
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def main(arguments: list[str] | None = None) -> CogLMCanvasModel | None:
     vqvae = None
     if config.vqvae is not None:
         vqvae = IcetkVQModel.from_pretrained(config.vqvae, dtype=torch.float32).eval()
-    return train(
+    result = train(
         config,
         model,
         functools.partial(make_batch, config, model.config, data),
@@ -152,6 +152,8 @@ def main(arguments: list[str] | None = None) -> CogLMCanvasModel | None:
             tokenizer, lambda held_out, draw: make_batch(config, model.config, held_out.require_fine(), draw)
         ),
     )
+    config.tell_losses(data, tokenizer, model.config.num_text_slots)
+    return result
 
 
 if __name__ == "__main__":

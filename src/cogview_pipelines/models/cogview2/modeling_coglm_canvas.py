@@ -428,6 +428,18 @@ class CogLMCanvasModel(CogLMPreTrainedModel):
         self.config.shares_backbone = True
         self.config.vocab_size = transformer.config.vocab_size  # which may have been given more tokens since
 
+    def keep_backbone(self, transformer: CogLMModel) -> None:
+        """
+        Take over the weights of a CogLM for good, as if they had always been this model's own.
+
+        Args:
+            transformer (`CogLMModel`): The one that this model was trained on; it should not be used any more.
+        """
+        self.share_backbone(transformer)
+        transformer.lends_weights = False
+        self.config.shares_backbone = False
+        self._keys_to_ignore_on_load_missing = None
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,

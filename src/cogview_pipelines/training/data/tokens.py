@@ -11,7 +11,9 @@ A token folder, as `training_scripts/prepare_tokens.py` writes it, holds two fil
 """
 
 import functools
+import logging
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,12 +28,16 @@ from ...json_lines import parse_object, read_lines, write_lines
 from ...models.tokenization import CodesAndPiecesTokenizer
 from ..adapters import LoraOptions
 from ..arguments import UNNOTICED, TrainConfig
+from ..processes import start_processes
 from ..run_folder import set_modes
 from .draws import Draw, WeightedIndex, draw_index
 
 TOKENS_FILE = "tokens.safetensors"
 CAPTIONS_FILE = "captions.jsonl"
 LANGUAGES = ("en", "zh")
+MOST_LOOKED_AT = 2000  # captions, to say what is lost of them
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -199,6 +205,75 @@ class TokenData:
 
 
 @dataclass
+class TextLosses:
+    """
+    What of some captions a model does not get to read.
+
+    Args:
+        captions (`int`): Captions that were looked at.
+        cut (`int`): Those with more tokens than it takes.
+        longest (`int`): Tokens of the longest.
+        pieces (`int`): Tokens of all.
+        unknown (`int`): Those that stand for characters without a piece.
+        words (`dict[str, int]`): Parts of the texts that it does not know, and in how many captions they are.
+    """
+
+    captions: int = 0
+    cut: int = 0
+    longest: int = 0
+    pieces: int = 0
+    unknown: int = 0
+    words: Counter = field(default_factory=Counter)
+
+    def count(self, text: str, tokenizer: CodesAndPiecesTokenizer, max_text_tokens: int | None) -> None:
+        """Look at a caption, for a model that takes so many tokens."""
+        ids = tokenizer.encode(text)
+        self.captions += 1
+        self.longest = max(self.longest, len(ids))
+        self.cut += max_text_tokens is not None and len(ids) > max_text_tokens
+        self.pieces += len(ids)
+        self.unknown += ids.count(tokenizer.unk_token_id)
+        self.words.update(set(tokenizer.unknown_parts(text)))
+
+    def sentences(self, max_text_tokens: int | None) -> list[str]:
+        """What is lost, in words; empty if nothing is."""
+        told = []
+        if self.cut:
+            told.append(
+                f"{self.cut} of {self.captions} captions have more than {max_text_tokens} tokens (the longest "
+                f"{self.longest}): their ends are cut off."
+            )
+        if self.unknown:
+            told.append(f"{self.unknown} of {self.pieces} pieces ({self.unknown / self.pieces:.1%}) are unknown.")
+        if self.words:
+            shown = ", ".join(word for word, _ in self.words.most_common(8))
+            more = f" and {len(self.words) - 8} more" if len(self.words) > 8 else ""
+            told.append(f"What the tokenizer does not know of the captions: {shown}{more}.")
+        return told
+
+
+def tell_text_losses(
+    captions: list[dict], tokenizer: CodesAndPiecesTokenizer, max_text_tokens: int | None
+) -> TextLosses:
+    """
+    Say, as warnings, what of the captions of some pictures is lost: cut off, or unknown.
+
+    Args:
+        captions (`list[dict]`): By language, as `TokenData` has them. Of many, some are looked at: `MOST_LOOKED_AT`.
+        tokenizer ([`CodesAndPiecesTokenizer`]): Of the model.
+        max_text_tokens (`int`, *optional*): What the model takes.
+    """
+    losses, pictures = TextLosses(), captions[:: -(-len(captions) // MOST_LOOKED_AT) or 1]
+    for picture in pictures:
+        texts = [text for language in LANGUAGES for text in picture.get(language, ())]
+        for text in texts[:: -(-len(texts) // max(1, MOST_LOOKED_AT // len(pictures))) or 1]:
+            losses.count(text, tokenizer, max_text_tokens)
+    for sentence in losses.sentences(max_text_tokens):
+        logger.warning(sentence)
+    return losses
+
+
+@dataclass
 class CanvasBatch:
     """
     Training samples of a super-resolution model.
@@ -246,6 +321,11 @@ class TokenTrainConfig(LoraOptions, TrainConfig):
         if self.auxiliary_data is None:
             return data
         return data.with_auxiliary(TokenData.load(self.auxiliary_data, tokenizer), self.auxiliary_probability)
+
+    def tell_losses(self, data: TokenData, tokenizer: CodesAndPiecesTokenizer, max_text_tokens: int) -> None:
+        """Say at the end of a script what of the captions the model did not get to read."""
+        if start_processes().is_main_process:
+            tell_text_losses(data.captions, tokenizer, max_text_tokens)
 
     def held_out_batches(
         self, tokenizer: CodesAndPiecesTokenizer, make_batch: Callable[[TokenData, Draw], object]

@@ -1,0 +1,378 @@
+"""`cogview2 finetune`: pictures and captions to a model that knows them, over the training scripts."""
+
+import enum
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import typer
+
+from .console import FAILURE, expand, fail, say
+from .loading import MODEL_OPTION, find_model
+
+INTERRUPTED = 75  # exit status of a script that can be resumed
+REPORT = "finetuning.json"
+
+
+class Stage(str, enum.Enum):
+    """Transformers of a pipeline that can be trained."""
+
+    coglm = "coglm"
+    direct_sr = "direct-sr"
+    iterative_sr = "iterative-sr"
+
+
+COMPONENTS = {
+    Stage.coglm: "transformer",
+    Stage.direct_sr: "direct_sr_transformer",
+    Stage.iterative_sr: "iterative_sr_transformer",
+}
+SCRIPTS = {
+    Stage.coglm: "train_coglm.py",
+    Stage.direct_sr: "train_direct_sr.py",
+    Stage.iterative_sr: "train_iterative_sr.py",
+}
+# Peak learning rates by the width of the model, of all weights and of adapters: small models take larger steps.
+SMALL = 1024
+LEARNING_RATES = {"small": (5e-4, 5e-3), "large": (1e-5, 1e-4)}
+
+
+def find_scripts() -> Path | None:
+    """The folder of the training scripts: beside the package in a checkout, inside of it where it is installed."""
+    places = [Path(__file__).resolve().parents[3], Path(__file__).resolve().parents[1]]
+    return next(
+        (place / "training_scripts" for place in places if (place / "training_scripts/train_coglm.py").is_file()), None
+    )
+
+
+def finetune(
+    pictures: Path = typer.Argument(..., help="Folder of pictures."),
+    captions: Path = typer.Option(
+        None, help="JSONL file: file and captions of each picture.  [default: captions.jsonl in the folder]"
+    ),
+    output: Path = typer.Option(..., "--output", "-o", help="Folder of the new model, or of the adapter."),
+    model: str = MODEL_OPTION,
+    stages: list[Stage] = typer.Option(
+        None, "--stage", help="What to train; may be given several times.  [default: all that the model has]"
+    ),
+    lora_rank: int = typer.Option(
+        None, min=1, help="Train adapters (LoRA) of this rank; --output then is an adapter of all stages, no model."
+    ),
+    steps: int = typer.Option(300, min=1, help="Updates of the weights of each stage."),
+    batch_size: int = typer.Option(16, min=1, help="Pictures in a forward pass, on each process."),
+    learning_rate: float = typer.Option(
+        None, min=0, help="Peak learning rate.  [default: by the size of the model, and whether weights or adapters]"
+    ),
+    held_out: float = typer.Option(
+        0.1, min=0, max=0.9, help="Share of the pictures that is not trained on: their loss tells how well it goes."
+    ),
+    fit: str = typer.Option("crop", help="How pictures become squares: crop takes the middle, pad adds white."),
+    mixed_precision: str = typer.Option(None, help="no, bf16 or fp16.  [default: bf16 on a GPU that has it, else no]"),
+    max_minutes: float = typer.Option(None, min=0, help="Stop after so many minutes; the same command goes on."),
+    launcher: str = typer.Option(
+        f"{sys.executable}",
+        help='What starts the training scripts, such as "accelerate launch --num_processes 8".',
+        show_default="this Python",
+    ),
+    work: Path = typer.Option(
+        None, help="Folder for tokens and runs, which can be removed at the end.  [default: OUTPUT.work]"
+    ),
+    seed: int = typer.Option(0, min=0, help="Of what is held out, of samples and of sample pictures."),
+) -> None:
+    """
+    Finetune a model on your pictures.
+
+    A line of the captions is {"file": "cat.jpg", "en": "a cat", "zh": ["一只猫", "猫"]}, with either language or both.
+    The steps are those of docs/training.md: pictures to tokens, training of each stage, one pipeline, and at the end
+    the losses of held-out pictures and sample pictures. Run the same command again to go on where it was stopped.
+
+    \b
+    Examples:
+      cogview2 finetune PICTURES --output my_model
+      cogview2 finetune PICTURES --lora-rank 8 --output my_style
+      cogview2 finetune PICTURES --model cogview2 --steps 2000 --batch-size 8 --output my_model \\
+          --launcher "accelerate launch --num_processes 8"
+    """
+    scripts = find_scripts()
+    if scripts is None:
+        fail("The training scripts are not here. Install the package from a checkout, or run this there.")
+    if fit not in ("crop", "pad"):
+        fail(f"`--fit` must be crop or pad, but is {fit}.")
+    pictures = expand(pictures, "PICTURES")
+    captions = pictures / "captions.jsonl" if captions is None else expand(captions, "--captions")
+    if not pictures.is_dir():
+        fail(f"There is no folder of pictures at {pictures}.")
+    if not captions.is_file():
+        fail(f'`--captions`: there is no file {captions}. A line of it is {{"file": "cat.jpg", "en": "a cat"}}.')
+    output = expand(output, "--output")
+    job = Job(
+        scripts=scripts,
+        launcher=shlex.split(launcher),
+        model=find_model(model),
+        output=output,
+        work=output.with_name(f"{output.name}.work") if work is None else expand(work, "--work"),
+        minutes=max_minutes,
+    )
+    asked = {
+        "model": model,
+        "pictures": os.fspath(pictures.absolute()),
+        "captions": os.fspath(captions.absolute()),
+        "stages": [stage.value for stage in job.choose(stages)],
+        "lora_rank": lora_rank,
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": job.learning_rate(lora_rank is not None) if learning_rate is None else learning_rate,
+        "held_out": held_out,
+        "fit": fit,
+        "seed": seed,
+    }
+    job.begin(asked)
+    job.prepare(asked)
+    for stage in job.choose(stages):
+        job.train(stage, asked, mixed_precision)
+    job.assemble(asked)
+    job.evaluate(asked)
+
+
+class Job:
+    """A finetuning, whose folder `work` says what is done."""
+
+    def __init__(
+        self, scripts: Path, launcher: list[str], model: str, output: Path, work: Path, minutes: float | None
+    ):
+        self.scripts, self.launcher, self.model = scripts, launcher, _on_this_machine(model)
+        self.output, self.work, self.minutes = output, work, minutes
+        self.started = time.monotonic()
+        self.index = self._read_index()
+
+    def _read_index(self) -> dict:
+        from ..pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
+
+        try:
+            return dict(CogView2Pipeline.load_config(self.model))
+        except Exception as error:  # whatever a damaged file or the Hub makes the loaders raise
+            fail(f"`--model`: {self.model} cannot be read: {str(error).splitlines()[0]}")
+
+    def choose(self, stages: list[Stage] | None) -> list[Stage]:
+        """The stages to train, in order."""
+        there = [stage for stage, name in COMPONENTS.items() if self.index.get(name, [None])[0] is not None]
+        missing = [stage.value for stage in stages or () if stage not in there]
+        if missing:
+            fail(
+                f"`--stage`: the model has no {', '.join(missing)}; it has {', '.join(each.value for each in there)}."
+            )
+        return [stage for stage in there if not stages or stage in stages]
+
+    def learning_rate(self, adapters: bool) -> float:
+        """What fits the size of the model."""
+        from ..models.cogview2.modeling_coglm import CogLMConfig
+
+        config = CogLMConfig.from_pretrained(self.model, subfolder="transformer")
+        return LEARNING_RATES["small" if config.hidden_size <= SMALL else "large"][adapters]
+
+    # Steps -----------------------------------------------------------------------------------------------------------
+
+    def begin(self, asked: dict) -> None:
+        """Make the work folder; one of another finetuning is an error."""
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            note = self.work / "asked.json"
+            before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else asked
+        except (OSError, ValueError) as error:
+            fail(f"`--work`: {self.work} cannot be used: {error}")
+        changed = [name for name in asked if before.get(name) != asked[name]]
+        if changed:
+            was = ", ".join(f"{name} was {before.get(name)!r}" for name in changed)
+            fail(f"`--work`: {self.work} is of another finetuning ({was}). Name another folder, or remove it.")
+        if self.output.exists() and not (self.output / REPORT).is_file() and any(self.output.iterdir()):
+            fail(f"`--output`: {self.output} is there already. Name another folder, or remove it.")
+        note.write_text(json.dumps(asked, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+    def prepare(self, asked: dict) -> None:
+        """Pictures to tokens, unless they are."""
+        data = self.work / "data"
+        if (self.work / "data.done").exists():
+            return
+        say("Pictures to tokens", err=True)
+        options = {
+            "like": self.model,
+            "image_folder": asked["pictures"],
+            "captions": asked["captions"],
+            "held_out_share": asked["held_out"],
+            "fit": asked["fit"],
+            "seed": asked["seed"],
+            "output_dir": data,
+        }
+        self._run([sys.executable], "prepare_tokens.py", options)
+        (self.work / "data.done").touch()
+
+    def train(self, stage: Stage, asked: dict, mixed_precision: str | None) -> None:
+        """A stage, from where it stands to its last step."""
+        folder, steps = self.work / stage.value, asked["steps"]
+        if _state(folder).get("state") == "finished":
+            return
+        say(f"Training {stage.value}: {steps} steps", err=True)
+        held_out = self.work / "data" / "held_out"
+        options = {
+            "data": self.work / "data",
+            "tokenizer": f"{self.model}/tokenizer",
+            "output_dir": folder,
+            "resume_from_checkpoint": "latest",
+            "max_steps": steps,
+            "warmup_steps": max(1, steps // 20),
+            "decay_steps": steps // 2,
+            "batch_size": asked["batch_size"],
+            "learning_rate": asked["learning_rate"],
+            "mixed_precision": mixed_precision or _best_precision(),
+            "seed": asked["seed"],
+            "evaluate_every_steps": max(1, steps // 10),
+            "log_every_steps": max(1, steps // 20),
+            "checkpoint_every_steps": 0,
+            "sample_every_steps": 0,
+        }
+        if held_out.is_dir():
+            options["held_out_data"] = held_out
+        if asked["lora_rank"] is not None:
+            options["lora_rank"] = asked["lora_rank"]
+        component = f"{self.model}/{COMPONENTS[stage]}"
+        if stage is Stage.coglm:
+            options["init_from"] = component
+        elif stage is Stage.iterative_sr:
+            options["transformer"] = component
+        else:
+            options["init_from"] = component
+            trained = self.work / Stage.coglm.value / "final"
+            # an adapter leaves the weights that this stage borrows as they were
+            options["transformer"] = f"{self.model}/transformer"
+            if asked["lora_rank"] is None and trained.is_dir():
+                options["transformer"] = trained
+        if self.minutes is not None:
+            left = self.minutes - (time.monotonic() - self.started) / 60
+            if left <= 0:
+                self._stop()
+            options["max_minutes"] = round(left, 3)
+        self._run(self.launcher, SCRIPTS[stage], options)
+
+    def assemble(self, asked: dict) -> None:
+        """One pipeline of all parts, or one adapter."""
+        if asked["lora_rank"] is not None:
+            return self._join_adapters(asked)
+        say("One pipeline of all parts", err=True)
+        options = {"like": self.model, "output_dir": self.output}
+        for stage in asked["stages"]:
+            options[COMPONENTS[Stage(stage)]] = self.work / stage / "final"
+        self._run([sys.executable], "assemble_pipeline.py", options)
+
+    def _join_adapters(self, asked: dict) -> None:
+        from ..loaders.lora_files import read_lora, write_lora
+
+        weights, configs = {}, {}
+        for stage in asked["stages"]:
+            own, config = read_lora(self.work / stage / "final", [*COMPONENTS.values()])
+            weights, configs = weights | own, configs | config
+        write_lora(self.output, weights, configs)
+
+    def evaluate(self, asked: dict) -> None:
+        """Losses of held-out pictures before and after, and sample pictures from held-out captions."""
+        import torch
+
+        from .loading import load_pipeline
+
+        losses = {stage: _losses(self.work / stage) for stage in asked["stages"]}
+        report = {**asked, "held_out_losses": losses}
+        (self.output / REPORT).write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        for stage, (before, after) in losses.items():
+            if before is not None:
+                say(f"{stage}: loss of held-out pictures {before:.3f} before, {after:.3f} after", err=True)
+        pipe = load_pipeline(self.model if asked["lora_rank"] is not None else os.fspath(self.output))
+        if asked["lora_rank"] is not None:
+            pipe.load_lora_weights(self.output)
+        pipe.set_progress_bar_config(disable=True)
+        prompts = self._prompts()
+        generators = [torch.Generator().manual_seed(asked["seed"] + index) for index in range(len(prompts))]
+        images = pipe(prompts, generator=generators).images
+        _save_grid(images, self.output / "samples.png")
+        (self.output / "samples.txt").write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
+        say(self.output)
+        if asked["lora_rank"] is not None:
+            say(f"Use it by `pipe.load_lora_weights({os.fspath(self.output)!r})`.", err=True)
+
+    def _prompts(self, most: int = 9) -> list[str]:
+        """Captions of held-out pictures, or else of those that were trained on."""
+        from ..json_lines import parse_object, read_lines
+
+        folder = self.work / "data" / "held_out"
+        folder = folder if folder.is_dir() else self.work / "data"
+        rows = [parse_object(line) for _, line in read_lines(folder / "captions.jsonl")]
+        texts = [next(row[language] for language in ("en", "zh") if row.get(language))[0] for row in rows]
+        return texts[:: -(-len(texts) // most)]
+
+    # Programs --------------------------------------------------------------------------------------------------------
+
+    def _run(self, launcher: list[str], script: str, options: dict) -> None:
+        """Run a script to its end, or end as it does."""
+        arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+        # a signal reaches both: the script saves and ends, and this waits for it
+        process = subprocess.Popen([*launcher, os.fspath(self.scripts / script), *arguments])
+        while True:
+            try:
+                code = process.wait()
+                break
+            except KeyboardInterrupt:
+                continue
+        if code == INTERRUPTED:
+            self._stop()
+        if code:
+            fail(f"{script} ended with exit code {code}; what it said is above. The same command goes on.", FAILURE)
+
+    def _stop(self) -> None:
+        say("Stopped. The same command goes on.", err=True)
+        raise typer.Exit(INTERRUPTED)
+
+
+def _on_this_machine(model: str) -> str:
+    """The folder of a model, fetched from the Hub if it is an id there: scripts read parts from their folders."""
+    if os.path.isdir(model):
+        return model
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(model)
+    except Exception as error:  # no network, no such model, no room
+        fail(f"`--model`: {model} could not be fetched from the Hub: {str(error).splitlines()[0]}")
+
+
+def _state(folder: Path) -> dict:
+    try:
+        return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _losses(folder: Path) -> tuple[float | None, float | None]:
+    """Held-out loss of a run before its first step and after its last."""
+    before = after = None
+    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        before, after = row.get("held_out_loss_before", before), row.get("held_out_loss", after)
+    return before, after
+
+
+def _best_precision() -> str:
+    import torch
+
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+
+
+def _save_grid(images: list, path: Path) -> None:
+    from diffusers.utils import make_image_grid
+    from PIL import Image
+
+    columns = max(1, round(len(images) ** 0.5))
+    rows = -(-len(images) // columns)
+    blank = Image.new("RGB", images[0].size, "white")
+    make_image_grid([*images, *[blank] * (rows * columns - len(images))], rows=rows, cols=columns).save(path)

@@ -1,0 +1,142 @@
+"""`cogview2 finetune`: the steps over the training scripts, what is carried over, going on after a stop, mistakes."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from cogview_pipelines import CogView2Pipeline
+from cogview_pipelines.cli import app, finetune
+from cogview_pipelines.environment import SHIPPED_MODEL
+
+from ..pipelines.conftest import build
+from ..training_scripts.conftest import load_script
+
+COLOURS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 70, 220)}
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer, tmp_path_factory):
+    """A tiny model with all stages, a style and schedulers that are not the defaults."""
+    folder = tmp_path_factory.mktemp("finetune") / "model"
+    build(tokenizer, shares_backbone=True, whole_pictures=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Twelve pictures, one of them no square, with captions; one caption is far too long."""
+    folder, lines = tmp_path / "pictures", []
+    folder.mkdir()
+    for index in range(12):
+        name = [*COLOURS][index % 3]
+        Image.new("RGB", (96, 96 + 10 * (index == 0)), COLOURS[name]).save(folder / f"{index}.png")
+        lines.append({"file": f"{index}.png", "en": f"a {name} car" if index else " ".join(["a red car"] * 20)})
+    (folder / "captions.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return folder
+
+
+@pytest.fixture
+def run(model, pictures, tmp_path, monkeypatch):
+    """Runs the command; scripts run in this process, and what they were started with is in `run.calls`."""
+
+    def start(*arguments, folder=None):
+        options = ["--model", str(model), "--output", str(tmp_path / "mine"), "--steps", "3", "--batch-size", "2"]
+        return CliRunner().invoke(app, ["finetune", str(folder or pictures), *options, *arguments])
+
+    def run_script(self, launcher, script, options):
+        start.calls.append((script, launcher, options))
+        arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+        if load_script(script.removesuffix(".py")).main(arguments) is None and "max_steps" in options:
+            self._stop()
+
+    start.calls = []
+    monkeypatch.setattr(finetune.Job, "_run", run_script)
+    return start
+
+
+def draw(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe("a red car", generator=torch.Generator().manual_seed(1), output_type="latent").tokens
+
+
+def test_all_stages_are_trained_and_everything_else_is_as_in_the_model(run, model, tmp_path, caplog):
+    result = run()
+    assert result.exit_code == 0, (result.output, result.exception)
+    scripts = ["prepare_tokens.py", "train_coglm.py", "train_direct_sr.py", "train_iterative_sr.py"]
+    assert [call[0] for call in run.calls] == [*scripts, "assemble_pipeline.py"]
+    before, after = (CogView2Pipeline.from_pretrained(folder) for folder in (model, tmp_path / "mine"))
+    assert dict(before.config.styles) == dict(after.config.styles)
+    assert after.config.whole_pictures and after.config.default_style == "none"
+    assert dict(before.iterative_sr_scheduler.config) == dict(after.iterative_sr_scheduler.config)
+    assert after.direct_sr_transformer.config.shares_backbone
+    for stage in ("transformer", "direct_sr_transformer", "iterative_sr_transformer"):
+        old, new = getattr(before, stage).state_dict(), getattr(after, stage).state_dict()
+        assert old.keys() == new.keys()
+        distance = max(float((old[name] - new[name]).abs().max()) for name in old)
+        assert 0 < distance < 0.05, stage  # went on from it, and did not begin anew
+    report = json.loads((tmp_path / "mine/finetuning.json").read_text())
+    assert set(report["held_out_losses"]) == {"coglm", "direct-sr", "iterative-sr"}
+    assert all(None not in losses for losses in report["held_out_losses"].values())
+    assert Image.open(tmp_path / "mine/samples.png").size[0] >= 96
+    assert len((tmp_path / "mine.work/data/held_out/captions.jsonl").read_text().splitlines()) == 1
+    assert "1 of 12 captions have more than 30 tokens" in caplog.text
+
+
+def test_an_adapter_is_one_file_for_all_stages_and_leaves_the_model_alone(run, model, tmp_path):
+    plain = draw(CogView2Pipeline.from_pretrained(model))
+    result = run("--lora-rank", "2", "--stage", "coglm", "--stage", "iterative-sr", "--learning-rate", "0.1")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert (tmp_path / "mine/pytorch_lora_weights.safetensors").is_file()
+    assert not (tmp_path / "mine/model_index.json").exists()
+    pipe = CogView2Pipeline.from_pretrained(model)
+    assert torch.equal(draw(pipe), plain)
+    pipe.load_lora_weights(tmp_path / "mine")
+    assert [*pipe.get_list_adapters()] == ["transformer", "iterative_sr_transformer"]
+    assert not torch.equal(draw(pipe), plain)
+
+
+def test_the_same_command_goes_on_where_it_was_stopped(run, tmp_path, monkeypatch):
+    result = run("--stage", "coglm", "--max-minutes", "0")
+    assert result.exit_code == 75 and "The same command goes on" in result.output
+    assert [call[0] for call in run.calls] == ["prepare_tokens.py"]
+    result = run("--stage", "coglm")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert [call[0] for call in run.calls[1:]] == ["train_coglm.py", "assemble_pipeline.py"]
+    assert run("--stage", "coglm").exit_code == 0  # nothing is trained again
+    assert [call[0] for call in run.calls[3:]] == ["assemble_pipeline.py"]
+    result = run("--stage", "coglm", "--steps", "5")
+    assert result.exit_code == 2 and "is of another finetuning (steps was 3)" in result.output
+
+
+def test_direct_super_resolution_that_is_not_trained_keeps_the_weights_it_was_trained_with(run, model, tmp_path):
+    assert run("--stage", "coglm", "--learning-rate", "0.05").exit_code == 0
+    before, after = (CogView2Pipeline.from_pretrained(folder) for folder in (model, tmp_path / "mine"))
+    assert not after.direct_sr_transformer.config.shares_backbone
+    for name, value in before.direct_sr_transformer.state_dict().items():
+        assert torch.allclose(value, after.direct_sr_transformer.state_dict()[name], atol=1e-3), name
+    old, new = before.transformer.state_dict(), after.transformer.state_dict()
+    assert max(float((old[name] - new[name]).abs().max()) for name in old) > 0.02
+
+
+def test_mistakes_are_named_before_anything_is_trained(run, pictures, tmp_path):
+    for arguments, message in (
+        (["--fit", "stretch"], "must be crop or pad, but is stretch"),
+        (["--captions", str(tmp_path / "none.jsonl")], "there is no file"),
+        (["--model", str(tmp_path)], "not a saved pipeline"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 2 and message in " ".join(result.output.split()), result.output
+    assert "There is no folder of pictures" in run(folder=tmp_path / "nowhere").output
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("dear to me")
+    result = run()
+    assert result.exit_code == 2 and "is there already" in result.output
+    assert not run.calls
+
+
+def test_the_learning_rate_fits_the_size_of_the_model():
+    job = finetune.Job(finetune.find_scripts(), [], str(SHIPPED_MODEL), None, None, None)
+    assert job.learning_rate(adapters=False) == 5e-4 and job.learning_rate(adapters=True) == 5e-3
