@@ -112,3 +112,36 @@ def test_a_direct_stage_of_another_coglm_is_refused(parts, tmp_path):
         load_script("assemble_pipeline").main(
             as_arguments({**parts, "transformer": tmp_path / "other", "output_dir": tmp_path / "model"})
         )
+
+
+def test_what_no_option_says_is_as_in_the_pipeline_that_it_is_like(parts, tmp_path):
+    script = load_script("assemble_pipeline")
+    styles = {"none": {"temperature": 0.8}, "painted": {"suffix": " red"}}
+    schedulers = {"direct_sr_scheduler": {"step_grid": [[1]], "top_k": 7}, "iterative_sr_scheduler": {"top_k": 9}}
+    (tmp_path / "words.txt").write_text("tiger")
+    options = {**parts, **schedulers, "styles": styles, "default_style": "painted", "whole_pictures": True}
+    options["words_file"] = tmp_path / "words.txt"
+    script.main(as_arguments({**options, "output_dir": tmp_path / "model"}))
+    like = {"like": tmp_path / "model", "dtype": "float32"}
+    script.main(as_arguments({**like, "output_dir": tmp_path / "same"}))
+    names = ("styles", "default_style", "whole_pictures", "compression_rate")
+    first, same = (CogView2Pipeline.from_pretrained(tmp_path / name) for name in ("model", "same"))
+    assert all(first.config[name] == same.config[name] for name in names)
+    assert same.direct_sr_scheduler.config.top_k == first.direct_sr_scheduler.config.top_k
+    assert same.tokenizer.unknown_parts("a tiger and") == ["a", "and"]
+    assert same.direct_sr_transformer.config.shares_backbone
+    own = {"styles": {"plain": {}}, "default_style": "plain", "direct_sr_scheduler": {"step_grid": [[1]], "top_k": 2}}
+    script.main(as_arguments({**like, **own, "output_dir": tmp_path / "other"}))
+    other = CogView2Pipeline.from_pretrained(tmp_path / "other")
+    assert other.config.styles == {"plain": {}} and other.config.whole_pictures
+    assert other.direct_sr_scheduler.config.top_k != first.direct_sr_scheduler.config.top_k
+
+
+def test_without_a_pipeline_to_be_like_parts_must_be_named_and_schedulers_work(parts, tmp_path):
+    script = load_script("assemble_pipeline")
+    with pytest.raises(ValueError, match="`tokenizer` must be given, or `like`"):
+        script.main(as_arguments({"output_dir": tmp_path / "model", "transformer": parts["transformer"]}))
+    script.main(as_arguments({**parts, "output_dir": tmp_path / "model"}))
+    pipe = CogView2Pipeline.from_pretrained(tmp_path / "model")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a cat", generator=torch.Generator().manual_seed(0)).images[0].size == (96, 96)

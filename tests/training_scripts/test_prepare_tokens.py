@@ -246,3 +246,77 @@ def test_an_output_folder_that_cannot_be_written_is_found_at_once(run, pictures,
     monkeypatch.setattr(IcetkVQModel, "encode", lambda *_: pytest.fail("worked before looking at the output folder"))
     with pytest.raises(OSError):
         run(output_dir=pictures / "a.png" / "tokens")
+
+
+# Of a pipeline -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pipeline_folder(tokenizer, tmp_path_factory):
+    from ..pipelines.conftest import build
+
+    folder = tmp_path_factory.mktemp("like") / "model"
+    build(tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_a_pipeline_says_sizes_and_image_tokenizer_and_what_it_cannot_read_is_told(
+    run, pictures, pipeline_folder, vqvae_folder, caplog, capsys
+):
+    expected = run()
+    write_lines(
+        pictures,
+        [
+            {"file": "a.png", "en": "a tiger on the Zugspitze"},
+            {"file": "b.jpg", "en": " ".join(["a cat"] * 20)},
+            {"file": "c.webp", "zh": "一棵树"},
+            {"file": "more/d.png", "en": "an apple"},
+            {"file": "e.png", "en": "a car"},
+        ],
+    )
+    caplog.clear()
+    found = run(like=pipeline_folder, vqvae=None, low_size=None, fine_size=None)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert "5 pictures are in" in capsys.readouterr().out
+    told = " ".join(record.message for record in caplog.records)
+    assert "1 of 5 captions have more than 30 tokens" in told
+    assert "pieces" in told and "are unknown" in told and "What the tokenizer does not know" in told and "Z" in told
+
+
+def test_nothing_is_told_where_nothing_is_lost(run, pipeline_folder, caplog, pictures):
+    write_lines(pictures, [{"file": name, "en": "a cat"} for name in ("a.png", "b.jpg")])
+    run(like=pipeline_folder)
+    assert not [record for record in caplog.records if "tokens" in record.name]
+
+
+def test_a_share_of_the_pictures_is_held_out_and_none_is_in_both(run, pictures, tmp_path, tokenizer):
+    run(held_out_share=0.4)
+    kept, held_out = (TokenData.load(tmp_path / f"tokens{name}", tokenizer) for name in ("", "/held_out"))
+    assert (len(kept.low), len(held_out.low)) == (3, 2)
+    assert held_out.fine.shape == (2, 12, 12)
+    texts = [str(row) for data in (kept, held_out) for row in data.captions]
+    assert len(set(texts)) == 5
+    with pytest.raises(ValueError, match="`held_out_share` must be at least 0 and below 1, but is 1"):
+        run(held_out_share=1.0)
+
+
+def test_padding_keeps_the_whole_picture_and_adds_white(script):
+    config = script.PrepareConfig(output_dir="", fit="pad")
+    pictures = script.FolderPictures.__new__(script.FolderPictures)
+    pictures.sizes, pictures.fit = [40], config.fit
+    image = Image.new("RGB", (80, 40), (200, 0, 0))
+    pictures.rows = [(None, None, {})]
+    script.read_picture, read = (lambda path: image), script.read_picture
+    try:
+        (square,), _ = pictures[0]
+    finally:
+        script.read_picture = read
+    assert square.size == (40, 40)
+    assert square.getpixel((20, 2)) == square.getpixel((20, 37)) == (255, 255, 255)
+    assert square.getpixel((1, 20)) == square.getpixel((38, 20)) == (200, 0, 0)
+
+
+def test_neither_image_tokenizer_nor_pipeline_is_an_error(run):
+    with pytest.raises(ValueError, match="`vqvae` must be given, or `like`"):
+        run(vqvae=None)
