@@ -253,6 +253,7 @@ def test_fused_adapters_stay_when_they_are_unloaded(pipe, adapters):
 
 def test_what_is_fused_is_left_alone_until_it_is_unfused(pipe, adapters):
     pipe.load_lora_weights(adapters["draft"], "style")
+    whole = logits(pipe.transformer)
     pipe.fuse_lora(lora_scale=0.5)
     half = draft(pipe)
     for call in (
@@ -265,6 +266,7 @@ def test_what_is_fused_is_left_alone_until_it_is_unfused(pipe, adapters):
             call()
     assert torch.equal(draft(pipe), half)
     pipe.unfuse_lora()
+    assert torch.allclose(logits(pipe.transformer), whole, atol=1e-5)
     pipe.set_adapters("style", 0.5)
     assert torch.equal(draft(pipe), half)
 
