@@ -85,16 +85,18 @@ int run_local_attention(const LocalAttentionProblem* p, bool backward) {
 // The sizes that the memory of a decoding step depends on.
 bool has_sound_sizes(const DecodeStep& s) {
     constexpr int most = 1 << 24;
-    return s.sequences > 0 && s.sequences <= DECODE_STEP_MAX_SEQUENCES && s.layers > 0 && s.layers < most &&
+    return s.sequences > 0 && s.sequences <= DECODE_STEP_MAX_SEQUENCES && s.news > 0 &&
+           s.news <= DECODE_STEP_MAX_ROWS / s.sequences && s.layers > 0 && s.layers < most &&
            s.hidden > 0 && s.hidden < most && s.intermediate > 0 && s.intermediate < most && s.heads > 0 &&
            s.hidden % s.heads == 0;
 }
 
 // The sizes of a call, and that nothing which it reads or writes is missing.
 bool has_all_data(const DecodeStep& s) {
-    if (s.threads < 1 || s.threads > (1 << 16) || s.length < 0 || s.length >= s.capacity ||
-        s.length >= DECODE_STEP_MAX_KEYS)
-        return false;
+    if (s.threads < 1 || s.threads > (1 << 16) || s.scored < 1 || s.scored > s.news || !s.lengths) return false;
+    const int64_t room = (s.capacity < DECODE_STEP_MAX_KEYS ? s.capacity : DECODE_STEP_MAX_KEYS) - s.news;
+    for (int i = 0; i < s.sequences; i++)
+        if (s.lengths[i] < 0 || s.lengths[i] > room) return false;
     if (s.tokens < 1 || s.tokens > s.vocabulary || !s.layer || !s.final_layernorm.weight || !s.final_layernorm.bias)
         return false;
     for (int i = 0; i < s.layers; i++) {
@@ -105,7 +107,8 @@ bool has_all_data(const DecodeStep& s) {
             if (!p.weight || !p.bias) return false;
         if (!l.cache) return false;
     }
-    return s.word_embeddings && s.position_embedding && s.input_ids && s.bias && s.logits && s.scratch;
+    return s.word_embeddings && s.position_embeddings && s.input_ids && s.position_ids && s.bias && s.logits &&
+           s.scratch;
 }
 
 }  // namespace
@@ -122,9 +125,9 @@ int64_t decode_step_scratch_size(const DecodeStep* s) {
 int decode_step_cpu(const DecodeStep* s) {
     const Isa* isa = s && s->abi == DECODE_STEP_ABI ? find_isa(s->isa) : nullptr;
     if (!isa || !has_sound_sizes(*s) || !has_all_data(*s)) return DECODE_STEP_UNSUPPORTED;
-    for (int i = 0; i < s->sequences; i++) {
-        const int64_t id = s->input_ids[i * s->input_stride];
-        if (id < 0 || id >= s->vocabulary) return DECODE_STEP_BAD_ID;
+    for (int i = 0; i < s->sequences * s->news; i++) {
+        const int64_t id = s->input_ids[i], position = s->position_ids[i];
+        if (id < 0 || id >= s->vocabulary || position < 0 || position >= s->table_rows) return DECODE_STEP_BAD_ID;
     }
     return isa->decode_step(s, run_parallel);
 }

@@ -1,11 +1,11 @@
 /*
- * One token for a few sequences through CogLM on the CPU, see decode_step.h. Compiled once per instruction set, see
- * cpu_kernels.h.
+ * One or more tokens for a few sequences through CogLM on the CPU, see decode_step.h. Compiled once per instruction
+ * set, see cpu_kernels.h.
  *
  * The step is a list of phases, each of which needs the one before it: norms, products, attention. A phase is cut into
- * units (rows of a matrix, a sequence, a head), which the threads take one after the other; a thread that finds none
+ * units (rows of a matrix, a token, a head), which the threads take one after the other; a thread that finds none
  * left waits until all are done. So the work is shared well however many threads there really are, and no sum depends
- * on their number.
+ * on their number, nor on how many tokens are read together.
  */
 #include <float.h>
 #include <sched.h>
@@ -15,7 +15,10 @@
 
 namespace {
 
-constexpr int MOST_TOGETHER = 8;  // sequences whose sums are in registers at once
+// Tokens, and rows of a matrix for them, whose sums are in registers at once.
+constexpr int MOST_TOGETHER = VECTOR_BYTES == 64 ? 8 : 4;
+constexpr int rows_together(int tokens) { return tokens <= (VECTOR_BYTES == 64 ? 4 : 2) ? 4 : 3; }
+constexpr int BYTES_TOGETHER = 1 << 16;  // of a matrix, which stay in the cache while all tokens are multiplied
 
 inline float sum(V v) {
     typedef float Four __attribute__((vector_size(16)));
@@ -27,6 +30,14 @@ inline float sum(V v) {
 }
 
 // ----------------------------------------------------------------------------------------------------------- products
+
+// The first numbers of a vector, and zeros.
+template <class S>
+inline V read_some(const S* p, int number) {
+    S some[W] = {};
+    memcpy(some, p, number * sizeof(S));
+    return read(some);
+}
 
 // sums[r][m] = w[r] . x[m] over `inputs` numbers.
 template <class S, int ROWS, int M>
@@ -43,18 +54,22 @@ inline void dot_products(const S* w, const float* x, int inputs, float (&sums)[R
             for (int r = 0; r < ROWS; r++) acc[r][m] += weight[r] * value;
         }
     }
-    for (int r = 0; r < ROWS; r++)
+    if (k < inputs) {  // in whole vectors too, so that the sums of no size of a tile are rounded in another way
+        V weight[ROWS];
+        for (int r = 0; r < ROWS; r++) weight[r] = read_some(w + (int64_t)r * inputs + k, inputs - k);
         for (int m = 0; m < M; m++) {
-            sums[r][m] = sum(acc[r][m]);
-            for (int rest = k; rest < inputs; rest++)
-                sums[r][m] += widen(w[(int64_t)r * inputs + rest]) * x[(int64_t)m * inputs + rest];
+            const V value = read_some(x + (int64_t)m * inputs + k, inputs - k);
+            for (int r = 0; r < ROWS; r++) acc[r][m] += weight[r] * value;
         }
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int m = 0; m < M; m++) sums[r][m] = sum(acc[r][m]);
 }
 
-// Rows `from`..`to` of y[m][row] = w[row] . x[m] + bias[row] for M sequences.
+// Rows `from`..`to` of y[m][row] = w[row] . x[m] + bias[row] for M tokens.
 template <class S, int M>
 void multiply_rows(const S* w, const S* bias, const float* x, float* y, int inputs, int outputs, int from, int to) {
-    constexpr int ROWS = M <= (VECTOR_BYTES == 64 ? 4 : 2) ? 4 : 2;  // what fits into the registers
+    constexpr int ROWS = rows_together(M);
     int row = from;
     for (; row + ROWS <= to; row += ROWS) {
         float sums[ROWS][M];
@@ -70,16 +85,14 @@ void multiply_rows(const S* w, const S* bias, const float* x, float* y, int inpu
     }
 }
 
-// The same for any number of sequences, a few at a time while the rows are in the cache.
+// The same for any number of tokens, a few at a time while the rows are in the cache.
 template <class S, int M = MOST_TOGETHER>
 void multiply_rows(
-    int sequences, const S* w, const S* bias, const float* x, float* y, int inputs, int outputs, int from, int to) {
-    if (sequences >= M) {
+    int tokens, const S* w, const S* bias, const float* x, float* y, int inputs, int outputs, int from, int to) {
+    for (; tokens >= M; tokens -= M, x += (int64_t)M * inputs, y += (int64_t)M * outputs)
         multiply_rows<S, M>(w, bias, x, y, inputs, outputs, from, to);
-        multiply_rows<S, M>(
-            sequences - M, w, bias, x + (int64_t)M * inputs, y + (int64_t)M * outputs, inputs, outputs, from, to);
-    } else if constexpr (M > 1) {
-        multiply_rows<S, M - 1>(sequences, w, bias, x, y, inputs, outputs, from, to);
+    if constexpr (M > 1) {
+        if (tokens) multiply_rows<S, M - 1>(tokens, w, bias, x, y, inputs, outputs, from, to);
     }
 }
 
@@ -92,7 +105,7 @@ struct alignas(64) Count {
 
 struct Scratch {
     Count* counts;
-    float *states, *normed, *projected, *attended, *fed;  // (sequences, ...)
+    float *states, *normed, *projected, *attended, *fed;  // (sequences, news, ...)
     int64_t bytes, num_counts;
 
     Scratch(const DecodeStep& s, void* memory) {
@@ -103,7 +116,7 @@ struct Scratch {
             bytes += (count * size + 63) / 64 * 64;
             return at;
         };
-        const int64_t m = s.sequences;
+        const int64_t m = (int64_t)s.sequences * s.news;
         num_counts = 7 * (int64_t)s.layers + 2;
         counts = (Count*)take(num_counts, sizeof(Count));
         states = (float*)take(m * s.hidden, 4);
@@ -130,7 +143,7 @@ template <class S>
 class Step {
     const DecodeStep& s;
     Scratch scratch;
-    const int head_dim;
+    const int head_dim, tokens;  // the latter of all sequences
     Count* count;
 
     template <class F>
@@ -143,20 +156,23 @@ class Step {
         count++;
     }
 
-    // y = x W^T + bias, and then `after` on each run of results (first, number).
+    // y = x W^T + bias of m tokens, and then `after` on each run of results (first, number).
     template <class F>
-    void product(const DecodeParameters& p, const float* x, float* y, int inputs, int outputs, F after) {
-        // large enough that taking a unit costs nothing beside it, small enough that the threads end together
+    void product(const DecodeParameters& p, int m, const float* x, float* y, int inputs, int outputs, F after) {
+        // large enough that taking a unit costs nothing beside it, small enough that the threads end together and that
+        // the rows stay in the cache
         int rows = outputs / (8 * s.threads);
-        rows = rows < 8 ? 8 : rows > 64 ? 64 : rows / 4 * 4;
+        const int64_t fit = m > MOST_TOGETHER ? BYTES_TOGETHER / ((int64_t)inputs * sizeof(S)) : 60;
+        rows = rows < fit ? rows : (int)fit;
+        rows = rows < 12 ? 12 : rows > 60 ? 60 : rows / 12 * 12;
         phase((outputs + rows - 1) / rows, [&](int unit) {
             const int from = unit * rows, to = from + rows < outputs ? from + rows : outputs;
-            multiply_rows<S>(s.sequences, (const S*)p.weight, (const S*)p.bias, x, y, inputs, outputs, from, to);
-            for (int m = 0; m < s.sequences; m++) after(y + (int64_t)m * outputs + from, to - from);
+            multiply_rows<S>(m, (const S*)p.weight, (const S*)p.bias, x, y, inputs, outputs, from, to);
+            for (int row = 0; row < m; row++) after(y + (int64_t)row * outputs + from, to - from);
         });
     }
-    void product(const DecodeParameters& p, const float* x, float* y, int inputs, int outputs) {
-        product(p, x, y, inputs, outputs, [](float*, int) {});
+    void product(const DecodeParameters& p, int m, const float* x, float* y, int inputs, int outputs) {
+        product(p, m, x, y, inputs, outputs, [](float*, int) {});
     }
 
     // to = norm(x), or to += norm(x)
@@ -187,70 +203,98 @@ class Step {
         }
     }
 
-    void embed(int m) {
-        const S* word = (const S*)s.word_embeddings + s.input_ids[m * s.input_stride] * s.hidden;
-        const S* position = (const S*)s.position_embedding;
-        float* to = scratch.states + (int64_t)m * s.hidden;
+    void embed(int token) {
+        const S* word = (const S*)s.word_embeddings + s.input_ids[token] * s.hidden;
+        const S* position = (const S*)s.position_embeddings + s.position_ids[token] * s.hidden;
+        float* to = scratch.states + (int64_t)token * s.hidden;
         for (int k = 0; k < s.hidden; k++) to[k] = widen(word[k]) + widen(position[k]);
     }
 
-    // One head of one sequence: its key and value go to the cache, and it attends to all that is there.
+    // One head of one sequence: the keys and values of its new tokens go to the cache, and each attends to all that is
+    // there before it, and to itself.
     void attend(const DecodeLayer& layer, int m, int head) {
-        const float* query = scratch.projected + (int64_t)m * 3 * s.hidden + head * head_dim;
         const int64_t part = (int64_t)s.capacity * head_dim, values_after = (int64_t)s.sequences * s.heads * part;
         float* keys = layer.cache + ((int64_t)m * s.heads + head) * part;
         float* values = keys + values_after;
-        memcpy(keys + (int64_t)s.length * head_dim, query + s.hidden, head_dim * sizeof(float));
-        memcpy(values + (int64_t)s.length * head_dim, query + 2 * s.hidden, head_dim * sizeof(float));
+        const int64_t length = s.lengths[m], first = (int64_t)m * s.news;
+        const float* query = scratch.projected + first * 3 * s.hidden + head * head_dim;
+        for (int64_t i = 0; i < s.news; i++) {
+            const float* from = query + i * 3 * s.hidden;
+            memcpy(keys + (length + i) * head_dim, from + s.hidden, head_dim * sizeof(float));
+            memcpy(values + (length + i) * head_dim, from + 2 * s.hidden, head_dim * sizeof(float));
+        }
+        float* to = scratch.attended + first * s.hidden + head * head_dim;
+        for (int64_t i = 0; i < s.news; i++)
+            attend_one(
+                query + i * 3 * s.hidden, keys, values, s.bias + (int64_t)m * s.capacity, (int)(length + i + 1),
+                to + i * s.hidden);
+    }
 
-        const int count = s.length + 1;
-        const float *bias = s.bias + (int64_t)m * s.capacity, scale = 1 / sqrtf((float)head_dim);
+    void attend_one(
+        const float* query, const float* keys, const float* values, const float* bias, int count, float* to) const {
+        constexpr int TOGETHER = 4;  // keys whose sums do not wait for one another
+        const float scale = 1 / sqrtf((float)head_dim);
         alignas(64) float scores[DECODE_STEP_MAX_KEYS + W];
         float largest = -FLT_MAX;
-        for (int j = 0; j < count; j++) {
-            const float* key = keys + (int64_t)j * head_dim;
-            V acc = V{};
-            int d = 0;
-            for (; d + W <= head_dim; d += W) acc += read(query + d) * read(key + d);
-            float score = sum(acc);
-            for (; d < head_dim; d++) score += query[d] * key[d];
+        auto note = [&](int j, float score) {
             const float in_log2 = (score * scale + bias[j]) * (float)LOG2_E;
             scores[j] =
                 in_log2 < -FLT_MAX ? -FLT_MAX : in_log2;  // finite, so that keys that are all hidden share the weight
             largest = scores[j] > largest ? scores[j] : largest;
+        };
+        int j = 0;
+        for (; j + TOGETHER <= count; j += TOGETHER) {
+            float sums[TOGETHER][1];
+            dot_products<float, TOGETHER, 1>(keys + (int64_t)j * head_dim, query, head_dim, sums);
+            for (int i = 0; i < TOGETHER; i++) note(j + i, sums[i][0]);
         }
-        for (int j = count; j % W; j++) scores[j] = -INFINITY;
+        for (; j < count; j++) {
+            float sums[1][1];
+            dot_products<float, 1, 1>(keys + (int64_t)j * head_dim, query, head_dim, sums);
+            note(j, sums[0][0]);
+        }
+        for (; j % W; j++) scores[j] = -INFINITY;
         V total = V{};
-        for (int j = 0; j < count; j += W) {
+        for (j = 0; j < count; j += W) {
             const V p = exp2<float>(load(scores + j) - largest);
             store(scores + j, p);
             total += p;
         }
         const float inverse = 1 / sum(total);
-        float* to = scratch.attended + (int64_t)m * s.hidden + head * head_dim;
         int d = 0;
-        for (; d + W <= head_dim; d += W) {
-            V acc = V{};
-            for (int j = 0; j < count; j++) acc += scores[j] * read(values + (int64_t)j * head_dim + d);
-            write(to + d, acc * inverse);
-        }
+        for (; d + TOGETHER * W <= head_dim; d += TOGETHER * W) weigh<TOGETHER>(scores, values + d, count, inverse, to + d);
+        for (; d + W <= head_dim; d += W) weigh<1>(scores, values + d, count, inverse, to + d);
         for (; d < head_dim; d++) {
             float acc = 0;
-            for (int j = 0; j < count; j++) acc += scores[j] * values[(int64_t)j * head_dim + d];
+            for (j = 0; j < count; j++) acc += scores[j] * values[(int64_t)j * head_dim + d];
             to[d] = acc * inverse;
         }
     }
 
+    // The weighted mean of N vectors of the values.
+    template <int N>
+    void weigh(const float* weights, const float* values, int count, float inverse, float* to) const {
+        V acc[N];
+        for (int n = 0; n < N; n++) acc[n] = V{};
+        for (int j = 0; j < count; j++)
+            for (int n = 0; n < N; n++) acc[n] += weights[j] * read(values + (int64_t)j * head_dim + n * W);
+        for (int n = 0; n < N; n++) write(to + n * W, acc[n] * inverse);
+    }
+
 public:
     Step(const DecodeStep& s, const Scratch& scratch)
-        : s(s), scratch(scratch), head_dim(s.hidden / s.heads), count(scratch.counts) {}
+        : s(s),
+          scratch(scratch),
+          head_dim(s.hidden / s.heads),
+          tokens(s.sequences * s.news),
+          count(scratch.counts) {}
 
     void run() {
         const int hidden = s.hidden;
         auto row = [&](float* of, int m) { return of + (int64_t)m * hidden; };
         for (int index = 0; index < s.layers; index++) {
             const DecodeLayer& layer = s.layer[index];
-            phase(s.sequences, [&](int m) {
+            phase(tokens, [&](int m) {
                 if (index == 0)
                     embed(m);
                 else
@@ -259,15 +303,15 @@ public:
                         true);
                 layer_norm(layer.attention_layernorm, row(scratch.states, m), row(scratch.normed, m), false);
             });
-            product(layer.query_key_value, scratch.normed, scratch.projected, hidden, 3 * hidden);
+            product(layer.query_key_value, tokens, scratch.normed, scratch.projected, hidden, 3 * hidden);
             phase(s.sequences * s.heads, [&](int unit) { attend(layer, unit / s.heads, unit % s.heads); });
-            product(layer.dense, scratch.attended, scratch.projected, hidden, hidden);
-            phase(s.sequences, [&](int m) {
+            product(layer.dense, tokens, scratch.attended, scratch.projected, hidden, hidden);
+            phase(tokens, [&](int m) {
                 layer_norm(layer.attention_output_layernorm, row(scratch.projected, m), row(scratch.states, m), true);
                 layer_norm(layer.mlp_layernorm, row(scratch.states, m), row(scratch.normed, m), false);
             });
             product(
-                layer.dense_h_to_4h, scratch.normed, scratch.fed, hidden, s.intermediate, [](float* y, int number) {
+                layer.dense_h_to_4h, tokens, scratch.normed, scratch.fed, hidden, s.intermediate, [](float* y, int number) {
                     int k = 0;
                     for (; k + W <= number; k += W) write(y + k, gelu(read(y + k)));
                     if (k < number) {
@@ -277,14 +321,17 @@ public:
                         memcpy(y + k, rest, (number - k) * sizeof(float));
                     }
                 });
-            product(layer.dense_4h_to_h, scratch.fed, scratch.projected, s.intermediate, hidden);
+            product(layer.dense_4h_to_h, tokens, scratch.fed, scratch.projected, s.intermediate, hidden);
         }
-        phase(s.sequences, [&](int m) {
+        // what is not scored ends here
+        phase(s.sequences * s.scored, [&](int unit) {
+            const int m = unit / s.scored * s.news + s.news - s.scored + unit % s.scored;
             layer_norm(
                 s.layer[s.layers - 1].mlp_output_layernorm, row(scratch.projected, m), row(scratch.states, m), true);
-            layer_norm(s.final_layernorm, row(scratch.states, m), row(scratch.normed, m), false);
+            layer_norm(s.final_layernorm, row(scratch.states, m), row(scratch.normed, unit), false);
         });
-        product({s.word_embeddings, nullptr}, scratch.normed, s.logits, hidden, s.tokens);
+        product(
+            {s.word_embeddings, nullptr}, s.sequences * s.scored, scratch.normed, s.logits, hidden, s.tokens);
     }
 };
 

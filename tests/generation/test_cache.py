@@ -47,7 +47,7 @@ def test_keys_at_a_slot_are_those_of_a_growing_cache():
     bias = attention_bias(whole["attention_mask"], whole["text_mask"], 1.4, torch.float32)[:, 0]
     model(whole["input_ids"][:, :5], whole["position_ids"][:, :5], bias[:, :5, :5], cache=cache)
     for slot in range(5, length):
-        step = SlotCache(cache.layers, torch.tensor([slot]), length + 2)
+        step = SlotCache(cache.layers, torch.full((2, 1), slot), length + 2)
         seen = F.pad(bias[:, slot : slot + 1], (0, 2), value=torch.finfo(torch.float32).min / 2)
         one = slice(slot, slot + 1)
         logits = model(whole["input_ids"][:, one], whole["position_ids"][:, one], seen, cache=step).logits

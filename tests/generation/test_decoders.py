@@ -40,12 +40,16 @@ def captured(monkeypatch):
     """Whatever a CUDA graph does but the graph: warm-up runs, then runs without arguments, results in one place."""
 
     def capture(self, step):
-        addresses = [tensor.data_ptr() for tensor in (*self.cache.layers, self.bias, self.input_ids, self.slot)]
+        def addresses():
+            fixed = [tensor for inputs in self.inputs.values() for tensor in vars(inputs).values()]
+            return [tensor.data_ptr() for tensor in (*self.cache.layers, self.bias, *fixed)]
+
+        captured = addresses()
         step()
         logits = step().clone()
 
         def replay():
-            assert addresses == [t.data_ptr() for t in (*self.cache.layers, self.bias, self.input_ids, self.slot)]
+            assert addresses() == captured
             return logits.copy_(step())
 
         return replay
@@ -85,14 +89,29 @@ def test_steps_of_fixed_shapes_write_the_same_tokens(way, monkeypatch):
     expected = write_images(model, texts, generator=generators(1, 2, 3, 4))
     guided = write_guided(model, texts[:2], 2.0, generator=generators(1, 2))
     monkeypatch.setattr(decoders, "BLOCK", 8)  # attention reads more blocks step by step
-    decoding = Decoding(**WAYS[way](monkeypatch))
+    decoding = Decoding(**WAYS[way](monkeypatch), parallel=1)
     assert torch.equal(write_images(model, texts, generator=generators(1, 2, 3, 4), decoding=decoding), expected)
+    assert torch.equal(write_guided(model, texts[:2], 2.0, generator=generators(1, 2), decoding=decoding), guided)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("size", [3, LENGTH])
+def test_windows_of_fixed_shapes_write_the_same_tokens_at_any_pace(way, size, monkeypatch):
+    model, texts = make_coglm(), make_texts(MIXED_LENGTHS)
+    expected = write_images(model, texts, generator=generators(1, 2, 3, 4))
+    guided = write_guided(model, texts[:2], 2.0, generator=generators(1, 2))
+    monkeypatch.setattr(decoders, "BLOCK", 8)
+    decoding, made = Decoding(**WAYS[way](monkeypatch), parallel=size), made_decoders(monkeypatch)
+    assert torch.equal(write_images(model, texts, generator=generators(1, 2, 3, 4), decoding=decoding), expected)
+    # whole windows whatever is left at the end, if it is more than one position
+    assert size in {width for _, width in made[0].steps} <= {1, size}
     assert torch.equal(write_guided(model, texts[:2], 2.0, generator=generators(1, 2), decoding=decoding), guided)
 
 
 @pytest.mark.parametrize("way", ["without_compiler", "captured"])
 @pytest.mark.parametrize("name", HOLES)
-def test_steps_of_fixed_shapes_complete_alike(name, way, monkeypatch):
+@pytest.mark.parametrize("size", [1, 5])
+def test_steps_of_fixed_shapes_complete_alike(size, name, way, monkeypatch):
     model, texts, image = make_coglm(), make_texts([3, 1]), make_image_tokens(2)
     mask = torch.zeros(IMAGE_GRID, dtype=torch.bool)
     mask[tuple(zip(*HOLES[name]))] = True
@@ -103,7 +122,7 @@ def test_steps_of_fixed_shapes_complete_alike(name, way, monkeypatch):
         return generate(*arguments, text_attention_bias=1.4, generator=generators(1, 2), decoding=decoding)
 
     expected = complete()
-    decoding = Decoding(**WAYS[way](monkeypatch))
+    decoding = Decoding(**WAYS[way](monkeypatch), parallel=size)
     assert torch.equal(complete(decoding), expected)
 
 
@@ -111,7 +130,8 @@ def test_fixed_shapes_serve_prompts_of_all_lengths_and_are_made_anew_for_another
     model = make_coglm()
     prompts = [make_texts([length]) for length in (0, 3, MAX_TEXT_TOKENS)]
     expected = [write_images(model, texts, generator=generators(1)) for texts in prompts]
-    decoding, made = Decoding(**without_compiler(monkeypatch)), made_decoders(monkeypatch)
+    decoding = Decoding(**without_compiler(monkeypatch), parallel=1)
+    made = made_decoders(monkeypatch)
     for texts, image in zip(prompts, expected):
         assert torch.equal(write_images(model, texts, generator=generators(1), decoding=decoding), image)
     assert len(made) == 1 and len(made[0].steps) == 1
@@ -174,7 +194,7 @@ def test_writing_tokens_never_waits_for_the_gpu(way):
         steps.append(None)
         return sample_cluster_tokens(logits, noise, labels, 1.15, 4, 0.9, NUM_CLUSTERS)
 
-    decoding = Decoding(**way)
+    decoding = Decoding(**way, parallel=1)  # how far a window is settled has to be looked at
     try:
         for _ in range(2):  # a graph is captured in the first round
             steps.clear()
@@ -193,7 +213,7 @@ def test_a_16_bit_model_on_a_cpu_keeps_keys_and_values_in_float32_and_predicts_a
         seen.append(logits)
         return cluster_sampler(logits, noise)
 
-    tokens = write_images(model, texts, sampler, generator=generators(1, 2))
+    tokens = write_images(model, texts, sampler, generator=generators(1, 2), decoding=Decoding(parallel=1))
     whole = text_to_image(texts, model.config.layout, tokens)
     arguments = (whole.input_ids, whole.position_ids, whole.attention_mask, whole.text_mask, 1.4)
     expected = model(*arguments).logits[:, -LENGTH - 1 : -1]
@@ -205,21 +225,26 @@ def test_a_16_bit_model_on_a_cpu_keeps_keys_and_values_in_float32_and_predicts_a
 # What decoders can do besides
 
 
-def begun(model, num_sequences=3, max_new=6, **decoding):
+def begun(model, num_sequences=3, max_new=6, width=1, **decoding):
     """A decoder that continues texts of different lengths, and their context."""
     context = text_to_image(make_texts([4, 1, 6][:num_sequences]), model.config.layout)
     cache, bias, _ = encode_context(model, context, 1.4, False, "cpu")
-    decoder = Decoding(**decoding).decoder(model, num_sequences, cache.length + max_new, False, "cpu")
+    decoder = Decoding(**decoding).decoder(model, num_sequences, cache.length + max_new, False, "cpu", width)
     decoder.begin(cache, bias, torch.ones(num_sequences, dtype=torch.long))
     return decoder
 
 
-KINDS = {"plain": {"fused": False}, "fused": {}, "fixed": {"compile": True}}
+KINDS = {
+    "plain": {"fused": False},
+    "fused": {},
+    "fixed": {"compile": True},
+    "fixed_window": {"compile": True, "width": 4},
+}
 
 
 @pytest.fixture(params=KINDS)
 def kind(request, monkeypatch):
-    if request.param == "fixed":
+    if "compile" in KINDS[request.param]:
         without_compiler(monkeypatch)
     return KINDS[request.param]
 
@@ -249,11 +274,10 @@ def test_tokens_that_are_taken_back_leave_nothing(kind):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fused", [False, True])
-def test_sequences_that_were_cut_to_different_lengths_go_on_as_each_alone(fused):
+def test_sequences_that_were_cut_to_different_lengths_go_on_as_each_alone(kind):
     model = make_coglm()
     tokens, positions = make_image_tokens(3, 6), model.config.layout.image_positions[:6]
-    decoder, kept = begun(model, fused=fused), torch.tensor([1, 3, 2])
+    decoder, kept = begun(model, **kind), torch.tensor([1, 3, 2])
     start = decoder.cache.length
     decoder.append_all(
         make_image_tokens(3, 3, seed=9).where(torch.arange(3) >= kept[:, None], tokens[:, :3]), positions[:3]
@@ -262,18 +286,29 @@ def test_sequences_that_were_cut_to_different_lengths_go_on_as_each_alone(fused)
     own = kept[:, None] + torch.arange(2)
     logits = decoder.append_all(tokens.gather(1, own), positions[own])
     last = decoder.append(tokens.gather(1, kept[:, None] + 2), positions[kept[:, None] + 2])
-    alone = begun(model, fused=fused)
+    alone = begun(model, **kind)
     expected = alone.append_all(tokens, positions)
     for row, count in enumerate(kept.tolist()):
         torch.testing.assert_close(logits[row], expected[row, count : count + 2], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(last[row], expected[row, count + 2], atol=1e-5, rtol=1e-5)
 
 
-def test_steps_of_fixed_shapes_want_one_length(monkeypatch):
-    decoder = begun(make_coglm(), **without_compiler(monkeypatch))
-    decoder.append(make_image_tokens(3, 2), torch.tensor([40, 41]))
-    with pytest.raises(ValueError, match="`length` must be the same for all sequences"):
-        decoder.truncate(decoder.cache.length - torch.tensor([0, 1, 0]))
+@torch.no_grad()
+def test_sequences_that_leave_do_not_disturb_those_that_stay(kind):
+    model, rows = make_coglm(), torch.tensor([0, 2])
+    tokens, positions = make_image_tokens(3, 5), model.config.layout.image_positions[:5]
+    decoder, other = begun(model, **kind), begun(model, **kind)
+    decoder.append_all(tokens[:, :2], positions[:2])
+    decoder.truncate(decoder.cache.length - torch.tensor([0, 1, 1]))
+    decoder.keep_rows(rows)
+    expected = other.append_all(tokens, positions).clone()
+    own = torch.tensor([[2, 3], [1, 2]])
+    logits = decoder.append_all(tokens[rows].gather(1, own), positions[own]).clone()
+    decoder.keep_rows(torch.tensor([1]))
+    last = decoder.append(tokens[2:, 3:4], positions[3:4])
+    torch.testing.assert_close(logits[0], expected[0, 2:4], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits[1], expected[2, 1:3], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(last[0], expected[2, 3], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from cogview_pipelines.generation.decoders import Decoding
+from cogview_pipelines.generation.decoders import Decoding, FusedDecoder
 from cogview_pipelines.generation.parallel import ParallelLoop
 from cogview_pipelines.generation.tokens import TO_GENERATE, generate
 from cogview_pipelines.models.cogview2.sequences import completion, text_to_image
+from cogview_pipelines.ops import native
 
 from ..utils import IMAGE_GRID, make_coglm, make_image_tokens, make_texts
 from .utils import HOLES, LENGTH, MIXED_LENGTHS, cluster_sampler, generators, write_guided, write_images
@@ -44,6 +45,20 @@ def test_tokens_are_those_of_one_by_one_in_no_more_passes(make_model, size):
     tokens, passes = count_passes(write, decoding=Decoding(parallel=size))
     assert torch.equal(tokens, expected)
     assert passes <= most
+
+
+@pytest.mark.skipif(native.library() is None, reason="the kernels are not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [2, 5, LENGTH])
+def test_in_one_kernel_tokens_are_those_of_one_by_one_in_16_bits_too(size, dtype):
+    model, texts = make_coglm().to(dtype), make_texts(MIXED_LENGTHS)
+
+    def write(parallel):
+        decoding = Decoding(parallel=parallel)
+        assert isinstance(decoding.decoder(model, 4, 9, False, torch.device("cpu")), FusedDecoder)
+        return write_images(model, texts, generator=generators(1, 2, 3, 4), decoding=decoding)
+
+    assert torch.equal(write(size), write(1))
 
 
 @pytest.mark.parametrize("size", WINDOWS)
@@ -169,16 +184,11 @@ def test_logits_that_are_not_finite_are_an_error():
 def test_windows_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="`parallel` must be at least 1, but is 0"):
         Decoding(parallel=0)
-    with pytest.raises(ValueError, match=r"`parallel=4` predicts several positions.*`compile`"):
-        Decoding(compile=True, parallel=4)
 
 
-def test_the_window_is_chosen_by_device_and_size():
+def test_the_window_is_chosen_by_device_and_batch():
     model = make_coglm()
-    assert Decoding().num_parallel(model, "cpu") == 1  # it fits into the caches
-    assert Decoding().num_parallel(model, "cuda") == 32
-    assert Decoding(cuda_graph=True).num_parallel(model, "cuda") == 1
-    assert Decoding(parallel=7).num_parallel(model, "cpu") == 7
-    large = model.to_empty(device="meta")
-    large.layers.append(torch.nn.Linear(2**12, 2**12, device="meta"))
-    assert Decoding().num_parallel(large, "cpu") == 16
+    assert [Decoding().num_parallel(model, count, "cpu") for count in (1, 2, 4, 8, 64)] == [32, 32, 16, 8, 8]
+    assert Decoding().num_parallel(model, 64, "cuda") == 32
+    assert Decoding(cuda_graph=True).num_parallel(model, 1, "cuda") == 32
+    assert Decoding(parallel=7).num_parallel(model, 64, "cpu") == 7

@@ -154,6 +154,51 @@ WAYS = {"plain": {"fused": False}, "fused": {}, "fixed": {"compile": True}}
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("size", [2, 5, 30])
+@pytest.mark.parametrize("choose", [greedy, sample_tokens])
+def test_texts_of_windows_are_those_of_one_by_one_in_no_more_passes(choose, size, way, monkeypatch):
+    monkeypatch.setattr(decoders, "_compiled_prediction", lambda device_type: decoders._predict)
+
+    def write(**decoding):
+        passes = []
+        texts = write_texts(
+            MODEL,
+            contexts(3),
+            choose,
+            ALLOWED,
+            ENDS,
+            12,
+            num_texts_per_context=4,
+            generator=[torch.Generator().manual_seed(seed) for seed in range(12)],
+            decoding=Decoding(**decoding),
+            on_pass=lambda: passes.append(1),
+        )
+        return texts, len(passes)
+
+    if way == "fused" and native.library() is None:
+        pytest.skip("the kernels are not built")
+    expected, most = write(fused=False, parallel=1)
+    assert most <= 11  # the first follows from the picture alone
+    texts, passes = write(**WAYS[way], parallel=size)
+    assert passes <= most
+    for text, one_by_one in zip(texts, expected):
+        assert (text.token_ids, text.is_complete) == (one_by_one.token_ids, one_by_one.is_complete)
+        torch.testing.assert_close(text.log_probabilities, one_by_one.log_probabilities, atol=1e-4, rtol=1e-4)
+
+
+def test_repeated_words_take_few_passes():
+    model = make_coglm()
+    with torch.no_grad():  # the next token hardly depends on what is read
+        for embeddings in (model.word_embeddings, model.position_embeddings):
+            embeddings.weight.mul_(0.01)
+        model.final_layernorm.bias.mul_(100)
+    passes = []
+    arguments = (model, contexts(1), greedy, ALLOWED, mask_of(), 12)
+    write_texts(*arguments, decoding=Decoding(parallel=6), on_pass=lambda: passes.append(1))
+    assert len(passes) <= 3
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_texts_are_the_same_however_steps_run(way, monkeypatch):
     monkeypatch.setattr(decoders, "_compiled_prediction", lambda device_type: decoders._predict)
     used, find = [], Decoding.decoder

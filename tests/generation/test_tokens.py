@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from cogview_pipelines.generation.decoders import Decoding
 from cogview_pipelines.generation.sampling import draw_noise
 from cogview_pipelines.generation.tokens import TO_GENERATE, generate
 from cogview_pipelines.models.cogview2.sequences import caption, completion, text_to_image
@@ -37,7 +38,7 @@ def test_the_sampler_gets_the_logits_and_the_noise_of_each_image():
         seen.append((logits, noise))
         return cluster_sampler(logits, noise)
 
-    tokens = write_images(model, texts, sampler, generator=generators(1, 2, 3, 4))
+    tokens = write_images(model, texts, sampler, generator=generators(1, 2, 3, 4), decoding=Decoding(parallel=1))
     logits, noise = (torch.stack(part, 1) for part in zip(*seen))
     assert torch.equal(noise, draw_noise((4, LENGTH, 2), generators(1, 2, 3, 4)))
     assert torch.equal(tokens, cluster_sampler(logits, noise))
@@ -95,7 +96,8 @@ def test_guidance_leads_from_the_logits_of_the_empty_text_past_those_of_the_text
         seen.append(logits)
         return cluster_sampler(logits, noise)
 
-    tokens = write_guided(model, texts, 2.5, sampler, generator=generators(1, 2))
+    one_by_one = {"generator": generators(1, 2), "decoding": Decoding(parallel=1)}
+    tokens = write_guided(model, texts, 2.5, sampler, **one_by_one)
 
     def whole_logits(texts):
         whole = text_to_image(texts, model.config.layout, tokens)
@@ -210,7 +212,8 @@ def test_known_entries_are_read_together_with_the_one_before_them(name, monkeypa
     task = completion(texts, image, mask, model.config.layout)
     passes = []
     model.register_forward_pre_hook(lambda module, arguments: passes.append(arguments[0].shape[1]))
-    generate(model, task.context, cluster_sampler, task.entries, task.positions)
+    decoding = Decoding(parallel=1)
+    generate(model, task.context, cluster_sampler, task.entries, task.positions, decoding=decoding)
     num_entries = task.entries.shape[1]
     # the context, then one pass for each cell to be written except the first, unless a known one stands before it
     known_first = int(task.entries[0, 0] != TO_GENERATE)

@@ -104,9 +104,16 @@ MUTATIONS = [
     Mutation(
         "decoders: a step of fixed shape does not see its own token",
         "generation/decoders.py",
-        "columns[:visible] <= slot",
-        "columns[:visible] < slot",
+        "columns[:visible] <= slots[..., None]",
+        "columns[:visible] < slots[..., None]",
         "generation/test_decoders.py::test_steps_of_fixed_shapes_write_the_same_tokens",
+    ),
+    Mutation(
+        "decoders: sequences that left are written into in place of those that stay",
+        "generation/decoders.py",
+        "rows = slice(None) if self.active is None else self.active",
+        "rows = slice(None) if self.active is None else torch.arange(len(self.active))",
+        "generation/test_decoders.py::test_sequences_that_leave_do_not_disturb_those_that_stay",
     ),
     Mutation(
         "decoders: a bias of its own stays while rows change their order",
@@ -193,11 +200,11 @@ MUTATIONS = [
         "parity/cogview/test_generation.py::test_distributions_of_every_setting_are_the_originals",
     ),
     Mutation(
-        "texts: go on after their end",
+        "texts: an end that is only a guess ends them",
         "generation/texts.py",
-        "ending = ends[tokens[:, step]] & ~has_ended",
-        "ending = ends[tokens[:, step]]",
-        "generation/test_texts.py::test_texts_hold_only_what_is_allowed_and_stop_at_their_end",
+        "ends[tokens[rows[:, None], indices]] & is_settled",
+        "ends[tokens[rows[:, None], indices]]",
+        "generation/test_texts.py::test_texts_of_windows_are_those_of_one_by_one_in_no_more_passes",
     ),
     Mutation(
         "beams: go on from the first one",

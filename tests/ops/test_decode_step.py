@@ -84,6 +84,41 @@ def test_every_instruction_set_reads_every_dtype(dtype, isa):
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("num_new", [1, 2, 3, 4, 5, 7, 13])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tokens_read_together_get_to_the_bit_what_each_gets_alone(num_new, dtype):
+    """So that several positions at once are drawn as one by one, also where two tokens are nearly tied."""
+    model = make_coglm(hidden_size=68).to(dtype)
+    lengths, most = torch.tensor([0, 5, 2]), 13
+    tokens = torch.randint(VOCAB_SIZE, (3, 5 + most), generator=torch.Generator().manual_seed(2))
+    positions = torch.arange(5 + most)
+
+    def begun():
+        context = text_to_image(make_texts([4, 1, 9]), model.config.layout)
+        cache, bias, _ = encode_context(model, context, 1.4, False, CPU)
+        decoder = FusedDecoder(model, 3, cache.length + 5 + most, False, CPU)
+        decoder.begin(cache, bias, torch.ones(3, dtype=torch.long))
+        return decoder
+
+    alone = begun()
+    expected = torch.stack([alone.append(tokens[:, i : i + 1], positions[i : i + 1]) for i in range(5 + most)], 1)
+    together = begun()
+    start = together.cache.length
+    together.append(tokens[:, :5], positions[:5])
+    together.truncate(start + lengths)
+    own = lengths[:, None] + torch.arange(num_new)
+    logits = together.append_all(tokens.gather(1, own), positions[own])
+    for row, length in enumerate(lengths.tolist()):
+        assert torch.equal(logits[row], expected[row, length : length + num_new])
+    together.truncate(start + lengths)
+    last = together.append(tokens.gather(1, own), positions[own])
+    assert torch.equal(last, logits[:, -1])
+    for layer, one_by_one in zip(together.cache.layers, alone.cache.layers):
+        for row, length in enumerate((start + lengths + num_new).tolist()):
+            assert torch.equal(layer[:, row, :, :length], one_by_one[:, row, :, :length])
+
+
 @pytest.mark.parametrize("pool", ["torch", "own"])
 def test_the_result_does_not_depend_on_the_number_of_threads(pool, monkeypatch):
     if pool == "own":
@@ -137,7 +172,7 @@ def test_input_of_another_size_or_type_is_an_error():
     _, decoder = run_steps(FusedDecoder, make_coglm(), 2)
     decoder.cache.length -= 1
     for wrong in (torch.zeros(3, 1, dtype=torch.long), torch.zeros(2, 1, dtype=torch.int32)):
-        with pytest.raises(ValueError, match=r"must be 2 numbers of torch\.int64"):
+        with pytest.raises(ValueError, match=r"must be 2 rows of torch\.int64"):
             decoder.append(wrong, torch.tensor([40]))
 
 

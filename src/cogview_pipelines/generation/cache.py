@@ -119,12 +119,12 @@ class SlotCache:
 
     Args:
         layers (`list[torch.Tensor]`): Of that cache.
-        slot (`torch.Tensor` of shape `(new,)`): Where the new keys and values go.
+        slots (`torch.Tensor` of shape `(batch_size, new)`): Where the new keys and values of each sequence go.
         visible (`int`): How many keys are attended to; a mask hides those not yet written.
     """
 
-    def __init__(self, layers: list[torch.Tensor], slot: torch.Tensor, visible: int):
-        self.layers, self.slot, self.visible = layers, slot, visible
+    def __init__(self, layers: list[torch.Tensor], slots: torch.Tensor, visible: int):
+        self.layers, self.slots, self.visible = layers, slots, visible
 
     @property
     def dtype(self) -> torch.dtype:
@@ -133,5 +133,5 @@ class SlotCache:
     def update(self, layer: int, keys_values: torch.Tensor) -> torch.Tensor:
         """As of [`KeyValueCache`], but nothing gets longer."""
         held = self.layers[layer]
-        held.index_copy_(3, self.slot, keys_values.to(held.dtype))
+        held.scatter_(3, self.slots[None, :, None, :, None].expand_as(keys_values), keys_values.to(held.dtype))
         return held[:, :, :, : self.visible]

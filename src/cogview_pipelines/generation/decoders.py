@@ -1,6 +1,6 @@
 """
-One more token for every sequence: the step that text to image, completion and captions repeat, in each way that it
-can run.
+More tokens for every sequence, one or a few: the step that text to image, completion and captions repeat, in each way
+that it can run.
 
 [`Decoder`] runs the model as it is. On a CPU, [`FusedDecoder`] runs all of a step in one kernel. [`StaticDecoder`]
 runs the model on tensors of fixed shapes at fixed addresses, so that one compilation and one captured CUDA graph serve
@@ -10,6 +10,7 @@ all steps and prompts. [`Decoding`] says which, and keeps what can be used again
 import functools
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
@@ -26,8 +27,9 @@ logger = logging.getLogger(__name__)
 
 # A fixed step reads a whole number of blocks of the cache: few variants, and little that is masked.
 BLOCK = 128
-# Positions that a pass predicts at once, unless told otherwise (`benchmarks/bench_parallel_decoding.py`).
-PARALLEL_ON_DEVICES, PARALLEL_ON_CPU, CPU_CACHE_BYTES = 32, 16, 64 * 2**20
+# Positions that a pass predicts at once, unless told otherwise (`benchmarks/bench_parallel_decoding.py`). On a CPU, a
+# pass takes longer in proportion to its tokens, of all sequences, from about so many on.
+PARALLEL, LEAST_PARALLEL_ON_CPU, TOKENS_ON_CPU = 32, 8, 64
 # All that a CogLM consists of, as the fused step knows it.
 _PLAIN_MODULES = {CogLMModel, SandwichLayer, DenseAttention, FeedForward, LazyDropout, TokenEmbedding}
 _PLAIN_MODULES |= {nn.Embedding, nn.LayerNorm, nn.Linear, nn.ModuleList}
@@ -142,15 +144,12 @@ class Decoder:
 
 
 class FusedDecoder(Decoder):
-    """A [`Decoder`] whose steps of one token are one call of a kernel; see [`fused_decoding_refusals`]."""
+    """A [`Decoder`] whose steps are one call of a kernel; see [`fused_decoding_refusals`]."""
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.step = self._make_step()
-
-    def _make_step(self) -> DecodeStep:
         model = self.model
-        return DecodeStep(
+        self.step = DecodeStep(
             model.word_embeddings.weight,
             model.position_embeddings.weight,
             model.final_layernorm,
@@ -162,13 +161,13 @@ class FusedDecoder(Decoder):
 
     def keep_rows(self, rows: torch.Tensor) -> None:
         super().keep_rows(rows)
-        self.step = self._make_step()
+        self.step.set_bias(self.bias[:, 0])
 
-    def append(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        if input_ids.shape[1] > 1 or position_ids.ndim > 1 or self.cache.lengths is not None:
-            return super().append(input_ids, position_ids)
-        logits = self.step(input_ids[:, 0], int(position_ids[0]), self.cache.length, self.cache.layers)
-        self.cache.advance(1)
+    def _read(self, input_ids: torch.Tensor, position_ids: torch.Tensor, first: int) -> torch.Tensor:
+        cache, new = self.cache, input_ids.shape[1]
+        lengths = torch.full((len(input_ids),), cache.length) if cache.lengths is None else cache.lengths
+        logits = self.step(input_ids, position_ids, lengths, cache.layers, new - first)
+        cache.advance(new)
         return logits
 
 
@@ -255,55 +254,97 @@ def _is_configured(name: str, module: nn.Module, config: CogLMConfig) -> bool:
     return not isinstance(module, nn.Embedding) or shape[1:] == (hidden,)
 
 
+@dataclass
+class _StepInputs:
+    """
+    The fixed memory that a step reads: of every sequence, so many new tokens.
+
+    Args:
+        input_ids, position_ids, slots (`torch.Tensor` of shape `(num_sequences, new)`): Tokens, their positions, and
+            where in the cache their keys and values go.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    slots: torch.Tensor
+
+
 class StaticDecoder(Decoder):
     """
-    A [`Decoder`] whose steps have fixed shapes and addresses: one token, and a whole number of blocks of keys, of
-    which a mask hides those that are not written yet.
+    A [`Decoder`] whose steps have fixed shapes and addresses: one token or a window of them, and a whole number of
+    blocks of keys, of which a mask hides those that are not written yet. Sequences that are whole keep their place.
 
     Args:
         compile (`bool`): Run the step through `torch.compile`.
-        cuda_graph (`bool`): Capture it and replay the capture.
+        cuda_graph (`bool`): Capture it and replay it.
+        width (`int`): Tokens of the window. Fewer than that, but more than one, are filled up to it with what will be
+            overwritten: `max_length` must leave room.
     """
 
-    def __init__(self, *args, compile: bool, cuda_graph: bool):
+    def __init__(self, *args, compile: bool, cuda_graph: bool, width: int = 1):
         super().__init__(*args)
-        self.compile, self.cuda_graph = compile, cuda_graph
+        self.compile, self.cuda_graph, self.width = compile, cuda_graph, width
         num_sequences, _, max_length = self.bias.shape
         device = self.bias.device
-        self.input_ids = torch.zeros(num_sequences, 1, dtype=torch.long, device=device)
-        self.position_ids = torch.zeros(num_sequences, 1, dtype=torch.long, device=device)
-        self.slot = torch.zeros(1, dtype=torch.long, device=device)
+        self.inputs = {
+            new: _StepInputs(
+                *(torch.zeros(num_sequences, new, dtype=torch.long, device=device) for _ in fields(_StepInputs))
+            )
+            for new in sorted({1, width})
+        }
         self.columns = torch.arange(max_length, device=device)
-        self.steps: dict[int, Callable[[], torch.Tensor]] = {}
+        self.steps: dict[tuple[int, int], Callable[[], torch.Tensor]] = {}
+        self.active: torch.Tensor | None = None  # the sequences that go on; all of them if none has been dropped
+
+    def begin(self, context: KeyValueCache, context_bias: torch.Tensor, repeats: torch.Tensor) -> None:
+        super().begin(context, context_bias, repeats)
+        self.active = None
+
+    def keep_rows(self, rows: torch.Tensor) -> None:
+        self.active = rows if self.active is None else self.active[rows]
+        if self.cache.lengths is not None:
+            self.cache.lengths = self.cache.lengths[rows]
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        assert self.active is None, "all sequences of a beam go on"
+        super().reorder(rows)
 
     def append(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        for column in range(input_ids.shape[1]):
-            logits = self._append_one(input_ids[:, column : column + 1], position_ids[..., column : column + 1])
-        return logits
+        for piece in self._pieces(input_ids):
+            logits = self._append_piece(input_ids[:, piece], position_ids[..., piece])
+        return logits[:, -1]
 
     def append_all(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        columns = [slice(column, column + 1) for column in range(input_ids.shape[1])]
-        return torch.stack([self._append_one(input_ids[:, one], position_ids[..., one]).clone() for one in columns], 1)
+        logits = [
+            self._append_piece(input_ids[:, piece], position_ids[..., piece]) for piece in self._pieces(input_ids)
+        ]
+        # every piece is predicted in the same memory
+        return logits[0] if len(logits) == 1 else torch.cat(logits, 1)
 
-    def truncate(self, length: int | torch.Tensor) -> None:
-        super().truncate(length)
-        if self.cache.lengths is not None:
-            raise ValueError("`length` must be the same for all sequences where steps have fixed shapes.")
+    def _pieces(self, input_ids: torch.Tensor) -> list[slice]:
+        return [slice(first, first + self.width) for first in range(0, input_ids.shape[1], self.width)]
 
-    def _append_one(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        self.input_ids.copy_(input_ids)
-        self.position_ids.copy_(position_ids.expand_as(self.position_ids))
-        self.slot.fill_(self.cache.length)
-        self.cache.advance(1)
-        visible = min(-(-self.cache.length // BLOCK) * BLOCK, len(self.columns))
-        if visible not in self.steps:
-            self.steps[visible] = self._make_step(visible)
-        return self.steps[visible]()
+    def _append_piece(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """Logits after each of at most `width` tokens, in memory of their own where there is more than one."""
+        new = input_ids.shape[1]
+        width = 1 if new == 1 else self.width
+        inputs, lengths = self.inputs[width], self.cache.lengths
+        rows = slice(None) if self.active is None else self.active
+        inputs.input_ids[rows, :new] = input_ids
+        inputs.position_ids[rows, :new] = position_ids.expand_as(input_ids)
+        inputs.slots[rows] = self.columns[:width] + (self.cache.length if lengths is None else lengths[:, None])
+        visible = min(-(-(self.cache.length + width) // BLOCK) * BLOCK, len(self.columns))
+        if (visible, width) not in self.steps:
+            self.steps[visible, width] = self._make_step(visible, width)
+        logits = self.steps[visible, width]()
+        self.cache.advance(new)
+        return logits if width == 1 and self.active is None else logits[rows, :new].clone()
 
-    def _make_step(self, visible: int) -> Callable[[], torch.Tensor]:
+    def _make_step(self, visible: int, width: int) -> Callable[[], torch.Tensor]:
         """A function without arguments that reads and writes the fixed tensors only."""
         predict = _compiled_prediction(self.bias.device.type) if self.compile else _predict
-        inputs = (self.model, self.input_ids, self.position_ids, self.bias, self.columns, self.slot)
+        own = self.inputs[width]
+        inputs = (self.model, own.input_ids, own.position_ids, self.bias, self.columns, own.slots)
 
         def step() -> torch.Tensor:
             return predict(*inputs, self.cache.layers, visible, self.hidden, self.full_vocabulary)
@@ -335,16 +376,19 @@ def _predict(
     position_ids: torch.Tensor,
     bias: torch.Tensor,
     columns: torch.Tensor,
-    slot: torch.Tensor,
+    slots: torch.Tensor,
     layers: list[torch.Tensor],
     visible: int,
     hidden: float,
     full_vocabulary: bool,
 ) -> torch.Tensor:
-    """Logits after one token, whose keys and values go to `slot`, with attention to the first `visible` keys."""
-    seen = torch.where(columns[:visible] <= slot, bias[:, :, :visible], hidden)
-    cache = SlotCache(layers, slot, visible)
-    return model(input_ids, position_ids, seen, cache=cache, full_vocabulary=full_vocabulary).logits[:, -1]
+    """
+    Logits after each new token, whose keys and values go to `slots`, with attention to the first `visible` keys, as
+    far as they do not lie behind its own.
+    """
+    seen = torch.where(columns[:visible] <= slots[..., None], bias[:, :, :visible], hidden)
+    cache = SlotCache(layers, slots, visible)
+    return model(input_ids, position_ids, seen, cache=cache, full_vocabulary=full_vocabulary).logits
 
 
 def _compiled_prediction(device_type: str) -> Callable[..., torch.Tensor]:
@@ -418,9 +462,9 @@ class Decoding:
             there is one for it: built, for plain weights without hooks. It sums in float32 whatever the weights are,
             so that 16-bit models may draw another token where two are nearly tied.
         parallel (`int`, *optional*): How many positions a pass predicts at once. Those that are certain to be what
-            writing one by one gives are kept: see [`generate`]. 1 writes them one by one. Default: 32 on a
-            GPU, 16 on a CPU where a step has to read more weights than its caches hold, else 1. Not with `compile` and
-            `cuda_graph`, whose steps are of one token.
+            writing one by one gives are kept: see [`generate`]. 1 writes them one by one. Default: 32; on a CPU fewer
+            in batches, so that a pass reads about 64 tokens, but at least 8. With `compile` and `cuda_graph` there is
+            a step for one position and another for all of these, compiled or captured once.
     """
 
     def __init__(
@@ -428,27 +472,20 @@ class Decoding:
     ):
         if parallel is not None and parallel < 1:
             raise ValueError(f"`parallel` must be at least 1, but is {parallel}.")
-        if parallel is not None and parallel > 1 and (compile or cuda_graph):
-            raise ValueError(
-                f"`parallel={parallel}` predicts several positions at once, but the steps of `compile` and "
-                "`cuda_graph` are of one. Choose one of them."
-            )
         self.compile, self.cuda_graph, self.fused, self.parallel = compile, cuda_graph, fused, parallel
         self._state: tuple | None = None  # of the model that the rest belongs to
         self._refusals: list[str] = []
         self._static: tuple[tuple, StaticDecoder] | None = None
 
-    def num_parallel(self, model: CogLMModel, device: torch.device | str) -> int:
-        """How many positions a pass predicts at once."""
+    def num_parallel(self, model: CogLMModel, num_sequences: int, device: torch.device | str) -> int:
+        """How many positions of each sequence a pass predicts at once."""
         if self.parallel is not None:
             return self.parallel
-        if self.compile or self.cuda_graph or getattr(model, "depends_on_pieces", False):
+        if getattr(model, "depends_on_pieces", False):
             return 1
         if torch.device(device).type != "cpu":
-            return PARALLEL_ON_DEVICES
-        # what fits into the caches is read so fast that a pass over several positions costs as much as several passes
-        weight_bytes = sum(parameter.nbytes for parameter in model.layers.parameters())
-        return PARALLEL_ON_CPU if weight_bytes > CPU_CACHE_BYTES else 1
+            return PARALLEL
+        return min(PARALLEL, max(LEAST_PARALLEL_ON_CPU, TOKENS_ON_CPU // max(num_sequences, 1)))
 
     def decoder(
         self,
@@ -457,13 +494,15 @@ class Decoding:
         max_length: int,
         full_vocabulary: bool,
         device: torch.device | str,
+        width: int = 1,
     ) -> Decoder:
         """
         A decoder for new sequences. That of fixed shapes is kept for later calls, and made anew for another number of
-        sequences, longer ones, or a model that has changed.
+        sequences, another width, longer ones, or a model that has changed.
 
         Args:
             model, num_sequences, max_length, full_vocabulary, device: As for [`Decoder`].
+            width (`int`, defaults to 1): How many tokens are usually appended at once.
 
         Raises:
             ValueError: If a CUDA graph is asked for on another device, or of weights that are not on it.
@@ -478,13 +517,19 @@ class Decoding:
                     _tell_once(reason)
         device = torch.device(device)
         if self.compile or self.cuda_graph:
-            return self._static_decoder(model, num_sequences, max_length, full_vocabulary, device)
+            return self._static_decoder(model, num_sequences, max_length, full_vocabulary, device, width)
         fused = self.fused and not self._refusals
         fused = fused and not call_refusals(model, num_sequences, max_length, device)
         return (FusedDecoder if fused else Decoder)(model, num_sequences, max_length, full_vocabulary, device)
 
     def _static_decoder(
-        self, model: CogLMModel, num_sequences: int, max_length: int, full_vocabulary: bool, device: torch.device
+        self,
+        model: CogLMModel,
+        num_sequences: int,
+        max_length: int,
+        full_vocabulary: bool,
+        device: torch.device,
+        width: int,
     ) -> StaticDecoder:
         if self.cuda_graph and device.type != "cuda":
             raise ValueError(f"`cuda_graph=True` needs a CUDA device, but the model computes on {device}.")
@@ -495,11 +540,20 @@ class Decoding:
                 "it out with group or sequential offloading."
             )
         # of all prompts, so that one capture serves them; whole blocks, so that the last one is no variant of its own
-        longest = -(-max(max_length, model.config.longest_sequence) // BLOCK) * BLOCK
-        key = (num_sequences, longest, full_vocabulary, device, torch.is_autocast_enabled(device.type), addresses)
+        # and room behind the end for a window that is filled up
+        longest = -(-(max(max_length, model.config.longest_sequence) + width - 1) // BLOCK) * BLOCK
+        key = (
+            num_sequences,
+            longest,
+            width,
+            full_vocabulary,
+            device,
+            torch.is_autocast_enabled(device.type),
+            addresses,
+        )
         if self._static is None or self._static[0] != key:
             self._static = None
-            ways = {"compile": self.compile, "cuda_graph": self.cuda_graph}
+            ways = {"compile": self.compile, "cuda_graph": self.cuda_graph, "width": width}
             self._static = key, StaticDecoder(model, num_sequences, longest, full_vocabulary, device, **ways)
         return self._static[1]
 

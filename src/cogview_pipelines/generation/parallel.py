@@ -47,6 +47,8 @@ class ParallelLoop:
             returns the tokens of these entries, `(rows, new)`, from the same noise whenever it is asked.
         window (`Window`): How many at once.
         copies (`int`): Sequences of the decoder for each of the batch: 2 with guidance.
+        on_settled (*optional*): Called after each `draw` with the rows `(rows,)`, the entries and which of them are
+            settled now, both `(rows, new)`. It returns which rows are whole already, `(rows,)`.
     """
 
     def __init__(
@@ -57,10 +59,11 @@ class ParallelLoop:
         is_wanted: torch.Tensor,
         draw: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
         window: Window,
-        copies: int,
+        copies: int = 1,
+        on_settled: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ):
         self.decoder, self.entries, self.positions, self.draw = decoder, entries, positions, draw
-        self.is_wanted, self.window, self.copies = is_wanted, window, copies
+        self.is_wanted, self.window, self.copies, self.on_settled = is_wanted, window, copies, on_settled
         self.context_length = decoder.cache.length
         self.last = int(is_wanted.nonzero()[-1])
         self.rows = torch.arange(len(entries), device=entries.device)  # of the batch, that are still written
@@ -70,11 +73,13 @@ class ParallelLoop:
 
     def begin(self, logits: torch.Tensor) -> None:
         """Settle the first entry from the logits after the contexts, `(copies * batch_size, tokens)`."""
+        is_whole = None
         if self.is_wanted[0]:
             first = torch.zeros_like(self.rows)[:, None]
             self.entries[:, :1] = self.draw(logits[:, None], self.rows, first)
+            is_whole = self._tell(first, torch.ones_like(first, dtype=torch.bool))
         self.num_predicted += 1
-        self._leave()
+        self._leave(is_whole)
 
     def begin_after(self, num_settled: int) -> None:
         """Hold the first entries, at least one, as settled, and read all of them but the last."""
@@ -117,7 +122,10 @@ class ParallelLoop:
         self.entries[rows] = held
         self.num_read[rows] = read + settled
         self.num_predicted[rows] = self.num_predicted[rows].maximum(targets.amax(1) + 1)
-        self._leave()
+        self._leave(self._tell(targets, torch.arange(width, device=rows.device) < settled[:, None]))
+
+    def _tell(self, targets: torch.Tensor, is_settled: torch.Tensor) -> torch.Tensor | None:
+        return None if self.on_settled is None else self.on_settled(self.rows, targets, is_settled)
 
     def _of_all_copies(self, values: torch.Tensor) -> torch.Tensor:
         return values if self.copies == 1 else torch.cat([values] * self.copies)
@@ -133,9 +141,11 @@ class ParallelLoop:
         guess = torch.where(self.is_wanted[: last + 1], held.gather(1, source), held[:, : last + 1])
         self.entries[self.rows, : last + 1] = guess
 
-    def _leave(self) -> None:
-        """Drop the sequences that are whole from the batch and from the decoder."""
+    def _leave(self, is_whole: torch.Tensor | None = None) -> None:
+        """Drop the sequences that are whole, or said to be, from the batch and from the decoder."""
         stays = self.num_read[self.rows] < self.last
+        if is_whole is not None:
+            stays &= ~is_whole
         if not bool(stays.all()):
             self.decoder.keep_rows(self._of_all_copies(stays).nonzero()[:, 0])
             self.rows = self.rows[stays]

@@ -1,4 +1,4 @@
-"""The loops that write captions: greedy and sampled ones in one, beam search in the other. Tensors only."""
+"""The loops that write captions: greedy and sampled ones by settling windows, beam search step by step."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from ..models.cogview2.modeling_coglm import CogLMModel
-from .decoders import Decoding, encode_context
+from .decoders import Decoder, Decoding, encode_context
+from .parallel import ParallelLoop, Window
 from .sampling import FiniteCheck, Generators, draw_noise
 from .token_sequence import TokenSequence
 
@@ -32,33 +33,24 @@ class WrittenText:
         return sum(self.log_probabilities) / max(len(self.log_probabilities), 1)
 
 
-class _Writer:
-    """A decoder that continues each context in `num_copies` ways, and what it predicts next."""
-
-    def __init__(
-        self,
-        model: CogLMModel,
-        context: TokenSequence,
-        max_length: int,
-        num_copies: int,
-        device: torch.device | str,
-        decoding: Decoding | None,
-    ):
-        context = context.to(device)
-        cache, bias, logits = encode_context(model, context, 0.0, True, device)
-        decoding = Decoding() if decoding is None else decoding
-        self.decoder = decoding.decoder(model, len(context) * num_copies, cache.length + max_length, True, device)
-        self.decoder.begin(cache, bias, torch.full((len(context),), num_copies, device=device))
-        self.logits = logits.repeat_interleave(num_copies, 0)
-        # every context ends with its start token
-        self.positions = context.position_ids[0, -1] + 1 + torch.arange(max_length, device=device)
-        self.num_written = 0
-
-    def append(self, tokens: torch.Tensor) -> None:
-        """One more token for each sequence; the logits are then those of the next."""
-        position = self.positions[self.num_written : self.num_written + 1]
-        self.logits = self.decoder.append(tokens[:, None], position)
-        self.num_written += 1
+def _begin(
+    model: CogLMModel,
+    context: TokenSequence,
+    max_length: int,
+    num_copies: int,
+    device: torch.device | str,
+    decoding: Decoding,
+    width: int,
+) -> tuple[Decoder, torch.Tensor, torch.Tensor]:
+    """A decoder that continues each context in `num_copies` ways, the logits of what comes next, and positions."""
+    context = context.to(device)
+    cache, bias, logits = encode_context(model, context, 0.0, True, device)
+    longest = cache.length + max_length + (width if width > 1 else 0)
+    decoder = decoding.decoder(model, len(context) * num_copies, longest, True, device, width)
+    decoder.begin(cache, bias, torch.full((len(context),), num_copies, device=device))
+    # every context ends with its start token
+    positions = context.position_ids[0, -1] + 1 + torch.arange(max_length, device=device)
+    return decoder, logits.repeat_interleave(num_copies, 0), positions
 
 
 @torch.no_grad()
@@ -74,9 +66,13 @@ def write_texts(
     generator: Generators = None,
     device: torch.device | str | None = None,
     decoding: Decoding | None = None,
+    on_pass: Callable[[], None] | None = None,
 ) -> list[WrittenText]:
     """
-    Write texts token by token; those that have ended wait for the others.
+    Write texts; those that have ended leave the batch.
+
+    With a `decoding` that is told to predict several positions at once, the texts are the same, in no more passes: see
+    `generation/parallel.py`.
 
     Args:
         model (`CogLMModel`): The model.
@@ -90,33 +86,51 @@ def write_texts(
         generator: One generator, or one per text.
         device (`torch.device`, *optional*): Where to compute if hooks move the model; default: where it is.
         decoding (`Decoding`, *optional*): How steps run; it keeps what later calls can use. Default: a new one.
+        on_pass: Called after each pass of the model over new tokens.
     """
     device = model.device if device is None else device
-    writer = _Writer(model, context, max_length, num_texts_per_context, device, decoding)
+    decoding = Decoding() if decoding is None else decoding
     allowed, ends = allowed.to(device), ends.to(device)
-    batch_size = len(writer.logits)
+    # unless asked for: of words, unlike of pictures, a repetition is a poor guess
+    window = Window(min(decoding.parallel or 1, max_length))
+    arguments = (model, context, max_length, num_texts_per_context, device, decoding, window.size)
+    decoder, logits, positions = _begin(*arguments)
+    batch_size = len(logits)
     noise = draw_noise((batch_size, max_length, 2), generator, device)
     tokens = torch.zeros(batch_size, max_length, dtype=torch.long, device=device)
-    scores = torch.zeros(batch_size, max_length, device=device)
-    has_ended = torch.zeros(batch_size, dtype=torch.bool, device=device)
+    scores, latest = torch.zeros(batch_size, max_length, device=device), torch.zeros(0)
     lengths = torch.full((batch_size,), max_length, device=device)
+    may_be_written = torch.stack([allowed & ~ends, allowed])  # the first token does not end a text
     check = FiniteCheck()
-    for step in range(max_length):
-        check.see(writer.logits)
-        logits = _restrict(writer.logits, allowed if step else allowed & ~ends)
-        tokens[:, step] = choose(logits, noise[:, step])
-        scores[:, step] = logits.log_softmax(-1).gather(-1, tokens[:, step : step + 1])[:, 0]
-        ending = ends[tokens[:, step]] & ~has_ended
-        lengths[ending] = step
-        has_ended |= ending
-        if step + 1 == max_length or bool(has_ended.all()):
-            break
-        writer.append(tokens[:, step])
+
+    def draw(logits: torch.Tensor, rows: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        nonlocal latest
+        check.see(logits)
+        logits = logits[..., : len(allowed)].masked_fill(~may_be_written[(indices > 0).long()], float("-inf"))
+        drawn = choose(logits.flatten(0, 1), noise[rows[:, None], indices].flatten(0, 1)).unflatten(0, indices.shape)
+        latest = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
+        return drawn
+
+    def keep(rows: torch.Tensor, indices: torch.Tensor, is_settled: torch.Tensor) -> torch.Tensor:
+        at = rows[:, None].expand_as(indices)[is_settled], indices[is_settled]
+        scores[at] = latest[is_settled]
+        is_end = ends[tokens[rows[:, None], indices]] & is_settled
+        first = torch.where(is_end, indices, max_length).amin(1)
+        lengths[rows] = lengths[rows].minimum(first)
+        return first < max_length
+
+    is_wanted = torch.ones(max_length, dtype=torch.bool, device=device)
+    loop = ParallelLoop(decoder, tokens, positions, is_wanted, draw, window, on_settled=keep)
+    loop.begin(logits)
+    while not loop.is_done:
+        loop.run_pass()
+        if on_pass is not None:
+            on_pass()
     check.finish()
     texts = []
-    for row in range(batch_size):
-        length, complete = int(lengths[row]), bool(has_ended[row])
-        texts.append(WrittenText(tokens[row, :length].tolist(), scores[row, : length + complete].tolist(), complete))
+    for ids, own, length in zip(tokens.tolist(), scores.tolist(), lengths.tolist()):
+        is_complete = length < max_length
+        texts.append(WrittenText(ids[:length], own[: length + is_complete], is_complete))
     return texts
 
 
@@ -131,6 +145,7 @@ def search_texts(
     num_beams: int = 4,
     device: torch.device | str | None = None,
     decoding: Decoding | None = None,
+    on_pass: Callable[[], None] | None = None,
 ) -> list[list[WrittenText]]:
     """
     Beam search: of each picture, up to `num_beams` texts of the highest mean log-probability, best first.
@@ -139,18 +154,20 @@ def search_texts(
     fill up the list.
 
     Args:
-        model, context, allowed, ends, max_length, device, decoding: As for [`write_texts`].
+        model, context, allowed, ends, max_length, device, decoding, on_pass: As for [`write_texts`].
         num_beams (`int`): Texts that are followed at a time, for each picture.
     """
     device = model.device if device is None else device
-    writer = _Writer(model, context, max_length, num_beams, device, decoding)
+    decoding = Decoding() if decoding is None else decoding
+    decoder, next_logits, positions = _begin(model, context, max_length, num_beams, device, decoding, 1)
     allowed, ends = allowed.to(device), ends.to(device)
     ending = set(ends.nonzero()[:, 0].tolist())
     pictures = [_Beams(num_beams) for _ in range(len(context))]
     check = FiniteCheck()
     for step in range(max_length):
-        check.see(writer.logits)
-        logits = _restrict(writer.logits, allowed if step else allowed & ~ends)
+        check.see(next_logits)
+        may_be_written = allowed if step else allowed & ~ends
+        logits = next_logits[:, : len(allowed)].masked_fill(~may_be_written, float("-inf"))
         log_probabilities = logits.log_softmax(-1).unflatten(0, (len(context), num_beams))
         totals = torch.tensor([beams.totals for beams in pictures], device=device)
         candidates = (totals[..., None] + log_probabilities).flatten(1)
@@ -167,8 +184,10 @@ def search_texts(
             break
         rows, tokens = torch.tensor(going_on, device=device).unbind(1)
         first_rows = num_beams * torch.arange(len(context), device=device)[:, None]
-        writer.decoder.reorder((first_rows + rows).flatten())
-        writer.append(tokens.flatten())
+        decoder.reorder((first_rows + rows).flatten())
+        next_logits = decoder.append(tokens.reshape(-1, 1), positions[step : step + 1])
+        if on_pass is not None:
+            on_pass()
     check.finish()
     return [beams.results() for beams in pictures]
 
@@ -230,7 +249,3 @@ class _Beams:
         ]
         parts = [sorted(texts, key=lambda text: -text.mean_log_probability) for texts in (self.finished, going_on)]
         return [text for part in parts for text in part][: self.num_beams]
-
-
-def _restrict(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
-    return logits[:, : len(allowed)].masked_fill(~allowed, float("-inf"))

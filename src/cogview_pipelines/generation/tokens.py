@@ -89,14 +89,15 @@ def generate(
 
     decoding = Decoding() if decoding is None else decoding
     in_parallel = is_alike and entry_positions.ndim == 1
-    window = Window(decoding.num_parallel(model, device) if in_parallel else 1, row_length)
+    size = decoding.num_parallel(model, copies * batch_size, device) if in_parallel else 1
+    window = Window(size, row_length)
     repeats = repeats.repeat(copies).to(device)
 
     def begin() -> tuple[Decoder, torch.Tensor]:
         """A decoder that has read the contexts, and the logits of the first entry."""
         cache, bias, logits = encode_context(model, context, text_attention_bias, full_vocabulary, device)
         longest = cache.length + num_entries + spare
-        decoder = decoding.decoder(model, copies * batch_size, longest, full_vocabulary, device)
+        decoder = decoding.decoder(model, copies * batch_size, longest, full_vocabulary, device, window.size)
         decoder.begin(cache, bias, repeats)
         return decoder, logits.repeat_interleave(repeats, 0)
 

@@ -1,4 +1,4 @@
-"""The kernel that runs one token of a few sequences through all of CogLM on a CPU: `csrc/decode_step_cpu.cpp`."""
+"""The kernel that runs new tokens of a few sequences through all of CogLM on a CPU: `csrc/decode_step_cpu.cpp`."""
 
 import ctypes
 import functools
@@ -9,9 +9,9 @@ from torch import nn
 
 from .native import FLOAT32_AND_HALVES, library, openmp_parallel
 
-_ABI = 1
+_ABI = 2
 _MAX_SEQUENCES, _MAX_KEYS = 64, 8192
-_FAILURES = {1: "these inputs are not supported", 2: "a token id lies outside of the vocabulary"}
+_FAILURES = {1: "these inputs are not supported", 2: "a token id or a position lies outside of its table"}
 # for fewer bytes of weights than this, no thread is woken
 _BYTES_PER_THREAD = 2**18
 _ALIGNMENT = 64
@@ -52,17 +52,30 @@ class _Step(ctypes.Structure):
                 "vocabulary",
                 "tokens",
                 "capacity",
-                "length",
+                "news",
+                "scored",
                 "threads",
                 "isa",
-                "reserved",
+                "table_rows",
             )
         ],
         ("epsilon", ctypes.c_double),
         ("final_layernorm", _Parameters),
-        *[(name, ctypes.c_void_p) for name in ("word_embeddings", "position_embedding", "input_ids")],
-        ("input_stride", ctypes.c_int64),
-        *[(name, ctypes.c_void_p) for name in ("bias", "layer", "logits", "scratch", "parallel")],
+        *[
+            (name, ctypes.c_void_p)
+            for name in (
+                "word_embeddings",
+                "position_embeddings",
+                "input_ids",
+                "position_ids",
+                "lengths",
+                "bias",
+                "layer",
+                "logits",
+                "scratch",
+                "parallel",
+            )
+        ],
     ]
 
 
@@ -107,10 +120,11 @@ def decode_step_refusals(
 
 class DecodeStep:
     """
-    One more token for every sequence. Holds the tensors that it reads and writes: if the model gets others meanwhile
-    (`model.half()`), this goes on with those it began with.
+    One or more new tokens for every sequence. Holds the tensors that it reads and writes: if the model gets others
+    meanwhile (`model.half()`), this goes on with those it began with.
 
-    All weights are of one dtype, contiguous and on the CPU; sums are float32 whatever it is.
+    All weights are of one dtype, contiguous and on the CPU; sums are float32 whatever it is. What a token gets does
+    not depend on what is read together with it, to the bit.
 
     Args:
         word_embeddings, position_embeddings (`torch.Tensor` of shape `(rows, hidden_size)`): The tables.
@@ -139,64 +153,85 @@ class DecodeStep:
         reasons = decode_step_refusals(dtype, word_embeddings.device, num_sequences, max_length)
         if reasons:
             raise ValueError(f"The decode-step kernel cannot run this model: {'; '.join(reasons)}.")
-        self.position_embeddings, self.bias = position_embeddings.detach(), bias
         self.layers = (_Layer * len(layers))()
         modules = [final_layernorm, *(part for layer in layers for part in layer.values())]
         # tensors of their own: the data of a parameter can be exchanged and freed
-        self._held = [word_embeddings.detach(), *(weight.detach() for each in modules for weight in each.parameters())]
+        weights = [weight.detach() for each in modules for weight in each.parameters()]
+        self._held = [word_embeddings.detach(), position_embeddings.detach(), *weights]
         for target, layer in zip(self.layers, layers):
             for name in LAYER_PARTS:
                 setattr(target, name, _parameters(layer[name]))
         vocabulary, hidden = word_embeddings.shape
-        step = self.step = _Step(
-            abi=_ABI, dtype=FLOAT32_AND_HALVES[dtype], sequences=num_sequences, layers=len(layers)
-        )
+        step = self.step = _Step(abi=_ABI, dtype=FLOAT32_AND_HALVES[dtype], layers=len(layers))
         step.heads, step.hidden, step.intermediate = num_heads, hidden, layers[0]["dense_h_to_4h"].out_features
-        step.vocabulary, step.tokens, step.capacity = vocabulary, num_tokens, max_length
+        step.vocabulary, step.tokens, step.table_rows = vocabulary, num_tokens, len(position_embeddings)
         step.epsilon, step.final_layernorm = final_layernorm.eps, _parameters(final_layernorm)
-        step.word_embeddings, step.bias = word_embeddings.data_ptr(), bias.data_ptr()
+        step.word_embeddings, step.position_embeddings = word_embeddings.data_ptr(), position_embeddings.data_ptr()
         step.layer = ctypes.addressof(self.layers)
-        num_bytes = sum(weight.nbytes for weight in self._held[1:])
-        step.threads = max(1, min(torch.get_num_threads(), num_bytes // _BYTES_PER_THREAD))
+        step.threads = max(1, min(torch.get_num_threads(), sum(each.nbytes for each in weights) // _BYTES_PER_THREAD))
         step.parallel = openmp_parallel()
-        size = _kernel().decode_step_scratch_size(ctypes.byref(step))
-        self.scratch = torch.empty(size + _ALIGNMENT, dtype=torch.uint8, device="cpu")
-        step.scratch = -(-self.scratch.data_ptr() // _ALIGNMENT) * _ALIGNMENT
+        self.scratch = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self.set_bias(bias)
 
-    def __call__(
-        self, input_ids: torch.Tensor, position: int, length: int, caches: Sequence[torch.Tensor]
-    ) -> torch.Tensor:
+    def set_bias(self, bias: torch.Tensor) -> None:
         """
-        Append a token to every sequence and predict the next.
+        Go on with other sequences.
 
         Args:
-            input_ids (`torch.Tensor` of shape `(num_sequences,)`): The tokens, int64.
-            position (`int`): Their position id.
-            length (`int`): Keys that the caches hold; that of this token is put after them.
+            bias (`torch.Tensor` of shape `(num_sequences, max_length)`): As for the class.
+        """
+        self.bias = bias
+        self.step.sequences, self.step.capacity = bias.shape
+        self.step.bias = bias.data_ptr()
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        lengths: torch.Tensor,
+        caches: Sequence[torch.Tensor],
+        num_scored: int = 1,
+    ) -> torch.Tensor:
+        """
+        Append tokens to every sequence and predict the next.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(num_sequences, new)`): The tokens, int64; each sees those before it.
+            position_ids (`torch.Tensor` of shape `(new,)` or `(num_sequences, new)`): Their position ids, int64.
+            lengths (`torch.Tensor` of shape `(num_sequences,)`): Keys that the caches hold of each sequence, int64;
+                those of these tokens are put after them.
             caches (sequence of `torch.Tensor` of shape `(2, num_sequences, num_heads, max_length, head_dim)`): Keys
                 and values of each layer, float32, contiguous.
+            num_scored (`int`, defaults to 1): After how many of the tokens, the last ones, logits are wanted.
 
         Returns:
-            `torch.Tensor` of shape `(num_sequences, num_tokens)`: Logits, float32.
+            `torch.Tensor` of shape `(num_sequences, num_scored, num_tokens)`: Logits, float32.
 
         Raises:
-            IndexError: If a token or the position lies outside of its table.
-            ValueError: If there is not one token for each sequence.
+            IndexError: If a token or a position lies outside of its table.
+            RuntimeError: If the caches have no room for the tokens.
+            ValueError: If there is not a row of tokens for each sequence.
         """
         step = self.step
-        if input_ids.shape != (step.sequences,) or input_ids.dtype != torch.long:
+        if input_ids.ndim != 2 or len(input_ids) != step.sequences or input_ids.dtype != torch.long:
             raise ValueError(
-                f"`input_ids` must be {step.sequences} numbers of torch.int64, but is of shape "
+                f"`input_ids` must be {step.sequences} rows of torch.int64, but is of shape "
                 f"{tuple(input_ids.shape)} and {input_ids.dtype}."
             )
-        if not 0 <= position < len(self.position_embeddings):
-            raise IndexError(f"`position` must be below {len(self.position_embeddings)}, but is {position}.")
+        step.news, step.scored = input_ids.shape[1], num_scored
+        size = _kernel().decode_step_scratch_size(ctypes.byref(step)) + _ALIGNMENT
+        if len(self.scratch) < size:
+            self.scratch = torch.empty(size, dtype=torch.uint8, device="cpu")
+            step.scratch = -(-self.scratch.data_ptr() // _ALIGNMENT) * _ALIGNMENT
         for layer, cache in zip(self.layers, caches, strict=True):
             layer.cache = cache.data_ptr()
-        logits = torch.empty(step.sequences, step.tokens, dtype=torch.float32, device="cpu")
+        logits = torch.empty(step.sequences, num_scored, step.tokens, dtype=torch.float32, device="cpu")
         step.logits = logits.data_ptr()
-        step.position_embedding = self.position_embeddings[position].data_ptr()
-        step.input_ids, step.input_stride, step.length = input_ids.data_ptr(), input_ids.stride(0), length
+        # held by these names until the call is over
+        input_ids, position_ids = input_ids.contiguous(), position_ids.expand_as(input_ids).contiguous()
+        lengths = lengths.contiguous()
+        step.input_ids, step.position_ids = input_ids.data_ptr(), position_ids.data_ptr()
+        step.lengths = lengths.data_ptr()
         failure = _kernel().decode_step_cpu(ctypes.byref(step))
         if failure:
             error = IndexError if failure == 2 else RuntimeError

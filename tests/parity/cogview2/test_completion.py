@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from cogview_pipelines.generation.decoders import Decoding
 from cogview_pipelines.generation.tokens import generate
 from cogview_pipelines.models.cogview2 import sequences
 from cogview_pipelines.pipelines.cogview2 import completion_geometry as geometry
@@ -72,7 +73,13 @@ def test_cached_decoding_takes_the_original_decisions(coglm, arrays):
         wanted = task.entries[0] == -1
         follow = Follow(theirs[:, wanted])
         entries = generate(
-            coglm, task.context, follow, task.entries, task.positions, text_attention_bias=bias_of(data, case)
+            coglm,
+            task.context,
+            follow,
+            task.entries,
+            task.positions,
+            text_attention_bias=bias_of(data, case),
+            decoding=Decoding(parallel=1),
         )
         assert_same(entries, theirs, case)
         ours = torch.cat(follow.logits).argmax(-1)

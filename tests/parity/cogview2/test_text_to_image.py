@@ -2,6 +2,7 @@
 
 import torch
 
+from cogview_pipelines.generation.decoders import Decoding
 from cogview_pipelines.generation.token_sequence import IGNORED_LABEL
 from cogview_pipelines.generation.tokens import generate
 from cogview_pipelines.models.cogview2 import sequences
@@ -89,6 +90,7 @@ def test_cached_decoding_takes_the_original_decisions(coglm, arrays):
         torch.full_like(tokens, -1),
         layout.image_positions,
         text_attention_bias=float(data["attn_plus"]),
+        decoding=Decoding(parallel=1),
     )
     assert_same(written, tokens)
     logits = torch.cat(follow.logits)

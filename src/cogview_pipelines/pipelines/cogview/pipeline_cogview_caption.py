@@ -1,6 +1,7 @@
 """Captions of pictures with CogView, and how well captions fit."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -114,7 +115,8 @@ class CogViewCaptionPipeline(CogViewPipelineBase):
             def write(part: slice) -> list[WrittenText]:
                 call.stop_if_interrupted()
                 own = generators[part.start * num_captions : part.stop * num_captions]
-                written = self._write(tokens[part], own, settings, max_length, end, num_captions)
+                on_pass = functools.partial(call.count_pass, name)
+                written = self._write(tokens[part], own, settings, max_length, end, num_captions, on_pass)
                 call.progress.update(part.stop - part.start)
                 return written
 
@@ -193,6 +195,7 @@ class CogViewCaptionPipeline(CogViewPipelineBase):
         max_length: int,
         end: str,
         num_captions: int,
+        on_pass: Callable[[], None],
     ) -> list[WrittenText]:
         model, layout = getattr(self, self._model), self.layout
         allowed = torch.zeros(model.config.vocab_size, dtype=torch.bool)
@@ -211,6 +214,7 @@ class CogViewCaptionPipeline(CogViewPipelineBase):
             generator=generators,
             device=self._device_of(model),
             decoding=self._decoding,
+            on_pass=on_pass,
         )
 
     def _end_ids(self) -> list[int]:

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -304,7 +304,8 @@ class CogView2CaptionPipeline(PipelineBase):
 
         def write(part: slice) -> list[list[WrittenText]]:
             call.stop_if_interrupted()
-            return self._write(request, tokens[part], generators[part.start * num_drawn : part.stop * num_drawn])
+            own = generators[part.start * num_drawn : part.stop * num_drawn]
+            return self._write(request, tokens[part], own, functools.partial(call.count_pass, "transformer"))
 
         pictures_at_a_time = max(1, request.batch_size // request.num_texts)
         parts = run_in_batches(write, len(tokens), pictures_at_a_time, generators=generators)
@@ -316,7 +317,11 @@ class CogView2CaptionPipeline(PipelineBase):
         return captions
 
     def _write(
-        self, request: _Request, tokens: torch.Tensor, generators: list[torch.Generator]
+        self,
+        request: _Request,
+        tokens: torch.Tensor,
+        generators: list[torch.Generator],
+        on_pass: Callable[[], None],
     ) -> list[list[WrittenText]]:
         """Texts of each picture."""
         starts = {"en": self.tokenizer.start_of_english_id, "zh": self.tokenizer.start_of_chinese_id}
@@ -327,9 +332,9 @@ class CogView2CaptionPipeline(PipelineBase):
         device = self._device_of(self.transformer)
         about = (self.transformer, context)
         bounds = (allowed, ends, request.max_length)
+        ways = {"device": device, "decoding": self._decoding, "on_pass": on_pass}
         if request.strategy == "beam":
-            beams = {"num_beams": request.num_beams, "device": device, "decoding": self._decoding}
-            return search_texts(*about, *bounds, **beams)
+            return search_texts(*about, *bounds, num_beams=request.num_beams, **ways)
         settings = request.settings
         sample = functools.partial(sample_tokens, temperature=settings.temperature, top_k=settings.top_k)
         texts = write_texts(
@@ -338,8 +343,7 @@ class CogView2CaptionPipeline(PipelineBase):
             *bounds,
             num_texts_per_context=request.num_texts,
             generator=generators or None,
-            device=device,
-            decoding=self._decoding,
+            **ways,
         )
         return [texts[part] for part in slices(len(texts), request.num_texts)]
 

@@ -168,14 +168,15 @@ class PipelineBase(LoraLoaderMixin, DiffusionPipeline):
             fused (`bool`, defaults to `True`): On a CPU, without the other two, run all of a step in one kernel where
                 there is one for it: built, for plain weights without hooks. It sums in float32 whatever the weights
                 are, so that 16-bit models may draw another token where two are nearly tied.
-            parallel (`int`, *optional*): In text to image and completion, how many positions a pass predicts at once.
-                As many of them are kept as are certain to be the tokens of one by one, so that the picture stays the
-                same and takes fewer passes. 1 writes them one by one. Default: 32 on a GPU, 16 on a CPU for models of
-                more than 64 MiB, else 1; always 1 with `compile` or `cuda_graph`, whose steps are of one token. In 16
-                bits, sums of another order may draw another token where two are nearly tied.
+            parallel (`int`, *optional*): How many positions a pass predicts at once, in all but beam search. As many
+                of them are kept as are certain to be the tokens of one by one, so that the picture or the text stays
+                the same and takes fewer passes. 1 writes them one by one. Default: 1 for captions, whose words are
+                seldom guessed, else 32; on a CPU fewer in batches, so that a pass reads about 64 tokens, but at least
+                8. In 16 bits, other than in one kernel on a CPU, sums of another order may
+                draw another token where two are nearly tied.
 
         Raises:
-            ValueError: If `parallel` is below 1, or above it with `compile` or `cuda_graph`.
+            ValueError: If `parallel` is below 1.
         """
         self._decoding = Decoding(compile, cuda_graph, fused, parallel)
 
