@@ -2,7 +2,7 @@
 # Everything that needs a GPU, in the order of what it tells. benchmarks/README.md says what to prepare on a machine with
 # a network, and how the steps fit into thirty minutes.
 #
-#   benchmarks/run_gpu_queue.sh correctness              # a group: also speed, training
+#   benchmarks/run_gpu_queue.sh correctness              # a group: also speed, training, studies
 #   benchmarks/run_gpu_queue.sh kernel_build kernel_tests  # single steps
 #   benchmarks/run_gpu_queue.sh --list
 #   STEPS_DEVICE=cpu benchmarks/run_gpu_queue.sh         # rehearsal of all groups on a CPU, with tiny models and sizes
@@ -23,6 +23,7 @@ correctness=(kernel_build kernel_tests kernel_opcheck parity gpu_tests memcheck 
     kernel_benchmark)
 speed=(generation_benchmark generation_baseline generation_profile training_benchmark generation_capped train_coglm)
 training=(finish_coglm train_direct_sr train_iterative_sr assemble_model evaluate_model pack_model)
+studies=(cogview_benchmark overflow_study)
 
 name=gpu
 [ "$device" = cpu ] && name=rehearsal
@@ -59,6 +60,8 @@ else
             generation_benchmark | generation_baseline | generation_capped) options+=(--cases tiny_b1 --seconds 1) ;;
             generation_profile) options+=(--small) ;;
             training_benchmark) options+=(--cases small --seconds 0.1) ;;
+            cogview_benchmark) options=(--tiny --hidden_size 32 --num_layers 2 --num_heads 2 --repeats 1) ;;
+            overflow_study) options+=(--num_layers 2 --hidden_size 32 --num_heads 2 --steps 2 --num_scenes 8) ;;
             evaluate) options+=(--num 2) ;;
         esac
     }
@@ -194,6 +197,21 @@ generation_profile() {
     step generation_profile 60 "$python" benchmarks/profile_generation.py "${options[@]}"
 }
 
+# -------------------------------------------------------------------------------------------------------------- studies
+
+# The first CogView beside CogView2, with released sizes of the first.
+cogview_benchmark() {
+    local options=(--device "$device" --dtype float16 --hidden_size 2560 --num_layers 48 --num_heads 40 --repeats 1)
+    tiny cogview_benchmark
+    json cogview_benchmark 250 benchmarks/bench_cogview_cogview2.py "${options[@]}"
+}
+# 64 layers of 1,024 in float16, as in the paper of CogView.
+overflow_study() {
+    local options=(--device "$device" --output_dir "$work/overflow" --hidden_size 1024 --num_heads 16 --steps 400)
+    tiny overflow_study
+    json overflow_study 320 benchmarks/study_overflow.py "${options[@]}"
+}
+
 # ------------------------------------------------------------------------------------------------------------- training
 # The model of all emoji scenes at 20 x 20 to 60 x 60 tokens (training_scripts/emoji/README.md): as many steps as the
 # minutes are good for.
@@ -290,25 +308,27 @@ group_training() {
     lane assemble_model pack_model evaluate_model
 }
 
-steps=("${correctness[@]}" "${speed[@]}" "${training[@]}")
+group_studies() { lane "${studies[@]}"; }
+
+steps=("${correctness[@]}" "${speed[@]}" "${training[@]}" "${studies[@]}")
 if [ "${1:-}" = --list ]; then
     printf '%s\n' "${steps[@]}"
     exit
 fi
 for name in "$@"; do
-    case " correctness speed training ${steps[*]} " in
+    case " correctness speed training studies ${steps[*]} " in
         *" $name "*) ;;
         *)
-            echo "no step \`$name\`; there are the groups correctness, speed, training and the steps ${steps[*]}" >&2
+            echo "no step \`$name\`; there are the groups correctness, speed, training, studies and the steps ${steps[*]}" >&2
             exit 2
             ;;
     esac
 done
-[ $# -gt 0 ] || set -- correctness speed training
+[ $# -gt 0 ] || set -- correctness speed training studies
 prepare
 for name in "$@"; do
     case $name in
-        correctness | speed | training) "group_$name" ;;
+        correctness | speed | training | studies) "group_$name" ;;
         *) "$name" ;;
     esac
 done

@@ -98,12 +98,13 @@ def render(scene: Scene, size: int = NATIVE_SIZE, sprites: SpriteSet | None = No
 
     The picture is composed at the size of the sprites (240 px with those of the package, 480 px with full-size ones)
     and reduced by the exact mean of pixels where `size` divides that: 120, 80, 60, ... from 240, and 160 too from 480.
-    Other sizes are composed directly.
+    Multiples of 20 are composed directly, and other sizes reduced by a filter.
 
     Args:
         scene (`Scene`): What to show.
         size (`int`, defaults to 240):
-            Side of the square picture in pixels; a multiple of 20, or a divisor of the composed size.
+            Side of the square picture in pixels. Where it neither divides the composed size nor is a multiple of 20,
+            objects do not fall on whole pixels, and edges are soft.
         sprites (`SpriteSet`, *optional*):
             By default the drawings that come with the package, which are enough for 240 px.
 
@@ -111,7 +112,7 @@ def render(scene: Scene, size: int = NATIVE_SIZE, sprites: SpriteSet | None = No
         `PIL.Image.Image`: An RGB picture.
 
     Raises:
-        ValueError: If the drawings are too small for `size`, or objects would not fall on whole pixels.
+        ValueError: If the drawings are too small for `size`, or it is no size.
     """
     sprites = shipped_sprites() if sprites is None else sprites
     composed = sprites.picture_size
@@ -125,10 +126,9 @@ def render(scene: Scene, size: int = NATIVE_SIZE, sprites: SpriteSet | None = No
         return _compose(scene, composed, sprites).resize((size, size), Image.Resampling.BOX)
     if size > 0 and size % GRID == 0:
         return _compose(scene, size, sprites)
-    raise ValueError(
-        f"`size` must be a divisor of {composed} or a multiple of {GRID}, so that objects fall on whole pixels,"
-        f" got {size}."
-    )
+    if size < 1:
+        raise ValueError(f"`size` must be from 1 to {composed} pixels, but is {size}.")
+    return _compose(scene, composed, sprites).resize((size, size), Image.Resampling.LANCZOS)
 
 
 def _compose(scene: Scene, size: int, sprites: SpriteSet) -> Image.Image:
