@@ -8,7 +8,10 @@ from typer.testing import CliRunner
 from cogview_pipelines import __version__
 from cogview_pipelines.cli import app
 
-COMMANDS = ("generate", "inpaint", "upscale", "caption", "score", "evaluate", "finetune", "serve", "bench", "doctor")
+COMMANDS = (
+    *("generate", "inpaint", "upscale", "caption", "score", "evaluate", "attend", "finetune", "serve", "bench"),
+    "doctor",
+)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)])

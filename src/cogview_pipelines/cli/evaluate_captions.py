@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .console import bad_input, expand, fail, fail_all, failures, make_writable_folder, say, say_json
-from .loading import DType, describe_model, load_pipeline
+from .loading import DType, describe_model, load_pipeline, pipeline_for
 
 if TYPE_CHECKING:
     from ..evaluation.picture_runs import PictureRun
@@ -173,9 +173,7 @@ def _maker(pipe, call: dict, batch_size: int):
 
 
 def _caption_loss(pipe):
-    from ..pipelines.cogview2.pipeline_cogview2_caption import CogView2CaptionPipeline
-
-    captioner = CogView2CaptionPipeline.from_pipe(pipe)
+    captioner = pipeline_for(pipe, "caption")
     captioner.set_progress_bar_config(disable=True)
     return lambda images, rows: captioner.score(list(images), [row.caption for row in rows]).tolist()
 

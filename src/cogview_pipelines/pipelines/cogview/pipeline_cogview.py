@@ -21,6 +21,7 @@ from ..common.arguments import (
     run_lengths,
     translate,
 )
+from ..common.attention import AttentionMixin
 from ..common.calls import Call, inference
 from ..common.notifier import Callback
 from ..common.previews import PreviewMixin
@@ -33,7 +34,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Scorer = Callable[[list[PIL.Image.Image], list[str]], Sequence[float]]
 
 
-class CogViewPipeline(PreviewMixin, CogViewPipelineBase):
+class CogViewPipeline(PreviewMixin, AttentionMixin, CogViewPipelineBase):
     """
     Pictures from Chinese and English prompts, token by token.
 
@@ -200,6 +201,13 @@ class CogViewPipeline(PreviewMixin, CogViewPipelineBase):
                 f"are kept, but is {num_candidates}."
             )
         return prompts, num_kept, num_candidates, max_batch_size
+
+    def _written_sequence(
+        self, prompt: str, tokens: torch.Tensor, call: dict
+    ) -> tuple[sequences.TokenSequence, list[int], float]:
+        """See [`AttentionMixin`]."""
+        (ids,) = self._encode_prompts([prompt], self.layout.max_text_tokens)
+        return sequences.text_to_image([ids], self.layout, tokens), ids, 0.0
 
     def _write(
         self,

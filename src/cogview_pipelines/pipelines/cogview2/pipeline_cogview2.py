@@ -22,6 +22,7 @@ from ..common.arguments import (
     run_lengths,
     translate,
 )
+from ..common.attention import AttentionMixin
 from ..common.calls import Call, inference
 from ..common.notifier import Callback
 from ..common.previews import PreviewMixin
@@ -59,7 +60,7 @@ class Pictures:
         return [text for pair in zip(*pairs) for text in pair], repeats
 
 
-class CogView2Pipeline(PreviewMixin, CogView2PipelineBase):
+class CogView2Pipeline(PreviewMixin, AttentionMixin, CogView2PipelineBase):
     """
     Pictures from Chinese and English prompts: CogLM writes low-resolution tokens, direct super-resolution enlarges
     them in one pass, and iterative super-resolution (LoPAR) refines them in a few.
@@ -270,6 +271,15 @@ class CogView2Pipeline(PreviewMixin, CogView2PipelineBase):
             "negative_prompt": negative_prompt,
             **asdict(used),
         }
+
+    def _written_sequence(
+        self, prompt: str, tokens: torch.Tensor, call: dict
+    ) -> tuple[sequences.TokenSequence, list[int], float]:
+        """See [`AttentionMixin`]."""
+        style = call.get("style")
+        (ids,) = self._encode_prompts([prompt], style, False)
+        bias = self._settings(style, call).text_attention_bias
+        return sequences.text_to_image([ids], self.layout, tokens), ids, bias
 
     # Stages ----------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,116 @@
+"""`cogview2 attend`: where the model looks while it draws."""
+
+import random
+from pathlib import Path
+
+import typer
+
+from .console import bad_input, expand, fail, failures, make_writable_folder, say, warn_of_unknown
+from .loading import DEVICE_OPTION, DTYPE_OPTION, MODEL_OPTION, DType, describe_model, load_pipeline
+from .names import slug
+
+_SIDE = 240  # pixels of a map
+_TILE = 63  # of a head in the table of heads
+
+
+def attend(
+    prompt: str = typer.Argument(help="One text, Chinese or English."),
+    output: Path = typer.Option("attention", "--output", "-o", help="Folder for the pictures."),
+    seed: int = typer.Option(None, "--seed", "-s", min=0, max=2**63 - 1, help="Of the picture.  [default: random]"),
+    style: str = typer.Option(None, help="A style of the model."),
+    head: str = typer.Option(None, help="Only this head, as LAYER,HEAD from 0.  [default: the mean of all]"),
+    model: str = MODEL_OPTION,
+    device: str = DEVICE_OPTION,
+    dtype: DType = DTYPE_OPTION,
+) -> None:
+    """
+    Show where each word of a prompt was looked at.
+
+    A picture of low resolution is made, and written into the folder with a map for each word (bright: looked at while
+    this part was drawn), a table of heads (each by how far away in the picture it looks; a row for each layer), and
+    attention.json with the numbers.
+
+    \b
+    Example:
+      cogview2 attend "a tiger to the left of a mushroom, blue background" --seed 1 -o attention
+    """
+    chosen = _read_head(head)
+    folder = expand(output, "--output")
+    make_writable_folder(folder)
+    seed = random.SystemRandom().randrange(2**31) if seed is None else seed
+    pipe = load_pipeline(model, device, dtype)
+    if not hasattr(pipe, "attention_maps"):
+        fail(f"`--model`: a {type(pipe).__name__} does not write pictures from texts.")
+    config = pipe.transformer.config
+    if chosen is not None and not (chosen[0] < config.num_hidden_layers and chosen[1] < config.num_attention_heads):
+        fail(f"`--head` must be below {config.num_hidden_layers},{config.num_attention_heads}, but is {head}.")
+    warn_of_unknown(pipe.tokenizer, prompt)
+    pipe.set_progress_bar_config(disable=None)
+    import torch
+
+    call = {} if style is None else {"style": style}
+    with bad_input((ValueError, TypeError)), failures():
+        maps = pipe.attention_maps(prompt, generator=torch.Generator().manual_seed(seed), **call)
+        _write(folder, maps, chosen, {"prompt": prompt, "seed": seed, **describe_model(model)})
+
+
+def _read_head(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+        fail(f"`--head` must be LAYER,HEAD, as in 3,0, but is {text!r}.")
+    return int(parts[0]), int(parts[1])
+
+
+def _write(folder: Path, maps, head: tuple[int, int] | None, metadata: dict) -> None:
+    import json
+
+    from ..pictures.png import save_png
+
+    picture = maps.image.resize((_SIDE, _SIDE))
+    save_png(picture, folder / "picture.png", metadata)
+    names = []
+    for index, word in enumerate(maps.words):
+        names.append(f"word-{index:02d}-{slug(word)}.png")
+        save_png(_overlay(picture, maps.word_map(index, head)), folder / names[-1], {**metadata, "word": word})
+    save_png(_table_of_heads(maps.offsets), folder / "heads.png", metadata)
+    numbers = {
+        **metadata,
+        "words": [{"word": word, "file": name} for word, name in zip(maps.words, names, strict=True)],
+        "share_of_words": maps.maps.mean((-1, -2)).tolist(),
+        "score_scales": maps.score_scales.tolist(),
+    }
+    (folder / "attention.json").write_text(json.dumps(numbers, ensure_ascii=False), encoding="utf-8")
+    for name in ("picture.png", *names, "heads.png", "attention.json"):
+        say(folder / name)
+
+
+def _grey(values, size: tuple[int, int], resample):
+    """Values as a picture from black, 0, to white, the largest."""
+    from PIL import Image
+
+    scaled = (values / values.max().clamp_min(1e-30) * 255).round().byte()
+    image = Image.frombytes("L", (scaled.shape[1], scaled.shape[0]), bytes(scaled.flatten().tolist()))
+    return image.resize(size, resample)
+
+
+def _overlay(picture, values):
+    """The picture, dark where nobody looked."""
+    from PIL import Image
+
+    mask = _grey(values, picture.size, Image.Resampling.BICUBIC)
+    return Image.composite(picture, Image.eval(picture, lambda value: value // 6), mask)
+
+
+def _table_of_heads(offsets):
+    """A row for each layer, a tile for each head: the cell itself is in the middle."""
+    from PIL import Image
+
+    num_layers, num_heads = offsets.shape[:2]
+    table = Image.new("L", (num_heads * (_TILE + 1), num_layers * (_TILE + 1)), 64)
+    for layer in range(num_layers):
+        for head in range(num_heads):
+            tile = _grey(offsets[layer, head].sqrt(), (_TILE, _TILE), Image.Resampling.NEAREST)
+            table.paste(tile, (head * (_TILE + 1), layer * (_TILE + 1)))
+    return table.convert("RGB")

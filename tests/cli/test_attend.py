@@ -1,0 +1,47 @@
+"""`cogview2 attend`: files with the maps of a picture."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from .conftest import LOW_SIZE, assert_bad_input
+
+PROMPT = "a tiger on a blue background"
+
+
+def test_a_picture_a_map_for_each_word_and_numbers(cogview2, pipeline, tmp_path):
+    result = cogview2("attend", PROMPT, "--seed", 3, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    numbers = json.loads((tmp_path / "out" / "attention.json").read_text())
+    assert numbers["prompt"] == PROMPT and numbers["seed"] == 3
+    maps = pipeline.attention_maps(PROMPT, generator=torch.Generator().manual_seed(3))
+    assert [row["word"] for row in numbers["words"]] == maps.words
+    torch.testing.assert_close(torch.tensor(numbers["score_scales"]), maps.score_scales)
+    expected = pipeline(PROMPT, height=LOW_SIZE, width=LOW_SIZE, generator=torch.Generator().manual_seed(3)).images[0]
+    picture = Image.open(tmp_path / "out" / "picture.png")
+    assert picture.tobytes() == expected.resize(picture.size).tobytes()
+    files = {row["file"] for row in numbers["words"]} | {"picture.png", "heads.png", "attention.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == files
+    assert sorted(result.stdout.split()) == sorted(str(tmp_path / "out" / name) for name in files)
+
+
+def test_one_head_may_be_shown_alone(cogview2, tmp_path):
+    shown = []
+    for head in ("0,0", "1,1"):
+        assert cogview2("attend", PROMPT, "--seed", 3, "--head", head, "-o", tmp_path / head).exit_code == 0
+        shown.append(sorted((tmp_path / head).glob("word-01*.png"))[0].read_bytes())
+    assert shown[0] != shown[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--head", "3"], "`--head` must be LAYER,HEAD"),
+        (["--head", "99,0"], "`--head` must be below"),
+        (["--style", "nothing"], "nothing"),
+    ],
+)
+def test_bad_input_is_told_in_a_line(cogview2, tmp_path, arguments, message):
+    assert_bad_input(cogview2("attend", PROMPT, "-o", tmp_path, *arguments), message)
