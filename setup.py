@@ -14,6 +14,7 @@ built; wheels are built with it).
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,11 @@ LIBRARY = "_kernels.so"
 CPU_KERNELS = ("local_attention_cpu", "decode_step_cpu", "gelu_cpu")
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions", "-fno-rtti"]
 CXX_FLAGS += ["-fvisibility=hidden", "-Wall"]
+LINK_FLAGS = ["-shared", "-pthread", "-s"]
+if sys.platform == "win32":
+    # GCC aligns the stack to 16 bytes there and spills vectors of 32 as if it were aligned to 32 (its bug 54412)
+    CXX_FLAGS += ["-Wa,-muse-unaligned-vector-move"]
+    LINK_FLAGS += ["-static"]  # threads and runtime come along
 # Chosen at run time, from the most general to the most particular. GCC 9 and 10 do not know `-march=x86-64-v3`.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
@@ -52,11 +58,11 @@ def run(command: list, quiet: bool = False) -> str:
     return result.stdout + result.stderr
 
 
-def compile_cpu(compiler: str, folder: Path) -> list[Path]:
+def compile_cpu(compiler: list[str], folder: Path) -> list[Path]:
     """Compile the CPU kernels, once per instruction set, and what chooses among these at run time."""
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     sets = X86_INSTRUCTION_SETS if is_x86 else {"baseline": []}
-    shared = [compiler, *CXX_FLAGS, f"-DCPU_ISAS={' '.join(f'X({name})' for name in sets)}"]
+    shared = [*compiler, *CXX_FLAGS, f"-DCPU_ISAS={' '.join(f'X({name})' for name in sets)}"]
     jobs = [(kernel, name, [f"-DCPU_ISA={name}", *sets[name]]) for kernel in CPU_KERNELS for name in sets]
 
     def compile_one(job: tuple[str, str, list[str]]) -> Path:
@@ -172,11 +178,10 @@ class BuildKernels(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).parent / LIBRARY
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        compiler = os.environ.get("CXX") or next(
-            (name for name in ("g++", "clang++", "c++") if shutil.which(name)), None
-        )
+        found = os.environ.get("CXX") or next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), "")
+        compiler = shlex.split(found, posix=os.name == "posix")
         try:
-            if compiler is None:
+            if not compiler:
                 raise RuntimeError("no C++ compiler was found (g++, clang++ or the one that `CXX` names)")
             objects = compile_cpu(compiler, folder)
         except RuntimeError as error:
@@ -188,13 +193,13 @@ class BuildKernels(build_ext):
             )
             return
         nvcc = find_nvcc()
-        link = [compiler, "-shared", "-pthread", "-s"]
+        link = [*compiler, *LINK_FLAGS]
         if nvcc:
             try:
                 cuda_object, architectures = compile_cuda(nvcc, folder)
                 objects.append(cuda_object)
                 # nvcc knows where its runtime library lies, and links the static one.
-                link = [nvcc, "-ccbin", compiler, "-shared", "-Xcompiler", "-pthread", "-Xlinker", "-s"]
+                link = [nvcc, "-ccbin", compiler[0], "-shared", "-Xcompiler", "-pthread", "-Xlinker", "-s"]
                 print(f"CUDA kernels built for {', '.join(architectures)} and PTX")
             except RuntimeError as error:
                 if os.environ.get("COGVIEW_REQUIRE_KERNELS") == "1":

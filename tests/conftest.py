@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from .hub.running import run_hub
 from .utils import make_tokenizer
 
 
@@ -42,6 +43,13 @@ def pytest_cmdline_main(config):
 def tokenizer(tmp_path_factory):
     """A tiny bilingual tokenizer, trained once for all tests."""
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory):
+    """A stand-in for the Hub on loopback, and a way to run processes that know no other: `tests/hub/running.py`."""
+    with run_hub(tmp_path_factory.mktemp("hub")) as running:
+        yield running
 
 
 @pytest.fixture(autouse=True)

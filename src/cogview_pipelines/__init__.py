@@ -3,10 +3,12 @@ CogView2 for PyTorch: bilingual text-to-image with a transformer over text and i
 
 Names are imported on first use (PEP 562), so that the command line starts at once. To diffusers and transformers this
 module is where every public class lives, whichever file defines it: a saved pipeline names only `cogview_pipelines`.
+Importing it is also what makes these libraries find the classes by name (`registration.py`).
 """
 
 import importlib
 
+from . import registration
 from ._version import __version__
 
 _EXPORTS = {
@@ -61,3 +63,6 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_EXPORTS})
+
+
+registration.register()

@@ -4,18 +4,30 @@ import datetime
 import importlib.metadata
 import os
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 
 from ._version import __version__
 
 PACKAGES = ("torch", "transformers", "diffusers", "accelerate", "huggingface_hub", "safetensors", "sentencepiece")
+# of the extras, and what changes how models are loaded or computed
+OPTIONAL_PACKAGES = ("peft", "torchao", "bitsandbytes", "gradio", "fastapi", "numpy", "Pillow")
 SHIPPED_MODEL = Path(__file__).parent / "demo" / "models" / "cogview2-emoji"
 
 
 def versions() -> dict[str, str | None]:
     """Versions of this package, of Python, and of what it stands on; `None` where a package is not installed."""
-    found: dict[str, str | None] = {"cogview_pipelines": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
+    return {"cogview_pipelines": __version__, "python": platform.python_version(), **_installed(PACKAGES)}
+
+
+def optional_versions() -> dict[str, str | None]:
+    """Versions of packages that a result does not depend on, but an error may."""
+    return _installed(OPTIONAL_PACKAGES)
+
+
+def _installed(names: Iterable[str]) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in names:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -10,7 +10,7 @@ from cogview_pipelines.cli import app
 
 COMMANDS = (
     *("generate", "inpaint", "upscale", "caption", "score", "evaluate", "attend", "finetune", "serve", "bench"),
-    "doctor",
+    *("models", "doctor"),
 )
 
 

@@ -3,7 +3,7 @@
 import typer
 
 from .._version import __version__
-from . import attend, bench, doctor, evaluate, finetune, generate, serve
+from . import attend, bench, doctor, evaluate, finetune, generate, models, serve
 from . import caption_and_score as texts
 from . import inpaint_and_upscale as pictures
 from .console import guard_streams, say
@@ -43,4 +43,5 @@ app.command("attend")(attend.attend)
 app.command("finetune")(finetune.finetune)
 app.command("serve")(serve.serve)
 app.command("bench")(bench.bench)
+app.command("models")(models.models)
 app.command("doctor")(doctor.doctor)

@@ -1,10 +1,11 @@
 """`cogview2 doctor`: what is installed here and what will be used."""
 
 import json
+import platform
 
 import typer
 
-from ..environment import SHIPPED_MODEL, devices, versions
+from ..environment import SHIPPED_MODEL, devices, optional_versions, versions
 from .console import say
 
 
@@ -17,6 +18,8 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="Print one line of
 
     report = {
         "versions": versions(),
+        "optional": optional_versions(),
+        "platform": platform.platform(),
         "devices": devices(),
         "kernels": build_info() | {"decode_step": "; ".join(decode_step_refusals(torch.float32, "cpu")) or "used"},
         "shipped_model": {"folder": str(SHIPPED_MODEL), "found": (SHIPPED_MODEL / "model_index.json").is_file()},
@@ -26,6 +29,10 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="Print one line of
         return
     for name, version in report["versions"].items():
         say(f"{name:20} {version or 'not installed'}")
+    for name, version in report["optional"].items():
+        if version is not None:
+            say(f"{name:20} {version}")
+    say(f"{'platform':20} {report['platform']}")
     for device in report["devices"]:
         say(f"{device['device']:20} " + ", ".join(f"{key} {device[key]}" for key in device if key != "device"))
     say("kernels")

@@ -36,6 +36,7 @@ from .requests import (
     read_requests,
 )
 from .results import LineFailures, check_names, manifest_of, only_writer, refuse_others, sha256, sort_existing
+from .terminal_pictures import SHOW_OPTION, Show, find_way, show_picture
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -131,6 +132,7 @@ def generate(
     dtype: DType = DTYPE_OPTION,
     metadata: bool = METADATA_OPTION,
     overwrite: bool = typer.Option(False, "--overwrite", help="With --prompts: replace pictures of other requests."),
+    show: Show = SHOW_OPTION,
     quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress bar."),
 ) -> None:
     """
@@ -164,6 +166,7 @@ def generate(
         _generate_list(prompts, output, given, seed, model, device, dtype, metadata, overwrite, quiet)
         return
 
+    way = find_way(show)
     with bad_input():
         if remake is not None:
             is_default = context.get_parameter_source("model").name == "DEFAULT"
@@ -192,8 +195,9 @@ def generate(
                 made.append((image, own))
             else:
                 _save(image, path, {**own, **common} if metadata else None)
+                show_picture(image, way)
         if grid:
-            _save_grid(made, requests, paths[0], common if metadata else None)
+            show_picture(_save_grid(made, requests, paths[0], common if metadata else None), way)
 
 
 # One prompt or a few -------------------------------------------------------------------------------------------------
@@ -269,8 +273,8 @@ def _free(folder: Path, stem: str, taken: set[str]) -> Path:
 
 def _save_grid(
     made: list[tuple["Image.Image", dict]], requests: list[Request], path: Path, common: dict | None
-) -> None:
-    """A row for each prompt; the pictures of a single prompt nearly in a square."""
+) -> "Image.Image":
+    """Save and return one picture: a row for each prompt; the pictures of a single prompt nearly in a square."""
     from diffusers.utils import make_image_grid
     from PIL import Image
 
@@ -279,7 +283,9 @@ def _save_grid(
     rows = math.ceil(len(images) / columns)
     images += [Image.new("RGB", images[0].size, "white")] * (rows * columns - len(images))
     metadata = None if common is None else {**common, "pictures": [metadata for _, metadata in made]}
-    _save(make_image_grid(images, rows, columns), path, metadata)
+    grid = make_image_grid(images, rows, columns)
+    _save(grid, path, metadata)
+    return grid
 
 
 # A list of prompts ---------------------------------------------------------------------------------------------------

@@ -15,11 +15,11 @@ from ..environment import SHIPPED_MODEL
 from ..foreign_files import describe_foreign_file
 from .console import expand, fail
 from .families import SAVED_AS, pipeline_class
+from .models import SHIPPED, complete_model
 
 if TYPE_CHECKING:
     from ..pipelines.common.base import PipelineBase
 
-SHIPPED = "shipped"
 _PLACES, _PLACE_BYTES = 256, 4096  # of each file of a model, in its fingerprint
 _SAVED = {".safetensors", ".json", ".model"}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -33,7 +33,9 @@ class DType(str, enum.Enum):
     float16 = "float16"
 
 
-MODEL_OPTION = typer.Option(SHIPPED, "--model", "-m", help="Folder or Hub id of a saved pipeline.")
+MODEL_OPTION = typer.Option(
+    SHIPPED, "--model", "-m", help="Folder or Hub id of a saved pipeline.", autocompletion=complete_model
+)
 DEVICE_OPTION = typer.Option(
     None, "--device", help="cpu, cuda, cuda:1, mps, ...  [default: an accelerator if there is one]"
 )

@@ -8,7 +8,7 @@ import typer
 from .console import FAILURE, fail, say
 from .loading import DEVICE_OPTION, DTYPE_OPTION, MODEL_OPTION, DType, find_model, load_pipeline
 
-NEEDED = ("gradio", "prometheus_client")
+NEEDED = ("fastapi", "python_multipart", "prometheus_client", "uvicorn")
 
 
 def serve(
@@ -23,7 +23,9 @@ def serve(
     allow_host: list[str] = typer.Option(
         None, help="A host name that the server answers to, such as a proxy's; may be repeated."
     ),
-    page: bool = typer.Option(True, help="Whether to serve the page as well as the API."),
+    page: bool = typer.Option(
+        None, help="Whether to serve the page as well as the API.  [default: yes, where gradio is installed]"
+    ),
     queue_limit: int = typer.Option(32, min=1, max=1000, help="Requests that wait or are computed at a time."),
     batch_size: int = typer.Option(
         8, min=1, max=64, help="Pictures of several requests that are computed together; 1: one request at a time."
@@ -45,6 +47,18 @@ def serve(
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         fail(f'{" and ".join(missing)} must be installed: `pip install "cogview_pipelines[serve]"`.', FAILURE)
+    has_page = importlib.util.find_spec("gradio") is not None
+    if page and not has_page:
+        fail(
+            'gradio must be installed for --page: `pip install "cogview_pipelines[page]"`. Leave --page out to serve '
+            "the API alone.",
+            FAILURE,
+        )
+    if page is None and not has_page:
+        say(
+            'Without gradio there is no page, only the API: `pip install "cogview_pipelines[page]"` adds it.', err=True
+        )
+        page = False
     from ..serving.settings import ServerSettings
 
     settings = ServerSettings(
@@ -52,7 +66,7 @@ def serve(
         port=port,
         token=token or None,
         allowed_hosts=tuple(allow_host or ()),
-        page=page,
+        page=page is not False,
         queue_limit=queue_limit,
         batch_size=batch_size,
         job_timeout=job_timeout,

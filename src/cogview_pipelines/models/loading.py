@@ -4,6 +4,8 @@ import operator
 import os
 from collections.abc import Iterable
 
+import torch
+
 MAX_LAYERS = 1000  # twenty times as many as the largest release has
 MAX_NAMES = 16  # in a message
 
@@ -19,12 +21,30 @@ class WholeModelMixin:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """
-        As in transformers.
+        As in transformers, but in float32 by default, as the pipelines are, whatever the number format of the files.
+
+        Args:
+            pretrained_model_name_or_path (`str` or path): A folder, or an id on the Hub.
+            dtype (`torch.dtype` or `"auto"`, defaults to `torch.float32`): Number format of the weights; `"auto"`
+                takes that of the files.
+            attn_implementation (`str`, *optional*): May be `"sdpa"`, which is what the models compute with.
+            args, kwargs: Further arguments of transformers: `revision`, `variant`, `token`, `subfolder`, `device_map`.
 
         Raises:
             ValueError: If the files lack weights of the model, hold others, or some of another shape; with
-                `ignore_mismatched_sizes=True` those of another shape are made anew, as in transformers.
+                `ignore_mismatched_sizes=True` those of another shape are made anew, as in transformers. Or if another
+                `attn_implementation` is asked for.
         """
+        attention = kwargs.get("attn_implementation")
+        if attention not in (None, "sdpa"):
+            raise ValueError(
+                f"`attn_implementation` must be 'sdpa' or left out, but is {attention!r}: {cls.__name__} computes "
+                "with PyTorch's attention and with kernels of its own, and chooses among them by itself."
+            )
+        if cls._supports_sdpa is False:  # a convolutional network, to which transformers would not take the word
+            kwargs.pop("attn_implementation", None)
+        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+            kwargs = {**kwargs, "dtype": torch.float32}
         ignores_shapes = kwargs.pop("ignore_mismatched_sizes", False)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs

@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 
 from ...generation.token_sequence import IGNORED_LABEL
 from ...ops.three_region_attention import draw_pivots, three_region_attention
+from ..conventions import every_row, refuse_unused
 from ..layers import (
     DenseAttention,
     FeedForward,
@@ -375,6 +376,7 @@ class CogViewModel(WholeModelMixin, PreTrainedModel):
         full_vocabulary: bool = False,
         output_hidden_states: bool = False,
         pivots: Sequence[torch.Tensor] | None = None,
+        **unused,
     ) -> CogViewModelOutput:
         """
         Read sequences; `sequences.py` makes the arguments of each task.
@@ -382,8 +384,9 @@ class CogViewModel(WholeModelMixin, PreTrainedModel):
         Args:
             input_ids, position_ids (`torch.Tensor` of shape `(batch_size, length)`): The sequences.
             attention_mask (`torch.Tensor` of shape `(batch_size, length, keys)`, *optional*):
-                True = may attend; `keys` counts what the cache holds, too. Without it, attention is causal. Numbers
-                instead of truth values are added to the scores, and the bias below is in them already.
+                True = may attend; `keys` counts what the cache holds, too. Without it, attention is causal. Floats
+                instead of truth values are added to the scores, and the bias below is in them already. That of a
+                tokenizer, `(batch_size, keys)`, hides padding, and attention stays causal.
             text_mask (`torch.Tensor` of shape `(batch_size, keys)`, *optional*): Which keys get `text_attention_bias`.
             text_attention_bias (`float`): Added to the scores of text keys, in all layers and heads.
             cache ([`KeyValueCache`], *optional*): The sequences are appended to it and attend to what it holds.
@@ -396,10 +399,15 @@ class CogViewModel(WholeModelMixin, PreTrainedModel):
             output_hidden_states (`bool`): Return the input of the first layer and the states after each.
             pivots (sequence of `torch.Tensor` of shape `(batch_size, num_pivots)`, *optional*): Of each layer, for
                 sparse attention. In training with `config.sparse_attention` they are drawn anew for every layer.
+            unused: Arguments of other models, as long as they ask for nothing: `return_dict=True`, `use_cache=False`.
 
         Raises:
-            ValueError: If attention is sparse and something but the causal mask is asked for.
+            TypeError: If an argument of another model asks for something.
+            ValueError: If attention is sparse and something but the causal mask is asked for, or `attention_mask` has
+                another shape.
         """
+        refuse_unused(self, unused)
+        attention_mask = every_row(attention_mask, input_ids.shape[1], causal=True)
         if pivots is None and self.config.sparse_attention is not None and self.training:
             pivots = self.draw_pivots(input_ids, labels)
         if pivots is not None and (attention_mask is not None or cache is not None or text_attention_bias):

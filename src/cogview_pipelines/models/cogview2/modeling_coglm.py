@@ -11,19 +11,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ...generation.token_sequence import IGNORED_LABEL
+from ..conventions import every_row, refuse_unused
 from ..layers import LayerCache, LazyDropout, SandwichLayer, TokenEmbedding, attention_bias, select_positions
 from ..loading import WholeModelMixin, check_count
 from .sequences import SequenceLayout
-
-# Arguments that models of transformers take and these do not, and the values of them that ask for nothing.
-UNUSED_ARGUMENTS = {
-    "return_dict": (None, True),
-    "output_attentions": (None, False),
-    "use_cache": (None, False),
-    "past_key_values": (None,),
-    "inputs_embeds": (None,),
-    "token_type_ids": (None,),
-}
 
 
 class CogLMConfig(PreTrainedConfig):
@@ -269,7 +260,8 @@ class CogLMModel(CogLMPreTrainedModel):
             input_ids, position_ids (`torch.Tensor` of shape `(batch_size, length)`): The sequences.
             attention_mask (`torch.Tensor` of shape `(batch_size, length, keys)`, *optional*):
                 True = may attend; `keys` counts what the cache holds, too. Without it, every row attends to every key.
-                Numbers instead of truth values are added to the scores, and the bias below is in them already.
+                Floats instead of truth values are added to the scores, and the bias below is in them already. That of
+                a tokenizer, `(batch_size, keys)`, hides padding from all rows.
             text_mask (`torch.Tensor` of shape `(batch_size, keys)`, *optional*): Which keys get `text_attention_bias`.
             text_attention_bias (`float`): Added to the scores of text keys, in all layers and heads.
             cache ([`KeyValueCache`], *optional*): The sequences are appended to it and attend to what it holds.
@@ -284,8 +276,10 @@ class CogLMModel(CogLMPreTrainedModel):
 
         Raises:
             TypeError: If an argument of another model asks for something.
+            ValueError: If `attention_mask` has another shape.
         """
         refuse_unused(self, unused)
+        attention_mask = every_row(attention_mask, input_ids.shape[1])
         bias = attention_bias(
             attention_mask, text_mask, text_attention_bias, self.dtype if cache is None else cache.dtype
         )
@@ -312,23 +306,6 @@ def positions_of_last_layer(
     """What the last layer has to compute, where all that is asked for is the logits of some positions."""
     shared = logits_positions is not None and logits_positions.ndim == 1
     return logits_positions if shared and labels is None and not output_hidden_states else None
-
-
-def refuse_unused(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
-    """
-    Raise an error where a caller expects what models of transformers do and this one does not.
-
-    Raises:
-        TypeError: That names the first such argument.
-    """
-    for name, value in arguments.items():
-        if name not in UNUSED_ARGUMENTS:
-            raise TypeError(f"`{type(model).__name__}.forward` has no argument `{name}`.")
-        if not any(value is accepted for accepted in UNUSED_ARGUMENTS[name]):
-            raise TypeError(
-                f"`{name}` must be left out, but is {value!r}: `{type(model).__name__}` returns an object with its "
-                "`logits`, keeps keys and values in the `cache` that it is given, and computes no attention maps."
-            )
 
 
 for _public in (CogLMConfig, CogLMModel):

@@ -13,13 +13,13 @@ from ...generation.token_sequence import TokenSequence
 from ...ops.key_set import KeySet
 from ...ops.local_attention import local_attention
 from ..adapters import fused_adapters, lent_parameters, plain_parameters
+from ..conventions import refuse_unused
 from ..layers import DenseAttention, LazyDropout, SandwichLayer, TokenEmbedding, attention_bias, select_positions
 from .modeling_coglm import (
     CogLMConfig,
     CogLMModel,
     CogLMPreTrainedModel,
     positions_of_last_layer,
-    refuse_unused,
 )
 
 SUPER_RESOLUTIONS = ("direct", "iterative")

@@ -46,6 +46,7 @@ class CogViewCaptionPipeline(CogViewPipelineBase):
     Source: https://arxiv.org/abs/2105.13290, section 3.2.
     """
 
+    _made_for = "captioning"
     _needed = ("caption_transformer", "transformer")
 
     @property

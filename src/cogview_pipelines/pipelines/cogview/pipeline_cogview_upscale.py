@@ -47,6 +47,7 @@ class CogViewUpscalePipeline(PreviewMixin, CogViewPipelineBase):
     Source: https://arxiv.org/abs/2105.13290, section 3.1.
     """
 
+    _made_for = "upscaling"
     _needed = (STAGE,)
 
     @property

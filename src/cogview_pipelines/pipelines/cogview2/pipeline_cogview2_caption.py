@@ -85,6 +85,7 @@ class CogView2CaptionPipeline(PipelineBase):
     `from_pipe` takes these from any other pipeline of this package. Source: https://arxiv.org/abs/2204.14217.
     """
 
+    _made_for = "captioning"
     model_cpu_offload_seq = "transformer"
     _passed_over = frozenset(inspect.signature(CogView2PipelineBase.__init__).parameters)
 

@@ -121,6 +121,8 @@ class CogView2InpaintPipeline(PreviewMixin, CogView2PipelineBase):
     second `<start_of_image>`.
     """
 
+    _made_for = "inpainting"
+
     @inference
     def __call__(
         self,

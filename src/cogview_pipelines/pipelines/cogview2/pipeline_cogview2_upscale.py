@@ -67,6 +67,7 @@ class CogView2UpscalePipeline(PreviewMixin, CogView2PipelineBase):
     Source: section 3.2 of the paper (https://arxiv.org/abs/2204.14217); tiles are our own.
     """
 
+    _made_for = "upscaling"
     _optional_components = (
         "transformer",
         "iterative_sr_transformer",

@@ -2,8 +2,10 @@
 
 import contextlib
 import inspect
+import json
 import os
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
@@ -14,6 +16,7 @@ from ...generation.decoders import Decoding
 from ...loaders.lora import LoraLoaderMixin
 from ...models.adapters import without_adapters
 from .calls import Call, RunningCalls
+from .hub import copy_companions, explain, fetch, push
 from .memory import execution_device, pictures_that_fit
 from .notifier import Callback
 from .offloading import offload_stages
@@ -34,6 +37,8 @@ class PipelineBase(LoraLoaderMixin, DiffusionPipeline):
     # What folders may hold for other pipelines of the family.
     _passed_over: Collection[str] = ()
     _preview_output = PreviewOutput
+    # Which of the examples of `model_card.py` the page of a pushed pipeline shows.
+    _made_for = "text to image"
     # Offload leaves the image tokenizer on the device: it is small, and previews need it while another model works.
     _exclude_from_cpu_offload = ["vqvae"]  # noqa: RUF012 - diffusers takes a list
 
@@ -42,6 +47,7 @@ class PipelineBase(LoraLoaderMixin, DiffusionPipeline):
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
         self._calls = RunningCalls()
         self._decoding = Decoding()
+        self._loaded_from: str | os.PathLike | None = None
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "PipelineBase":
@@ -72,6 +78,7 @@ class PipelineBase(LoraLoaderMixin, DiffusionPipeline):
             )
         new = cls(**given)
         new._decoding = getattr(pipeline, "_decoding", new._decoding)
+        new._loaded_from = getattr(pipeline, "_loaded_from", None)
         unused = {name for name in config if name not in given and name not in pipeline.components}
         new.register_to_config(**{f"_{name.removeprefix('_')}": config[name] for name in unused})
         return new
@@ -88,7 +95,12 @@ class PipelineBase(LoraLoaderMixin, DiffusionPipeline):
                 files.
             quantization_config (*optional*): How the weights of the stages are quantised: a `TorchAoConfig` or
                 `BitsAndBytesConfig` of transformers for all of them, or a `PipelineQuantizationConfig` of diffusers.
-            kwargs: Further arguments of diffusers; `device_map="cuda"` loads straight to the GPU.
+            kwargs: Further arguments of diffusers: `revision`, `variant`, `token`, `cache_dir`, `local_files_only`;
+                `device_map="cuda"` loads straight to the GPU.
+
+        Raises:
+            OSError: If there is no such folder or model, or the Hub cannot be reached and it is not in the cache.
+            ValueError: If what is there is no pipeline of this package, or damaged.
         """
         quantization = kwargs.get("quantization_config")
         if quantization is not None and not isinstance(quantization, PipelineQuantizationConfig):
@@ -96,29 +108,106 @@ class PipelineBase(LoraLoaderMixin, DiffusionPipeline):
             kwargs["quantization_config"] = PipelineQuantizationConfig(quant_mapping=stages)
         dtype = kwargs.pop("dtype", None)
         dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
-        dtype = torch.float32 if dtype is None else None if dtype == "auto" else dtype
-        pipe = super().from_pretrained(pretrained_model_name_or_path, dtype=dtype, **kwargs)
-        hub_options = ("revision", "token", "cache_dir", "force_download", "local_files_only")
-        options = {name: kwargs[name] for name in hub_options if kwargs.get(name) is not None}
-        pipe._load_saved_adapters(pretrained_model_name_or_path, **options)
+        dtype = torch.float32 if dtype is None else dtype
+        folder, name = pretrained_model_name_or_path, None
+        if not os.path.isdir(folder) and os.fspath(folder).count("/") <= 1:
+            name = os.fspath(folder)
+            folder = fetch(cls.download, name, **kwargs)
+        if isinstance(dtype, str) and dtype == "auto":
+            dtype = _saved_dtypes(folder)
+        pipe = super().from_pretrained(folder, dtype=dtype, **kwargs)
+        pipe._loaded_from = folder
+        pipe._load_saved_adapters(folder)
+        if name is not None:
+            pipe.register_to_config(_name_or_path=name)
         return pipe
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
         """
-        Save the pipeline, as [`DiffusionPipeline.save_pretrained`] does.
+        Save all components and `model_index.json`, as diffusers does, and what lay beside them where they came from:
+        model card, scope, licences.
 
         Adapters are saved beside the weights, in the folder `lora`, and [`PipelineBase.from_pretrained`] loads them
         again; those that are fused are part of the weights that are saved. Both are told in a warning.
 
         Args:
-            save_directory: The folder.
-            args, kwargs: As for diffusers, such as `variant`, `max_shard_size` or `push_to_hub`.
+            save_directory (path): The folder.
+            safe_serialization (`bool`): Must be True: weights are saved as safetensors only.
+            variant (`str`, *optional*): Goes into the names of the weights' files, such as `"fp16"`; several variants
+                can be in one folder.
+            max_shard_size (`int` or `str`, *optional*): Files of weights are not larger, such as `"5GB"`.
+            push_to_hub (`bool`): Push the pipeline afterwards.
+            kwargs: Arguments of `push_to_hub`; `repo_id` is by default the name of the folder.
+
+        Raises:
+            ValueError: If `safe_serialization` is False.
         """
+        if not safe_serialization:
+            raise ValueError("`safe_serialization` must be True: weights are saved as safetensors only.")
         with contextlib.ExitStack() as stack:
-            self._save_adapters(save_directory)  # first: `push_to_hub` sends what is in the folder
+            self._save_adapters(save_directory)
             for model in self._lora_models().values():
                 stack.enter_context(without_adapters(model))
-            super().save_pretrained(save_directory, *args, **kwargs)
+            super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
+        copy_companions(self._loaded_from, save_directory)
+        if push_to_hub:
+            repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            self.push_to_hub(repo_id, variant=variant, max_shard_size=max_shard_size, **kwargs)
+        elif kwargs:
+            raise TypeError(f"`save_pretrained` has no argument `{next(iter(kwargs))}` without `push_to_hub=True`.")
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+        *,
+        revision: str | None = None,
+        max_shard_size: int | str | None = None,
+    ) -> str:
+        """
+        Save the pipeline on the Hub, with a model card that says how to use it.
+
+        Args:
+            repo_id (`str`): `owner/name`; it is made if it is not there.
+            commit_message (`str`, *optional*): Of the commit.
+            private (`bool`, *optional*): Whether others may see a repository that is made.
+            token (`str`, *optional*): By default that of `hf auth login`.
+            create_pr (`bool`): Propose the change instead of making it.
+            safe_serialization (`bool`): Must be True.
+            variant, max_shard_size: As for `save_pretrained`.
+            subfolder (`str`, *optional*): Where in the repository; there is no model card then.
+            revision (`str`, *optional*): The branch; it is made if it is not there.
+
+        Returns:
+            `str`: The address of the commit.
+        """
+        return push(
+            self,
+            repo_id,
+            commit_message=commit_message,
+            private=private,
+            token=token,
+            create_pr=create_pr,
+            revision=revision,
+            subfolder=subfolder,
+            safe_serialization=safe_serialization,
+            variant=variant,
+            max_shard_size=max_shard_size,
+        )
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -126,11 +215,18 @@ class PipelineBase(LoraLoaderMixin, DiffusionPipeline):
         As diffusers does.
 
         Raises:
+            OSError: If there is no such folder or model, or the Hub cannot be reached and it is not in the cache.
             ValueError: If `model_index.json` is damaged, or names a class of anything but this package. Some versions
                 of diffusers look for other modules in the folder of the model, and run what they find.
         """
         try:
             loaded = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
+        except OSError as error:
+            name = os.fspath(pretrained_model_name_or_path)
+            sentence = None if os.path.exists(name) else explain(name, kwargs.get("revision"), error)
+            if sentence is None:
+                raise
+            raise OSError(sentence) from error
         except (RecursionError, AttributeError, TypeError) as error:  # JSON, but none of a pipeline
             raise ValueError(
                 f"`model_index.json` of {pretrained_model_name_or_path} is damaged ({type(error).__name__}). Copy or "
@@ -312,6 +408,20 @@ class PipelineBase(LoraLoaderMixin, DiffusionPipeline):
         """Pixels in [0, 1], `(num_images, 3, height, width)`, to `(num_images, rows, columns)` tokens."""
         pixels = pixels.to(self._device_of(self.vqvae), self.vqvae.dtype)
         return self.vqvae.encode(pixels, self.config.compression_rate).tokens
+
+
+def _saved_dtypes(folder: str | os.PathLike) -> dict[str, torch.dtype | str]:
+    """The number format of each component of a saved pipeline; what does not say so is left to transformers."""
+    found: dict[str, torch.dtype | str] = {"default": "auto"}
+    for path in Path(folder).glob("*/config.json"):
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype"))
+        except (OSError, ValueError, TypeError, AttributeError):  # loading will tell what is wrong with it
+            continue
+        if isinstance(dtype, torch.dtype):
+            found[path.parent.name] = dtype
+    return found
 
 
 def _check_components(config_dict: dict) -> None:

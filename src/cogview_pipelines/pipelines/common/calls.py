@@ -3,7 +3,8 @@
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -136,6 +137,26 @@ class RunningCalls:
             call.interrupted = bool(value)
 
 
+# What other pipelines call their arguments, and what to pass here instead, where the call has it.
+_FOREIGN = {
+    "num_inference_steps": ("num_lopar_steps", "`num_lopar_steps` sets the passes of the last stage"),
+    "seed": ("generator", "pass `generator=torch.Generator().manual_seed(seed)`"),
+    "num_images": ("num_images_per_prompt", "pass `num_images_per_prompt`"),
+    "latents": ("tokens", "pass `tokens`"),
+    "mask": ("mask_image", "pass `mask_image`"),
+}
+
+
+def _refuse_foreign(parameters: Mapping[str, inspect.Parameter], given: Mapping[str, object]) -> None:
+    """Say what an argument is called here; of any other name that is not known, Python tells."""
+    for name in given:
+        if name in _FOREIGN and name not in parameters:
+            own, hint = _FOREIGN[name]
+            if own not in parameters:
+                hint = "leave it out: there is no such choice"
+            raise TypeError(f"`{name}` is not an argument of this pipeline; {hint}.")
+
+
 def inference(function: Function) -> Function:
     """
     For what users call: no gradients, and new tensors begin on the CPU, whatever `torch.set_default_device` says.
@@ -143,8 +164,11 @@ def inference(function: Function) -> Function:
     Devices are those of the components; nothing else moves.
     """
 
+    parameters = inspect.signature(function).parameters
+
     @functools.wraps(function)
     def run(*args, **kwargs):
+        _refuse_foreign(parameters, kwargs)
         # entered only where it is needed: it makes every operation a little slower
         on_cpu = torch.get_default_device().type != "cpu"
         with torch.no_grad(), torch.device("cpu") if on_cpu else contextlib.nullcontext():
