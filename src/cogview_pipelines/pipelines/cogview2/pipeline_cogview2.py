@@ -272,6 +272,11 @@ class CogView2Pipeline(PreviewMixin, AttentionMixin, CogView2PipelineBase):
             **asdict(used),
         }
 
+    @property
+    def _low_resolution(self) -> dict:
+        """See [`AttentionMixin`]."""
+        return dict(zip(("height", "width"), self.sizes[0], strict=True))
+
     def _written_sequence(
         self, prompt: str, tokens: torch.Tensor, call: dict
     ) -> tuple[sequences.TokenSequence, list[int], float]:

@@ -33,8 +33,7 @@ class AttentionMixin:
         if len(prompts) != 1:
             raise ValueError(f"`prompt` must be one text, but there are {len(prompts)}.")
         if tokens is None:
-            height, width = self.sizes[0]
-            output = self(prompts, height=height, width=width, output_type="latent", **call)
+            output = self(prompts, output_type="latent", **self._low_resolution, **call)
             tokens, prompts = output.tokens[0].cpu(), output.prompts
         rows, columns = self.layout.image_grid
         if tuple(tokens.shape) != (rows, columns):
@@ -56,6 +55,11 @@ class AttentionMixin:
             )
             maps.image = self._decode(tokens[None], "pil")[0]
         return maps
+
+    @property
+    def _low_resolution(self) -> dict:
+        """Arguments of a call that leaves super-resolution out."""
+        return {}
 
     def _written_sequence(
         self, prompt: str, tokens: torch.Tensor, call: dict
