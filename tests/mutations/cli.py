@@ -152,7 +152,7 @@ MUTATIONS = [
     ),
     Mutation(
         "settings of the other family are passed over",
-        "cli/families.py",
+        "pipelines/common/arguments.py",
         "if name not in taken and not takes_all:",
         "if False:",
         "cli/test_cogview_models.py::test_settings_of_cogview_are_refused_for_cogview2",

@@ -22,7 +22,7 @@ from .console import (
     say,
     say_json,
 )
-from .families import check_taken, is_cogview, pipeline_for
+from .families import is_cogview, pipeline_for
 from .inputs import decode, describe_inputs, read_file, read_image, same_inputs
 from .loading import (
     BATCH_OPTION,
@@ -365,6 +365,8 @@ def _language(pipe, arguments: dict) -> dict[str, str]:
 def _captions(pipe, pictures: list, arguments: dict, seeds: list[int]) -> list[list[dict]]:
     """The captions of each picture with their scores; those drawn have seeds from that of the picture on."""
     import torch
+
+    from ..pipelines.common.arguments import check_taken
 
     count = arguments.get("num_captions_per_image", 1)
     if is_cogview(pipe):

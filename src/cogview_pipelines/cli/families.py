@@ -1,7 +1,5 @@
-"""Which pipelines a saved model has, and which arguments of the commands they take."""
+"""Which pipelines a saved model has."""
 
-import inspect
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -58,19 +56,3 @@ def pipeline_for(pipe: "DiffusionPipeline", work: str) -> "DiffusionPipeline":
 def is_cogview(pipe: "DiffusionPipeline") -> bool:
     """Whether it is a pipeline of the first CogView."""
     return type(pipe).__name__ in FAMILIES["cogview"].values()
-
-
-def check_taken(pipe: "DiffusionPipeline", names: Iterable[str]) -> None:
-    """
-    See that the call of a pipeline takes all of these arguments.
-
-    Raises:
-        ValueError: If not; the message names the first that it does not take.
-    """
-    taken = inspect.signature(type(pipe).__call__).parameters
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
-    for name in names:
-        if name not in taken and not takes_all:
-            raise ValueError(
-                f"`{name}` has no meaning for this model, which is a {type(pipe).__name__}. Leave it out."
-            )

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import typer
 
 from .console import bad_input, expand, fail, fail_all, failures, make_writable_folder, say, warn_of_unknown
-from .families import check_taken
 from .loading import (
     DEVICE_OPTION,
     DTYPE_OPTION,
@@ -375,6 +374,8 @@ def _plan(pipe: "PipelineBase", request: Request, paths: list[Path]) -> list[Job
     Raises:
         ValueError: If the model cannot do what is asked.
     """
+    from ..pipelines.common.arguments import check_taken
+
     check_taken(pipe, request.arguments)
     settings = pipe.check_inputs(request.prompt, **request.arguments)
     warn_of_unknown(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from .console import bad_input, expand, fail, fail_all, failures, make_writable_folder, say
-from .families import check_taken, is_cogview, pipeline_for
+from .families import is_cogview, pipeline_for
 from .inputs import MOST_PIXELS, decode, describe_inputs, read_file, same_inputs
 from .loading import (
     BATCH_OPTION,
@@ -377,6 +377,8 @@ def _paint(pipe, request: Request, pictures: Pictures, generators: list) -> list
 
 
 def _enlarge(pipe, request: Request, pictures: Pictures, generators: list) -> list["Image.Image"]:
+    from ..pipelines.common.arguments import check_taken
+
     image = pictures["image"]
     check_taken(pipe, request.arguments)
     if is_cogview(pipe):  # it brings the picture to one of its sizes first

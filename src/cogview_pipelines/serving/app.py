@@ -9,6 +9,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from .._version import __version__
+from ..pipelines.cogview.pipeline_cogview import CogViewPipeline
 from ..pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
 from .api import make_router
 from .errors import ApiError
@@ -16,15 +17,17 @@ from .metrics import Metrics
 from .middleware import BodyLimit, Gate, RequestLog
 from .settings import ServerSettings
 from .studio import Studio
+from .studio_cogview import CogViewStudio
 from .worker import Worker
 
 
-def create_app(pipe: CogView2Pipeline, settings: ServerSettings, name: str = "cogview2") -> FastAPI:
+def create_app(pipe: CogView2Pipeline | CogViewPipeline, settings: ServerSettings, name: str = "cogview2") -> FastAPI:
     """
     Everything that the server answers.
 
     Args:
-        pipe ([`CogView2Pipeline`]): The model, on its device. Only the worker's thread may call it from now on.
+        pipe ([`CogView2Pipeline`] or [`CogViewPipeline`]): The model, on its device. Only the worker's thread may call
+            it from now on.
         settings ([`ServerSettings`]): Bounds, token, and what is served.
         name (`str`): What clients call the model.
 
@@ -33,7 +36,8 @@ def create_app(pipe: CogView2Pipeline, settings: ServerSettings, name: str = "co
     """
     metrics = Metrics()
     worker = Worker(settings.queue_limit, settings.job_timeout, metrics, settings.batch_size)
-    studio = Studio(pipe, name, settings)
+    kind = CogViewStudio if isinstance(pipe, CogViewPipeline) else Studio
+    studio = kind(pipe, name, settings)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -60,7 +60,8 @@ class Page:
             )
             with gr.Tabs():
                 self._create_tab()
-                self._edit_tab()
+                if self.studio.inpainting is not None:
+                    self._edit_tab()
                 if self.studio.upscaling is not None:
                     self._upscale_tab()
                 self._caption_tab()
@@ -98,7 +99,9 @@ class Page:
                     size = self._named(gr.Radio, label="size", choices=sizes, value=sizes[-1])
                     style = self._style()
                     temperature, guidance, negative = self._sampling()
-                    steps = self._named(gr.Textbox, label="steps", max_length=20)
+                    steps = self._named(
+                        gr.Textbox, label="steps", max_length=20, visible=self.studio.takes("num_lopar_steps")
+                    )
                 start, stop = self._buttons("make", "cv-create")
             with gr.Column(scale=3):
                 result = gr.HTML()
@@ -128,7 +131,7 @@ class Page:
                 gr.HTML(page_html.picture_field("upscale"))
                 sent = _sent("picture")
                 prompt = self._prompt("upscale_prompt", "cv-upscale-prompt")
-                levels = self._slider("levels", 1, 2, 1)
+                levels = self._slider("levels", 1, 2, 1, visible=self.studio.max_levels > 1)
                 seed = self._seed()
                 start, stop = self._buttons("enlarge", "cv-upscale")
             with gr.Column(scale=3):
@@ -140,11 +143,17 @@ class Page:
             with gr.Column(scale=2):
                 gr.HTML(page_html.picture_field("caption"))
                 sent = _sent("picture")
-                language = self._named(gr.Radio, label="caption_language", choices=list(LANGUAGES.items()), value="en")
+                language = self._named(
+                    gr.Radio,
+                    label="caption_language",
+                    choices=list(LANGUAGES.items()),
+                    value="en",
+                    visible=self.studio.has_languages,
+                )
                 strategy = self._named(
                     gr.Radio,
                     label="strategy",
-                    choices=lambda chosen: [(text(name, chosen), name) for name in ("greedy", "best_of")],
+                    choices=lambda chosen: [(text(name, chosen), name) for name in self.studio.strategies],
                     value="greedy",
                 )
                 start, stop = self._buttons("describe", "cv-caption")
@@ -228,7 +237,9 @@ class Page:
 
     async def caption(self, picture, caption_language, strategy, language) -> AsyncIterator[str]:
         """Captions of a picture."""
-        fields = {"language": caption_language, "strategy": strategy, "n": 3 if strategy == "best_of" else 1}
+        fields = {"strategy": strategy, "n": 1 if strategy == "greedy" else 3}
+        if self.studio.has_languages:
+            fields["language"] = caption_language
 
         async def prepare() -> Work:
             wanted = schemas.parse(schemas.CaptionRequest, fields, strict=False)
@@ -295,7 +306,9 @@ class Page:
         self.metrics.pictures.labels(kind).inc(len(made))
         contents = await anyio.to_thread.run_sync(lambda: [self.studio.encode(one) for one in made])
         parts = dict.fromkeys(self.studio.unreadable(one.prompt) for one in made)
-        return page_html.pictures(made, contents, [part for part in parts if part], language)
+        missing = {"edit": self.studio.inpainting, "upscale": self.studio.upscaling}
+        targets = [name for name in page_html.TARGETS if missing.get(name, self.studio) is not None]
+        return page_html.pictures(made, contents, [part for part in parts if part], language, targets)
 
     async def _picture(self, url: Any, name: str) -> Any:
         if not isinstance(url, str) or not url.startswith(DATA_URL):
@@ -334,8 +347,9 @@ class Page:
             gr.Textbox, label=label, lines=2, max_length=self.settings.max_prompt_length, elem_id=elem_id
         )
 
-    def _slider(self, label: str, least: int, most: int, value: int) -> gr.Slider:
-        return self._named(gr.Slider, label=label, minimum=least, maximum=most, step=1, value=value)
+    def _slider(self, label: str, least: int, most: int, value: int, visible: bool = True) -> gr.Slider:
+        bounds = {"minimum": least, "maximum": most, "step": 1}
+        return self._named(gr.Slider, label=label, **bounds, value=value, visible=visible)
 
     def _seed(self) -> gr.Textbox:
         # a text: a field for numbers cannot be empty, nor hold all seeds
@@ -353,8 +367,13 @@ class Page:
     def _sampling(self) -> tuple[gr.Textbox, gr.Textbox, gr.Textbox]:
         return (
             self._named(gr.Textbox, label="temperature", max_length=20),
-            self._named(gr.Textbox, label="guidance", max_length=20),
-            self._named(gr.Textbox, label="negative_prompt", max_length=self.settings.max_prompt_length),
+            self._named(gr.Textbox, label="guidance", max_length=20, visible=self.studio.takes("guidance_scale")),
+            self._named(
+                gr.Textbox,
+                label="negative_prompt",
+                max_length=self.settings.max_prompt_length,
+                visible=self.studio.takes("negative_prompt"),
+            ),
         )
 
     def _buttons(self, start: str, elem_id: str) -> tuple[gr.Button, gr.Button]:

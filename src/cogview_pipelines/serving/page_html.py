@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+from collections.abc import Sequence
 
 from PIL import Image
 
@@ -10,6 +11,7 @@ from .page_texts import TEXTS, text
 from .studio import Made, Preview
 
 PREVIEW_SIDE = 240  # pixels
+TARGETS = ("edit", "upscale", "caption", "score")  # tabs that take a picture
 
 
 def both(key: str, tag: str = "span") -> str:
@@ -75,8 +77,13 @@ def failure(message: str, language: str) -> str:
     return _state("failed", f'<p role="alert">{text("error", language)} {html.escape(message)}</p>')
 
 
-def pictures(made: list[Made], contents: list[bytes], unreadable: list[str], language: str) -> str:
-    """Pictures with their seeds and scores, what can be done with them, and what the model could not read."""
+def pictures(
+    made: list[Made], contents: list[bytes], unreadable: list[str], language: str, targets: Sequence[str] = TARGETS
+) -> str:
+    """
+    Pictures with their seeds and scores, where they can be sent (`targets`, names of tabs), and what the model could
+    not read.
+    """
     figures = []
     for one, content in zip(made, contents):
         facts = [text("seed_of", language, seed=one.seed)]
@@ -85,8 +92,7 @@ def pictures(made: list[Made], contents: list[bytes], unreadable: list[str], lan
         url = f"data:image/png;base64,{base64.b64encode(content).decode()}"
         prompt = html.escape(one.prompt)
         buttons = "".join(
-            f'<button type="button" data-send="{name}">{both(f"to_{name}")}</button>'
-            for name in ("edit", "upscale", "caption", "score")
+            f'<button type="button" data-send="{name}">{both(f"to_{name}")}</button>' for name in targets
         )
         figures.append(
             f'<figure data-seed="{one.seed}"><img src="{url}" alt="{prompt}" width="{one.image.width}" '

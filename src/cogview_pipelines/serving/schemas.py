@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from ..pipelines.cogview.settings import SamplingSettings as CogViewSamplingSettings
 from ..pipelines.cogview2.settings import CaptionSettings, SamplingSettings
 from ..pipelines.common.settings import Setting
 from .errors import ApiError, bad_request
@@ -74,8 +75,13 @@ def _field(setting: Setting, default: Any = None) -> tuple[Any, Any]:
 
 
 def _fields(pipeline: str) -> dict[str, Any]:
-    """The fields for the settings that a pipeline takes."""
-    return {name: _field(setting) for name, setting in SamplingSettings.declared(pipeline).items()}
+    """The fields for the settings that a pipeline takes, and those that only CogView has."""
+    only_cogview = {
+        name: _field(setting)
+        for name, setting in CogViewSamplingSettings.declared().items()
+        if name not in SamplingSettings.declared()
+    }
+    return {name: _field(setting) for name, setting in SamplingSettings.declared(pipeline).items()} | only_cogview
 
 
 class _MakesPictures(Request, TakenForOthers):
@@ -93,7 +99,7 @@ class _MakesPictures(Request, TakenForOthers):
 
     def settings(self) -> dict[str, Any]:
         """Style and settings of sampling that were given, as the pipelines call them."""
-        names = ("style", "negative_prompt", *SamplingSettings.declared())
+        names = ("style", "negative_prompt", *SamplingSettings.declared(), *CogViewSamplingSettings.declared())
         given = {name: getattr(self, name, None) for name in names}
         return {name: value for name, value in given.items() if value is not None}
 

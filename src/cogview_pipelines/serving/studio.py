@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import inspect
 import io
 import random
 import re
@@ -20,6 +21,7 @@ from ..pipelines.cogview2.pipeline_cogview2_caption import CogView2CaptionPipeli
 from ..pipelines.cogview2.pipeline_cogview2_inpaint import CogView2InpaintPipeline
 from ..pipelines.cogview2.pipeline_cogview2_upscale import CogView2UpscalePipeline
 from ..pipelines.cogview2.staged import Order, StagedPipeline
+from ..pipelines.common.arguments import check_taken
 from ..pipelines.common.notifier import Callback
 from ..pipelines.common.preview_budget import PreviewBudget
 from .errors import ApiError, bad_request
@@ -124,6 +126,15 @@ class Studio:
         """Names of the style presets."""
         return sorted(self.text_to_image.config.styles)
 
+    # What the page offers, besides what all models can.
+    strategies = ("greedy", "best_of")
+    max_levels = 2
+    has_languages = True
+
+    def takes(self, name: str) -> bool:
+        """Whether text to image takes an argument."""
+        return name in inspect.signature(type(self.text_to_image).__call__).parameters
+
     def describe(self) -> dict[str, Any]:
         """The entry of `GET /v1/models`."""
         return {
@@ -143,7 +154,8 @@ class Studio:
         self._check_common(request.model, [request.prompt, request.negative_prompt or ""], request.n)
         if request.num_candidates is not None:
             self._check_count("num_candidates", request.num_candidates, bounds.max_candidates)
-        with _explained():
+        with explained():
+            check_taken(self.text_to_image, self._settings(request))
             self.text_to_image.check_inputs(
                 request.prompt,
                 num_images_per_prompt=request.n,
@@ -158,7 +170,8 @@ class Studio:
         size = f"{image.width}x{image.height}"
         if request.size not in ("auto", size):
             raise bad_request(f"`size` must be auto or that of the picture, {size}: results are as large.", "size")
-        with _explained():
+        with explained():
+            check_taken(self.inpainting, self._settings(request))
             self.text_to_image.check_inputs(request.prompt, **self._settings(request))
             self.inpainting._check_inputs(request.prompt, image, mask)
 
@@ -168,7 +181,8 @@ class Studio:
         if self.upscaling is None:
             raise bad_request("This model has no super-resolution.", "model", "unsupported")
         self._check_pixels(image, request.num_levels)
-        with _explained():
+        with explained():
+            check_taken(self.upscaling, self._settings(request))
             self.text_to_image.check_inputs(request.prompt.strip() or "a", **self._settings(request))
 
     def check_caption(self, request: CaptionRequest, num_pictures: int) -> None:
@@ -184,7 +198,7 @@ class Studio:
         self._check_count("prompt", len(request.prompt), self.bounds.max_texts)
         for text in request.prompt:
             self._check_length(text)
-            with _explained():
+            with explained():
                 self.text_to_image.check_inputs(text)
 
     # Work, in the thread of the worker -------------------------------------------------------------------------------
@@ -198,10 +212,10 @@ class Studio:
             ApiError: If the request cannot be served.
         """
         count = request.num_candidates or request.n
-        with _explained():
+        with explained():
             order = self.staged.order(
                 request.prompt,
-                _generators(request.seed, count),
+                generators_of(request.seed, count),
                 num_images=request.n,
                 num_candidates=request.num_candidates,
                 **self._size(request.size),
@@ -214,17 +228,17 @@ class Studio:
 
     def _draft(self, jobs: list[Job]) -> None:
         orders = [job.state for job in jobs]
-        with self._stoppable(jobs), _explained():
+        with self._stoppable(jobs), explained():
             self.staged.draft(orders, self._watch(jobs, _owners(jobs, orders)))
 
     def _refine(self, jobs: list[Job]) -> None:
         orders = [job.state for job in jobs]
-        with self._stoppable(jobs), _explained():
+        with self._stoppable(jobs), explained():
             self.staged.refine(orders, self._watch(jobs, _owners(jobs, orders)))
 
     def _decode(self, jobs: list[Job]) -> None:
         orders = [job.state for job in jobs]
-        with self._stoppable(jobs), _explained():
+        with self._stoppable(jobs), explained():
             found = self.staged.decode(orders)
         for job, order, images in zip(jobs, orders, found):
             scores = order.scores or [None] * len(images)
@@ -234,14 +248,14 @@ class Studio:
 
     def edit(self, request: EditRequest, image: Image.Image, mask: Image.Image, job: Job) -> list[Made]:
         """Pictures with the masked part painted anew."""
-        with self._stoppable([job]), _explained():
+        with self._stoppable([job]), explained():
             output = self.inpainting(
                 request.prompt,
                 image,
                 mask,
                 num_images_per_prompt=request.n,
                 **self._settings(request),
-                generator=_generators(request.seed, request.n),
+                generator=generators_of(request.seed, request.n),
                 callback_on_step_end=self._watch([job]),
             )
         return [Made(*each) for each in zip(output.images, output.seeds, output.prompts)]
@@ -256,12 +270,12 @@ class Studio:
     def _upscale(self, jobs: list[Job], **settings: Any) -> None:
         states = [job.state for job in jobs]
         images, prompts, seeds = (list(each) for each in zip(*states))
-        with self._stoppable(jobs), _explained():
+        with self._stoppable(jobs), explained():
             output = self.upscaling(
                 images,
                 prompts,
                 **settings,
-                generator=[generator for seed in seeds for generator in _generators(seed, 1)],
+                generator=[generator for seed in seeds for generator in generators_of(seed, 1)],
                 callback_on_step_end=self._watch(jobs, owners=jobs),
             )
         for job, *made in zip(jobs, output.images, output.seeds, output.prompts):
@@ -274,7 +288,7 @@ class Studio:
         for index, image in enumerate(images):
             checkpoint([job])
             seed = None if request.seed in (None, -1) else request.seed + index * drawn
-            with self._stoppable([job]), _explained():
+            with self._stoppable([job]), explained():
                 output = self.captioning(
                     image,
                     language=request.language,
@@ -282,14 +296,14 @@ class Studio:
                     num_captions_per_image=request.n,
                     num_candidates=request.num_candidates,
                     temperature=request.temperature,
-                    generator=_generators(seed, drawn) if drawn else None,
+                    generator=generators_of(seed, drawn) if drawn else None,
                 )
             captions.append([{"text": text, "score": score} for text, score in zip(output.captions, output.scores)])
         return captions
 
     def score(self, request: ScoreRequest, image: Image.Image, job: Job) -> list[dict]:
         """Each text with its caption loss, best first."""
-        with self._stoppable([job]), _explained():
+        with self._stoppable([job]), explained():
             losses = self.captioning.score(image, request.prompt).tolist()
         ranked = sorted(zip(losses, range(len(losses))))
         return [{"prompt": request.prompt[index], "index": index, "caption_loss": loss} for loss, index in ranked]
@@ -432,7 +446,7 @@ class Studio:
 
 
 @contextlib.contextmanager
-def _explained() -> Iterator[None]:
+def explained() -> Iterator[None]:
     """
     Turn what a pipeline says about an argument into an answer.
 
@@ -461,6 +475,6 @@ def _owners(jobs: list[Job], orders: list[Order]) -> list[Job]:
     return [job for job, order in zip(jobs, orders) for _ in order.seeds]
 
 
-def _generators(seed: int | None, count: int) -> list[torch.Generator]:
+def generators_of(seed: int | None, count: int) -> list[torch.Generator]:
     first = random.SystemRandom().randrange(2**31) if seed in (None, -1) else seed
     return [torch.Generator().manual_seed(first + index) for index in range(count)]

@@ -174,6 +174,15 @@ class CogViewCaptionPipeline(CogViewPipelineBase):
             texts = texts * (count // len(texts))
             return self._caption_scores(self._model, tokens.expand(count, -1, -1), texts, batch_size, reduction)
 
+    def check_texts(self, prompt: str | Sequence[str]) -> None:
+        """
+        Raise the error that `score` would raise for these texts, without computing anything.
+
+        Raises:
+            ValueError: If a text is empty or too long.
+        """
+        self._encode_prompts(check_prompts(prompt), self._longest_caption)
+
     @property
     def _longest_caption(self) -> int:
         return self.layout.max_length - 4 - self.layout.image_length

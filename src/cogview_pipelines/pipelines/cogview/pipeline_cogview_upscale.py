@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import torch
 
@@ -139,6 +140,29 @@ class CogViewUpscalePipeline(PreviewMixin, CogViewPipelineBase):
             statistics=call.statistics,
         )
         return output if return_dict else output.to_tuple()
+
+    def check_inputs(self, prompt: str = "", *, size: int | None = None, **settings) -> dict:
+        """
+        Raise the error that a call with these arguments would raise, without computing anything.
+
+        Args:
+            prompt, size: As for `__call__`.
+            settings: The call's settings of sampling.
+
+        Returns:
+            `dict`: The settings that the call would use.
+
+        Raises:
+            TypeError: If there is no such setting.
+            ValueError: If an argument cannot be used; the message says which and why.
+        """
+        unknown = sorted(set(settings) - set(UpscaleSettings.declared()))
+        if unknown:
+            raise TypeError(f"There are no settings {unknown}. Known: {list(UpscaleSettings.declared())}.")
+        used = UpscaleSettings.choose(self._preset, settings)
+        self._size(size)
+        self._encode_prompts(check_prompts(prompt, allow_empty=True), self.layout.max_super_resolution_text_tokens)
+        return asdict(used)
 
     # Stages ----------------------------------------------------------------------------------------------------------
 

@@ -1,10 +1,12 @@
 """Arguments of the calls: prompts, counts, output types, generators. Each is checked here, once."""
 
+import inspect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
+from diffusers import DiffusionPipeline
 
 from ...generation.sampling import Generators
 from .settings import MOST_COUNT, MOST_PER_CALL, whole_number
@@ -56,6 +58,22 @@ def translate(prompts: list[str], prompt_translator: PromptTranslator | None) ->
         if not isinstance(text, str) or (prompt.strip() and not text.strip()):
             raise ValueError(f"`prompt_translator` must return a text, but made {text!r} of {prompt!r}.")
     return [check_text("prompt_translator", text) for text in translated]
+
+
+def check_taken(pipe: DiffusionPipeline, names: Iterable[str]) -> None:
+    """
+    See that the call of a pipeline takes all of these arguments: other families have others.
+
+    Raises:
+        ValueError: If not; the message names the first that it does not take.
+    """
+    taken = inspect.signature(type(pipe).__call__).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+    for name in names:
+        if name not in taken and not takes_all:
+            raise ValueError(
+                f"`{name}` has no meaning for this model, which is a {type(pipe).__name__}. Leave it out."
+            )
 
 
 def check_counts(**counts: int | None) -> tuple[int | None, ...]:
