@@ -5,9 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from cogview_pipelines.cli import app, generate
-from cogview_pipelines.cli import caption_and_score as texts
-from cogview_pipelines.cli import inpaint_and_upscale as pictures
+from cogview_pipelines.cli import app, loading
 from cogview_pipelines.demo import Scope
 from cogview_pipelines.pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
 from cogview_pipelines.schedulers.scheduling_lopar import LoPARScheduler
@@ -82,8 +80,7 @@ def no_model(monkeypatch):
     def load_pipeline(*arguments):
         raise AssertionError("the model was loaded")
 
-    for module in (generate, pictures, texts):
-        monkeypatch.setattr(module, "load_pipeline", load_pipeline)
+    monkeypatch.setattr(loading, "load_pipeline", load_pipeline)
 
 
 def assert_bad_input(result, *parts):

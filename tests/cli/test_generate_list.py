@@ -4,7 +4,7 @@ import unicodedata
 import pytest
 from PIL import Image
 
-from cogview_pipelines.cli import app, generate
+from cogview_pipelines.cli import app, loading
 from cogview_pipelines.cli.results import MANIFEST, only_writer
 from cogview_pipelines.pictures import png
 from cogview_pipelines.pictures.png import read_metadata
@@ -249,7 +249,7 @@ def test_the_output_of_a_list_must_be_a_folder(cogview2, write_list, no_model, t
 @pytest.fixture
 def loaded(monkeypatch, pipeline):
     """The model is in memory already."""
-    monkeypatch.setattr(generate, "load_pipeline", lambda *arguments: pipeline)
+    monkeypatch.setattr(loading, "load_pipeline", lambda *arguments: pipeline)
 
 
 SMALL = {"height": LOW_SIZE, "seed": 1}

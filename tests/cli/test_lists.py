@@ -15,9 +15,7 @@ from cogview_pipelines import (
     CogViewCaptionPipeline,
     CogViewUpscalePipeline,
 )
-from cogview_pipelines.cli import caption_and_score as texts
-from cogview_pipelines.cli import console
-from cogview_pipelines.cli import inpaint_and_upscale as pictures
+from cogview_pipelines.cli import console, loading
 from cogview_pipelines.cli.requests import CAPTION, INPAINT, UPSCALE
 from cogview_pipelines.cli.results import MANIFEST
 from cogview_pipelines.pictures.png import read_metadata
@@ -49,15 +47,14 @@ def folder(tmp_path):
 
 @pytest.fixture(autouse=True)
 def loads(monkeypatch, pipeline):
-    """How often a model was loaded; it is in memory already, which `test_pictures.py` does without."""
+    """How often a model was loaded; it is in memory already, which `test_inpaint_and_upscale.py` does without."""
     calls = []
 
     def load_pipeline(*arguments):
         calls.append(arguments)
         return pipeline
 
-    for module in (pictures, texts):
-        monkeypatch.setattr(module, "load_pipeline", load_pipeline)
+    monkeypatch.setattr(loading, "load_pipeline", load_pipeline)
     return calls
 
 

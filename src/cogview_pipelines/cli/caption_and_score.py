@@ -5,8 +5,8 @@ import enum
 import functools
 import json
 import os
-import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import typer
@@ -33,12 +33,11 @@ from .loading import (
     QUIET_OPTION,
     REQUESTS_OPTION,
     DType,
-    describe_model,
-    load_pipeline,
+    ModelChoice,
 )
 from .names import problem_of_name
 from .options import count_option
-from .requests import CAPTION, SCORE, Kind, Request, check_arguments, check_prompt, read_requests
+from .requests import CAPTION, SCORE, Kind, Request, check_arguments, check_prompt, choose_seed, read_requests
 from .results import LineFailures, only_writer, read_rows, replace_rows, write_row
 
 JSON_OPTION = typer.Option(False, "--json", help="Print one JSON object a line.")
@@ -115,21 +114,22 @@ def caption(
         "max_length": max_length,
         "max_batch_size": max_batch_size,
     }
+    choice = ModelChoice(model, device, dtype)
     with bad_input():
         given = check_arguments(given, CAPTION)
     if requests is not None:
         if images:
             fail("--requests says what to do in its lines; leave out FILE.")
-        _run_list(requests, CAPTION, given, seed, output, _caption_batch, model, device, dtype, overwrite, quiet)
+        _List(CAPTION, _caption_batch, choice, output, seed, overwrite, quiet).run(requests, given)
         return
     _refuse_output(output)
     if not images:
         fail("Say what to describe: FILE, or --requests.")
     pictures = [read_image(path, "FILE") for path in images]
-    pipe = _load(model, device, dtype, quiet)
+    pipe = _load(choice, quiet)
     count = given.get("num_captions_per_image", 1)
     with bad_input((ValueError, TypeError)), failures():
-        captions = _captions(pipe, pictures, given, [_chosen(seed)] * len(pictures))
+        captions = _captions(pipe, pictures, given, [choose_seed(seed)] * len(pictures))
     for path, own in zip(images, captions, strict=True):
         for entry in own[:count]:
             if as_json:
@@ -165,12 +165,13 @@ def score(
       cogview2 score tiger.png "a tiger on a blue background" "a red car"
       cogview2 score --requests pairs.jsonl --output scores.jsonl
     """
+    choice = ModelChoice(model, device, dtype)
     with bad_input():
         given = check_arguments({"max_batch_size": max_batch_size}, SCORE)
     if requests is not None:
         if image is not None:
             fail("--requests says what to do in its lines; leave out FILE and PROMPT.")
-        _run_list(requests, SCORE, given, None, output, _score_batch, model, device, dtype, overwrite, True)
+        _List(SCORE, _score_batch, choice, output, None, overwrite, quiet=True).run(requests, given)
         return
     _refuse_output(output)
     if image is None or not prompts:
@@ -178,7 +179,7 @@ def score(
     picture = read_image(image, "FILE")
     with bad_input():
         texts = [check_prompt(prompt) for prompt in prompts]
-    pipe = _load(model, device, dtype, quiet=True)
+    pipe = _load(choice, quiet=True)
     with bad_input((ValueError, TypeError)), failures():
         rows = _scores(pipe, picture, texts, max_batch_size)
     for row in rows:
@@ -193,42 +194,101 @@ def score(
 Batch = Callable[[object, Sequence[Request], list], Iterator[dict]]
 
 
-def _run_list(
-    path: Path,
-    kind: Kind,
-    given: dict,
-    seed: int | None,
-    output: Path | None,
-    work: Batch,
-    model: str,
-    device: str | None,
-    dtype: DType | None,
-    overwrite: bool,
-    quiet: bool,
-) -> None:
-    """Do what a JSONL file asks for and the output does not hold yet; a line that fails stops no other."""
-    with bad_input():
-        requests, errors = read_requests(expand(path, "--requests"), kind, given, seed)
-    if errors:
-        fail_all(errors)
-    output = None if output is None else expand(output, "--output")
-    if output is not None:
-        _check_output(output, path)
-    with contextlib.nullcontext() if output is None else only_writer(output):
-        missing, rows = _sort_rows(requests, output, model, overwrite)
-        pipe = _load(model, device, dtype, quiet) if missing else None
-        failed = LineFailures(len(requests))
-        with failures(), contextlib.ExitStack() as stack:
-            write = say_json
-            if output is not None:
-                replace_rows(output, rows)
-                write = functools.partial(write_row, stack.enter_context(open(output, "a", encoding="utf-8")))
-            for batch in _batches(missing, kind):
-                for row in _work(pipe, batch, work, model, failed):
-                    write(row)
-                    if output is None:
-                        end_if_nobody_reads()
-    failed.finish()
+@dataclass(frozen=True)
+class _List:
+    """One call of a command with `--requests`: how its lines are done, and what they have in common."""
+
+    kind: Kind
+    work: Batch
+    model: ModelChoice
+    output: Path | None
+    seed: int | None
+    overwrite: bool
+    quiet: bool
+
+    def run(self, path: Path, given: dict) -> None:
+        """Do what a JSONL file asks for and the output does not hold yet; a line that fails stops no other."""
+        with bad_input():
+            requests, errors = read_requests(expand(path, "--requests"), self.kind, given, self.seed)
+        if errors:
+            fail_all(errors)
+        output = None if self.output is None else expand(self.output, "--output")
+        if output is not None:
+            _check_output(output, path)
+        with contextlib.nullcontext() if output is None else only_writer(output):
+            missing, rows = self._sort_rows(requests, output)
+            pipe = _load(self.model, self.quiet) if missing else None
+            failed = LineFailures(len(requests))
+            with failures(), contextlib.ExitStack() as stack:
+                write = say_json
+                if output is not None:
+                    replace_rows(output, rows)
+                    write = functools.partial(write_row, stack.enter_context(open(output, "a", encoding="utf-8")))
+                for batch in _batches(missing, self.kind):
+                    for row in self._rows(pipe, batch, failed):
+                        write(row)
+                        if output is None:
+                            end_if_nobody_reads()
+        failed.finish()
+
+    def _sort_rows(self, requests: Sequence[Request], output: Path | None) -> tuple[list[Request], list[dict]]:
+        """The requests that are to be done, and the rows of the output that stay."""
+        rows = [] if output is None else read_rows(output)
+        by_id = {row["id"]: row for row in rows if isinstance(row["id"], str)}
+        model_there = self.model.describe()
+        missing, others = [], []
+        for request in requests:
+            row = by_id.get(request.id)
+            if row is None or not _made_from(request, row, model_there):
+                missing.append(request)
+                if row is not None:
+                    others.append(request)
+        if others and not self.overwrite:
+            fail_all(
+                [
+                    f"{request.where}: {output} holds a result of another request with the `id` {request.id!r}. Pass "
+                    "--overwrite or name another file."
+                    for request in others
+                ]
+            )
+        if len(missing) < len(requests):
+            say(f"{len(requests) - len(missing)} of {len(requests)} results are there already.", err=True)
+        replaced = {request.id for request in missing}
+        return missing, [row for row in rows if not (isinstance(row["id"], str) and row["id"] in replaced)]
+
+    def _rows(self, pipe, batch: Sequence[Request], failed: LineFailures) -> Iterator[dict]:
+        """The rows of a batch; if it fails, of its lines one by one, so that only those fail that must."""
+        readable, pictures, inputs = [], [], []
+        for request in batch:
+            try:
+                contents = {name: read_file(path, f"`{name}`") for name, path in request.files.items()}
+                pictures.append(decode(contents["image"], request.files["image"], "`image`"))
+            except ValueError as error:
+                failed.add(request.where, error)
+                continue
+            readable.append(request)
+            inputs.append(describe_inputs(request.files, contents))
+        if not readable:
+            return
+        common = {**self.model.describe(), "dtype": str(pipe.vqvae.dtype).removeprefix("torch.")}
+        try:
+            results = list(self.work(pipe, readable, pictures))
+        except (ValueError, TypeError) as error:
+            if len(readable) == 1:
+                failed.add(readable[0].where, error)
+            else:
+                for request in readable:
+                    yield from self._rows(pipe, [request], failed)
+            return
+        for request, own_inputs, result in zip(readable, inputs, results, strict=True):
+            yield {
+                "id": request.id,
+                "image": str(request.files["image"]),
+                **result,
+                "settings": _settings(request),
+                "inputs": own_inputs,
+                **common,
+            }
 
 
 def _check_output(output: Path, requests: Path) -> None:
@@ -241,34 +301,6 @@ def _check_output(output: Path, requests: Path) -> None:
     problem = problem_of_name(output)
     if problem is not None:
         fail(f"`--output`: {problem}")
-
-
-def _sort_rows(
-    requests: Sequence[Request], output: Path | None, model: str, overwrite: bool
-) -> tuple[list[Request], list[dict]]:
-    """The requests that are to be done, and the rows of the output that stay."""
-    rows = [] if output is None else read_rows(output)
-    by_id = {row["id"]: row for row in rows if isinstance(row["id"], str)}
-    model_there = describe_model(model)
-    missing, others = [], []
-    for request in requests:
-        row = by_id.get(request.id)
-        if row is None or not _made_from(request, row, model_there):
-            missing.append(request)
-            if row is not None:
-                others.append(request)
-    if others and not overwrite:
-        fail_all(
-            [
-                f"{request.where}: {output} holds a result of another request with the `id` {request.id!r}. Pass "
-                "--overwrite or name another file."
-                for request in others
-            ]
-        )
-    if len(missing) < len(requests):
-        say(f"{len(requests) - len(missing)} of {len(requests)} results are there already.", err=True)
-    replaced = {request.id for request in missing}
-    return missing, [row for row in rows if not (isinstance(row["id"], str) and row["id"] in replaced)]
 
 
 def _made_from(request: Request, row: dict, model: dict[str, str]) -> bool:
@@ -301,44 +333,9 @@ def _batches(requests: Sequence[Request], kind: Kind) -> list[list[Request]]:
     return batches
 
 
-def _work(pipe, batch: Sequence[Request], work: Batch, model: str, failed: LineFailures) -> Iterator[dict]:
-    """The rows of a batch; if it fails, of its lines one by one, so that only those fail that must."""
-    readable, pictures, inputs = [], [], []
-    for request in batch:
-        try:
-            contents = {name: read_file(path, f"`{name}`") for name, path in request.files.items()}
-            pictures.append(decode(contents["image"], request.files["image"], "`image`"))
-        except ValueError as error:
-            failed.add(request.where, error)
-            continue
-        readable.append(request)
-        inputs.append(describe_inputs(request.files, contents))
-    if not readable:
-        return
-    common = {**describe_model(model), "dtype": str(pipe.vqvae.dtype).removeprefix("torch.")}
-    try:
-        results = list(work(pipe, readable, pictures))
-    except (ValueError, TypeError) as error:
-        if len(readable) == 1:
-            failed.add(readable[0].where, error)
-        else:
-            for request in readable:
-                yield from _work(pipe, [request], work, model, failed)
-        return
-    for request, own_inputs, result in zip(readable, inputs, results, strict=True):
-        yield {
-            "id": request.id,
-            "image": str(request.files["image"]),
-            **result,
-            "settings": _settings(request),
-            "inputs": own_inputs,
-            **common,
-        }
-
-
 def _caption_batch(pipe, requests: Sequence[Request], pictures: list) -> Iterator[dict]:
     arguments = requests[0].arguments
-    seeds = [_chosen(request.seed) for request in requests]
+    seeds = [choose_seed(request.seed) for request in requests]
     drawn = arguments.get("strategy") in ("sample", "best_of")
     for seed, captions in zip(seeds, _captions(pipe, pictures, arguments, seeds), strict=True):
         yield {
@@ -404,8 +401,8 @@ def _scores(pipe, picture, prompts: list[str], max_batch_size: int | None) -> li
     return sorted(rows, key=lambda row: row["caption_loss"])
 
 
-def _load(model: str, device: str | None, dtype: DType | None, quiet: bool):
-    pipe = load_pipeline(model, device, dtype, "caption")
+def _load(choice: ModelChoice, quiet: bool):
+    pipe = choice.load("caption")
     with bad_input():
         pipe = pipeline_for(pipe, "caption")
     pipe.set_progress_bar_config(disable=True if quiet else None)
@@ -415,7 +412,3 @@ def _load(model: str, device: str | None, dtype: DType | None, quiet: bool):
 def _refuse_output(output: Path | None) -> None:
     if output is not None:
         fail("--output is for --requests; of files on the command line, results are printed.")
-
-
-def _chosen(seed: int | None) -> int:
-    return random.SystemRandom().randrange(2**31) if seed is None else seed

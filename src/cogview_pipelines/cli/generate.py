@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,8 @@ from .loading import (
     METADATA_OPTION,
     MODEL_OPTION,
     DType,
+    ModelChoice,
     describe_model,
-    load_pipeline,
 )
 from .names import problem_of_name, same_file_key, slug
 from .options import count_option, setting_option
@@ -31,6 +30,7 @@ from .requests import (
     check_arguments,
     check_prompt,
     check_seed,
+    choose_seed,
     numbered,
     read_requests,
 )
@@ -162,7 +162,7 @@ def generate(
     if prompts is not None:
         if grid:
             fail("--grid needs prompts on the command line, not --prompts.")
-        _generate_list(prompts, output, given, seed, model, device, dtype, metadata, overwrite, quiet)
+        _List(ModelChoice(model, device, dtype), output, seed, metadata, overwrite, quiet).run(prompts, given)
         return
 
     way = find_way(show)
@@ -171,12 +171,13 @@ def generate(
             is_default = context.get_parameter_source("model").name == "DEFAULT"
             requests, dtype = _request_of_picture(expand(remake, "--remake"), given, seed, model, is_default, dtype)
         else:
-            seed = random.SystemRandom().randrange(2**31) if seed is None else seed
+            seed = choose_seed(seed)
             requests = [Request(check_prompt(text), seed, given) for text in prompt]
         for request in requests:
             check_seed(request.seed, request.num_seeds)
     paths = _choose_paths(output, requests, grid)
-    pipe = load_pipeline(model, device, dtype)
+    choice = ModelChoice(model, device, dtype)
+    pipe = choice.load()
     jobs, left = [], paths
     with bad_input():
         for request in requests:
@@ -186,7 +187,7 @@ def generate(
                 else (left[: request.num_images], left[request.num_images :])
             )
             jobs += _plan(pipe, request, own)
-    common = _common_metadata(pipe, model)
+    common = _common_metadata(pipe, choice)
     made = []
     with bad_input(), failures():
         for _, path, image, own in _make(pipe, jobs, quiet):
@@ -290,78 +291,70 @@ def _save_grid(
 # A list of prompts ---------------------------------------------------------------------------------------------------
 
 
-def _generate_list(
-    prompts: Path,
-    folder: Path,
-    given: dict,
-    seed: int | None,
-    model: str,
-    device: str | None,
-    dtype: DType | None,
-    keeps_metadata: bool,
-    overwrite: bool,
-    quiet: bool,
-) -> None:
-    """Make what a JSONL file asks for and the folder does not hold yet."""
-    with bad_input():
-        requests, errors = read_requests(expand(prompts, "--prompts"), GENERATE, given, seed, "--prompts")
-    if errors:
-        fail_all(errors)
-    folder = expand(folder, "--output")
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        fail(f"`--output` must be a folder with --prompts, but {folder} is a file.")
-    make_writable_folder(folder)
-    paths = {request.id: [folder / name for name in request.file_names()] for request in requests}
-    errors = check_names((request.where, paths[request.id]) for request in requests)
-    if errors:
-        fail_all(errors)
-    with only_writer(folder):
-        pipe = load_pipeline(model, device, dtype)
-        jobs = []
-        for request in requests:
-            try:
-                jobs += _plan(pipe, request, paths[request.id])
-            except ValueError as error:
-                errors.append(f"{request.where}: {error}")
+@dataclass(frozen=True)
+class _List:
+    """One call of the command with `--prompts`: what all of its pictures have in common."""
+
+    model: ModelChoice
+    output: Path
+    seed: int | None
+    keeps_metadata: bool
+    overwrite: bool
+    quiet: bool
+
+    def run(self, path: Path, given: dict) -> None:
+        """Make what a JSONL file asks for and the folder does not hold yet."""
+        with bad_input():
+            requests, errors = read_requests(expand(path, "--prompts"), GENERATE, given, self.seed, "--prompts")
         if errors:
             fail_all(errors)
-        _make_list(pipe, requests, jobs, folder, _common_metadata(pipe, model), keeps_metadata, overwrite, quiet)
+        folder = expand(self.output, "--output")
+        if os.path.exists(folder) and not os.path.isdir(folder):
+            fail(f"`--output` must be a folder with --prompts, but {folder} is a file.")
+        make_writable_folder(folder)
+        paths = {request.id: [folder / name for name in request.file_names()] for request in requests}
+        errors = check_names((request.where, paths[request.id]) for request in requests)
+        if errors:
+            fail_all(errors)
+        with only_writer(folder):
+            pipe = self.model.load()
+            jobs = []
+            for request in requests:
+                try:
+                    jobs += _plan(pipe, request, paths[request.id])
+                except ValueError as error:
+                    errors.append(f"{request.where}: {error}")
+            if errors:
+                fail_all(errors)
+            self._make(pipe, requests, jobs, folder)
 
+    def _make(self, pipe: "PipelineBase", requests: list[Request], jobs: list[Job], folder: Path) -> None:
+        """Do the jobs that are not done yet."""
+        common = _common_metadata(pipe, self.model)
+        where = {request.id: request.where for request in requests}
+        seeded = {request.id for request in requests if request.seed is not None}
 
-def _make_list(
-    pipe: "PipelineBase",
-    requests: list[Request],
-    jobs: list[Job],
-    folder: Path,
-    common: dict,
-    keeps_metadata: bool,
-    overwrite: bool,
-    quiet: bool,
-) -> None:
-    """Do the jobs of a list that are not done yet."""
-    where = {request.id: request.where for request in requests}
-    seeded = {request.id for request in requests if request.seed is not None}
+        def made_from(job: Job, metadata: dict) -> bool:
+            selection = metadata.get("post_selection") or {}
+            wanted = {"prompt": job.prompt, "settings": job.settings}
+            wanted |= {name: common.get(name) for name in ("model", "model_fingerprint")}
+            return (
+                selection.get("num_candidates") == job.num_candidates
+                and (job.id not in seeded or selection.get("seed", metadata.get("seed")) == job.seed)
+                and all(metadata.get(name) == value for name, value in wanted.items())
+            )
 
-    def made_from(job: Job, metadata: dict) -> bool:
-        selection = metadata.get("post_selection") or {}
-        wanted = {"prompt": job.prompt, "settings": job.settings}
-        wanted |= {name: common.get(name) for name in ("model", "model_fingerprint")}
-        return (
-            selection.get("num_candidates") == job.num_candidates
-            and (job.id not in seeded or selection.get("seed", metadata.get("seed")) == job.seed)
-            and all(metadata.get(name) == value for name, value in wanted.items())
-        )
-
-    kept, missing, others = sort_existing(jobs, made_from)
-    refuse_others(others, overwrite)
-    failed = LineFailures(len(requests))
-    with bad_input(), failures(), manifest_of(folder, jobs, kept) as add_line:
-        for job, path, image, metadata in _make(pipe, missing, quiet):
-            metadata = {**metadata, **common}
-            with failed.of_writing(where[job.id]):
-                _save(image, path, metadata if keeps_metadata else None)
-                add_line(job.id, path, metadata if keeps_metadata else {**metadata, "sha256": sha256(path)})
-    failed.finish()
+        kept, missing, others = sort_existing(jobs, made_from)
+        refuse_others(others, self.overwrite)
+        failed = LineFailures(len(requests))
+        with bad_input(), failures(), manifest_of(folder, jobs, kept) as add_line:
+            for job, path, image, metadata in _make(pipe, missing, self.quiet):
+                metadata = {**metadata, **common}
+                with failed.of_writing(where[job.id]):
+                    _save(image, path, metadata if self.keeps_metadata else None)
+                    told = metadata if self.keeps_metadata else {**metadata, "sha256": sha256(path)}
+                    add_line(job.id, path, told)
+        failed.finish()
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------
@@ -382,7 +375,7 @@ def _plan(pipe: "PipelineBase", request: Request, paths: list[Path]) -> list[Job
         pipe.tokenizer, request.prompt, f"the prompt of {request.where}" if request.where else "the prompt"
     )
     settings = {name: value for name, value in settings.items() if value not in (None, "")}
-    seed = random.SystemRandom().randrange(2**31) if request.seed is None else request.seed
+    seed = choose_seed(request.seed)
     candidates, batch_size = (request.arguments.get(name) for name in ("num_candidates", "max_batch_size"))
     if candidates is not None:
         return [Job(request.prompt, seed, settings, paths, candidates, batch_size, request.id)]
@@ -433,11 +426,11 @@ def _make(pipe: "PipelineBase", jobs: list[Job], quiet: bool) -> Iterator[tuple[
             progress.update(len(slots))
 
 
-def _common_metadata(pipe: "PipelineBase", model: str) -> dict:
+def _common_metadata(pipe: "PipelineBase", choice: ModelChoice) -> dict:
     from ..environment import versions
 
     return {
-        **describe_model(model),
+        **choice.describe(),
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
         "versions": versions(),
     }

@@ -1,7 +1,6 @@
 """`cogview2 inpaint` and `upscale`: pictures from pictures that are there already."""
 
 import os
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,7 @@ from .loading import (
     QUIET_OPTION,
     REQUESTS_OPTION,
     DType,
-    describe_model,
-    load_pipeline,
+    ModelChoice,
 )
 from .names import problem_of_name
 from .options import count_option, setting_option
@@ -38,6 +36,7 @@ from .requests import (
     check_arguments,
     check_prompt,
     check_seed,
+    choose_seed,
     numbered,
     read_requests,
 )
@@ -119,7 +118,7 @@ def inpaint(
     margins = {"top": top, "bottom": bottom, "left": left, "right": right}
     files = {name: path for name, path in (("image", image), ("mask", mask)) if path is not None}
     own = {"PROMPT": prompt, "--image": image, "--mask": mask, **{f"--{name}": margins[name] for name in MARGINS}}
-    run = _Run("inpaint", INPAINT, output, seed, model, device, dtype, metadata, quiet, _paint)
+    run = _Run("inpaint", INPAINT, output, seed, ModelChoice(model, device, dtype), metadata, quiet, _paint)
     with bad_input():
         given = check_arguments(given, INPAINT)
     if requests is not None:
@@ -193,7 +192,7 @@ def upscale(
         "top_k": top_k,
         "top_p": top_p,
     }
-    run = _Run("upscale", UPSCALE, output, seed, model, device, dtype, metadata, quiet, _enlarge)
+    run = _Run("upscale", UPSCALE, output, seed, ModelChoice(model, device, dtype), metadata, quiet, _enlarge)
     with bad_input():
         given = check_arguments(given, UPSCALE)
     if requests is not None:
@@ -238,9 +237,7 @@ class _Run:
     kind: Kind
     output: Path | None
     seed: int | None
-    model: str
-    device: str | None
-    dtype: DType | None
+    model: ModelChoice
     keeps_metadata: bool
     quiet: bool
     make: Callable
@@ -251,7 +248,7 @@ class _Run:
         if output.suffix.lower() != ".png" or os.path.isdir(output):
             fail(f"`--output` must be a .png file, but is {output}. Only PNG files keep every pixel, prompt and seed.")
         with bad_input():
-            seed = _chosen(self.seed)
+            seed = choose_seed(self.seed)
             check_seed(seed, request.num_images)
             # read before the model is loaded, which takes longer than finding a mistake
             contents, pictures = _read(
@@ -278,7 +275,7 @@ class _Run:
             fail(f"`--output` must be a folder with --requests, but {folder} is a file.")
         make_writable_folder(folder)
         jobs = [
-            _Job(request, _chosen(request.seed), [folder / name for name in request.file_names()])
+            _Job(request, choose_seed(request.seed), [folder / name for name in request.file_names()])
             for request in requests
         ]
         errors = check_names((job.request.where, job.paths) for job in jobs)
@@ -289,7 +286,7 @@ class _Run:
 
     def _do(self, jobs: Sequence[_Job], folder: Path, overwrite: bool) -> None:
         """Do the jobs of a list that are not done yet."""
-        model = describe_model(self.model)
+        model = self.model.describe()
 
         def made_from(job: _Job, metadata: dict) -> bool:
             seeds = range(job.seed, job.seed + len(job.paths))
@@ -334,7 +331,7 @@ class _Run:
         say(path)
 
     def _load(self):
-        pipe = load_pipeline(self.model, self.device, self.dtype, self.command)
+        pipe = self.model.load(self.command)
         with bad_input():
             pipe = pipeline_for(pipe, self.command)
         pipe.set_progress_bar_config(disable=True if self.quiet else None)
@@ -358,7 +355,7 @@ class _Run:
                     "seed": job.seed + index,
                     "settings": job.settings,
                     "inputs": describe_inputs(job.request.files, contents),
-                    **describe_model(self.model),
+                    **self.model.describe(),
                     "dtype": str(pipe.vqvae.dtype).removeprefix("torch."),
                     "versions": versions(),
                 },
@@ -397,10 +394,6 @@ def _read(request: Request, names: dict[str, str] | None = None) -> tuple[dict[s
     names = {name: (names or {}).get(name, f"`{name}`") for name in request.files}
     contents = {name: read_file(path, names[name]) for name, path in request.files.items()}
     return contents, {name: decode(contents[name], path, names[name]) for name, path in request.files.items()}
-
-
-def _chosen(seed: int | None) -> int:
-    return random.SystemRandom().randrange(2**31) if seed is None else seed
 
 
 def _refuse_both(own: dict) -> None:

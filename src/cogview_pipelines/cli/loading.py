@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -200,3 +201,20 @@ def _class_for(source: str, work: str) -> type["PipelineBase"]:
     except ValueError as error:
         fail(f"`--model`: {source}: {error}")
     return kind
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """What `--model`, `--device` and `--dtype` say, for commands that first see whether there is work for a model."""
+
+    model: str
+    device: str | None
+    dtype: DType | None
+
+    def load(self, work: str = "generate") -> "PipelineBase":
+        """As [`load_pipeline`]."""
+        return load_pipeline(self.model, self.device, self.dtype, work)
+
+    def describe(self) -> dict[str, str]:
+        """As [`describe_model`]."""
+        return describe_model(self.model)

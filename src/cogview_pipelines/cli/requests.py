@@ -1,6 +1,7 @@
 """What is asked of a model: prompts and pictures with their settings, checked before anything is computed."""
 
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -282,6 +283,11 @@ def check_seed(seed, num_seeds: int) -> int:
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= largest:
         raise ValueError(f"`seed` must be a whole number from 0 to {largest}, but is {seed!r}.")
     return seed
+
+
+def choose_seed(seed: int | None) -> int:
+    """The seed, or one that nobody can foresee where none is given."""
+    return random.SystemRandom().randrange(2**31) if seed is None else seed
 
 
 def _parse_line(line: str, kind: Kind, folder: Path, defaults: dict, seed: int | None) -> Request:

@@ -25,51 +25,65 @@ from .worker import Place, Worker
 
 def make_router(studio: Studio, worker: Worker, metrics: Metrics, settings: ServerSettings) -> APIRouter:
     """The routes of a server."""
-    router = APIRouter()
+    api, router = _Api(studio, worker, metrics, settings), APIRouter()
+    router.get("/health")(api.health)
+    router.get("/metrics")(api.numbers)
+    router.get("/v1/models")(api.models)
+    router.get("/v1/models/{model}")(api.model)
+    for name, endpoint, body in (
+        ("generations", api.generations, _body(schemas.GenerationRequest)),
+        ("edits", api.edits, _body(schemas.EditRequest, "image", "mask")),
+        ("upscales", api.upscales, _body(schemas.UpscaleRequest, "image")),
+        ("captions", api.captions, _body(schemas.CaptionRequest, "image")),
+        ("scores", api.scores, _body(schemas.ScoreRequest, "image")),
+    ):
+        router.post(f"/v1/images/{name}", openapi_extra=body)(endpoint)
+    return router
 
-    @router.get("/health")
-    async def health() -> Response:
+
+class _Api:
+    """What the paths answer. The names and first lines of the methods stand in `/openapi.json`."""
+
+    def __init__(self, studio: Studio, worker: Worker, metrics: Metrics, settings: ServerSettings):
+        self.studio, self.worker, self.metrics, self.settings = studio, worker, metrics, settings
+
+    async def health(self) -> Response:
         """Whether the server takes requests: 200 or 503."""
-        status = "ok" if worker.is_alive else "stopping"
-        return JSONResponse({"status": status}, 200 if worker.is_alive else 503)
+        status = "ok" if self.worker.is_alive else "stopping"
+        return JSONResponse({"status": status}, 200 if self.worker.is_alive else 503)
 
-    @router.get("/metrics")
-    async def numbers() -> Response:
+    async def numbers(self) -> Response:
         """For Prometheus."""
-        return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
+        return Response(self.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
-    @router.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models(self) -> dict[str, Any]:
         """The one model, its sizes and styles."""
-        return {"object": "list", "data": [studio.describe()]}
+        return {"object": "list", "data": [self.studio.describe()]}
 
-    @router.get("/v1/models/{model}")
-    async def model(model: str) -> dict[str, Any]:
+    async def model(self, model: str) -> dict[str, Any]:
         """The same by its name."""
-        if model != studio.name:
+        if model != self.studio.name:
             raise ApiError(
-                404, f"There is no such model. This server has `{studio.name}`.", "model_not_found", "model"
+                404, f"There is no such model. This server has `{self.studio.name}`.", "model_not_found", "model"
             )
-        return studio.describe()
+        return self.studio.describe()
 
-    @router.post("/v1/images/generations", openapi_extra=_body(schemas.GenerationRequest))
-    async def generations(request: Request) -> Response:
+    async def generations(self, request: Request) -> Response:
         """Pictures of a prompt."""
-        with worker.place(request.state.upload) as place:
+        with self.worker.place(request.state.upload) as place:
             wanted = schemas.parse(schemas.GenerationRequest, await read_json(request), strict=True)
-            studio.check_generation(wanted)
-            made = await _result(request, place, "generation", studio.generation(wanted))
-            return await _pictures("generation", wanted, made)
+            self.studio.check_generation(wanted)
+            made = await _result(request, place, "generation", self.studio.generation(wanted))
+            return await self._pictures("generation", wanted, made)
 
-    @router.post("/v1/images/edits", openapi_extra=_body(schemas.EditRequest, "image", "mask"))
-    async def edits(request: Request) -> Response:
+    async def edits(self, request: Request) -> Response:
         """A part of a picture painted anew: what the mask marks, or what is transparent."""
-        with worker.place(request.state.upload) as place:
+        with self.worker.place(request.state.upload) as place:
             values, files = await read_form(request, ("image", "mask"))
             wanted = schemas.parse(schemas.EditRequest, values, strict=False)
-            [image] = await read_pictures(files, "image", settings)
+            [image] = await read_pictures(files, "image", self.settings)
             if files.get("mask"):
-                mask = as_mask((await read_pictures(files, "mask", settings))[0])
+                mask = as_mask((await read_pictures(files, "mask", self.settings))[0])
             elif opacity_of(image) is not None:
                 mask, image = as_mask(image), image.convert("RGBA")
             else:
@@ -78,68 +92,63 @@ def make_router(studio: Studio, worker: Worker, metrics: Metrics, settings: Serv
                     "mask",
                     "missing_parameter",
                 )
-            studio.check_edit(wanted, image, mask)
-            work = alone(functools.partial(studio.edit, wanted, image, mask))
+            self.studio.check_edit(wanted, image, mask)
+            work = alone(functools.partial(self.studio.edit, wanted, image, mask))
             made = await _result(request, place, "edit", work)
-            return await _pictures("edit", wanted, made)
+            return await self._pictures("edit", wanted, made)
 
-    @router.post("/v1/images/upscales", openapi_extra=_body(schemas.UpscaleRequest, "image"))
-    async def upscales(request: Request) -> Response:
+    async def upscales(self, request: Request) -> Response:
         """A picture enlarged."""
-        with worker.place(request.state.upload) as place:
+        with self.worker.place(request.state.upload) as place:
             values, files = await read_form(request, ("image",))
             wanted = schemas.parse(schemas.UpscaleRequest, values, strict=False)
-            [image] = await read_pictures(files, "image", settings)
-            studio.check_upscale(wanted, image)
-            made = await _result(request, place, "upscale", studio.enlargement(wanted, image))
-            return await _pictures("upscale", wanted, made)
+            [image] = await read_pictures(files, "image", self.settings)
+            self.studio.check_upscale(wanted, image)
+            made = await _result(request, place, "upscale", self.studio.enlargement(wanted, image))
+            return await self._pictures("upscale", wanted, made)
 
-    @router.post("/v1/images/captions", openapi_extra=_body(schemas.CaptionRequest, "image"))
-    async def captions(request: Request) -> Response:
+    async def captions(self, request: Request) -> Response:
         """Captions of pictures."""
-        with worker.place(request.state.upload) as place:
+        with self.worker.place(request.state.upload) as place:
             values, files = await read_form(request, ("image",))
             wanted = schemas.parse(schemas.CaptionRequest, values, strict=False)
-            studio.check_caption(wanted, len(files.get("image", [])))
-            images = await read_pictures(files, "image", settings, most=settings.max_images)
-            work = alone(functools.partial(studio.caption, wanted, images))
+            self.studio.check_caption(wanted, len(files.get("image", [])))
+            images = await read_pictures(files, "image", self.settings, most=self.settings.max_images)
+            work = alone(functools.partial(self.studio.caption, wanted, images))
             found = await _result(request, place, "caption", work)
             data = [{"index": index, "captions": captions} for index, captions in enumerate(found)]
-            return JSONResponse({"object": "list", "model": studio.name, "data": data})
+            return JSONResponse({"object": "list", "model": self.studio.name, "data": data})
 
-    @router.post("/v1/images/scores", openapi_extra=_body(schemas.ScoreRequest, "image"))
-    async def scores(request: Request) -> Response:
+    async def scores(self, request: Request) -> Response:
         """How well texts describe a picture, best first."""
-        with worker.place(request.state.upload) as place:
+        with self.worker.place(request.state.upload) as place:
             values, files = await read_form(request, ("image",), lists=("prompt",))
             wanted = schemas.parse(schemas.ScoreRequest, values, strict=False)
-            studio.check_scores(wanted)
-            [image] = await read_pictures(files, "image", settings)
-            work = alone(functools.partial(studio.score, wanted, image))
+            self.studio.check_scores(wanted)
+            [image] = await read_pictures(files, "image", self.settings)
+            work = alone(functools.partial(self.studio.score, wanted, image))
             data = await _result(request, place, "score", work)
-            warnings = studio.warnings(prompt=" ".join(wanted.prompt))
-            return JSONResponse({"object": "list", "model": studio.name, "data": data, "warnings": warnings})
+            warnings = self.studio.warnings(prompt=" ".join(wanted.prompt))
+            return JSONResponse({"object": "list", "model": self.studio.name, "data": data, "warnings": warnings})
 
-    async def _pictures(kind: str, wanted: schemas.MakesPictures, made: list[Made]) -> Response:
-        metrics.pictures.labels(kind).inc(len(made))
+    async def _pictures(self, kind: str, wanted: schemas.MakesPictures, made: list[Made]) -> Response:
+        self.metrics.pictures.labels(kind).inc(len(made))
         form = (wanted.output_format, wanted.output_compression)
-        contents = await anyio.to_thread.run_sync(lambda: [studio.encode(one, *form) for one in made])
+        contents = await anyio.to_thread.run_sync(lambda: [self.studio.encode(one, *form) for one in made])
         data = [_entry(one, content) for one, content in zip(made, contents)]
         width, height = made[0].image.size
         return JSONResponse(
             {
                 "created": int(time.time()),
-                "model": studio.name,
+                "model": self.studio.name,
                 "size": f"{width}x{height}",
                 "output_format": wanted.output_format,
                 "data": data,
-                "warnings": studio.warnings(
+                "warnings": self.studio.warnings(
                     prompt=wanted.prompt, negative_prompt=getattr(wanted, "negative_prompt", None)
                 ),
             }
         )
-
-    return router
 
 
 def _entry(made: Made, content: bytes) -> dict[str, Any]:
