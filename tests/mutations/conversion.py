@@ -101,4 +101,25 @@ MUTATIONS = [
         'TRANSPOSED = ("quantize.embed_avg",)',
         "conversion/cogview/test_conversion_cogview.py",
     ),
+    Mutation(
+        "release: what an interrupted run wrote is another's",
+        "conversion/output_folder.py",
+        'is_continued = json.loads(progress.read_text(encoding="utf-8")) == {"source": source}',
+        "is_continued = False",
+        "conversion/cogview/test_conversion_cogview.py::test_an_interrupted_way_back_goes_on",
+    ),
+    Mutation(
+        "release: the iteration of a record becomes any path",
+        "conversion/release_folder.py",
+        'return recorded if re.fullmatch(ITERATION, recorded) else "1"',
+        "return recorded",
+        "conversion/cogview2/test_interruptions.py::test_the_iteration_of_a_record_is_no_path",
+    ),
+    Mutation(
+        "files: those that stand for others are read",
+        "conversion/job.py",
+        "if (foreign := describe_foreign_file(path)) is not None:",
+        "if (foreign := None) is not None:",
+        "conversion/cogview/test_conversion_cogview.py::test_what_stands_for_a_file_or_is_damaged_is_told",
+    ),
 ]

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ..foreign_files import describe_foreign_file
 from .errors import ConversionError
 from .output_folder import locked
 from .shapes import check_shapes, expected_shapes
@@ -121,6 +122,37 @@ class Job:
             shutil.rmtree(folder)
         self.enter(component, {"source_id": source_id(component)}, self.save_small(component, save))
 
+    def load(self, component: str, component_class: type):
+        """A component, or its configuration, of the folder, which may have been damaged since it was written."""
+        folder = self.output / component
+        return load_component(folder, component_class, " Delete it, and convert it again.")
+
+    def convert_text_tokenizer(self, path: Path, tokenizer_class: type, num_image_tokens: int) -> None:
+        """Write the tokenizer of a SentencePiece file, unless it is there."""
+        check_file(path, "text_tokenizer")
+        sha256 = hash_file(path)
+        source = source_id(tokenizer_class.__name__, sha256, num_image_tokens)
+        if self.is_done("tokenizer", source):
+            return
+        try:
+            tokenizer = tokenizer_class(path, num_image_tokens=num_image_tokens)
+        except ValueError as error:
+            raise ConversionError(str(error)) from error
+        files = self.save_small("tokenizer", tokenizer.save_pretrained)
+        pieces = tokenizer.num_pieces
+        entry = {"source": path.name, "source_id": source, "sha256": sha256, "pieces": pieces}
+        self.enter("tokenizer", entry, files)
+        self.say(f"tokenizer: {path.name}, {pieces} pieces, sha256 {sha256}")
+
+    def write_index(self, pipe) -> None:
+        """Make a pipeline of the folder: its index appears whole, after all that it names."""
+        partial = self.output / "index.partial"
+        shutil.rmtree(partial, ignore_errors=True)  # of a converter that was killed
+        pipe.save_config(partial)
+        (partial / INDEX_FILE).replace(self.output / INDEX_FILE)
+        shutil.rmtree(partial)
+        self.say(f"{self.output} is a {type(pipe).__name__}.")
+
     def write_model(
         self,
         component: str,
@@ -187,6 +219,33 @@ class Job:
             self.say(f"{component}: {entry['shards_reused']} shards of an interrupted run were verified and kept")
         if others:
             self.say(f"{component}: left out: {', '.join(others[:12])}{', ...' if len(others) > 12 else ''}")
+
+
+def check_file(path: Path, argument: str) -> None:
+    """
+    See that a file is there, and is not one that stands for it.
+
+    Raises:
+        ConversionError: If not.
+    """
+    if not path.is_file():
+        raise ConversionError(f"`{argument}` {path} does not exist.")
+    if (foreign := describe_foreign_file(path)) is not None:
+        raise ConversionError(f"`{argument}` {path} {foreign}")
+
+
+def load_component(folder: Path, component_class: type, what_to_do: str = ""):
+    """
+    What a class makes of a folder, whose files are not to be trusted.
+
+    Raises:
+        ConversionError: Whatever is wrong with them.
+    """
+    try:
+        return component_class.from_pretrained(folder)
+    except Exception as error:  # whatever a damaged file makes the loaders raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConversionError(f"{folder} cannot be read ({reason[:300]}).{what_to_do}") from error
 
 
 def verify(folder: str | Path, say: Callable[[str], None] = print) -> list[str]:

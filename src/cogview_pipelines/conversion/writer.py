@@ -248,13 +248,6 @@ def _continue_or_clear(partial: Path, source: str) -> dict:
 # Saved models, and files of the releases ---------------------------------------------------------------------------
 
 
-def new_path(path: Path) -> Path:
-    """The path, where nothing may be yet."""
-    if path.exists():
-        raise ConversionError(f"{path} exists already. Delete it, or choose another output folder.")
-    return path
-
-
 def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a saved model, mapped from its files: they are read when they are used."""
     index = folder / "model.safetensors.index.json"

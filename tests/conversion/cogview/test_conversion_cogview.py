@@ -18,6 +18,7 @@ from cogview_pipelines.conversion import (
     verify,
     writer,
 )
+from cogview_pipelines.conversion.cogview import to_release
 from cogview_pipelines.conversion.cogview.layout import released_transformer_key, transformer_key
 
 FIXTURES = Path(__file__).parents[2] / "parity" / "cogview" / "fixtures"
@@ -159,6 +160,42 @@ def test_an_interrupted_conversion_goes_on_and_leaves_nothing_half_written(tmp_p
     assert all(torch.equal(loaded[transformer_key(key)].to(value.dtype), value) for key, value in expected.items())
 
 
+def test_an_interrupted_way_back_goes_on(tmp_path, monkeypatch):
+    convert(tmp_path / "out", base=TINY, image_tokenizer=VQ)
+    original = to_release._write_image_tokenizer
+
+    def fails(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(to_release, "_write_image_tokenizer", fails)
+    with pytest.raises(KeyboardInterrupt):
+        convert_cogview_to_release(tmp_path / "out", tmp_path / "back", say=lambda line: None)
+    monkeypatch.setattr(to_release, "_write_image_tokenizer", original)
+    lines = []
+    with pytest.raises(ConversionError, match="cogview-base exists already"):  # it is another conversion
+        convert_cogview_to_release(tmp_path / "out", tmp_path / "back", dtype=torch.bfloat16, say=lines.append)
+    written = convert_cogview_to_release(tmp_path / "out", tmp_path / "back", say=lines.append)
+    assert {path.name for path in written} == {"cogview-base", "vqvae.pt", "cog-pretrain.model"}
+    assert lines[-1].endswith("cogview-base: already written by a run that was interrupted")
+    assert all(path.exists() for path in written)
+
+
+def test_what_stands_for_a_file_or_is_damaged_is_told(tmp_path):
+    (tmp_path / "file").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    for part in ("text_tokenizer", "image_tokenizer"):
+        with pytest.raises(ConversionError, match=f"`{part}` .* Git LFS pointer"):
+            convert(tmp_path / "none", **{part: tmp_path / "file"})
+    convert(tmp_path / "out", base=TINY)
+    with pytest.raises(ConversionError, match="`iteration` must be a number above 0, but is 0"):
+        convert_cogview_to_release(tmp_path / "out", tmp_path / "back", iteration=0, say=lambda line: None)
+    (tmp_path / "out" / "transformer" / "config.json").write_text("{")
+    with pytest.raises(ConversionError, match="transformer cannot be read"):
+        convert_cogview_to_release(tmp_path / "out", tmp_path / "back", say=lambda line: None)
+    (tmp_path / "out" / "tokenizer" / "tokenizer_config.json").write_text("[")
+    with pytest.raises(ConversionError, match=r"tokenizer cannot be read .* Delete it, and convert it again"):
+        convert_cogview_to_pipeline(tmp_path / "out", image_tokenizer=VQ, say=lambda line: None)
+
+
 def rewritten(path, change):
     """The checkpoint with something changed."""
     module = released_module(TINY)
@@ -218,3 +255,6 @@ def test_scripts_convert_there_verify_and_back(tmp_path, capsys):
     assert back(["--pipeline", str(out), "--output", str(tmp_path / "back")]) == 0
     assert there(["--output", str(out), "--base", str(tmp_path / "nothing")]) == 1
     assert "does not exist" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        there(["--output", str(out), "--base", str(TINY), "--max_shard_size", "-1"])
+    assert "must be a number of GiB above 0" in capsys.readouterr().err

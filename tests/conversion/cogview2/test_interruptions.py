@@ -9,6 +9,7 @@ import pytest
 
 from cogview_pipelines.conversion import ConversionError, convert_to_pipeline, convert_to_release, verify
 from cogview_pipelines.conversion.output_folder import LOCK_FILE, locked
+from cogview_pipelines.conversion.release_folder import choose_iteration
 
 from ...child_processes import count_changes, kill_before_change
 from ..conftest import FIXTURES, NUM_IMAGE_TOKENS
@@ -178,14 +179,11 @@ def test_a_record_that_is_none_is_refused(parts, pipeline, kind):
 
 def test_the_iteration_of_a_record_is_no_path(pipeline, tmp_path):
     """It becomes the name of a folder on the way back."""
-    from cogview_pipelines.conversion.cogview2.layout import STAGES
-    from cogview_pipelines.conversion.cogview2.to_release import _iteration
-
     record = json.loads((pipeline / "conversion.json").read_text())
-    assert _iteration(pipeline, STAGES[0]) == "7"
+    assert choose_iteration(pipeline, "transformer", None) == "7"
     record["components"]["transformer"]["iteration"] = "../../elsewhere"
     (pipeline / "conversion.json").write_text(json.dumps(record))
-    assert _iteration(pipeline, STAGES[0]) == "1"
+    assert choose_iteration(pipeline, "transformer", None) == "1"
 
 
 DAMAGED = [

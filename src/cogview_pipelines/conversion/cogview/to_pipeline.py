@@ -1,6 +1,5 @@
 """From the released files of CogView to a folder that its pipelines load."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,11 +8,10 @@ import torch
 from ...models.cogview.modeling_cogview import CogViewModel
 from ...models.cogview.tokenization_cogview import CogViewTokenizer
 from ...models.image_tokenizers.modeling_cogview_vq import CogViewVQModel
-from ..job import Job, source_id
+from ..job import Job, check_file, source_id
 from ..reader import ConversionError, LoadedTensor, read_module
 from ..released_models import ReleasedModel, open_released_model
 from ..shapes import expected_shapes
-from ..writer import hash_file
 from . import layout
 
 
@@ -65,10 +63,10 @@ def convert_to_pipeline(
         raise ConversionError("Nothing to convert: give at least one of the released files.")
     with Job.start(output, dtype, max_shard_size, strict, say) as job:
         if text_tokenizer is not None:
-            _convert_text_tokenizer(job, Path(text_tokenizer), num_image_tokens)
+            job.convert_text_tokenizer(Path(text_tokenizer), CogViewTokenizer, num_image_tokens)
         if image_tokenizer is not None:
             _convert_image_tokenizer(job, Path(image_tokenizer))
-        command_token_id = _command_token_id(job.output)
+        command_token_id = _command_token_id(job)
         for component, path in paths.items():
             if path is not None:
                 with open_released_model(path, scratch=job.output, several_ranks=True) as model:
@@ -79,26 +77,8 @@ def convert_to_pipeline(
         return job.record
 
 
-def _convert_text_tokenizer(job: Job, path: Path, num_image_tokens: int) -> None:
-    if not path.is_file():
-        raise ConversionError(f"`text_tokenizer` {path} does not exist.")
-    sha256 = hash_file(path)
-    source = source_id("cogview tokenizer", sha256, num_image_tokens)
-    if job.is_done("tokenizer", source):
-        return
-    try:
-        tokenizer = CogViewTokenizer(path, num_image_tokens=num_image_tokens)
-    except ValueError as error:
-        raise ConversionError(str(error)) from error
-    files = job.save_small("tokenizer", tokenizer.save_pretrained)
-    entry = {"source": path.name, "source_id": source, "sha256": sha256, "pieces": tokenizer.num_pieces}
-    job.enter("tokenizer", entry, files)
-    job.say(f"tokenizer: {path.name}, {tokenizer.num_pieces} pieces, sha256 {sha256}")
-
-
 def _convert_image_tokenizer(job: Job, path: Path) -> None:
-    if not path.is_file():
-        raise ConversionError(f"`image_tokenizer` {path} does not exist.")
+    check_file(path, "image_tokenizer")
     with path.open("rb") as file:
         released, others, fingerprint = read_module(file, str(path), is_bare=True)
         source = source_id("cogview vqvae", fingerprint, path.stat().st_size, job.max_shard_size)
@@ -115,10 +95,10 @@ def _convert_image_tokenizer(job: Job, path: Path) -> None:
         job.report("vqvae", entry, others)
 
 
-def _command_token_id(output: Path) -> int:
-    if not (output / "tokenizer").is_dir():
+def _command_token_id(job: Job) -> int:
+    if not (job.output / "tokenizer").is_dir():
         return layout.RELEASED_COMMAND_TOKEN_ID
-    return CogViewTokenizer.from_pretrained(output / "tokenizer").command_token_id
+    return job.load("tokenizer", CogViewTokenizer).command_token_id
 
 
 def _convert_transformer(
@@ -158,17 +138,18 @@ def _write_index(job: Job) -> None:
     from ...pipelines.cogview.pipeline_cogview_caption import CogViewCaptionPipeline
     from ...pipelines.cogview.pipeline_cogview_upscale import CogViewUpscalePipeline
 
-    components, output = job.record["components"], job.output
+    components = job.record["components"]
     there = [name for name in layout.STAGES if name in components]
     missing = [name for name in ("tokenizer", "vqvae") if name not in components]
     if missing or not there:
         job.say(f"The folder is no pipeline yet: {', '.join(missing or ['a transformer'])} must be converted too.")
         return
-    parts: dict[str, object] = {"tokenizer": CogViewTokenizer.from_pretrained(output / "tokenizer")}
+    parts: dict[str, object] = {"tokenizer": job.load("tokenizer", CogViewTokenizer)}
     for name in ("vqvae", *there):
         model_class = CogViewVQModel if name == "vqvae" else CogViewModel
+        config = job.load(name, model_class.config_class)
         with torch.device("meta"):
-            parts[name] = model_class(model_class.config_class.from_pretrained(output / name))
+            parts[name] = model_class(config)
     codes, wanted = parts["vqvae"].config.num_embeddings, parts[there[0]].config.num_image_tokens
     if codes != wanted:
         job.say(
@@ -188,9 +169,4 @@ def _write_index(job: Job) -> None:
     else:  # one that can do something with what is there
         kind = CogViewUpscalePipeline if "super_resolution_transformer" in there else CogViewCaptionPipeline
         pipe = kind(**{name: part for name, part in parts.items() if name in kind._get_signature_keys(kind)[0]})
-    partial = output / "index.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # of a converter that was killed
-    pipe.save_config(partial)
-    (partial / "model_index.json").replace(output / "model_index.json")
-    shutil.rmtree(partial)
-    job.say(f"{output} is a {type(pipe).__name__}.")
+    job.write_index(pipe)

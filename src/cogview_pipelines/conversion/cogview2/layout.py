@@ -149,7 +149,38 @@ def transformer_config(
             )
     vocab_size, hidden_size = sizes_of(tensors, "word_embeddings.weight", 2, name)
     num_positions, _ = sizes_of(tensors, "position_embeddings.weight", 2, name)
-    found = {"num_layers": count_layers(tensors, name), "hidden_size": hidden_size}
+    num_layers = count_layers(tensors, name)
+    heads = _check_released_config(released_config, {"num_layers": num_layers, "hidden_size": hidden_size}, name)
+    if boi_token_id + 2 >= vocab_size:
+        raise ConversionError(
+            f"{name}: <start_of_image> is token {boi_token_id}, but there are only {vocab_size} rows of word "
+            "embeddings. Give the text "
+            "tokenizer that belongs to this checkpoint."
+        )
+    config_class, own = CogLMConfig, {}
+    if stage.super_resolution is not None:
+        config_class, own = CogLMCanvasConfig, {"super_resolution": stage.super_resolution}
+    try:
+        return config_class(
+            **own,
+            vocab_size=vocab_size,
+            num_image_tokens=num_image_tokens,
+            hidden_size=hidden_size,
+            num_hidden_layers=num_layers,
+            num_attention_heads=heads,
+            intermediate_size=_intermediate_size(tensors, hidden_size),
+            max_position_embeddings=num_positions,
+            boi_token_id=boi_token_id,
+            start_of_english_token_id=boi_token_id + 1,
+            start_of_chinese_token_id=boi_token_id + 2,
+            pad_token_id=num_image_tokens + 3,
+        )
+    except ValueError as error:
+        raise ConversionError(f"{name} is no CogView2 transformer: {error}") from error
+
+
+def _check_released_config(released_config: Mapping[str, Any], found: Mapping[str, int], name: str) -> int:
+    """The number of heads, if `model_config.json` does not contradict what was found in the tensors."""
     for key, value in found.items():
         if released_config.get(key, value) != value:
             raise ConversionError(
@@ -166,39 +197,14 @@ def transformer_config(
             raise ConversionError(
                 f"{name}: `model_config.json` has `{key}` = {_told(released_config[key])}; only {value!r} is CogView2."
             )
-    heads = released_config.get("num_attention_heads")
-    if not isinstance(heads, int) or heads < 1 or hidden_size % heads:
+    heads, width = released_config.get("num_attention_heads"), found["hidden_size"]
+    if not isinstance(heads, int) or heads < 1 or width % heads:
         raise ConversionError(
-            f"{name}: `num_attention_heads` must be a divisor of the width {hidden_size}, but `model_config.json` "
-            f"says {_told(heads)}. The tensors do not tell it; put the file that belongs to this checkpoint beside "
+            f"{name}: `num_attention_heads` must be a divisor of the width {width}, but `model_config.json` says "
+            f"{_told(heads)}. The tensors do not tell it; put the file that belongs to this checkpoint beside "
             "`latest`."
         )
-    if boi_token_id + 2 >= vocab_size:
-        raise ConversionError(
-            f"{name}: <start_of_image> is token {boi_token_id}, but there are only {vocab_size} rows of word "
-            "embeddings. Give the text "
-            "tokenizer that belongs to this checkpoint."
-        )
-    config_class, own = CogLMConfig, {}
-    if stage.super_resolution is not None:
-        config_class, own = CogLMCanvasConfig, {"super_resolution": stage.super_resolution}
-    try:
-        return config_class(
-            **own,
-            vocab_size=vocab_size,
-            num_image_tokens=num_image_tokens,
-            hidden_size=hidden_size,
-            num_hidden_layers=found["num_layers"],
-            num_attention_heads=heads,
-            intermediate_size=_intermediate_size(tensors, hidden_size),
-            max_position_embeddings=num_positions,
-            boi_token_id=boi_token_id,
-            start_of_english_token_id=boi_token_id + 1,
-            start_of_chinese_token_id=boi_token_id + 2,
-            pad_token_id=num_image_tokens + 3,
-        )
-    except ValueError as error:
-        raise ConversionError(f"{name} is no CogView2 transformer: {error}") from error
+    return heads
 
 
 def _told(value: object) -> str:

@@ -3,19 +3,17 @@
 import importlib.resources
 import io
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ...foreign_files import describe_foreign_file
 from ...models.cogview2.modeling_coglm import CogLMConfig
 from ...models.cogview2.tokenization_icetk import IcetkTokenizer
 from ...schedulers.scheduling_lopar import LoPARScheduler
 from ..errors import ConversionError
-from ..job import INDEX_FILE, RECORD_FILE, Job, source_id
+from ..job import RECORD_FILE, Job, check_file, source_id
 from ..reader import LoadedTensor, read_module
 from ..released_models import ReleasedModel, open_released_model
 from ..writer import Tensors, hash_file, hash_tensor
@@ -80,10 +78,10 @@ def convert_to_pipeline(
         )
     with Job.start(output, dtype, max_shard_size, strict, say) as job:
         if text_tokenizer is not None:
-            _convert_text_tokenizer(job, Path(text_tokenizer), num_image_tokens)
+            job.convert_text_tokenizer(Path(text_tokenizer), IcetkTokenizer, num_image_tokens)
         if image_tokenizer is not None:
             _convert_image_tokenizer(job, Path(image_tokenizer), cluster_labels)
-        boi_token_id = _boi_token_id(job.output)
+        boi_token_id = _boi_token_id(job)
         for stage in STAGES:
             if paths[stage.component] is not None:
                 with open_released_model(paths[stage.component], scratch=job.output) as model:
@@ -98,25 +96,6 @@ def convert_to_pipeline(
 # Components ----------------------------------------------------------------------------------------------------------
 
 
-def _convert_text_tokenizer(job: Job, path: Path, num_image_tokens: int) -> None:
-    if not path.is_file():
-        raise ConversionError(f"`text_tokenizer` {path} does not exist.")
-    if (foreign := describe_foreign_file(path)) is not None:
-        raise ConversionError(f"`text_tokenizer` {path} {foreign}")
-    sha256 = hash_file(path)
-    source = source_id("tokenizer", sha256, num_image_tokens)
-    if job.is_done("tokenizer", source):
-        return
-    try:
-        tokenizer = IcetkTokenizer(path, num_image_tokens=num_image_tokens)
-    except ValueError as error:
-        raise ConversionError(str(error)) from error
-    files = job.save_small("tokenizer", tokenizer.save_pretrained)
-    entry = {"source": path.name, "source_id": source, "sha256": sha256, "pieces": len(tokenizer) - num_image_tokens}
-    job.enter("tokenizer", entry, files)
-    job.say(f"tokenizer: {path.name}, {len(tokenizer) - num_image_tokens} pieces, sha256 {sha256}")
-
-
 def _read_cluster_labels(path: str | Path, num_codes: int) -> torch.Tensor:
     labels = _read_integers(Path(path), num_codes)
     if not np.array_equal(np.unique(labels), np.arange(len(np.unique(labels)))):
@@ -126,10 +105,7 @@ def _read_cluster_labels(path: str | Path, num_codes: int) -> torch.Tensor:
 
 def _read_integers(path: Path, count: int) -> np.ndarray:
     """A `.npy` file of so many integers; nothing of another size is read."""
-    if not path.is_file():
-        raise ConversionError(f"`cluster_labels` {path} does not exist.")
-    if (foreign := describe_foreign_file(path)) is not None:
-        raise ConversionError(f"`cluster_labels` {path} {foreign}")
+    check_file(path, "cluster_labels")
     try:
         with path.open("rb") as file:
             file = io.BytesIO(file.read(8 * count + 2**16))  # a header that promises more finds no more
@@ -152,8 +128,7 @@ def _read_integers(path: Path, count: int) -> np.ndarray:
 
 
 def _convert_image_tokenizer(job: Job, path: Path, cluster_labels: str | Path) -> None:
-    if not path.is_file():
-        raise ConversionError(f"`image_tokenizer` {path} does not exist.")
+    check_file(path, "image_tokenizer")
     with path.open("rb") as file:
         released, others, fingerprint = read_module(file, str(path))
         tensors: Tensors = {layout.image_tokenizer_key(key): tensor for key, tensor in released.items()}
@@ -204,7 +179,7 @@ def _convert_transformer(
     released_config = model.config
     if "num_attention_heads" not in released_config and (job.output / "transformer/config.json").is_file():
         # the original code, too, reads the sizes of all three from CogLM's file
-        heads = _load(job.output, "transformer", CogLMConfig).num_attention_heads
+        heads = job.load("transformer", CogLMConfig).num_attention_heads
         released_config = {**released_config, "num_attention_heads": heads}
     config = layout.transformer_config(tensors, released_config, stage, boi_token_id, num_image_tokens, name)
     settings = (
@@ -273,21 +248,10 @@ def _equal_backbone(tensors: Tensors, hashes: Mapping[str, str], say: Callable[[
 # The pipeline --------------------------------------------------------------------------------------------------------
 
 
-def _boi_token_id(output: Path) -> int | None:
-    if not (output / "tokenizer").is_dir():
+def _boi_token_id(job: Job) -> int | None:
+    if not (job.output / "tokenizer").is_dir():
         return None
-    return _load(output, "tokenizer", IcetkTokenizer).boi_token_id
-
-
-def _load(output: Path, component: str, component_class: type):
-    """A component, or its configuration, of the folder, which may have been damaged since it was written."""
-    try:
-        return component_class.from_pretrained(output / component)
-    except Exception as error:  # whatever a damaged file makes the loaders raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConversionError(
-            f"{output / component} cannot be read ({reason[:300]}). Delete it, and convert it again."
-        ) from error
+    return job.load("tokenizer", IcetkTokenizer).boi_token_id
 
 
 def released_styles() -> dict:
@@ -305,16 +269,16 @@ def _write_index(job: Job) -> None:
     if missing:
         job.say(f"The folder is no pipeline yet: {', '.join(missing)} must be converted too.")
         return
-    parts: dict[str, object] = {"tokenizer": _load(output, "tokenizer", IcetkTokenizer)}
+    parts: dict[str, object] = {"tokenizer": job.load("tokenizer", IcetkTokenizer)}
     for name in ("vqvae", *(stage.component for stage in STAGES)):
         if name in components:
             model_class = layout.model_class_of(name)
-            config = _load(output, name, model_class.config_class)
+            config = job.load(name, model_class.config_class)
             with torch.device("meta"):
                 parts[name] = model_class(config)
     for stage in STAGES:
         if stage.scheduler in components:
-            parts[stage.scheduler] = _load(output, stage.scheduler, LoPARScheduler)
+            parts[stage.scheduler] = job.load(stage.scheduler, LoPARScheduler)
     codes, wanted = parts["vqvae"].config.num_embeddings, parts["transformer"].config.num_image_tokens
     if codes != wanted:
         job.say(
@@ -335,10 +299,4 @@ def _write_index(job: Job) -> None:
         raise ConversionError(
             f"{output / 'direct_sr_transformer'} shares the backbone of another CogLM. Delete and convert it again."
         )
-    pipe = CogView2Pipeline(**parts, **released_styles())
-    partial = output / "index.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    pipe.save_config(partial)
-    (partial / INDEX_FILE).replace(output / INDEX_FILE)
-    shutil.rmtree(partial)
-    job.say(f"{output} is a CogView2Pipeline.")
+    job.write_index(CogView2Pipeline(**parts, **released_styles()))

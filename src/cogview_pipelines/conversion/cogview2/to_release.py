@@ -1,8 +1,6 @@
 """From a `CogView2Pipeline` folder to the files that the original code reads."""
 
 import json
-import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,9 +8,8 @@ import numpy as np
 import torch
 
 from ..errors import ConversionError
-from ..job import read_record, source_id
-from ..output_folder import continued, locked
-from ..released_models import ITERATION, WEIGHTS_FILE
+from ..job import load_component
+from ..release_folder import choose_iteration, copy_file, release_folder, write_checkpoint
 from ..writer import load_tensors, save_state_dict
 from . import layout
 from .layout import STAGES, Stage
@@ -47,8 +44,6 @@ def convert_to_release(
     Raises:
         ConversionError: If the original code could not run the model, or something is there already.
     """
-    if iteration is not None and not re.fullmatch(ITERATION, str(iteration)):
-        raise ConversionError(f"`iteration` must be a number above 0, but is {iteration}.")
     pipeline = Path(pipeline)
     stages = [stage for stage in STAGES if (pipeline / stage.component).is_dir()]
     targets = [stage.released_name for stage in stages]
@@ -58,45 +53,23 @@ def convert_to_release(
         targets.append(TEXT_FILE)
     if not targets:
         raise ConversionError(f"{pipeline} has no component of a CogView2Pipeline.")
-    source = _source_id(pipeline, iteration, dtype)
-    with locked(output) as output, continued(output, source, targets) as there:
+    with release_folder(pipeline, output, targets, iteration, dtype) as (output, there):
         for stage in stages:
             if stage.released_name not in there:
-                _write_transformer(pipeline, output, stage, iteration, dtype, say)
+                step = choose_iteration(pipeline, stage.component, iteration)
+                say(_write_transformer(pipeline, output / stage.released_name, stage, step, dtype))
         if IMAGE_FILE in targets and not {IMAGE_FILE, LABELS_FILE} <= there:
-            _write_image_tokenizer(pipeline / "vqvae", output, say)
+            say(_write_image_tokenizer(pipeline / "vqvae", output))
         if TEXT_FILE in targets and TEXT_FILE not in there:
-            temporary = output / f"{TEXT_FILE}.tmp"
-            shutil.copyfile(pipeline / "tokenizer" / TEXT_FILE, temporary)
-            temporary.replace(output / TEXT_FILE)
-            say(f"{output / TEXT_FILE}")
+            say(copy_file(pipeline / "tokenizer" / TEXT_FILE, output / TEXT_FILE))
         for name in sorted(there):
             say(f"{output / name}: already written by a run that was interrupted")
     return [output / name for name in targets]
 
 
-def _source_id(pipeline: Path, *settings: object) -> str:
-    """Identifies what is converted and how: files by size and time of their last change."""
-    files = sorted(path for path in pipeline.glob("*/*") if path.is_file())
-    parts = [(str(path.relative_to(pipeline)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return source_id(parts, *map(str, settings))
-
-
-def _iteration(pipeline: Path, stage: Stage) -> str:
-    try:
-        iteration = read_record(pipeline)["components"][stage.component]["iteration"]
-    except (ConversionError, KeyError):
-        return "1"
-    return iteration if re.fullmatch(ITERATION, iteration) else "1"  # it is to be the name of a folder
-
-
 def _read_config(folder: Path, config_class: type[layout.CogLMConfig], stage: Stage) -> layout.CogLMConfig:
     """The configuration of a component folder, which must be that of its stage."""
-    try:
-        config = config_class.from_pretrained(folder)
-    except Exception as error:  # whatever a damaged file makes the loaders raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConversionError(f"{folder}: {reason[:300]}") from None
+    config = load_component(folder, config_class)
     found = getattr(config, "super_resolution", None)
     if found != stage.super_resolution:
         raise ConversionError(
@@ -105,8 +78,8 @@ def _read_config(folder: Path, config_class: type[layout.CogLMConfig], stage: St
     return config
 
 
-def _write_transformer(pipeline, output, stage, iteration, dtype, say) -> Path:
-    folder, target = pipeline / stage.component, output / stage.released_name
+def _write_transformer(pipeline: Path, target: Path, stage: Stage, step: str, dtype: torch.dtype | None) -> str:
+    folder = pipeline / stage.component
     model_class = layout.model_class_of(stage.component)
     config = _read_config(folder, model_class.config_class, stage)
     released_config = layout.released_config(config, stage)
@@ -123,28 +96,12 @@ def _write_transformer(pipeline, output, stage, iteration, dtype, say) -> Path:
     tensors = {layout.released_transformer_key(key): value for key, value in tensors.items() if key not in surplus}
     if dtype is not None:
         tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
-    step = str(iteration) if iteration is not None else _iteration(pipeline, stage)
-    partial = target.with_name(target.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    (partial / step).mkdir(parents=True)
-    save_state_dict(tensors, partial / step / WEIGHTS_FILE)
-    (partial / "model_config.json").write_text(json.dumps(released_config, indent=4) + "\n")
-    (partial / "latest").write_text(step)
-    partial.replace(target)
-    say(
-        f"{target}: iteration {step}, {len(tensors)} tensors, "
-        f"{sum(tensor.numel() for tensor in tensors.values()):,} parameters"
-    )
-    return target
+    texts = {"model_config.json": json.dumps(released_config, indent=4) + "\n", "latest": step}
+    return write_checkpoint(target, tensors, step, texts)
 
 
-def _write_image_tokenizer(folder: Path, output: Path, say: Callable[[str], None]) -> list[Path]:
-    try:
-        config = layout.IcetkVQConfig.from_pretrained(folder)
-    except Exception as error:  # as above
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConversionError(f"{folder}: {reason[:300]}") from None
+def _write_image_tokenizer(folder: Path, output: Path) -> str:
+    config = load_component(folder, layout.IcetkVQConfig)
     released = layout.IcetkVQConfig(
         num_embeddings=config.num_embeddings, embedding_dim=config.embedding_dim, base_channels=config.base_channels
     )
@@ -179,5 +136,6 @@ def _write_image_tokenizer(folder: Path, output: Path, say: Callable[[str], None
     with temporary.open("wb") as file:
         np.save(file, labels.numpy())
     temporary.replace(clusters)
-    say(f"{image}: {len(tensors)} tensors, {config.num_embeddings} codes; {clusters}: {config.num_clusters} clusters")
-    return [image, clusters]
+    return (
+        f"{image}: {len(tensors)} tensors, {config.num_embeddings} codes; {clusters}: {config.num_clusters} clusters"
+    )
