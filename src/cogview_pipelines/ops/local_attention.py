@@ -162,68 +162,95 @@ def _window_attention(query, keys: KeySet, bias, query_grid) -> Piece:
     its queries, and a mask removes what is not in the window of each. Scores therefore grow with the positions times
     the window and a constant border.
     """
-    key_grid, kernel_size = keys.grid, keys.kernel_size
-    ratio = [size // coarse for size, coarse in zip(query_grid, key_grid, strict=True)]
-    key_tile = [min(-(-_REFERENCE_TILE // r), coarse) for r, coarse in zip(ratio, key_grid, strict=True)]
-    tile = [r * size for r, size in zip(ratio, key_tile, strict=True)]
-    tiles = [-(-size // edge) for size, edge in zip(query_grid, tile, strict=True)]
-    reach = [min(kernel // 2, coarse - 1) for kernel, coarse in zip(kernel_size, key_grid, strict=True)]
-    covered = [edge + 2 * border for edge, border in zip(key_tile, reach, strict=True)]
-    batch_size, _, num_heads, head_dim = query.shape
-
-    def on_grid(tensor, grid, before, after):  # (batch_size, positions, heads, width)
-        tensor = tensor.unflatten(1, tuple(grid))
-        return F.pad(tensor, (0, 0, 0, 0, before[1], after[1], before[0], after[0]))
-
-    def key_tiles(tensor):
-        after = [n * edge + border - size for n, edge, border, size in zip(tiles, key_tile, reach, key_grid)]
-        tensor = on_grid(tensor, key_grid, reach, after)
-        tensor = tensor.unfold(1, covered[0], key_tile[0]).unfold(2, covered[1], key_tile[1])
-        tensor = tensor.permute(
-            0, 3, 1, 2, 5, 6, 4
-        )  # (batch_size, heads, tiles down and across, rows, columns, width)
-        return tensor.reshape(-1, covered[0] * covered[1], tensor.shape[-1])
-
-    after = [n * edge - size for n, edge, size in zip(tiles, tile, query_grid, strict=True)]
-    queries = on_grid(query, query_grid, (0, 0), after)
-    queries = queries.reshape(batch_size, tiles[0], tile[0], tiles[1], tile[1], num_heads, head_dim)
-    queries = queries.permute(0, 5, 1, 3, 2, 4, 6).reshape(-1, tile[0] * tile[1], head_dim)
-    scores = torch.bmm(queries, key_tiles(keys.key).transpose(1, 2))
-
-    def rows_and_columns(axis):
-        """Coordinates along one axis: of the queries and of the keys of each tile."""
-        start = torch.arange(tiles[axis], device=query.device)[:, None]
-        query_cells = start * tile[axis] + torch.arange(tile[axis], device=query.device)
-        key_cells = start * key_tile[axis] - reach[axis] + torch.arange(covered[axis], device=query.device)
-        return query_cells, key_cells
-
-    (query_rows, key_rows), (query_columns, key_columns) = rows_and_columns(0), rows_and_columns(1)
-    mask = in_window(  # (tile rows, tile columns, query rows, query columns, key rows, key columns)
-        query_rows[:, None, :, None, None, None],
-        query_columns[None, :, None, :, None, None],
-        key_rows[:, None, None, None, :, None],
-        key_columns[None, :, None, None, None, :],
-        query_grid,
-        key_grid,
-        kernel_size,
-        keys.causal,
-    )
-    mask = mask.reshape(tiles[0] * tiles[1], *scores.shape[1:])
-    scores = scores.unflatten(0, (batch_size, num_heads, -1))
+    tiles = _Tiles(query_grid, keys)
+    cut = (len(query), query.shape[2], tiles.count)
+    scores = torch.bmm(tiles.of_queries(query), tiles.of_keys(keys.key).transpose(1, 2))
+    mask = tiles.mask(keys, query.device).reshape(tiles.count, *scores.shape[1:])
+    scores = scores.unflatten(0, cut)
     if bias is not None:
-        scores = scores + key_tiles(bias[:, :, None, None]).reshape(batch_size, 1, tiles[0] * tiles[1], 1, -1)
+        scores = scores + tiles.of_keys(bias[:, :, None, None]).reshape(len(query), 1, tiles.count, 1, -1)
     scores = scores.masked_fill(~mask, -math.inf).flatten(0, 2)
     weights, *sums = _softmax(scores)
-    output = torch.bmm(weights, key_tiles(keys.value))
+    output = torch.bmm(weights, tiles.of_keys(keys.value))
 
-    def untile(tensor, width):
-        tensor = tensor.reshape(batch_size, num_heads, tiles[0], tiles[1], tile[0], tile[1], width)
-        tensor = tensor.permute(0, 1, 2, 4, 3, 5, 6).reshape(
-            batch_size, num_heads, tiles[0] * tile[0], tiles[1] * tile[1], width
+    def joined(tensor):
+        return tiles.joined(tensor.unflatten(0, cut))
+
+    return joined(output).transpose(1, 2), *(joined(each.unsqueeze(-1)).squeeze(-1) for each in sums)
+
+
+class _Tiles:
+    """
+    Tiles of a grid of queries, and the rectangles of keys that their windows cover. All pairs are rows and columns.
+
+    Attributes:
+        tile, key_tile: Size of a tile, in queries and in the keys on which its windows are centred.
+        reach: How far windows go beyond that, in keys.
+        covered: Size of a rectangle of keys.
+        tiles, count: How many tiles there are, down and across, and in all.
+    """
+
+    def __init__(self, query_grid, keys: KeySet):
+        self.query_grid, self.key_grid = query_grid, keys.grid
+        ratio = [size // coarse for size, coarse in zip(query_grid, keys.grid, strict=True)]
+        self.key_tile = [min(-(-_REFERENCE_TILE // r), coarse) for r, coarse in zip(ratio, keys.grid, strict=True)]
+        self.tile = [r * size for r, size in zip(ratio, self.key_tile, strict=True)]
+        self.tiles = [-(-size // edge) for size, edge in zip(query_grid, self.tile, strict=True)]
+        self.reach = [min(size // 2, coarse - 1) for size, coarse in zip(keys.kernel_size, keys.grid, strict=True)]
+        self.covered = [edge + 2 * border for edge, border in zip(self.key_tile, self.reach, strict=True)]
+        self.count = math.prod(self.tiles)
+
+    def of_queries(self, query):
+        """`(batch_size, positions, heads, width)` as `(batch_size * heads * count, queries, width)`."""
+        after = [n * edge - size for n, edge, size in zip(self.tiles, self.tile, self.query_grid, strict=True)]
+        query = _padded(query, self.query_grid, (0, 0), after)
+        query = query.unflatten(2, (self.tiles[1], self.tile[1])).unflatten(1, (self.tiles[0], self.tile[0]))
+        return query.permute(0, 5, 1, 3, 2, 4, 6).reshape(-1, math.prod(self.tile), query.shape[-1])
+
+    def of_keys(self, tensor):
+        """`(batch_size, keys, heads, width)` as `(batch_size * heads * count, keys, width)`."""
+        sizes = zip(self.tiles, self.key_tile, self.reach, self.key_grid, strict=True)
+        after = [n * edge + border - size for n, edge, border, size in sizes]
+        tensor = _padded(tensor, self.key_grid, self.reach, after)
+        tensor = tensor.unfold(1, self.covered[0], self.key_tile[0]).unfold(2, self.covered[1], self.key_tile[1])
+        # to (batch_size, heads, tiles down and across, rows, columns, width)
+        return tensor.permute(0, 3, 1, 2, 5, 6, 4).reshape(-1, math.prod(self.covered), tensor.shape[4])
+
+    def mask(self, keys: KeySet, device):
+        """
+        Which keys of its rectangle each query sees, of shape `(tiles down, tiles across, query rows, query columns,
+        key rows, key columns)`.
+        """
+
+        def coordinates(axis):
+            start = torch.arange(self.tiles[axis], device=device)[:, None]
+            query_cells = start * self.tile[axis] + torch.arange(self.tile[axis], device=device)
+            key_cells = start * self.key_tile[axis] - self.reach[axis]
+            return query_cells, key_cells + torch.arange(self.covered[axis], device=device)
+
+        (query_rows, key_rows), (query_columns, key_columns) = coordinates(0), coordinates(1)
+        return in_window(
+            query_rows[:, None, :, None, None, None],
+            query_columns[None, :, None, :, None, None],
+            key_rows[:, None, None, None, :, None],
+            key_columns[None, :, None, None, None, :],
+            self.query_grid,
+            keys.grid,
+            keys.kernel_size,
+            keys.causal,
         )
-        return tensor[:, :, : query_grid[0], : query_grid[1]].flatten(2, 3)
 
-    return untile(output, head_dim).transpose(1, 2), *(untile(each, 1).squeeze(-1) for each in sums)
+    def joined(self, tensor):
+        """`(batch_size, heads, count, queries, width)` as `(batch_size, heads, positions, width)`."""
+        tensor = tensor.unflatten(3, self.tile).unflatten(2, self.tiles)
+        tensor = tensor.transpose(3, 4).flatten(4, 5).flatten(2, 3)
+        return tensor[:, :, : self.query_grid[0], : self.query_grid[1]].flatten(2, 3)
+
+
+def _padded(tensor, grid, before, after):
+    """`(batch_size, positions, ...)` on its grid, with so many rows and columns of zeros before and after it."""
+    tensor = tensor.unflatten(1, tuple(grid))
+    return F.pad(tensor, (0, 0, 0, 0, before[1], after[1], before[0], after[0]))
 
 
 def _float_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -5,16 +5,12 @@ Four convolutions each way and one codebook. Parameter names follow the released
 `encoder.i`, `dec.blocks.i` -> `decoder.i`, `quantize_t` -> `quantize`, whose codes are rows here).
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.distributed
 import torch.nn.functional as F
-from diffusers.utils import BaseOutput
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
 
 from ..loading import WholeModelMixin, check_count
 from .codebook import (
@@ -25,6 +21,7 @@ from .codebook import (
     nearest_codes,
     same_on_all_processes,
 )
+from .outputs import VQDecoderOutput, VQEncoderOutput, VQModelOutput
 
 CODEBOOK_TRAINING = ("moving_average", "nearest", "gumbel", "fixed")
 
@@ -89,41 +86,6 @@ class CogViewVQConfig(PreTrainedConfig):
     def compression_rates(self) -> tuple[int, ...]:
         """The one rate, as a choice of which other image tokenizers have several."""
         return (self.compression_rate,)
-
-
-@dataclass
-class CogViewVQEncoderOutput(BaseOutput):
-    """
-    Args:
-        tokens (`torch.LongTensor` of shape `(batch_size, height / rate, width / rate)`): Indices of the nearest codes.
-    """
-
-    tokens: torch.Tensor
-
-
-@dataclass
-class CogViewVQDecoderOutput(BaseOutput):
-    """
-    Args:
-        sample (`torch.Tensor` of shape `(batch_size, 3, height, width)`): RGB values in about 0..1, not clamped.
-    """
-
-    sample: torch.Tensor
-
-
-@dataclass
-class CogViewVQModelOutput(ModelOutput):
-    """
-    Args:
-        sample (`torch.Tensor` of shape `(batch_size, 3, height, width)`): Reconstruction, 0..1, not clamped.
-        tokens (`torch.LongTensor` of shape `(batch_size, height / rate, width / rate)`): The tokens in between.
-        commitment_loss (`torch.Tensor`): Scalar to add to the loss of the reconstruction: what the vectors pay for
-            their distance to the codes, and where codes have a gradient of their own, what these pay; weighted.
-    """
-
-    sample: torch.Tensor | None = None
-    tokens: torch.Tensor | None = None
-    commitment_loss: torch.Tensor | None = None
 
 
 class Codebook(nn.Module):
@@ -261,7 +223,7 @@ class CogViewVQModel(WholeModelMixin, PreTrainedModel):
             module.embed_avg.copy_(module.embed.weight)
             nn.init.zeros_(module.cluster_size)
 
-    def encode(self, pixel_values: torch.Tensor, compression_rate: int | None = None) -> CogViewVQEncoderOutput:
+    def encode(self, pixel_values: torch.Tensor, compression_rate: int | None = None) -> VQEncoderOutput:
         """
         Tokens of pictures.
 
@@ -271,7 +233,7 @@ class CogViewVQModel(WholeModelMixin, PreTrainedModel):
             compression_rate (`int`, *optional*): Pixels per token and axis; this model has one rate only.
 
         Returns:
-            [`CogViewVQEncoderOutput`]: `tokens` in raster order, `(batch_size, height / 8, width / 8)`.
+            [`VQEncoderOutput`]: `tokens` in raster order, `(batch_size, height / 8, width / 8)`.
 
         Raises:
             ValueError: If the sides are no multiples of 8, or another rate is asked for.
@@ -279,7 +241,7 @@ class CogViewVQModel(WholeModelMixin, PreTrainedModel):
         self._check_rate(compression_rate)
         features = self.encode_features(pixel_values)
         tokens, _ = self.quantize.nearest(features.flatten(0, 2))
-        return CogViewVQEncoderOutput(tokens=tokens.view(features.shape[:3]))
+        return VQEncoderOutput(tokens=tokens.view(features.shape[:3]))
 
     def encode_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """What is quantised: `(batch_size, 3, height, width)` -> `(batch_size, rows, columns, embedding_dim)`."""
@@ -287,7 +249,7 @@ class CogViewVQModel(WholeModelMixin, PreTrainedModel):
         mean, std = image_statistics(self.config.image_mean, self.config.image_std, pixel_values)
         return self.encoder(((pixel_values - mean) / std).to(self.dtype)).movedim(1, -1)
 
-    def decode(self, tokens: torch.Tensor, compression_rate: int | None = None) -> CogViewVQDecoderOutput:
+    def decode(self, tokens: torch.Tensor, compression_rate: int | None = None) -> VQDecoderOutput:
         """
         Pictures of tokens.
 
@@ -297,16 +259,16 @@ class CogViewVQModel(WholeModelMixin, PreTrainedModel):
             compression_rate (`int`, *optional*): As for `encode`.
 
         Returns:
-            [`CogViewVQDecoderOutput`]: `sample`, `(batch_size, 3, rows * 8, columns * 8)`, not clamped.
+            [`VQDecoderOutput`]: `sample`, `(batch_size, 3, rows * 8, columns * 8)`, not clamped.
 
         Raises:
             ValueError: If a code is out of range, flat codes are no square, or another rate is asked for.
         """
         self._check_rate(compression_rate)
         embeddings = self.quantize.embed(as_grids(tokens, self.config.num_embeddings))
-        return CogViewVQDecoderOutput(sample=self._decode_embeddings(embeddings))
+        return VQDecoderOutput(sample=self._decode_embeddings(embeddings))
 
-    def forward(self, pixel_values: torch.Tensor, compression_rate: int | None = None) -> CogViewVQModelOutput:
+    def forward(self, pixel_values: torch.Tensor, compression_rate: int | None = None) -> VQModelOutput:
         """
         Encode and decode, differentiable as `config.codebook_training` says.
 
@@ -315,13 +277,13 @@ class CogViewVQModel(WholeModelMixin, PreTrainedModel):
             compression_rate (`int`, *optional*): As for `encode`.
 
         Returns:
-            [`CogViewVQModelOutput`]: `sample`, `tokens` and `commitment_loss`.
+            [`VQModelOutput`]: `sample`, `tokens` and `commitment_loss`.
         """
         self._check_rate(compression_rate)
         features = self.encode_features(pixel_values)
         codes, tokens, loss = self.quantize(features.flatten(0, 2))
         sample = self._decode_embeddings(codes.view(features.shape))
-        return CogViewVQModelOutput(sample=sample, tokens=tokens.view(features.shape[:3]), commitment_loss=loss)
+        return VQModelOutput(sample=sample, tokens=tokens.view(features.shape[:3]), commitment_loss=loss)
 
     def _check_rate(self, compression_rate):
         if compression_rate not in (None, self.config.compression_rate):

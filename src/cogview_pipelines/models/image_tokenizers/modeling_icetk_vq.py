@@ -7,17 +7,14 @@ and codebook, so that all rates speak of the same codes. Parameter names follow 
 """
 
 import math
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 import torch.distributed
 import torch.nn.functional as F
-from diffusers.utils import BaseOutput
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
 
 from ..loading import WholeModelMixin, check_count
 from .codebook import (
@@ -28,6 +25,7 @@ from .codebook import (
     nearest_codes,
     same_on_all_processes,
 )
+from .outputs import VQDecoderOutput, VQEncoderOutput, VQModelOutput
 
 
 @strict
@@ -137,40 +135,6 @@ IcetkVQConfig.__module__ = "cogview_pipelines"
 
 def _integer_keys(value: dict) -> dict:
     return {int(key): tuple(item) for key, item in value.items()}
-
-
-@dataclass
-class IcetkVQEncoderOutput(BaseOutput):
-    """
-    Args:
-        tokens (`torch.LongTensor` of shape `(batch_size, height / rate, width / rate)`): Indices of the nearest codes.
-    """
-
-    tokens: torch.Tensor
-
-
-@dataclass
-class IcetkVQDecoderOutput(BaseOutput):
-    """
-    Args:
-        sample (`torch.Tensor` of shape `(batch_size, 3, height, width)`): RGB values in about 0..1, not clamped.
-    """
-
-    sample: torch.Tensor
-
-
-@dataclass
-class IcetkVQModelOutput(ModelOutput):
-    """
-    Args:
-        sample (`torch.Tensor` of shape `(batch_size, 3, height, width)`): Reconstruction, 0..1, not clamped.
-        tokens (`torch.LongTensor` of shape `(batch_size, height / rate, width / rate)`): The tokens in between.
-        commitment_loss (`torch.Tensor`): Scalar, times `commitment_cost`.
-    """
-
-    sample: torch.Tensor | None = None
-    tokens: torch.Tensor | None = None
-    commitment_loss: torch.Tensor | None = None
 
 
 class PositionNorm(nn.LayerNorm):
@@ -474,7 +438,7 @@ class IcetkVQModel(WholeModelMixin, PreTrainedModel):
         elif isinstance(module, IcetkVQModel):
             nn.init.zeros_(module.cluster_labels)
 
-    def encode(self, pixel_values: torch.Tensor, compression_rate: int = 8) -> IcetkVQEncoderOutput:
+    def encode(self, pixel_values: torch.Tensor, compression_rate: int = 8) -> VQEncoderOutput:
         """
         Tokens of pictures.
 
@@ -484,16 +448,16 @@ class IcetkVQModel(WholeModelMixin, PreTrainedModel):
             compression_rate (`int`, defaults to 8): Pixels per token and axis.
 
         Returns:
-            [`IcetkVQEncoderOutput`]: `tokens` in raster order, `(batch_size, height / rate, width / rate)`.
+            [`VQEncoderOutput`]: `tokens` in raster order, `(batch_size, height / rate, width / rate)`.
 
         Raises:
             ValueError: If the rate is not built or does not divide the sides.
         """
         hidden_states = self.quantize.proj(self._encode_features(pixel_values, compression_rate))
         tokens, _ = self.quantize.nearest(hidden_states.movedim(1, -1).flatten(0, 2))
-        return IcetkVQEncoderOutput(tokens=tokens.view(len(pixel_values), *hidden_states.shape[2:]))
+        return VQEncoderOutput(tokens=tokens.view(len(pixel_values), *hidden_states.shape[2:]))
 
-    def decode(self, tokens: torch.Tensor, compression_rate: int = 8) -> IcetkVQDecoderOutput:
+    def decode(self, tokens: torch.Tensor, compression_rate: int = 8) -> VQDecoderOutput:
         """
         Pictures of tokens.
 
@@ -503,7 +467,7 @@ class IcetkVQModel(WholeModelMixin, PreTrainedModel):
             compression_rate (`int`, defaults to 8): Pixels per token and axis.
 
         Returns:
-            [`IcetkVQDecoderOutput`]: `sample`, `(batch_size, 3, rows * rate, columns * rate)`, not clamped.
+            [`VQDecoderOutput`]: `sample`, `(batch_size, 3, rows * rate, columns * rate)`, not clamped.
 
         Raises:
             ValueError: If the rate is not built, a code is out of range or flat codes are no square.
@@ -511,9 +475,9 @@ class IcetkVQModel(WholeModelMixin, PreTrainedModel):
         self._check_rate(compression_rate)
         tokens = as_grids(tokens, self.config.num_embeddings)
         embeddings = self.quantize.embed(tokens).movedim(-1, 1)
-        return IcetkVQDecoderOutput(sample=self._decode_embeddings(embeddings, compression_rate))
+        return VQDecoderOutput(sample=self._decode_embeddings(embeddings, compression_rate))
 
-    def forward(self, pixel_values: torch.Tensor, compression_rate: int = 8) -> IcetkVQModelOutput:
+    def forward(self, pixel_values: torch.Tensor, compression_rate: int = 8) -> VQModelOutput:
         """
         Encode and decode, differentiable by the straight-through estimator. In train mode the codebook takes a step.
 
@@ -522,13 +486,13 @@ class IcetkVQModel(WholeModelMixin, PreTrainedModel):
             compression_rate (`int`, defaults to 8): Pixels per token and axis.
 
         Returns:
-            [`IcetkVQModelOutput`]: `sample`, `tokens` and `commitment_loss`.
+            [`VQModelOutput`]: `sample`, `tokens` and `commitment_loss`.
         """
         projected, embeddings, tokens = self.quantize(self._encode_features(pixel_values, compression_rate))
         commitment_loss = self.config.commitment_cost * F.mse_loss(projected, embeddings.detach().float())
         straight_through = projected + (embeddings - projected).detach()
         sample = self._decode_embeddings(straight_through.to(embeddings.dtype), compression_rate)
-        return IcetkVQModelOutput(sample=sample, tokens=tokens, commitment_loss=commitment_loss)
+        return VQModelOutput(sample=sample, tokens=tokens, commitment_loss=commitment_loss)
 
     @torch.no_grad()
     def compute_cluster_labels(self, num_clusters: int | None = None, seed: int = 0) -> torch.Tensor:

@@ -7,7 +7,7 @@ import PIL.Image
 import torch
 from diffusers.utils import BaseOutput
 
-from ..common.outputs import PreviewOutput, StageStatistics
+from ..common.outputs import CaptionsOutput, PicturesOutput, PreviewOutput, StageStatistics
 
 
 @dataclass
@@ -18,27 +18,8 @@ class CogView2PreviewOutput(PreviewOutput):
 
 
 @dataclass
-class CogView2PipelineOutput(BaseOutput):
-    """
-    Args:
-        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
-            Pictures, prompt by prompt: PIL; `(num_images, height, width, 3)` or `(num_images, 3, height, width)` in
-            [0, 1]; or with `output_type="latent"` the token ids.
-        tokens (`torch.Tensor` of shape `(num_images, rows, columns)`): The image tokens that the pictures were decoded
-            from.
-        seeds (`list[int]`): The seed of each picture: a generator with this seed makes it again, alone or in any
-            batch.
-        prompts (`list[str]`, *optional*): The prompt of each picture, as `prompt_translator` returned it.
-        scores (`list[float]`, *optional*): What post-selection found of each picture; higher is better.
-        statistics (`dict[str, StageStatistics]`, *optional*): With `return_statistics`, of each stage.
-    """
-
-    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
-    tokens: torch.Tensor
-    seeds: list[int]
-    prompts: list[str] | None = None
-    scores: list[float] | None = None
-    statistics: dict[str, StageStatistics] | None = None
+class CogView2PipelineOutput(PicturesOutput):
+    """A [`PicturesOutput`] of CogView2: `images`, `tokens`, `seeds`, `prompts`, `scores` of post-selection."""
 
 
 @dataclass
@@ -66,21 +47,8 @@ class CogView2InpaintPipelineOutput(BaseOutput):
 
 
 @dataclass
-class CogView2CaptionPipelineOutput(BaseOutput):
-    """
-    Args:
-        captions (`list[str]`): Picture by picture, best first.
-        scores (`list[float]`): Of each caption; higher is better. What they are depends on the way of choosing.
-        token_ids (`list[list[int]]`): Of each caption.
-        seeds (`list[int]`, *optional*): If captions were sampled, the seed of each.
-        statistics (`dict[str, StageStatistics]`, *optional*): With `return_statistics`, of each stage.
-    """
-
-    captions: list[str]
-    scores: list[float]
-    token_ids: list[list[int]]
-    seeds: list[int] | None = None
-    statistics: dict[str, StageStatistics] | None = None
+class CogView2CaptionPipelineOutput(CaptionsOutput):
+    """A [`CaptionsOutput`] of CogView2: best first; what the `scores` are depends on the way of choosing."""
 
 
 for _public in (
