@@ -37,6 +37,8 @@ def test_the_loss_of_a_pair_does_not_depend_on_its_batch(tokenizer, transformer)
     for batch_size in (1, 3):
         parts = caption_losses(transformer, tokenizer, tokens.view(7, 4, 4), texts, max_batch_size=batch_size)
         torch.testing.assert_close(parts, together)
+    alone = [caption_losses(transformer, tokenizer, tokens[i : i + 1], texts[i : i + 1]) for i in range(7)]
+    torch.testing.assert_close(torch.cat(alone), together)
 
 
 def test_picture_text_and_language_all_matter(tokenizer, transformer):

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from cogview_pipelines.generation import decoders
-from cogview_pipelines.generation.decoders import Decoding, StaticDecoder, encode_context
+from cogview_pipelines.generation.decoders import Decoder, Decoding, StaticDecoder, encode_context
 from cogview_pipelines.generation.sampling import sample_cluster_tokens
-from cogview_pipelines.generation.tokens import generate
+from cogview_pipelines.generation.tokens import TO_GENERATE, generate
 from cogview_pipelines.models.cogview2.sequences import completion, text_to_image
 
 from ..utils import (
@@ -124,6 +124,39 @@ def test_steps_of_fixed_shapes_complete_alike(size, name, way, monkeypatch):
     expected = complete()
     decoding = Decoding(**WAYS[way](monkeypatch), parallel=size)
     assert torch.equal(complete(decoding), expected)
+
+
+def test_steps_of_fixed_shapes_leave_the_tokens_that_only_some_rows_know(monkeypatch):
+    model, texts, known = make_coglm(), make_texts([3, 1]), make_image_tokens(2)
+    entries = torch.full((2, LENGTH), TO_GENERATE)
+    entries[1, 3:7], entries[1, 9] = known[1, 3:7], known[1, 9]
+
+    def complete(decoding=None):
+        context, positions = text_to_image(texts, model.config.layout), model.config.layout.image_positions
+        arguments = (model, context, cluster_sampler, entries, positions)
+        return generate(*arguments, generator=generators(1, 2), decoding=decoding)
+
+    completed = complete(Decoding(**without_compiler(monkeypatch)))
+    assert torch.equal(completed[1, 3:7], known[1, 3:7]) and completed[1, 9] == known[1, 9]
+    assert torch.equal(completed, complete())
+
+
+def test_a_model_that_has_changed_is_looked_at_again(monkeypatch):
+    class Fused(Decoder):
+        pass
+
+    monkeypatch.setattr(decoders, "FusedDecoder", Fused)
+    monkeypatch.setattr(decoders, "call_refusals", lambda *arguments: [])
+    model, decoding = make_coglm(), Decoding()
+
+    def kind():
+        return type(decoding.decoder(model, 1, LENGTH, False, torch.device("cpu")))
+
+    assert kind() is Fused
+    hook = model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: -output)
+    assert kind() is Decoder
+    hook.remove()
+    assert kind() is Fused
 
 
 def test_fixed_shapes_serve_prompts_of_all_lengths_and_are_made_anew_for_another_batch_size(monkeypatch):

@@ -131,7 +131,8 @@ def test_a_wide_beam_finds_the_best_of_all_texts():
         assert (*texts[0].token_ids, 61) == best
         assert texts[0].mean_log_probability == pytest.approx(complete[best], abs=1e-4)
         assert len(texts) == 12
-        assert {tuple(whole(text)) for text in texts} <= set(everything)
+        for text in texts:  # each with the score that the model gives it
+            assert text.mean_log_probability == pytest.approx(everything[tuple(whole(text))], abs=1e-4)
         ordered = [text.mean_log_probability for text in texts if text.is_complete]
         assert ordered == sorted(ordered, reverse=True)
 

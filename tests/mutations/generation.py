@@ -127,7 +127,7 @@ MUTATIONS = [
         "generation/decoders.py",
         "if self._state != state:",
         "if self._state is None:",
-        "generation/test_decoders.py::test_changes_between_calls_reach_steps_that_are_kept",
+        "generation/test_decoders.py::test_a_model_that_has_changed_is_looked_at_again",
     ),
     Mutation(
         "parallel: wrong guesses are kept",
@@ -176,7 +176,7 @@ MUTATIONS = [
         "generation/tokens.py",
         "drawn = torch.where(task.is_known[:, entry], entries[:, entry], drawn)",
         "pass",
-        "generation/test_tokens.py::test_rows_with_known_tokens_in_other_places_are_what_each_is_alone",
+        "generation/test_decoders.py::test_steps_of_fixed_shapes_leave_the_tokens_that_only_some_rows_know",
     ),
     Mutation(
         "tokens: earlier ones that a callback changes are not read again",
