@@ -182,12 +182,14 @@ def measure_baseline(pipe: CogView2Pipeline, batch_size: int, limit: float) -> d
 
 def run_case(name: str, pipe: CogView2Pipeline, before: int | None, options: argparse.Namespace) -> dict:
     batch_size = 1 if name in CAPPED else int(name.rsplit("_b", 1)[1])
-    line = {"case": name, "decoding": options.decoding}
+    line = {"case": name, "decoding": options.decoding, "int8": options.int8}
     pipe.set_decoding(**DECODING[options.decoding])
+    pipe.set_super_resolution(int8=options.int8)
     line |= bench_pipeline(pipe, batch_size, options.seconds, before=before)
     line["speedup_over_baseline"] = None
     if options.baseline and name not in CAPPED:
         pipe.set_decoding()
+        pipe.set_super_resolution()
         line |= measure_baseline(pipe, batch_size, options.seconds)
         line["speedup_over_baseline"] = line["baseline_seconds"] / line["seconds"]
     return line
@@ -201,6 +203,7 @@ def main() -> None:
     add("--cases", nargs="*", help="names, or beginnings of names; `tiny` for a rehearsal")
     add("--baseline", action="store_true", help="measure the original way, too")
     add("--decoding", choices=list(DECODING), help="how tokens are written (default: fused on a CPU, graph on a GPU)")
+    add("--int8", action="store_true", help="linear layers of super-resolution in int8 (CPU)")
     add("--seconds", type=float, default=30.0, help="time for each measurement (default: %(default)s)")
     add("--threads", type=int, help="CPU threads (default: torch's)")
     add("--folder", type=Path, help="where capped cases save their weights")

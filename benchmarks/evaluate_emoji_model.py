@@ -68,13 +68,18 @@ def main(
     batch_size: int = 16,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     sprites: Path | None = None,
+    int8: bool = False,
 ) -> None:
-    """`sprites` is a folder of full-size drawings, for models of pictures beyond 240 pixels."""
+    """
+    `sprites` is a folder of full-size drawings, for models of pictures beyond 240 pixels; `int8` is about
+    super-resolution.
+    """
     pipe = CogView2Pipeline.from_pretrained(model, dtype=torch.float32).to(device)
     pipe.set_progress_bar_config(disable=True)
+    pipe.set_super_resolution(int8=int8)
     scope = Scope.load(model)
     drawings = None if sprites is None else SpriteSet(sprites)
-    context = stamp(str(pipe.device))
+    context = {**stamp(str(pipe.device)), **({"int8": True} if int8 else {})}
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text("", encoding="utf-8")

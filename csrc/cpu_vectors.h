@@ -189,6 +189,23 @@ inline void write(float16* p, V v) {
 #endif
 }
 
+// The first numbers of a vector, and zeros.
+template <class S>
+inline V read_some(const S* p, int number) {
+    S some[W] = {};
+    memcpy(some, p, number * sizeof(S));
+    return read(some);
+}
+
+inline float sum(V v) {
+    typedef float Four __attribute__((vector_size(16)));
+    Four part[VECTOR_BYTES / 16];
+    memcpy(part, &v, sizeof v);
+    Four s = part[0];
+    for (int i = 1; i < VECTOR_BYTES / 16; i++) s += part[i];
+    return (s[0] + s[1]) + (s[2] + s[3]);
+}
+
 // x * sigmoid(2 u) with u = sqrt(2 / pi) * (x + 0.044715 x^3): the tanh approximation of GELU.
 inline V gelu(V x) {
     const V t =

@@ -20,24 +20,7 @@ constexpr int MOST_TOGETHER = VECTOR_BYTES == 64 ? 8 : 4;
 constexpr int rows_together(int tokens) { return tokens <= (VECTOR_BYTES == 64 ? 4 : 2) ? 4 : 3; }
 constexpr int BYTES_TOGETHER = 1 << 16;  // of a matrix, which stay in the cache while all tokens are multiplied
 
-inline float sum(V v) {
-    typedef float Four __attribute__((vector_size(16)));
-    Four part[VECTOR_BYTES / 16];
-    memcpy(part, &v, sizeof v);
-    Four s = part[0];
-    for (int i = 1; i < VECTOR_BYTES / 16; i++) s += part[i];
-    return (s[0] + s[1]) + (s[2] + s[3]);
-}
-
 // ----------------------------------------------------------------------------------------------------------- products
-
-// The first numbers of a vector, and zeros.
-template <class S>
-inline V read_some(const S* p, int number) {
-    S some[W] = {};
-    memcpy(some, p, number * sizeof(S));
-    return read(some);
-}
 
 // sums[r][m] = w[r] . x[m] over `inputs` numbers.
 template <class S, int ROWS, int M>

@@ -1,4 +1,4 @@
-"""Deliberate errors in the kernels' reference."""
+"""Deliberate errors in the kernels' reference, and in what decides that they are used."""
 
 from tests.mutations.mutation import Mutation
 
@@ -72,5 +72,12 @@ MUTATIONS = [
         "priority = torch.where(is_real, priority, priority - 2)",
         "pass",
         "ops/test_three_region_attention.py::test_padding_comes_in_last",
+    ),
+    Mutation(
+        "int8: weights that changed are not read again",
+        "ops/int8_linear.py",
+        "if self._packed is None or self._packed[0] != state:",
+        "if self._packed is None:",
+        "ops/test_int8_linear.py::test_new_weights_are_read",
     ),
 ]

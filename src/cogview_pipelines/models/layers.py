@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..ops.gelu import gelu
+from ..ops.int8_linear import Int8Linear
 
 
 class LayerCache(Protocol):
@@ -92,6 +93,8 @@ class FeedForward(nn.Module):
         self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.dense_h_to_4h, Int8Linear):  # GELU is part of its kernel
+            return self.dense_4h_to_h(self.dense_h_to_4h(hidden_states, gelu=True))
         return self.dense_4h_to_h(gelu(self.dense_h_to_4h(hidden_states)))
 
 

@@ -10,8 +10,12 @@ import torch
 import cogview_pipelines
 from cogview_pipelines.cli.generate import generate
 from cogview_pipelines.cli.requests import ARGUMENTS, CAPTION, INPAINT, UPSCALE, check_arguments
+from cogview_pipelines.ops.int8_linear import Int8Linear, is_built
+from cogview_pipelines.pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
 from cogview_pipelines.pipelines.cogview2.settings import CaptionSettings, SamplingSettings
 from cogview_pipelines.serving.schemas import CaptionRequest, DrawsTokens, UpscaleRequest
+
+from ..conftest import LOW
 
 PIPELINES = ("CogView2Pipeline", "CogView2InpaintPipeline", "CogView2UpscalePipeline", "CogView2CaptionPipeline")
 PROMPT = "a cat on a blue background."
@@ -143,3 +147,34 @@ def test_broken_weights_are_told_from_indices_out_of_bounds(tokenizer, stage, va
         for strategy in ("greedy", "beam"):
             with pytest.raises(ValueError, match="logits are not finite"):
                 captions(torch.full((3, 40, 40), 0.5), strategy=strategy, max_length=2)
+
+
+# How super-resolution computes
+
+
+def drawn(pipe, **settings):
+    return pipe("a red tiger", generator=torch.Generator().manual_seed(3), output_type="latent", **settings).tokens
+
+
+@pytest.mark.skipif(not is_built(), reason="the kernels are not built")
+def test_super_resolution_in_int8_is_as_good_as_the_same_and_can_be_undone(pipe, low_pipe, tmp_path):
+    before = drawn(pipe)
+    low = drawn(pipe, height=LOW, width=LOW)
+    try:
+        pipe.set_super_resolution(int8=True)
+        rounded = drawn(pipe)
+        assert rounded.shape == before.shape
+        models = pipe.direct_sr_transformer, pipe.iterative_sr_transformer
+        layers = [layer for model in models for layer in model.layers.modules()]
+        assert any(isinstance(layer, Int8Linear) for layer in layers)
+        assert not any(type(layer) is torch.nn.Linear for layer in layers)
+        assert not any(isinstance(module, Int8Linear) for module in pipe.transformer.modules())
+        assert torch.equal(drawn(pipe, height=LOW, width=LOW), low)
+        assert torch.equal(drawn(pipe), rounded)
+        pipe.save_pretrained(tmp_path)
+    finally:
+        pipe.set_super_resolution()
+    assert torch.equal(drawn(pipe), before)
+    assert torch.equal(drawn(CogView2Pipeline.from_pretrained(tmp_path)), before)
+    with pytest.raises(ValueError, match=r"`int8=True` is about super-resolution, but this pipeline has none"):
+        low_pipe.set_super_resolution(int8=True)

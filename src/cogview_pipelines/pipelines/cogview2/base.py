@@ -13,6 +13,7 @@ from ...generation.canvas import refine
 from ...generation.sampling import sample_cluster_tokens
 from ...generation.tokens import Sampler
 from ...models.cogview2 import sequences
+from ...ops.int8_linear import is_built, set_int8
 from ...schedulers.scheduling_lopar import LoPARScheduler
 from ..common.arguments import one_per_prompt, quote
 from ..common.base import PipelineBase
@@ -127,6 +128,30 @@ class CogView2PipelineBase(PipelineBase):
         if self.direct_sr_transformer is not None:
             grids.append(self.direct_sr_transformer.config.fine_grid)
         return [(rows * rate, columns * rate) for rows, columns in grids]
+
+    def set_super_resolution(self, *, int8: bool = False) -> None:
+        """
+        How super-resolution computes on a CPU.
+
+        Args:
+            int8 (`bool`): Compute its linear layers with whole numbers of 8 bits: the weights with a scale for each
+                output, the inputs with one for each position. Pictures are slightly others than without it, and the
+                same on every processor up to rounding elsewhere. Weights, and what is saved, stay as they are. It
+                holds for all pipelines that share the models; on a GPU and in training it does nothing.
+
+        Raises:
+            ValueError: If there is no kernel for it, or no super-resolution.
+        """
+        models = [self.direct_sr_transformer, self.iterative_sr_transformer]
+        if int8 and not any(models):
+            raise ValueError("`int8=True` is about super-resolution, but this pipeline has none.")
+        if int8 and not is_built():
+            raise ValueError(
+                "`int8=True` needs the kernels, which are not built: reinstall the package where a C++ compiler is "
+                "found."
+            )
+        for model in filter(None, models):
+            set_int8(model.layers, int8)
 
     def remove_all_hooks(self) -> None:
         super().remove_all_hooks()
