@@ -1,6 +1,7 @@
 """Folders of the first CogView as `--model`: the family is found, and what has no meaning for it is refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from cogview_pipelines import CogViewCaptionPipeline, CogViewPipeline, CogViewUp
 from cogview_pipelines.pictures.png import read_metadata
 
 from ..utils_cogview import make_cogview, make_cogview_tokenizer, make_cogview_vq
-from .conftest import assert_bad_input
+from .conftest import SCOPE, assert_bad_input
 
 CAT = "a cat"
 
@@ -186,3 +187,25 @@ def test_strategies_and_sizes_that_there_are_not_are_named(cogview2, cogview, pi
     assert_bad_input(result, "`size` must be 16 or 32 with this model, but is 20")
     result = cogview2("generate", "a cat " * 40, "--model", cogview, "-o", tmp_path / "a.png")
     assert_bad_input(result, "`prompt` may have 21 tokens with this model")
+
+
+def test_evaluate_measures_pictures_captions_and_candidates(cogview2, cogview, tmp_path):
+    shutil.copytree(cogview, tmp_path / "model")
+    SCOPE.save(tmp_path / "model")
+    arguments = ("evaluate", "--num", 2, "--layout", "single", "--json", "--model", tmp_path / "model")
+    long = cogview2(*arguments)
+    assert_bad_input(long, "`prompt` may have 21 tokens with this model")
+    roomy = make_cogview(max_position_embeddings=80)
+    pipe = CogViewPipeline.from_pretrained(cogview)
+    CogViewPipeline(pipe.tokenizer, pipe.vqvae, roomy).save_pretrained(tmp_path / "roomy")
+    SCOPE.save(tmp_path / "roomy")
+    arguments = (*arguments[:-1], tmp_path / "roomy")
+    for more, keys in (
+        (("--baseline", "ceiling"), {"all", "clean"}),
+        (("--measure", "caption-loss"), {"true_caption_loss", "shuffled_caption_loss"}),
+        (("--measure", "post-selection", "--candidates", 2), {"first", "best", "gain"}),
+    ):
+        result = cogview2(*arguments, *more)
+        assert result.exit_code == 0, result.output
+        assert keys <= set(json.loads(result.stdout))
+    assert_bad_input(cogview2(*arguments, "--height", 32), "`height` has no meaning for this model")

@@ -239,7 +239,7 @@ MUTATIONS = [
         "pipelines/cogview/base.py",
         "logits = logits[..., layout.num_image_tokens :].log_softmax(-1)",
         "logits = logits.log_softmax(-1)[..., layout.num_image_tokens :]",
-        "parity/cogview/test_model.py::test_scores_of_captions_are_the_originals",
+        "pipelines/cogview/test_captions_cogview.py::test_scores_are_log_probabilities_among_all_that_is_no_image_code",
     ),
     Mutation(
         "CogView's scores: they are sums",
@@ -253,7 +253,7 @@ MUTATIONS = [
         "pipelines/cogview/pipeline_cogview_caption.py",
         '    if end == "sentence":',
         '    if end == "never":',
-        "pipelines/cogview/test_pipelines_cogview.py::test_captions_are_texts_with_a_stop_rule",
+        "pipelines/cogview/test_captions_cogview.py::test_a_caption_ends_before_the_first_piece_that_ends_a_sentence",
     ),
     Mutation(
         "CogView's settings: those of the model count for nothing",

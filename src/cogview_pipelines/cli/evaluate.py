@@ -181,8 +181,11 @@ def evaluate(
     pipe = load_pipeline(model, device, dtype)
     pipe.set_progress_bar_config(disable=None, leave=False)
     common = {"batch_size": batch_size}
-    call = {"height": height, "style": style}
+    call = {name: value for name, value in (("height", height), ("style", style)) if value is not None}
+    from ..pipelines.common.arguments import check_taken
+
     with bad_input():
+        check_taken(pipe, call)
         settings = pipe.check_inputs("a", **call)
         for case in cases:
             pipe.check_inputs(case.caption, **call)

@@ -14,12 +14,15 @@ import torch
 from PIL import Image
 
 from ..evaluation.likelihood import caption_losses
+from ..pipelines.cogview.pipeline_cogview import CogViewPipeline
+from ..pipelines.cogview.pipeline_cogview_caption import CogViewCaptionPipeline
 from ..pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
 from .captions import LANGUAGES, Request, captions, sample_sentence
 from .rendering import SpriteSet, render
 from .scenes import SPLITS, Scene, Scope, iterate_scenes, sample_scenes
 from .scorer import full_scorer
 
+Pipeline = CogView2Pipeline | CogViewPipeline
 WORDING_SPLIT = "test_wording"  # scenes of the split "train" in sentences whose patterns are never trained
 CASE_SPLITS = (*SPLITS, WORDING_SPLIT)
 BASELINES = ("none", "ceiling", "shuffled")
@@ -93,7 +96,7 @@ def choose_cases(
     return [Case(scene, rng.choice(captions(scene, language)), seed + index) for index, scene in enumerate(scenes)]
 
 
-def true_pictures(pipe: CogView2Pipeline, scenes: Sequence[Scene], size: int, sprites: SpriteSet | None = None):
+def true_pictures(pipe: Pipeline, scenes: Sequence[Scene], size: int, sprites: SpriteSet | None = None):
     """The scenes drawn at `size` pixels: `(num_scenes, 3, size, size)` in [0, 1], where the image tokenizer is."""
     pixels = np.stack([np.asarray(render(scene, size, sprites)) for scene in scenes])
     pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
@@ -102,7 +105,7 @@ def true_pictures(pipe: CogView2Pipeline, scenes: Sequence[Scene], size: int, sp
 
 @torch.no_grad()
 def _true_tokens(
-    pipe: CogView2Pipeline, scenes: Sequence[Scene], size: int, batch_size: int, sprites: SpriteSet | None
+    pipe: Pipeline, scenes: Sequence[Scene], size: int, batch_size: int, sprites: SpriteSet | None
 ) -> torch.Tensor:
     rate = pipe.config.compression_rate
     parts = [scenes[start : start + batch_size] for start in range(0, len(scenes), batch_size)]
@@ -111,7 +114,7 @@ def _true_tokens(
 
 @torch.no_grad()
 def decoded_pictures(
-    pipe: CogView2Pipeline,
+    pipe: Pipeline,
     scenes: Sequence[Scene],
     size: int,
     batch_size: int = 8,
@@ -124,7 +127,7 @@ def decoded_pictures(
     return pipe.image_processor.postprocess(pixels.float().clamp(0, 1), "pil")
 
 
-def generate_pictures(pipe: CogView2Pipeline, cases: Sequence[Case], batch_size: int = 8, **call) -> list[Image.Image]:
+def generate_pictures(pipe: Pipeline, cases: Sequence[Case], batch_size: int = 8, **call) -> list[Image.Image]:
     """Pictures of the cases, each from its own seed; `call`: further arguments of the pipeline's call."""
     generators = [torch.Generator().manual_seed(case.seed) for case in cases]
     prompts = [case.caption for case in cases]
@@ -132,7 +135,7 @@ def generate_pictures(pipe: CogView2Pipeline, cases: Sequence[Case], batch_size:
 
 
 def measure_pictures(
-    pipe: CogView2Pipeline,
+    pipe: Pipeline,
     cases: Sequence[Case],
     *,
     baseline: str = "none",
@@ -145,7 +148,7 @@ def measure_pictures(
     How many pictures show what their captions say, as the [`Scorer`] reads them against all 696 drawings.
 
     Args:
-        pipe ([`CogView2Pipeline`]): What is measured.
+        pipe ([`CogView2Pipeline`] or [`CogViewPipeline`]): What is measured.
         cases (sequence of [`Case`]): From [`choose_cases`].
         baseline (`str`):
             `"none"`: pictures generated from the captions; `"ceiling"`: the true pictures, encoded and decoded by the
@@ -171,7 +174,8 @@ def measure_pictures(
     asked = list(cases)
     started = time.perf_counter()
     if baseline == "ceiling":
-        size = pipe.check_inputs("a", height=call.get("height"), width=call.get("width"))["height"]
+        given = {name: call[name] for name in ("height", "width") if call.get(name) is not None}
+        size = pipe.check_inputs("a", **given).get("height", pipe.sizes[-1][0])  # CogView has one
         images = decoded_pictures(pipe, scenes, size, batch_size, sprites)
     else:
         images = generate_pictures(pipe, cases, batch_size, **call)
@@ -186,7 +190,7 @@ def measure_pictures(
 
 
 def measure_caption_loss(
-    pipe: CogView2Pipeline,
+    pipe: Pipeline,
     cases: Sequence[Case],
     *,
     batch_size: int = 16,
@@ -207,10 +211,7 @@ def measure_caption_loss(
     size = pipe.sizes[0][0]
     tokens = _true_tokens(pipe, [case.scene for case in cases], size, batch_size, sprites)
     texts = [case.caption for case in cases]
-    true, shuffled = (
-        caption_losses(pipe.transformer, pipe.tokenizer, tokens, own, max_batch_size=batch_size)
-        for own in (texts, texts[1:] + texts[:1])
-    )
+    true, shuffled = (_caption_losses(pipe, tokens, own, batch_size) for own in (texts, texts[1:] + texts[:1]))
     return {
         "true_caption_loss": round(true.mean().item(), 4),
         "shuffled_caption_loss": round(shuffled.mean().item(), 4),
@@ -219,7 +220,7 @@ def measure_caption_loss(
 
 
 def measure_post_selection(
-    pipe: CogView2Pipeline,
+    pipe: Pipeline,
     cases: Sequence[Case],
     *,
     num_candidates: int = 8,
@@ -235,7 +236,7 @@ def measure_post_selection(
     way; since that alone makes single pictures better or worse, pictures by the model's own settings are scored, too.
 
     Args:
-        pipe ([`CogView2Pipeline`]): What is measured.
+        pipe ([`CogView2Pipeline`] or [`CogViewPipeline`]): What is measured.
         cases (sequence of [`Case`]): From [`choose_cases`].
         num_candidates (`int`, defaults to 8): Of each case.
         batch_size (`int`, defaults to 8): Pictures that are computed at a time.
@@ -285,7 +286,7 @@ def measure_post_selection(
 
 
 def _choose_drafts(
-    pipe: CogView2Pipeline,
+    pipe: Pipeline,
     cases: Sequence[Case],
     seeds: Sequence[int],
     num_candidates: int,
@@ -296,19 +297,27 @@ def _choose_drafts(
     Low-resolution candidates `(num_cases, num_candidates, rows, columns)`, and which of each case has the lowest
     caption loss, as `num_candidates` of the pipeline's call chooses.
     """
-    height, width = pipe.sizes[0]
+    size = {} if isinstance(pipe, CogViewPipeline) else dict(zip(("height", "width"), pipe.sizes[0]))
     prompts = [case.caption for case in cases]
     drafts = pipe(
         prompts,
         num_images_per_prompt=num_candidates,
         generator=[torch.Generator().manual_seed(seed + offset) for seed in seeds for offset in range(num_candidates)],
         max_batch_size=batch_size,
-        **{**settings, "height": height, "width": width, "output_type": "latent"},
+        **{**settings, **size, "output_type": "latent"},
     ).tokens
     repeated = [prompt for prompt in prompts for _ in range(num_candidates)]
-    losses = caption_losses(pipe.transformer, pipe.tokenizer, drafts, repeated, max_batch_size=batch_size)
+    losses = _caption_losses(pipe, drafts, repeated, batch_size)
     best = losses.view(len(cases), num_candidates).argsort(dim=1, stable=True)[:, 0]
     return drafts.unflatten(0, (len(cases), num_candidates)), best.tolist()
+
+
+def _caption_losses(pipe: Pipeline, tokens: torch.Tensor, texts: Sequence[str], batch_size: int) -> torch.Tensor:
+    """The caption loss of each text given the tokens of its picture, by the model that the family judges with."""
+    if isinstance(pipe, CogViewPipeline):
+        captioner = CogViewCaptionPipeline.from_pipe(pipe)
+        return -captioner.score(None, texts, tokens=tokens, max_batch_size=batch_size)
+    return caption_losses(pipe.transformer, pipe.tokenizer, tokens, texts, max_batch_size=batch_size)
 
 
 def _gain(name: str, before: Sequence[dict[str, bool]], after: Sequence[dict[str, bool]]) -> dict[str, float]:

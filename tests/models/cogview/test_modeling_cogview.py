@@ -276,6 +276,7 @@ def test_training_is_sparse_with_new_pivots_for_each_layer_and_evaluation_is_den
     model = make_cogview(sparse_attention=SPARSE, hidden_dropout=0.0, attention_dropout=0.0)
     sequence = sequence_of(6)
     dense = model(sequence.input_ids, sequence.position_ids).logits
+    assert torch.equal(dense, make_cogview()(sequence.input_ids, sequence.position_ids).logits)
     pivots = model.draw_pivots(sequence.input_ids)
     assert len(pivots) == 2 and not torch.equal(*pivots)
     model.train()
