@@ -24,9 +24,9 @@ from cogview_pipelines import (
     CogLMModel,
     CogView2Pipeline,
     IcetkTokenizer,
-    IcetkVQModel,
     LoPARScheduler,
 )
+from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
 from cogview_pipelines.training.arguments import parse_config, run_script
 
 
@@ -119,6 +119,10 @@ class Parts:
     def model(self, model_class, name: str):
         return model_class.from_pretrained(**self.require(name), dtype=self.dtype)
 
+    def image_tokenizer(self):
+        place = self.require("vqvae")
+        return load_image_tokenizer(place.pop("pretrained_model_name_or_path"), **place, dtype=self.dtype)
+
     def direct_sr(self) -> CogLMCanvasModel:
         """Direct super-resolution; one that borrowed the weights of another CogLM than this one keeps those."""
         model = self.model(CogLMCanvasModel, "direct_sr_transformer")
@@ -166,7 +170,7 @@ def main(arguments: list[str] | None = None) -> CogView2Pipeline:
     pipeline = CogView2Pipeline(
         IcetkTokenizer.from_pretrained(**parts.require("tokenizer"), **words),
         parts.model(CogLMModel, "transformer"),
-        parts.model(IcetkVQModel, "vqvae"),
+        parts.image_tokenizer(),
         **stages,
         **settings,
     )

@@ -16,16 +16,21 @@ On eight GPUs:
 import functools
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
+from transformers import PreTrainedModel
 
-from cogview_pipelines import CogLMConfig, CogLMModel, IcetkTokenizer, IcetkVQModel
+from cogview_pipelines import CogLMConfig, CogLMModel, IcetkTokenizer
 from cogview_pipelines.generation.sampling import sample_tokens
 from cogview_pipelines.generation.token_sequence import IGNORED_LABEL, TokenSequence, stack
 from cogview_pipelines.generation.tokens import TO_GENERATE, generate
+from cogview_pipelines.loaders.textual_inversion import write_learned_token
 from cogview_pipelines.models.cogview2.sequences import SequenceLayout, text_to_image
+from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
+from cogview_pipelines.models.learned_tokens import learn_token
 from cogview_pipelines.training.arguments import parse_config, run_script
 from cogview_pipelines.training.data.draws import Draw, seeded_generator
 from cogview_pipelines.training.data.tokens import TokenData, TokenTrainConfig
@@ -44,6 +49,14 @@ from cogview_pipelines.training.samples_cogview2 import (
 class CogLMTrainConfig(TokenTrainConfig):
     vqvae: str | None = field(default=None, metadata={"help": "Image tokenizer, for sample pictures."})
     init_from: str | None = field(default=None, metadata={"help": "Trained CogLM to go on from."})
+    new_token: str | None = field(
+        default=None,
+        metadata={
+            "help": "Textual inversion: a new word of the captions, such as '<my-cat>'. Its embedding is learned, all "
+            "weights stay as they are, and final/ holds the embedding alone."
+        },
+    )
+    initializer: str = field(default="", metadata={"help": "Known words that the new one begins with."})
     model: str = field(default="{}", metadata={"help": "Options of CogLMConfig: JSON, or a mapping in the YAML file."})
     embed_codes: bool = field(
         default=False,
@@ -82,7 +95,12 @@ def make_model(config: CogLMTrainConfig, tokenizer: IcetkTokenizer, data: TokenD
         model = load_model(CogLMModel, config.init_from, **options)
         data.require_fit(model.config, tokenizer)
         config.put_adapter(model, trained=True)
+        if config.new_token is not None:
+            token_id = tokenizer.convert_tokens_to_ids(config.new_token)
+            learn_token(model, token_id, tokenizer.encode(config.initializer))
         return model
+    if config.new_token is not None:
+        raise ValueError("`new_token` is learned by a trained model. Name it by `init_from`.")
     model = CogLMModel(
         CogLMConfig(
             **{
@@ -102,19 +120,42 @@ def make_model(config: CogLMTrainConfig, tokenizer: IcetkTokenizer, data: TokenD
 
 
 @torch.no_grad()
-def embed_codes(model: CogLMModel, vqvae: IcetkVQModel) -> None:
+def embed_codes(model: CogLMModel, vqvae: PreTrainedModel) -> None:
     """
     Start image token embeddings from code vectors, turned into the model's width at random.
 
     Codes of similar patches then begin as similar tokens, so that the model can name a patch that it never met in its
     place, such as the edge of a known object on a background that it was never shown on.
     """
-    codes = vqvae.quantize.embed.weight.float()
+    codes = (vqvae.vq.quantize.embedding if hasattr(vqvae, "vq") else vqvae.quantize.embed).weight.float()
     codes = (codes - codes.mean(0)) / codes.std()
     turn = torch.linalg.qr(torch.randn(model.config.hidden_size, codes.shape[1])).Q
     weight = codes @ turn.T
     table = model.word_embeddings.weight[: len(codes)]
     table.mul_(0.3).add_(weight * (model.config.initializer_range / weight.std()))
+
+
+def add_new_token(config: CogLMTrainConfig, tokenizer: IcetkTokenizer) -> None:
+    """Let the tokenizer know the word that is to be learned."""
+    if config.new_token is None:
+        return
+    if tokenizer.convert_tokens_to_ids(config.new_token) != tokenizer.unk_token_id:
+        raise ValueError(f"`new_token` must be new, but the tokenizer has {config.new_token!r}.")
+    tokenizer.add_tokens([config.new_token])
+
+
+def saving(config: CogLMTrainConfig):
+    """What saves the trained model: all of it, or what was learned beside it."""
+    save_adapter = config.saving("transformer")
+    if config.new_token is None:
+        return save_adapter
+
+    def save(model: CogLMModel, folder: Path) -> None:
+        write_learned_token(folder, config.new_token, model.word_embeddings.rows[0], config.initializer)
+        if save_adapter is not None:
+            save_adapter(model, folder)
+
+    return save
 
 
 def make_batch(
@@ -196,7 +237,7 @@ def compute_loss(
 
 
 def make_samples(
-    config: CogLMTrainConfig, vqvae: IcetkVQModel, data: TokenData, model: CogLMModel, count: int = 16
+    config: CogLMTrainConfig, vqvae: PreTrainedModel, data: TokenData, model: CogLMModel, count: int = 16
 ) -> torch.Tensor:
     """Pictures from captions of the training data, the same each time: `(count, 3, height, width)` in 0..1."""
     generator = seeded_generator(config.seed, "pictures")
@@ -217,13 +258,14 @@ def main(arguments: list[str] | None = None) -> CogLMModel | None:
     config = parse_config(CogLMTrainConfig, arguments, description=__doc__)
     set_seed(config.seed)
     tokenizer = IcetkTokenizer.from_pretrained(config.tokenizer)
+    add_new_token(config, tokenizer)
     data = config.load_data(tokenizer)
     model = make_model_once(functools.partial(make_model, config, tokenizer, data))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     vqvae = None
     if config.vqvae is not None:
-        vqvae = IcetkVQModel.from_pretrained(config.vqvae, dtype=torch.float32).eval()
+        vqvae = load_image_tokenizer(config.vqvae, dtype=torch.float32).eval()
     if config.embed_codes and config.init_from is None:
         if vqvae is None:
             raise ValueError("`embed_codes` takes code vectors from `vqvae`, which is not given.")
@@ -236,7 +278,7 @@ def main(arguments: list[str] | None = None) -> CogLMModel | None:
         functools.partial(compute_loss, model.config.num_image_tokens, config.text_loss_weight),
         functools.partial(loss_weight, model.config.num_image_tokens, config.text_loss_weight),
         None if vqvae is None else functools.partial(make_samples, config, vqvae, data),
-        save=config.saving("transformer"),
+        save=saving(config),
         held_out=config.held_out_batches(
             tokenizer, lambda held_out, draw: make_batch(config, model.config, tokenizer, held_out, draw)
         ),

@@ -24,11 +24,13 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
+from transformers import PreTrainedModel
 
-from cogview_pipelines import CogLMCanvasModel, CogLMModel, IcetkTokenizer, IcetkVQModel, LoPARScheduler
+from cogview_pipelines import CogLMCanvasModel, CogLMModel, IcetkTokenizer, LoPARScheduler
 from cogview_pipelines.generation.canvas import refine
 from cogview_pipelines.generation.token_sequence import TokenSequence
 from cogview_pipelines.models.cogview2.sequences import direct_super_resolution
+from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
 from cogview_pipelines.training.arguments import parse_config, run_script
 from cogview_pipelines.training.data.draws import Draw, seeded_generator
 from cogview_pipelines.training.data.tokens import CanvasBatch, TokenData, TokenTrainConfig
@@ -118,7 +120,7 @@ def make_batch(config: DirectSRTrainConfig, model: CogLMCanvasModel, data: Token
 
 
 def make_samples(
-    config: DirectSRTrainConfig, vqvae: IcetkVQModel, data: TokenData, model: CogLMCanvasModel, count: int = 8
+    config: DirectSRTrainConfig, vqvae: PreTrainedModel, data: TokenData, model: CogLMCanvasModel, count: int = 8
 ) -> torch.Tensor:
     """True low-resolution pictures, enlarged, above their super-resolution: `(2 * count, 3, height, width)`."""
     generator = seeded_generator(config.seed, "pictures")
@@ -142,7 +144,7 @@ def main(arguments: list[str] | None = None) -> CogLMCanvasModel | None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     vqvae = None
     if config.vqvae is not None:
-        vqvae = IcetkVQModel.from_pretrained(config.vqvae, dtype=torch.float32).eval()
+        vqvae = load_image_tokenizer(config.vqvae, dtype=torch.float32).eval()
     result = train(
         config,
         model,

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate.utils import set_seed
+from transformers import PreTrainedModel
 
 from cogview_pipelines import (
     CogLMCanvasConfig,
@@ -31,12 +32,12 @@ from cogview_pipelines import (
     CogLMConfig,
     CogLMModel,
     IcetkTokenizer,
-    IcetkVQModel,
     LoPARScheduler,
 )
 from cogview_pipelines.generation.canvas import refine
 from cogview_pipelines.generation.token_sequence import IGNORED_LABEL
 from cogview_pipelines.models.cogview2.sequences import iterative_super_resolution
+from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
 from cogview_pipelines.training.arguments import parse_config, run_script
 from cogview_pipelines.training.data.draws import Draw, draw_index, seeded_generator
 from cogview_pipelines.training.data.tokens import CanvasBatch, TokenData, TokenTrainConfig
@@ -116,7 +117,7 @@ def sample_scheduler(rows: int, columns: int) -> LoPARScheduler:
 
 
 def make_samples(
-    config: IterativeSRTrainConfig, vqvae: IcetkVQModel, data: TokenData, model: CogLMCanvasModel, count: int = 16
+    config: IterativeSRTrainConfig, vqvae: PreTrainedModel, data: TokenData, model: CogLMCanvasModel, count: int = 16
 ) -> torch.Tensor:
     """True pictures with every cell that the schedule may change written anew: `(count, 3, height, width)` in 0..1."""
     generator = seeded_generator(config.seed, "pictures")
@@ -139,7 +140,7 @@ def main(arguments: list[str] | None = None) -> CogLMCanvasModel | None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     vqvae = None
     if config.vqvae is not None:
-        vqvae = IcetkVQModel.from_pretrained(config.vqvae, dtype=torch.float32).eval()
+        vqvae = load_image_tokenizer(config.vqvae, dtype=torch.float32).eval()
     result = train(
         config,
         model,

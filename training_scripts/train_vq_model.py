@@ -7,6 +7,9 @@ On a CPU, the small tokenizer of the demo (emoji scenes):
 On one GPU, on your own pictures:
     python training_scripts/train_vq_model.py --image_folder PICTURES --resolutions 256 --mixed_precision bf16 \
         --output_dir runs/vq
+The decoder of a trained one alone, so that tokens and the models of them stay what they are:
+    python training_scripts/train_vq_model.py --init_from MODEL/vqvae --decoder_only true --image_folder PICTURES \
+        --resolutions 256 --learning_rate 1e-4 --output_dir runs/vq_decoder
 CogView's image tokenizer, its codes learnt through Gumbel-softmax:
     python training_scripts/train_vq_model.py --family cogview --codebook_training gumbel --image_folder PICTURES \
         --resolutions 256 --output_dir runs/cogview_vq
@@ -23,16 +26,20 @@ from pathlib import Path
 import torch
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
+from transformers import PreTrainedConfig
 
 from cogview_pipelines import CogViewVQConfig, CogViewVQModel, IcetkVQConfig, IcetkVQModel
+from cogview_pipelines.evaluation.reconstruction import psnr
+from cogview_pipelines.models.image_tokenizers.auto import IMAGE_TOKENIZERS
 from cogview_pipelines.models.image_tokenizers.modeling_cogview_vq import CODEBOOK_TRAINING
+from cogview_pipelines.training.adversary import SMALLEST_SIDE, PatchDiscriminator, WithAdversary
 from cogview_pipelines.training.arguments import TrainConfig, parse_config, run_script
 from cogview_pipelines.training.data.draws import Draw, WeightedIndex, draw_index, seeded_generator
 from cogview_pipelines.training.data.pictures import PictureFolder, PicturePool, check_pictures, to_bytes
 from cogview_pipelines.training.data.prefetch import image_paths
 from cogview_pipelines.training.loop import train
 from cogview_pipelines.training.losses import content_weights, load_perceptual_network, reconstruction_loss
-from cogview_pipelines.training.processes import make_model_once, start_processes
+from cogview_pipelines.training.processes import load_model, make_model_once, start_processes
 
 ImageTokenizer = IcetkVQModel | CogViewVQModel
 
@@ -61,6 +68,15 @@ class VQTrainConfig(TrainConfig):
     family: str = field(
         default="cogview2", metadata={"help": "Whose image tokenizer.", "choices": ["cogview2", "cogview"]}
     )
+    init_from: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of a trained image tokenizer to go on from."}
+    )
+    decoder_only: bool = field(
+        default=False,
+        metadata={
+            "help": "Train the decoders alone: pictures keep their tokens, and models of tokens need no training."
+        },
+    )
     model: str = field(
         default="{}",
         metadata={"help": "Options of IcetkVQConfig, or CogViewVQConfig: JSON, or a mapping in the YAML file."},
@@ -85,6 +101,10 @@ class VQTrainConfig(TrainConfig):
         default=None, metadata={"help": "'lpips' or 'module:factory' of a perceptual distance."}
     )
     perceptual_weight: float = field(default=1.0, metadata={"help": "Weight of the perceptual distance."})
+    adversarial_weight: float = field(
+        default=0.0, metadata={"help": "Weight of an adversary (PatchGAN), for sharp textures; VQGAN: about 0.1."}
+    )
+    adversarial_start: int = field(default=0, metadata={"help": "Steps before the adversary's opinion counts."})
     num_clusters: int | None = field(default=None, metadata={"help": "Clusters of codes, by default as in the model."})
 
     def check(self) -> None:
@@ -94,6 +114,16 @@ class VQTrainConfig(TrainConfig):
                 "`codebook_training` must be left out for `family` cogview2, whose codes follow averages, but is "
                 f"{self.codebook_training}."
             )
+        if self.decoder_only and self.init_from is None:
+            raise ValueError("`decoder_only` trains the decoder of a trained model. Name it by `init_from`.")
+        side = min(self.crop_size or min(self.resolutions), *self.resolutions)
+        if self.adversarial_weight and side < SMALLEST_SIDE:
+            raise ValueError(
+                f"`adversarial_weight` needs pictures of at least {SMALLEST_SIDE} pixels, but the smallest have "
+                f"{side}."
+            )
+        if not self.adversarial_weight >= 0:
+            raise ValueError(f"`adversarial_weight` must be at least 0, but is {self.adversarial_weight}.")
         if not self.final_gumbel_temperature > 0:
             raise ValueError(f"`final_gumbel_temperature` must be above 0, but is {self.final_gumbel_temperature}.")
 
@@ -118,8 +148,10 @@ class PixelBatch:
 
 
 def make_model(config: VQTrainConfig) -> ImageTokenizer:
-    """A new image tokenizer of the family."""
+    """A new image tokenizer of the family, or a trained one."""
     options = json.loads(config.model)
+    if config.init_from is not None:
+        return load_trained(config, options)
     if config.family == "cogview2":
         return IcetkVQModel(IcetkVQConfig(**options))
     if config.codebook_training is not None:
@@ -127,6 +159,26 @@ def make_model(config: VQTrainConfig) -> ImageTokenizer:
     model = CogViewVQModel(CogViewVQConfig(**options))
     if model.config.codebook_training in ("moving_average", "fixed"):
         model.quantize.embed.requires_grad_(False)  # no gradient reaches the codes
+    return model
+
+
+def load_trained(config: VQTrainConfig, options: dict) -> ImageTokenizer:
+    """The image tokenizer to go on from; its codes stay where they are until they are trained."""
+    kind, _ = PreTrainedConfig.get_config_dict(config.init_from)
+    model_class = IMAGE_TOKENIZERS.get(kind.get("model_type"))
+    wanted = {"cogview2": IcetkVQModel, "cogview": CogViewVQModel}[config.family]
+    if model_class is not wanted:
+        found = "nothing of the kind" if model_class is None else f"a {model_class.__name__}"
+        raise ValueError(f"`init_from` must be a {wanted.__name__}, for `family` {config.family}, but is {found}.")
+    model = load_model(wanted, config.init_from, **options)
+    quantize = model.quantize
+    if config.decoder_only:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith("decoder"))
+    elif hasattr(quantize, "embed_avg") and model.device.type != "meta" and not quantize.cluster_size.any():
+        # a converted release brings no averages: without, the first batch would replace the codes
+        quantize.cluster_size.fill_(1.0)
+        quantize.embed_avg.copy_(quantize.embed.weight)
     return model
 
 
@@ -179,6 +231,9 @@ def compute_loss(
     """Reconstruction and commitment loss, summed over pictures; `trained` is `model` as it is distributed."""
     pixel_values = batch.pixel_values
     output = trained(pixel_values, compression_rate=batch.rate)
+    fooling = telling = None
+    if config.adversarial_weight:
+        output, fooling, telling = output
     in_use = (model.quantize.cluster_size > 0.01).sum()
     if not in_use:  # CogView's codes that follow no averages: those of this batch
         in_use = output.tokens.unique().numel()
@@ -191,7 +246,10 @@ def compute_loss(
         with torch.autocast(pixel_values.device.type, enabled=False):
             loss = loss + config.perceptual_weight * perceptual_distance(output.sample, pixel_values).mean()
     count = len(batch)
+    if fooling is not None:
+        loss = loss + telling + config.adversarial_weight * model.adversary_counts * fooling
     metrics = {
+        "psnr": (psnr(output.sample.detach(), pixel_values).sum(), count),
         "reconstruction_loss": (reconstruction * count, count),
         "commitment_loss": (output.commitment_loss * count, count),
         "codes_in_use": (in_use, 1),
@@ -202,8 +260,12 @@ def compute_loss(
 def begin_step(config: VQTrainConfig, model: ImageTokenizer, step: int) -> None:
     """
     Late in the run codes stay where they are, so that the decoder can settle. With Gumbel-softmax, the temperature
-    falls.
+    falls. The adversary counts from `adversarial_start` on.
     """
+    model.adversary_counts = float(step >= config.adversarial_start)
+    if config.decoder_only:
+        model.quantize.eval()  # or codes would follow what they see
+        return
     if getattr(model.config, "codebook_training", None) == "gumbel":
         first, last = model.config.gumbel_temperature, config.final_gumbel_temperature
         model.quantize.gumbel_temperature = first * (last / first) ** (step / config.max_steps)
@@ -216,6 +278,7 @@ def make_samples(
     config: VQTrainConfig, sources: list[PicturePool], model: ImageTokenizer, count: int = 8
 ) -> dict[str, torch.Tensor]:
     """Pictures above their reconstructions, the same pictures every time, at each resolution."""
+    model = getattr(model, "tokenizer", model)
     rate, samples = model.config.compression_rates[-1], {}
     for source in sources:
         pixel_values = source.batch(count, None, rate, seeded_generator(config.seed, "pictures")).to(model.device)
@@ -226,7 +289,8 @@ def make_samples(
 
 def group_codes(config: VQTrainConfig, model: ImageTokenizer) -> None:
     """Group the codes into clusters, from which CogView2 draws."""
-    if config.family == "cogview2":
+    model = getattr(model, "tokenizer", model)
+    if config.family == "cogview2" and not config.decoder_only:
         model.compute_cluster_labels(config.num_clusters, config.seed)
 
 
@@ -240,16 +304,21 @@ def main(arguments: list[str] | None = None) -> ImageTokenizer | None:
         decoders = model.decoders.values() if config.family == "cogview2" else [model.decoder]
         for part in (model.encoder, *decoders):
             part.compile()
-    return train(
+    whole = model
+    if config.adversarial_weight:
+        whole = make_model_once(lambda: WithAdversary(model, PatchDiscriminator()))
+    trained = train(
         dataclasses.replace(config, compile=False),
-        model,
+        whole,
         functools.partial(make_batch, config, sources, model.config.compression_rates),
         functools.partial(compute_loss, config, model, perceptual_distance),
         len,
         functools.partial(make_samples, config, sources),
         begin_step=functools.partial(begin_step, config, model),
         finish=functools.partial(group_codes, config),
+        save=lambda final, folder: getattr(final, "tokenizer", final).save_pretrained(folder),
     )
+    return getattr(trained, "tokenizer", trained)
 
 
 if __name__ == "__main__":

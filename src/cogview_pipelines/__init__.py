@@ -35,6 +35,8 @@ _EXPORTS = {
     "CogViewTokenizer": ".models.cogview.tokenization_cogview",
     "CogViewVQConfig": ".models.image_tokenizers.modeling_cogview_vq",
     "CogViewVQModel": ".models.image_tokenizers.modeling_cogview_vq",
+    "DiffusersVQConfig": ".models.image_tokenizers.modeling_diffusers_vq",
+    "DiffusersVQModel": ".models.image_tokenizers.modeling_diffusers_vq",
     "GenerationInterrupted": ".pipelines.common.calls",
     "IcetkTokenizer": ".models.cogview2.tokenization_icetk",
     "IcetkVQConfig": ".models.image_tokenizers.modeling_icetk_vq",

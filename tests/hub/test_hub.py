@@ -175,3 +175,51 @@ def test_the_command_line_draws_with_a_model_of_the_hub(hub, pushed, loaded, cac
     assert result.returncode == 2
     assert "no model of this id on the Hub" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+# Adapters ------------------------------------------------------------------------------------------------------------
+
+ADAPTER = """
+import json, sys, tempfile
+from pathlib import Path
+import torch
+from cogview_pipelines import CogView2Pipeline
+from tests.hub.programs import call
+from tests.loaders.conftest import random_adapter
+from tests.pipelines.conftest import build
+from tests.utils import make_tokenizer
+
+def push():
+    folder = Path(tempfile.mkdtemp())
+    pipe = build(make_tokenizer(folder), shares_backbone=True)
+    pipe.push_to_hub("someone/base")
+    random_adapter({name: getattr(pipe, name) for name in ("transformer", "direct_sr_transformer")}, folder / "a")
+    pipe.load_lora_weights(folder / "a", "style")
+    pipe.push_adapter_to_hub("someone/style", base_model="someone/base", prompt="a tree")
+    whole = call(pipe)
+    pipe.set_adapters("style", 0.5)
+    pipe.push_to_hub("someone/with-style")
+    return [whole, call(pipe)]
+
+def load():
+    from huggingface_hub import ModelCard
+    pipe = CogView2Pipeline.from_pretrained("someone/base")
+    pipe.load_lora_weights("someone/style")
+    card = ModelCard.load("someone/style")
+    example = card.text.split("```python\\n")[1].split("```")[0]
+    names = {}
+    exec(example, names)
+    saved = CogView2Pipeline.from_pretrained("someone/with-style")
+    return {"same": [call(pipe), call(saved)], "card": card.data.to_dict(), "size": names["image"].size}
+
+print(json.dumps({"push": push, "load": load}[sys.argv[1]]()))
+"""
+
+
+def test_an_adapter_is_pushed_with_a_card_and_loaded_by_its_id(hub):
+    pushed = hub.json(ADAPTER, "push", token=TOKEN)
+    loaded = hub.json(ADAPTER, "load")
+    assert loaded["same"] == pushed and pushed[0] != pushed[1]
+    assert loaded["card"]["base_model"] == "someone/base"
+    assert {"lora", "cogview_pipelines", "CogView2Pipeline"} <= set(loaded["card"]["tags"])
+    assert loaded["size"] == [96, 96]  # the example runs as it stands

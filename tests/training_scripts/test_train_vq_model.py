@@ -201,3 +201,104 @@ def test_a_broken_picture_is_found_before_the_training_begins(run, tmp_path, mon
     run("run", skip_unreadable=True)
     assert len(metrics(tmp_path / "run", "loss")) == 4
     assert len((tmp_path / "run/pictures.jsonl").read_text().splitlines()) == 6
+
+
+# A trained one -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A tokenizer as a converted release brings it: with codes, but without their averages."""
+    torch.manual_seed(3)
+    model = IcetkVQModel(IcetkVQConfig(**MODEL))
+    model.compute_cluster_labels()
+    assert not model.quantize.cluster_size.any()
+    model.save_pretrained(tmp_path / "trained")
+    return tmp_path / "trained"
+
+
+def test_the_decoder_alone_is_trained_and_pictures_keep_their_tokens(run, trained, tmp_path):
+    before = IcetkVQModel.from_pretrained(trained).eval()
+    after = run("decoder", init_from=trained, decoder_only=True, model="{}", learning_rate=0.01, max_steps=20)
+    for name, value in after.state_dict().items():
+        assert torch.equal(value, before.state_dict()[name]) is not name.startswith("decoders"), name
+    pixels = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        tokens = before.encode(pixels, 8).tokens
+        assert torch.equal(after.eval().encode(pixels, 8).tokens, tokens)
+    losses = metrics(tmp_path / "decoder", "reconstruction_loss")
+    assert sum(loss for _, loss in losses[-5:]) < sum(loss for _, loss in losses[:5])
+    assert [line for line in metrics(tmp_path / "decoder", "psnr") if 0 < line[1] < 60]
+
+
+def test_training_goes_on_from_the_codes_of_a_release_instead_of_new_ones(run, trained):
+    before = IcetkVQModel.from_pretrained(trained)
+    after = run(
+        "on", init_from=trained, model=json.dumps({"dead_code_threshold": 0.0}), max_steps=2, learning_rate=1e-5
+    )
+    codes = before.quantize.embed.weight
+    moved = (after.quantize.embed.weight - codes).norm(dim=1) / codes.norm(dim=1)
+    assert 0 < moved.max() < 0.5
+
+
+def test_what_to_go_on_from_must_be_of_the_family(run, trained):
+    with pytest.raises(ValueError, match="`init_from` must be a CogViewVQModel, for `family` cogview, but is a Icetk"):
+        run("wrong", init_from=trained, family="cogview", model="{}")
+    with pytest.raises(ValueError, match="`decoder_only` trains the decoder of a trained model"):
+        run("wrong", decoder_only=True)
+
+
+def test_an_adversary_learns_beside_the_tokenizer_resumes_with_it_and_is_not_part_of_the_model(run, tmp_path):
+    options = {
+        "adversarial_weight": 0.1,
+        "adversarial_start": 1,
+        "resolutions": (32,),
+        "crop_size": 32,
+        "max_steps": 3,
+    }
+    options |= {"learning_rate": 1e-3, "warmup_steps": 0}
+    model = run("whole", **options)
+    assert isinstance(model, IcetkVQModel)
+    loaded = IcetkVQModel.from_pretrained(tmp_path / "whole/final")
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+    assert run("parts", **{**options, "max_minutes": 1e-9}) is None
+    run("parts", **options, resume_from_checkpoint="latest")
+    assert metrics(tmp_path / "parts", "loss") == metrics(tmp_path / "whole", "loss")
+    plain = {**options, "adversarial_weight": 0.0}
+    del plain["adversarial_start"]
+    run("plain", **plain)
+    assert metrics(tmp_path / "plain", "loss") != metrics(tmp_path / "whole", "loss")
+    with pytest.raises(ValueError, match="needs pictures of at least 32 pixels, but the smallest have 16"):
+        run("small", adversarial_weight=0.1)
+
+
+def test_the_gradients_of_the_two_sides_do_not_mix():
+    from cogview_pipelines.training.adversary import PatchDiscriminator, WithAdversary
+
+    torch.manual_seed(0)
+    both = WithAdversary(IcetkVQModel(IcetkVQConfig(**MODEL)), PatchDiscriminator(8)).train()
+    pixels = torch.rand(2, 3, 32, 32)
+    _, fooling, telling = both(pixels, 8)
+    fooling.backward()
+    assert all(parameter.grad is None for parameter in both.discriminator.parameters())
+    assert any(p.grad is not None and p.grad.any() for p in both.tokenizer.decoders.parameters())
+    both.zero_grad()
+    telling.backward()
+    assert all(parameter.grad is None for parameter in both.tokenizer.parameters())
+    assert all(p.grad is not None for p in both.discriminator.parameters())
+
+
+def test_a_tokenizer_is_measured_on_pictures(run, trained, tmp_path, capsys, monkeypatch):
+    from .conftest import load_script
+
+    (tmp_path / "nets.py").write_text(
+        "def distance():\n    return lambda one, other: (one - other).abs().flatten(1).mean(1)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    script = load_script("evaluate_vq_model")
+    arguments = ["--vqvae", str(trained), "--image_folder", str(tmp_path / "pictures"), "--resolution", "32"]
+    report = script.main([*arguments, "--perceptual_network", "nets:distance", "--batch_size", "4"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == report
+    assert report["pictures"] == 6 and report["compression_rate"] == 8
+    assert 0 < report["psnr"] < 40 and -1 < report["ssim"] < 1 and report["lpips"] > 0
+    assert report["codes_used"].endswith("of 32")

@@ -291,6 +291,7 @@ class Job:
         pipe = load_pipeline(self.model if asked["lora_rank"] is not None else os.fspath(self.output))
         if asked["lora_rank"] is not None:
             pipe.load_lora_weights(self.output)
+            pipe.fuse_lora()
         pipe.set_progress_bar_config(disable=True)
         prompts = self._prompts()
         generators = [torch.Generator().manual_seed(asked["seed"] + index) for index in range(len(prompts))]

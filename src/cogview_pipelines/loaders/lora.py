@@ -2,17 +2,19 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.utils import logging
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 
 from ..models import adapters
+from .adapter_card import write_adapter_card
 from .lora_files import WEIGHT_NAME, read_lora, write_lora
 
 logger = logging.get_logger(__name__)
@@ -172,6 +174,48 @@ class LoraLoaderMixin:
         weights = {part: adapters.adapter_weights(model, adapter_name) for part, model in models.items()}
         configs = {part: adapters.adapter_config(model, adapter_name) for part, model in models.items()}
         return write_lora(save_directory, weights, configs, weight_name or WEIGHT_NAME)
+
+    def push_adapter_to_hub(
+        self,
+        repo_id: str,
+        adapter_name: str | None = None,
+        *,
+        base_model: str | None = None,
+        prompt: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """
+        Push a loaded adapter to the Hub, with a model card; [`LoraLoaderMixin.load_lora_weights`] loads it by its id.
+
+        Args:
+            repo_id (`str`): Its id there; the repository is made if it is not there.
+            adapter_name (`str`, *optional*): Which; default: the only one.
+            base_model (`str`, *optional*): Id of the pipeline that it adapts, for the card; default: the id that this
+                pipeline was loaded by, if it was.
+            prompt (`str`, *optional*): For the card, one that shows what the adapter does.
+            private (`bool`, *optional*): Whether others may not see it; for a new repository.
+            token (*optional*): Of the Hub, if not that of `hf auth login`.
+            commit_message (`str`, *optional*): Of the commit.
+
+        Returns:
+            `str`: The address of the commit.
+
+        Raises:
+            ValueError: If there is no such adapter.
+        """
+        if base_model is None:
+            name = str(self.config.get("_name_or_path") or "")
+            base_model = name if name.count("/") == 1 and not os.path.exists(name) else None
+        with tempfile.TemporaryDirectory() as folder:
+            path = self.save_adapter(folder, adapter_name)
+            _, configs = read_lora(path, self._lora_loadable_modules)
+            api = HfApi(token=token)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            write_adapter_card(folder, repo_id, base_model, type(self).__name__, configs, prompt)
+            message = commit_message or "Upload adapter"
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message))
 
     # Choosing --------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, hf_hub_download
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 METADATA_KEY = "lora_adapter_metadata"
@@ -50,7 +50,9 @@ def write_lora(
         for part, config in configs.items()
         for name, value in config.items()
     }
-    save_file(tensors, folder / weight_name, {"format": "pt", METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+    # not `save_file`, whose files only their owner may read
+    content = save(tensors, {"format": "pt", METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+    (folder / weight_name).write_bytes(content)
     return folder / weight_name
 
 
@@ -76,7 +78,7 @@ def read_lora(
     if isinstance(source, Mapping):
         tensors, metadata = dict(source), {}
     else:
-        tensors, metadata = _read_file(_find_file(os.fspath(source), weight_name, **hub_options))
+        tensors, metadata = _read_file(find_weights(os.fspath(source), weight_name, **hub_options))
     weights: Weights = {}
     for name, value in tensors.items():
         part = next((part for part in components if name.startswith(f"{part}.")), None)
@@ -111,31 +113,43 @@ def _read_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return tensors, metadata
 
 
-def _find_file(source: str, weight_name: str | None, subfolder: str | None = None, **hub_options) -> Path:
+def find_weights(
+    source: str,
+    weight_name: str | None = None,
+    default: str = WEIGHT_NAME,
+    subfolder: str | None = None,
+    **hub_options,
+) -> Path:
+    """
+    A file of weights in a folder, on the Hub, or by itself.
+
+    Args:
+        source (`str`): A file, a folder, or a Hub id.
+        weight_name (`str`, *optional*): The file in it; without, `default`, or the only .safetensors file.
+        default (`str`): What such files are called.
+        subfolder (`str`, *optional*): Where in it.
+        hub_options: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
+
+    Raises:
+        OSError: If there is none, or several and no name.
+    """
     path = Path(source)
     if path.is_file():
         return path
     if path.is_dir():
         folder = path / (subfolder or "")
-        if weight_name is not None:
-            names = [weight_name]
-        else:
-            names = sorted(file.name for file in folder.glob("*.safetensors"))
-            names = [WEIGHT_NAME] if WEIGHT_NAME in names else names
-        if len(names) != 1 or not (folder / names[0]).is_file():
-            raise OSError(f"{folder} must hold one .safetensors file, or name one by `weight_name`, but: {names}.")
-        return folder / names[0]
-    if weight_name is None:
-        files = (
-            []
-            if hub_options.get("local_files_only")
-            else HfApi(token=hub_options.get("token")).list_repo_files(source, revision=hub_options.get("revision"))
-        )
+        names = sorted(file.name for file in folder.glob("*.safetensors"))
+        name = weight_name or _only(names, default)
+        if name is None or not (folder / name).is_file():
+            raise OSError(f"{folder} must hold one .safetensors file, or name one by `weight_name`, but has: {names}.")
+        return folder / name
+    if weight_name is None and not hub_options.get("local_files_only"):
+        files = HfApi(token=hub_options.get("token")).list_repo_files(source, revision=hub_options.get("revision"))
         prefix = f"{subfolder}/" if subfolder else ""
-        names = [
-            name.removeprefix(prefix)
-            for name in files
-            if name.startswith(prefix) and name.endswith(".safetensors") and "/" not in name.removeprefix(prefix)
-        ]
-        weight_name = names[0] if len(names) == 1 else WEIGHT_NAME
-    return Path(hf_hub_download(source, weight_name, subfolder=subfolder, **hub_options))
+        names = [name.removeprefix(prefix) for name in files if name.startswith(prefix)]
+        weight_name = _only([name for name in names if name.endswith(".safetensors") and "/" not in name], default)
+    return Path(hf_hub_download(source, weight_name or default, subfolder=subfolder, **hub_options))
+
+
+def _only(names: list[str], default: str) -> str | None:
+    return default if default in names else names[0] if len(names) == 1 else None

@@ -186,9 +186,12 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
             return self._tokenize(text, keep_linebreaks)
         pieces = []
         for part in self.tokens_trie.split(text):
-            is_added = self._added_tokens_encoder.get(part, -1) >= self.vocab_size
-            pieces += [part] if is_added else self._tokenize(part, keep_linebreaks)
+            pieces += [part] if self._is_added(part) else self._tokenize(part, keep_linebreaks)
         return pieces
+
+    def _is_added(self, part: str) -> bool:
+        """Whether a part of a text is a token that `add_tokens` added."""
+        return self._added_tokens_encoder.get(part, -1) >= self.vocab_size
 
     def _tokenize(self, text: str, keep_linebreaks: bool = False) -> list[str]:
         if keep_linebreaks:
@@ -216,7 +219,9 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
         parts = dict.fromkeys(part.strip(space) for part in unknown)
         parts = [part for part in parts if part and part != self.unk_token]
         if self._known_words is not None:
-            words = self._known_words.unknown(text)
+            # what was added since is known, whatever the list says
+            own = [part for part in self.tokens_trie.split(text) if not self._is_added(part)]
+            words = self._known_words.unknown(" ".join(own))
             parts = words + [part for part in parts if not any(part.casefold() in word for word in words)]
         return parts
 

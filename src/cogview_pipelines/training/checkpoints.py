@@ -22,6 +22,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ..models.adapters import adapter_layers
+from ..models.learned_tokens import LearnedTokens
 from .arguments import UNNOTICED, TrainConfig
 from .averaging import WeightAverage
 from .optimizers import Optimizers
@@ -78,9 +79,10 @@ class TrainingState:
 
 
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers by name, detached; of a model with adapters, the adapters alone."""
+    """Parameters and persistent buffers by name, detached; where adapters or new tokens are trained, these alone."""
     tensors = model.state_dict(keep_vars=True)
-    if any(True for _ in adapter_layers(model)):  # the rest is what the run began with
+    learns_tokens = any(isinstance(module, LearnedTokens) for module in model.modules())
+    if learns_tokens or any(True for _ in adapter_layers(model)):  # the rest is what the run began with
         tensors = {name: value for name, value in tensors.items() if value.requires_grad}
     return {name: value.detach() for name, value in tensors.items()}
 

@@ -5,17 +5,19 @@ import os
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .modeling_cogview_vq import CogViewVQConfig, CogViewVQModel
+from .modeling_diffusers_vq import DiffusersVQConfig, DiffusersVQModel
 from .modeling_icetk_vq import IcetkVQConfig, IcetkVQModel
 
 IMAGE_TOKENIZERS = {
     CogViewVQConfig.model_type: CogViewVQModel,
+    DiffusersVQConfig.model_type: DiffusersVQModel,
     IcetkVQConfig.model_type: IcetkVQModel,
 }
 
 
 def load_image_tokenizer(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:
     """
-    A saved [`IcetkVQModel`] or [`CogViewVQModel`]: what its configuration says.
+    A saved [`IcetkVQModel`], [`CogViewVQModel`] or [`DiffusersVQModel`]: what its configuration says.
 
     Args:
         name_or_path (`str` or path): A folder, or an id on the Hub.

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ...generation.decoders import Decoding
 from ...loaders.lora import LoraLoaderMixin
+from ...loaders.textual_inversion import TextualInversionLoaderMixin
 from ...models.adapters import without_adapters
 from .calls import Call, RunningCalls
 from .hub import copy_companions, explain, fetch, push
@@ -23,7 +24,7 @@ from .offloading import offload_stages
 from .outputs import PreviewOutput
 
 
-class PipelineBase(LoraLoaderMixin, DiffusionPipeline):
+class PipelineBase(LoraLoaderMixin, TextualInversionLoaderMixin, DiffusionPipeline):
     """
     A pipeline of models that write and read image tokens, and of an image tokenizer, `vqvae`.
 

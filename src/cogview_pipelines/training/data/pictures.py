@@ -79,16 +79,20 @@ class PictureFolder(PicturePool):
 
     def batch(self, count: int, crop_size: int | None, multiple: int, generator: torch.Generator) -> torch.Tensor:
         """As [`PicturePool.batch`]."""
-        indices = draw_indices(len(self.paths), count, generator).tolist()
-        squares = []
-        for index in indices:
-            image = on_white(self._read(index))
-            squares.append(to_bytes(ImageOps.fit(image, (self.size, self.size), Image.Resampling.BICUBIC)))
-        pool = PicturePool(torch.stack(squares))
+        pool = PicturePool(self._squares(draw_indices(len(self.paths), count, generator).tolist()))
         windows = [
             PicturePool(pool.pictures[i : i + 1]).batch(1, crop_size, multiple, generator) for i in range(count)
         ]
         return torch.cat(windows)
+
+    def read(self, indices: Sequence[int]) -> torch.Tensor:
+        """Whole pictures of these files: `(num, 3, size, size)`, float32 in 0..1."""
+        return self._squares(indices).float() / 255
+
+    def _squares(self, indices: Sequence[int]) -> torch.Tensor:
+        sides = (self.size, self.size)
+        images = [ImageOps.fit(on_white(self._read(index)), sides, Image.Resampling.BICUBIC) for index in indices]
+        return torch.stack([to_bytes(image) for image in images])
 
     def _read(self, index: int) -> Image.Image:
         for step in range(len(self.paths)):

@@ -1,0 +1,101 @@
+"""Learned words of pipelines (textual inversion): files as diffusers writes them, and what loads them."""
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from ..models.learned_tokens import initial_row, set_token
+from .lora_files import find_weights
+
+EMBEDDING_NAME = "learned_embeds.safetensors"
+INITIALIZER_KEY = "initializer"
+
+
+def write_learned_token(folder: str | os.PathLike, token: str, row: torch.Tensor, initializer: str = "") -> Path:
+    """
+    Write the embedding of a token into `learned_embeds.safetensors`.
+
+    Args:
+        folder: Where; it is made.
+        token (`str`): The token.
+        row (`torch.Tensor` of shape `(hidden_size,)`): Its embedding.
+        initializer (`str`): The text that it began with, for models that did not learn it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {token: row.detach().float().cpu().contiguous()}
+    (folder / EMBEDDING_NAME).write_bytes(save(tensors, {"format": "pt", INITIALIZER_KEY: initializer}))
+    return folder / EMBEDDING_NAME
+
+
+class TextualInversionLoaderMixin:
+    """A pipeline that takes learned words, as those of diffusers do."""
+
+    def load_textual_inversion(
+        self,
+        pretrained_model_name_or_path: str | os.PathLike,
+        token: str | None = None,
+        *,
+        weight_name: str | None = None,
+        **hub_options,
+    ) -> None:
+        """
+        Add a learned word: the tokenizer knows it, and all models have an embedding of it.
+
+        Models that did not learn it, such as those of super-resolution, read the words that it began with in its
+        place. `save_pretrained` saves it with the pipeline.
+
+        Args:
+            pretrained_model_name_or_path: A folder, a file, or a Hub id.
+            token (`str`, *optional*): What it is called in prompts; default: as in the file.
+            weight_name (`str`, *optional*): The file in the folder, where it holds several.
+            hub_options: `subfolder`, `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
+
+        Raises:
+            ValueError: If it is damaged, of another model, or the tokenizer knows such a token.
+            OSError: If there is no such file.
+        """
+        path = find_weights(os.fspath(pretrained_model_name_or_path), weight_name, EMBEDDING_NAME, **hub_options)
+        name, row, initializer = _read(path)
+        token = name if token is None else token
+        if self.tokenizer.convert_tokens_to_ids(token) != self.tokenizer.unk_token_id:
+            raise ValueError(f"`token` must be a new one, but the tokenizer has {token!r}. Pass another as `token`.")
+        width = self.transformer.config.hidden_size
+        if row.shape != (width,):
+            raise ValueError(f"{path} is of a model of width {row.numel()}, but this one has {width}.")
+        token_ids = self.tokenizer.encode(initializer)
+        self.tokenizer.add_tokens([token])
+        token_id = self.tokenizer.convert_tokens_to_ids(token)
+        lent = []
+        for model in self._text_models():
+            if getattr(model.config, "shares_backbone", False):
+                lent.append(model)
+            elif model is self.transformer:
+                set_token(model, token_id, row)
+            else:
+                set_token(model, token_id, initial_row(model, token_ids, model.config.num_image_tokens))
+        for model in lent:
+            model.share_backbone(self.transformer)
+
+    def _text_models(self) -> list[nn.Module]:
+        names = self.model_cpu_offload_seq.split("->")
+        return [getattr(self, name) for name in names if getattr(self, name, None) is not None]
+
+
+def _read(path: Path) -> tuple[str, torch.Tensor, str]:
+    if path.suffix != ".safetensors":
+        raise ValueError(f"Learned words are read from .safetensors files only, but this is {path.name}.")
+    try:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+            tensors = [file.get_tensor(name) for name in names]
+            initializer = (file.metadata() or {}).get(INITIALIZER_KEY, "")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}. Copy or save it again.") from error
+    if len(names) != 1 or tensors[0].ndim not in (1, 2) or not tensors[0].is_floating_point():
+        raise ValueError(f"{path} must hold one embedding of one token, but holds {names[:3]}.")
+    return names[0], tensors[0].reshape(-1), initializer

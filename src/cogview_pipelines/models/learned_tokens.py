@@ -1,0 +1,96 @@
+"""New tokens of a trained model (textual inversion): their embeddings are learned, all weights stay as they are."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .layers import TokenEmbedding
+
+
+class LearnedTokens(nn.Module):
+    """
+    Stands in for the token embedding of a model while the embeddings of new tokens are learned.
+
+    Args:
+        table ([`TokenEmbedding`]): The embeddings that the model has.
+        first_id (`int`): Id of the first new token; the table may be longer.
+        rows (`torch.Tensor` of shape `(num_tokens, hidden_size)`): What the new embeddings begin with.
+    """
+
+    def __init__(self, table: TokenEmbedding, first_id: int, rows: torch.Tensor):
+        super().__init__()
+        self.table, self.first_id = table, first_id
+        self.rows = nn.Parameter(rows.detach().clone())
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The embeddings that the model has."""
+        return self.table.weight
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        hidden_states: torch.Tensor | None = None,
+        num_tokens: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """As [`TokenEmbedding`], with the new tokens."""
+        if hidden_states is None:
+            is_new = input_ids >= self.first_id
+            old = self.table(input_ids.masked_fill(is_new, 0))
+            new = F.embedding((input_ids - self.first_id).clamp(0, len(self.rows) - 1), self.rows)
+            return torch.where(is_new[..., None], new.to(old.dtype), old)
+        scores = self.table(hidden_states=hidden_states, num_tokens=num_tokens, dtype=dtype)
+        if num_tokens is not None:
+            return scores
+        new = F.linear(hidden_states.to(dtype), self.rows.to(dtype))
+        rest = scores[..., self.first_id + len(self.rows) :]
+        return torch.cat([scores[..., : self.first_id], new, rest], -1)
+
+
+def initial_row(model: nn.Module, token_ids: Sequence[int], num_image_tokens: int) -> torch.Tensor:
+    """
+    What the embedding of a new token begins with: the mean of those of other tokens, `(hidden_size,)`.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        token_ids (sequence of `int`): The other tokens; without any, all of text.
+        num_image_tokens (`int`): Where text begins in the table.
+    """
+    table = model.get_input_embeddings().weight.detach()
+    return (table[list(token_ids)] if token_ids else table[num_image_tokens:]).float().mean(0)
+
+
+def learn_token(model: nn.Module, token_id: int, token_ids: Sequence[int]) -> LearnedTokens:
+    """
+    Freeze a model but for the embedding of a new token.
+
+    Args:
+        model (`PreTrainedModel`): The model; trainable adapters on it stay trainable.
+        token_id (`int`): Of the new token.
+        token_ids (sequence of `int`): The tokens whose mean it begins with.
+    """
+    row = initial_row(model, token_ids, model.config.num_image_tokens)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name and parameter.requires_grad)
+    learned = LearnedTokens(model.get_input_embeddings(), token_id, row[None])
+    model.word_embeddings = learned
+    return learned
+
+
+@torch.no_grad()
+def set_token(model: nn.Module, token_id: int, row: torch.Tensor) -> None:
+    """
+    Give a token of a model an embedding; a table that is too short grows.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        token_id (`int`): The token.
+        row (`torch.Tensor` of shape `(hidden_size,)`): Its embedding.
+    """
+    if token_id >= len(model.get_input_embeddings().weight):
+        model.resize_token_embeddings(token_id + 1, mean_resizing=False)
+    table = model.get_input_embeddings().weight
+    table[token_id] = row.to(table)
