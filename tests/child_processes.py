@@ -1,5 +1,7 @@
 """Forked children: what would end a process, or take all of its memory, happens in one of its own."""
 
+import builtins
+import io
 import json
 import os
 import resource
@@ -34,36 +36,84 @@ def run(function: Callable[[], Any], memory: int | None = None, runs_code: bool 
     return json.loads(output)
 
 
-def count_changes(function: Callable[[], Any], root) -> int:
-    """How many times a function changes files below a folder; it is called in a child."""
-    counter = _Counter(root, None)
+def count_changes(function: Callable[[], Any], root, writes: tuple[str, ...] = ()) -> int:
+    """
+    How many times a function changes files below a folder; it is called in a child.
+
+    Args:
+        function: What to call.
+        root: The folder.
+        writes (`tuple[str, ...]`): Endings of files of which every `write` is a change of its own.
+    """
+    counter = _Counter(root, None, writes)
     status, output = _fork(lambda: (function(), counter.count)[1], counter.start)
     assert status == 0, output
     return json.loads(output)
 
 
-def kill_before_change(function: Callable[[], Any], root, number: int) -> bool:
-    """Call a function in a child that is killed before its change of that number, from 0; whether it came so far."""
-    status, output = _fork(function, _Counter(root, number).start)
+def kill_before_change(function: Callable[[], Any], root, number: int, writes: tuple[str, ...] = ()) -> bool:
+    """
+    Call a function in a child that is killed before its change of that number, from 0, or in the middle of it if it is
+    a write; whether it came so far.
+    """
+    status, output = _fork(function, _Counter(root, number, writes).start)
     assert status in (0, KILLED), output
     return status == KILLED
 
 
 class _Counter:
-    def __init__(self, root, last: int | None):
-        self.root, self.last, self.count = os.fspath(root), last, 0
+    def __init__(self, root, last: int | None, writes: tuple[str, ...]):
+        self.root, self.last, self.count, self.writes = os.fspath(root), last, 0, writes
 
     def start(self) -> None:
         sys.addaudithook(self._note)
+        if self.writes:
+            self._open = builtins.open
+            builtins.open = io.open = self._opened
 
     def _note(self, event: str, arguments: tuple) -> None:
         if event not in _CHANGES or (event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
             return
         path = os.fsdecode(arguments[0]) if isinstance(arguments[0], str | bytes | os.PathLike) else ""
         if path.startswith(self.root) or (event in ("os.remove", "os.rmdir") and not os.path.isabs(path)):
-            if self.count == self.last:
-                os._exit(KILLED)
-            self.count += 1
+            self._step()
+
+    def _step(self) -> None:
+        if self.count == self.last:
+            os._exit(KILLED)
+        self.count += 1
+
+    def _opened(self, path, mode="r", *arguments, **options):
+        file = self._open(path, mode, *arguments, **options)
+        name = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else ""
+        counts = name.startswith(self.root) and name.endswith(self.writes) and set(mode) & set("wax+")
+        return _Written(file, self) if counts else file
+
+
+class _Written:
+    """A file of which every write is a change."""
+
+    def __init__(self, file, counter: _Counter):
+        self._file, self._counter = file, counter
+
+    def write(self, content):
+        if self._counter.count == self._counter.last:
+            self._file.write(content[: len(content) // 2])
+            self._file.flush()
+        self._counter._step()
+        return self._file.write(content)
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._file.close()
+
+    def __iter__(self):
+        return iter(self._file)
 
 
 def _prepare(memory: int | None, runs_code: bool) -> None:

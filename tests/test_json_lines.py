@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from cogview_pipelines.json_lines import dump_line, parse_object, read_lines, write_lines
+from cogview_pipelines.json_lines import dump_line, parse_object, read_lines, read_whole_rows, write_lines
 
 CHARACTERS = "".join(map(chr, [9, 0x0B, 0x0C, 0x1C, 0x1D, 0x1E, 0x85, 0x2028, 0x2029, 0x1F405, 0xDCFF]))
 
@@ -48,6 +48,12 @@ def test_the_line_that_is_no_unicode_is_named(tmp_path):
         list(read_lines(tmp_path / "a.jsonl"))
     with pytest.raises(ValueError, match=r"b\.jsonl: No such file"):
         list(read_lines(tmp_path / "b.jsonl"))
+
+
+def test_of_a_file_that_was_damaged_the_whole_lines_are_read(tmp_path):
+    lines = [b'{"a": "one\xe2\x80\xa8two"}', b"[1]", b'{"a": NaN}', b'\xff{"a": 3}', b"", b'{"a": 4}', b'{"a": 5']
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    assert list(read_whole_rows(tmp_path / "a.jsonl")) == [{"a": "one\u2028two"}, {"a": 4}]
 
 
 @pytest.mark.parametrize(

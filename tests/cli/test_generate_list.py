@@ -263,14 +263,14 @@ def test_a_name_that_is_too_long_is_told_before_anything_is_computed(cogview2, w
 
 def test_a_picture_that_cannot_be_written_stops_no_other(cogview2, write_list, loaded, tmp_path, monkeypatch):
     path = write_list(*({"id": id, "prompt": CAT, **SMALL} for id in ("a", "b", "c")))
-    real = png.save_png
+    real = png.write_whole
 
-    def save_png(image, file, metadata):
+    def write_whole(file, content):
         if file.name == "b.png":
             raise OSError(22, "Invalid argument")
-        real(image, file, metadata)
+        real(file, content)
 
-    monkeypatch.setattr(png, "save_png", save_png)
+    monkeypatch.setattr(png, "write_whole", write_whole)
     result = cogview2("generate", "--requests", path, "--output", tmp_path / "out")
     assert result.exit_code == 1
     assert f"{path}, line 2: could not write: " in result.stderr and "1 of 3 lines failed" in result.stderr

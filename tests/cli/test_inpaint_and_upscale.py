@@ -62,6 +62,23 @@ def test_inpaint_takes_transparency_for_a_mask_and_margins_instead_of_one(cogvie
     assert np.array_equal(pixels(files / "wide.png")[5:, :70], pixels(files / "image.png"))
 
 
+def test_what_the_model_cannot_read_of_a_text_is_told(cogview2, files):
+    arguments = ("--seed", 1, "--output", files / "out.png")
+    masked = ("--image", files / "image.png", "--mask", files / "mask.png")
+    for command in (
+        ("inpaint", "a cat ☃", *masked, *arguments),
+        ("upscale", files / "image.png", "--prompt", "a cat ☃", *arguments),
+        ("score", files / "image.png", "a cat ☃"),
+    ):
+        result = cogview2(*command)
+        assert result.exit_code == 0, result.output
+        (line,) = [line for line in result.stderr.splitlines() if line.startswith("Warning: ")]
+        assert "does not know this part of the prompt, and goes by the rest: ☃" in line
+        assert "Warning" not in cogview2(*("a cat" if part == "a cat ☃" else part for part in command)).stderr
+    result = cogview2("score", files / "image.png", "a cat", "☃ and a cat")
+    assert "does not know this part of prompt 2, and goes by the rest: ☃" in result.stderr
+
+
 def test_upscale_enlarges(cogview2, files):
     arguments = ("upscale", files / "image.png", "--prompt", PROMPT, "--seed", 1, "--output")
     for name in ("a.png", "b.png"):

@@ -21,6 +21,7 @@ from .console import (
     make_writable_folder,
     say,
     say_json,
+    warn_of_unknown,
 )
 from .families import is_cogview, pipeline_for
 from .inputs import decode, describe_inputs, read_file, read_image, same_inputs
@@ -180,6 +181,8 @@ def score(
     with bad_input():
         texts = [check_prompt(prompt) for prompt in prompts]
     pipe = _load(choice, quiet=True)
+    for text in texts:
+        warn_of_unknown(pipe.tokenizer, text, _name_of_text(text, texts))
     with bad_input((ValueError, TypeError)), failures():
         rows = _scores(pipe, picture, texts, max_batch_size)
     for row in rows:
@@ -348,7 +351,14 @@ def _caption_batch(pipe, requests: Sequence[Request], pictures: list) -> Iterato
 def _score_batch(pipe, requests: Sequence[Request], pictures: list) -> Iterator[dict]:
     (request,), (picture,) = requests, pictures
     arguments = request.arguments
+    for text in arguments["prompts"]:
+        warn_of_unknown(pipe.tokenizer, text, f"{_name_of_text(text, arguments['prompts'])} of {request.where}")
     yield {"scores": _scores(pipe, picture, arguments["prompts"], arguments.get("max_batch_size"))}
+
+
+def _name_of_text(text: str, texts: Sequence[str]) -> str:
+    """What warnings call one of several texts."""
+    return "the prompt" if len(texts) == 1 else f"prompt {texts.index(text) + 1}"
 
 
 # Both ----------------------------------------------------------------------------------------------------------------

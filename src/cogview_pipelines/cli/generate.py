@@ -34,7 +34,7 @@ from .requests import (
     numbered,
     read_requests,
 )
-from .results import LineFailures, check_names, manifest_of, only_writer, refuse_others, sha256, sort_existing
+from .results import LineFailures, check_names, manifest_of, only_writer, refuse_others, save_with_line, sort_existing
 from .terminal_pictures import SHOW_OPTION, Show, find_way, show_picture
 
 if TYPE_CHECKING:
@@ -351,9 +351,7 @@ class _List:
             for job, path, image, metadata in _make(pipe, missing, self.quiet):
                 metadata = {**metadata, **common}
                 with failed.of_writing(where[job.id]):
-                    _save(image, path, metadata if self.keeps_metadata else None)
-                    told = metadata if self.keeps_metadata else {**metadata, "sha256": sha256(path)}
-                    add_line(job.id, path, told)
+                    save_with_line(add_line, job.id, image, path, metadata, self.keeps_metadata)
         failed.finish()
 
 

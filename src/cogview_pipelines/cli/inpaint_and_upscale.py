@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from .console import bad_input, expand, fail, fail_all, failures, make_writable_folder, say
+from .console import bad_input, expand, fail, fail_all, failures, make_writable_folder, say, warn_of_unknown
 from .families import is_cogview, pipeline_for
 from .inputs import MOST_PIXELS, decode, describe_inputs, read_file, same_inputs
 from .loading import (
@@ -40,7 +40,7 @@ from .requests import (
     numbered,
     read_requests,
 )
-from .results import LineFailures, check_names, manifest_of, only_writer, refuse_others, sha256, sort_existing
+from .results import LineFailures, check_names, manifest_of, only_writer, refuse_others, save_with_line, sort_existing
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -260,6 +260,7 @@ class _Run:
         if problem is not None:
             fail(f"`--output`: {problem}")
         job, pipe = _Job(request, seed, paths), self._load()
+        warn_of_unknown(pipe.tokenizer, request.prompt)
         with bad_input((ValueError, TypeError)), failures():
             for path, image, metadata in self._results(pipe, job, contents, pictures):
                 self._save(image, path, metadata)
@@ -308,13 +309,11 @@ class _Run:
         failed = LineFailures(len(jobs))
         with failures(), manifest_of(folder, jobs, kept) as add_line:
             for job in missing:
+                warn_of_unknown(pipe.tokenizer, job.request.prompt, f"the prompt of {job.request.where}")
                 try:
                     for file, image, metadata in self._results(pipe, job, *_read(job.request)):
                         with failed.of_writing(job.request.where):
-                            self._save(image, file, metadata)
-                            if not self.keeps_metadata:
-                                metadata["sha256"] = sha256(file)
-                            add_line(job.id, file, metadata)
+                            save_with_line(add_line, job.id, image, file, metadata, self.keeps_metadata)
                 except (ValueError, TypeError) as error:
                     failed.add(job.request.where, error)
         failed.finish()

@@ -10,13 +10,16 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import typer
 
 from ..json_lines import dump_line, parse_object, write_lines
 from .console import FAILURE, fail, fail_all, say
 from .names import problem_of_name
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MANIFEST = "manifest.jsonl"
 _STARTS = b'{"id": '  # how every line of ours begins
@@ -142,13 +145,12 @@ def sort_existing(
 
 def _metadata_of_row(path: Path, row: dict) -> dict:
     """What a line of the manifest says of a picture, if it is of this very file."""
-    if row.get("sha256") != sha256(path):
+    if row.get("sha256") != _sha256(path):
         return {}
     return {name: value for name, value in row.items() if name not in ("id", "file")}
 
 
-def sha256(path: Path) -> str:
-    """Of the content of a file."""
+def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -192,6 +194,39 @@ def manifest_of(
             write_row(lines, _row(id, picture, metadata))
 
         yield add
+
+
+def save_with_line(
+    add_line: Callable[[str, Path, dict], None],
+    id: str,
+    image: "Image.Image",
+    path: Path,
+    metadata: dict,
+    keeps_metadata: bool,
+) -> None:
+    """
+    Save a picture of a list, and its line of the manifest; print the path.
+
+    A stop may come between the two. If the file keeps its metadata, it is known by them; if not, by the line, which
+    therefore comes first: a picture of which nothing is known would be refused as somebody else's.
+
+    Args:
+        add_line: What [`manifest_of`] gives.
+        id (`str`): Of the request.
+        image (`PIL.Image.Image`): The picture.
+        path (`Path`): The file.
+        metadata (`dict`): How it was made.
+        keeps_metadata (`bool`): Whether the file holds them.
+    """
+    from ..pictures.png import encode_png, write_whole
+
+    content = encode_png(image, metadata if keeps_metadata else None)
+    if not keeps_metadata:
+        add_line(id, path, {**metadata, "sha256": hashlib.sha256(content).hexdigest()})
+    write_whole(path, content)
+    if keeps_metadata:
+        add_line(id, path, metadata)
+    say(path)
 
 
 def _row(id: str, picture: Path, metadata: dict) -> dict:

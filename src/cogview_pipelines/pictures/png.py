@@ -49,11 +49,15 @@ def save_png(image: Image.Image, path: str | Path, metadata: dict | None) -> Non
     Raises:
         OSError: If it cannot be written.
     """
-    path = Path(path)
+    write_whole(Path(path), encode_png(image, metadata))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is replaced as a whole, or not at all."""
     unfinished = path.with_name(f".{_beginning(path.name)}.{secrets.token_hex(4)}.part")
     try:
         with open(unfinished, "xb") as file:  # with the mode of any new file
-            file.write(encode_png(image, metadata))
+            file.write(content)
         os.replace(unfinished, path)
     except BaseException:
         unfinished.unlink(missing_ok=True)

@@ -131,12 +131,18 @@ def save_checkpoint(processes: Processes, config: TrainConfig, state: TrainingSt
 def _complete(config: TrainConfig, content: dict, partial: Path, folder: Path) -> None:
     write_json(partial / STATE_FILE, content)
     take_place(partial, folder)
-    if config.keep_checkpoints:
-        # By age: after going back to an early checkpoint, the later ones of before are the old ones.
-        others = [path for path in list_checkpoints(config.output_dir) if path != folder]
-        by_age = [*sorted(others, key=lambda path: (path / STATE_FILE).stat().st_mtime_ns), folder]
-        for old in by_age[: -config.keep_checkpoints]:
-            shutil.rmtree(old)
+    remove_old_checkpoints(config, folder)
+
+
+def remove_old_checkpoints(config: TrainConfig, newest: Path) -> None:
+    """Keep as many checkpoints as the config says, one of which is the newest."""
+    # By age: after going back to an early checkpoint, the later ones of before are the old ones.
+    others = [path for path in list_checkpoints(config.output_dir) if path != newest]
+    by_age = [*sorted(others, key=lambda path: (path / STATE_FILE).stat().st_mtime_ns), newest]
+    for old in by_age[: -config.keep_checkpoints] if config.keep_checkpoints else ():
+        unwanted = partial_path(old)  # of which a stop leaves nothing that looks like a checkpoint
+        remove(unwanted)
+        remove(old.rename(unwanted))
 
 
 def _local_bytes(tensors: Mapping[str, torch.Tensor], processes: Processes) -> int:

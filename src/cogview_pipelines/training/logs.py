@@ -1,6 +1,5 @@
 """What a run tells while it trains: metrics.jsonl, a progress bar, a tracker, sample pictures."""
 
-import json
 import math
 import time
 from dataclasses import asdict
@@ -12,6 +11,7 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..json_lines import dump_line, read_whole_rows, write_lines
 from .arguments import TrainConfig
 from .processes import Processes
 from .run_folder import replacing
@@ -34,7 +34,7 @@ class MetricsLog:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             kept = kept_lines(self.path, start_step)
             with replacing(self.path) as partial:
-                partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+                partial.write_text("".join(map(dump_line, kept)), encoding="utf-8")
         if config.log_with is not None:
             simple = {
                 key: value for key, value in asdict(config).items() if isinstance(value, (str, int, float, bool))
@@ -82,7 +82,7 @@ class MetricsLog:
         if self.processes.is_main:
             finite = {name: value if math.isfinite(value) else None for name, value in line.items()}
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(finite, allow_nan=False) + "\n")
+                write_lines(file, [finite])
             self.bar.set_postfix({name: f"{value:.4g}" for name, value in line.items() if name != "step"})
         self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step)
         self._reset()
@@ -93,18 +93,11 @@ class MetricsLog:
             tracker.finish()
 
 
-def kept_lines(path: Path, last_step: int) -> list[str]:
+def kept_lines(path: Path, last_step: int) -> list[dict]:
     """The lines of a metrics file up to a step; one that is cut off or damaged, as a killed run leaves it, is not."""
     if not last_step or not path.is_file():
         return []
-    kept = []
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line.decode("utf-8"))
-        except (ValueError, KeyError, TypeError):
-            continue
-    return kept
+    return [row for row in read_whole_rows(path) if isinstance(row.get("step"), int) and row["step"] <= last_step]
 
 
 def save_samples(

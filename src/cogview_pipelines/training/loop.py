@@ -25,7 +25,9 @@ from .checkpoints import (
     TrainingState,
     changed_options,
     find_checkpoint,
+    list_checkpoints,
     load_checkpoint,
+    remove_old_checkpoints,
     save_checkpoint,
 )
 from .data.draws import Draw, derived_seed
@@ -328,6 +330,8 @@ class _Run:
                 logger.warning("The run has its %d steps; with more --max_steps it goes on.", step)
         else:
             self.processes.main_first(lambda: save_final(config.output_dir, step, functools.partial(save, final)))
+        if self.processes.is_main and self.last_checkpoint in list_checkpoints(config.output_dir):
+            remove_old_checkpoints(config, self.last_checkpoint)  # a stop may have left them
         self.note("finished", step)
         self.processes.wait()
         return final

@@ -22,6 +22,7 @@ from .arguments import TrainConfig
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
 FINAL = "final"
+NEXT_FINAL = "next_final_step"  # in RUN_FILE, while a model of more updates takes the place of one that is kept
 PARTIAL, OLD = ".partial-", ".old-"
 
 
@@ -155,9 +156,11 @@ def write_run(config: TrainConfig, state: str, step: int, final_step: int | None
         step (`int`): Updates so far.
         final_step (`int`, *optional*): Updates of the model in `final/`; by default what was noted before.
     """
-    if final_step is None:
-        final_step = read_run(config.output_dir).get("final_step")
     content = {"state": state, "step": step, "final_step": final_step, "options": asdict(config)}
+    if final_step is None:
+        before = read_run(config.output_dir)
+        content["final_step"] = before.get("final_step")
+        content |= {NEXT_FINAL: before[NEXT_FINAL]} if NEXT_FINAL in before else {}
     write_json(Path(config.output_dir) / RUN_FILE, content)
 
 
@@ -179,12 +182,16 @@ def save_final(folder: str | Path, step: int, save: Callable[[Path], None]) -> N
         step (`int`): Updates of the model that is saved.
         save (`Callable[[Path], None]`): Saves the model in a folder.
     """
-    final, before = Path(folder) / FINAL, read_run(folder).get("final_step")
+    folder, run = Path(folder), read_run(folder)
+    final, before = folder / FINAL, run.get("final_step")
     if final.exists() and before != step:
         kept = final.with_name(f"{FINAL}-{'earlier' if before is None else before}")
-        remove(kept)
-        final.rename(kept)
-    with disk_errors(Path(folder), "the final model"), replacing(final) as partial:
+        if run.get(NEXT_FINAL) != step:
+            remove(kept)
+            write_json(folder / RUN_FILE, run | {NEXT_FINAL: step})
+        if not kept.exists():  # else this was interrupted, and `final` may be the new one
+            final.rename(kept)
+    with disk_errors(folder, "the final model"), replacing(final) as partial:
         save(partial)
 
 

@@ -1,55 +1,17 @@
 """A converter that is killed at any change of a file, and called again: the same files as without the kill."""
 
 import json
-import re
 import shutil
-from pathlib import Path
 
 import pytest
 
 from cogview_pipelines.conversion import ConversionError, convert_to_pipeline, convert_to_release, verify
-from cogview_pipelines.conversion.output_folder import LOCK_FILE, locked
+from cogview_pipelines.conversion.output_folder import locked
 from cogview_pipelines.conversion.release_folder import choose_iteration
 
 from ...child_processes import count_changes, kill_before_change
 from ..conftest import FIXTURES, NUM_IMAGE_TOKENS
-
-
-def quiet(line):
-    pass
-
-
-def contents(folder: Path) -> dict[str, object]:
-    """All files; of the record without what tells that a run was interrupted."""
-    found: dict[str, object] = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.name == LOCK_FILE:
-            continue
-        found[name] = path.read_bytes() if path.is_file() else None
-        if name == "conversion.json":
-            found[name] = re.sub(r'"shards_reused": \d+', "", path.read_text())
-        if name.endswith(".pt"):
-            found[name] = path.stat().st_size
-    return found
-
-
-def check_every_kill(convert, output: Path, prepare=lambda: None) -> None:
-    """Kill `convert` before each change that it makes in `output`, call it again, and compare."""
-    prepare()
-    number = count_changes(convert, output)
-    whole = contents(output)
-    assert number > 10
-    for at in range(number):
-        shutil.rmtree(output)
-        prepare()
-        assert kill_before_change(convert, output, at)
-        if contents(output) == whole:  # only the lock was still held
-            continue
-        convert()
-        found = contents(output)
-        assert found.keys() == whole.keys(), f"killed before change {at}"
-        assert found == whole, f"killed before change {at}"
+from ..interruptions import check_every_kill, contents, quiet
 
 
 @pytest.fixture

@@ -90,6 +90,8 @@ class CogViewConfig(PreTrainedConfig):
         initializer_range: float = 0.02,
         **kwargs,
     ):
+        check_count("num_hidden_layers", num_hidden_layers)
+        check_count("num_attention_heads", num_attention_heads, hidden_size)
         if hidden_size % num_attention_heads:
             raise ValueError(
                 f"`hidden_size` must be a multiple of the {num_attention_heads} heads, but is {hidden_size}."
@@ -114,7 +116,6 @@ class CogViewConfig(PreTrainedConfig):
         self.num_image_tokens = num_image_tokens
         self.command_token_id = command_token_id
         self.hidden_size = hidden_size
-        check_count("num_hidden_layers", num_hidden_layers)
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.intermediate_size = 4 * hidden_size if intermediate_size is None else intermediate_size
