@@ -13,7 +13,7 @@ MUTATIONS = [
     Mutation(
         "manifest: a picture without metadata is known whatever it shows",
         "cli/results.py",
-        'if row.get("sha256") != sha256(path):',
+        'if row.get("sha256") != _sha256(path):',
         "if not row:",
         "cli/test_generate_list.py::test_pictures_without_metadata_are_known_by_the_manifest",
     ),
@@ -163,5 +163,19 @@ MUTATIONS = [
         'return count, {**own, "top_k": 1}',
         "return count, own",
         "cli/test_cogview_models.py::test_captions_are_greedy_unless_they_are_drawn",
+    ),
+    Mutation(
+        "lists: a picture without metadata has no line of its own",
+        "cli/results.py",
+        "    if not keeps_metadata:\n",
+        "    if False:\n",
+        "cli/test_interruptions.py",
+    ),
+    Mutation(
+        "inpaint: what the model cannot read is not told",
+        "cli/inpaint_and_upscale.py",
+        "        warn_of_unknown(pipe.tokenizer, request.prompt)\n",
+        "",
+        "cli/test_inpaint_and_upscale.py::test_what_the_model_cannot_read_of_a_text_is_told",
     ),
 ]

@@ -122,4 +122,11 @@ MUTATIONS = [
         "if (foreign := None) is not None:",
         "conversion/cogview/test_conversion_cogview.py::test_what_stands_for_a_file_or_is_damaged_is_told",
     ),
+    Mutation(
+        "release: what an interrupted run wrote is written again",
+        "conversion/output_folder.py",
+        'is_continued = json.loads(progress.read_text(encoding="utf-8")) == {"source": source}',
+        "is_continued = False",
+        "conversion/cogview/test_interruptions.py::test_the_way_back_goes_on_wherever_it_is_killed",
+    ),
 ]

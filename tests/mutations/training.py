@@ -20,8 +20,8 @@ MUTATIONS = [
     Mutation(
         "checkpoints: the lowest steps are dropped instead of the oldest",
         "training/checkpoints.py",
-        "by_age = [*sorted(others, key=lambda path: (path / STATE_FILE).stat().st_mtime_ns), folder]",
-        "by_age = sorted([*others, folder], key=checkpoint_step)",
+        "by_age = [*sorted(others, key=lambda path: (path / STATE_FILE).stat().st_mtime_ns), newest]",
+        "by_age = sorted([*others, newest], key=checkpoint_step)",
         "training/test_loop.py::test_going_back_to_an_early_checkpoint_keeps_the_new_ones",
     ),
     Mutation(
@@ -235,5 +235,19 @@ MUTATIONS = [
         "for _ in range(16)",
         "for _ in range(15)",
         "parity/cogview/test_training.py::test_the_order_of_the_data_is_the_originals",
+    ),
+    Mutation(
+        "run folder: a kept model is lost if a stop comes after the new one",
+        "training/run_folder.py",
+        "if not kept.exists():",
+        "if remove(kept) is None:",
+        "training/test_interruptions.py",
+    ),
+    Mutation(
+        "checkpoints: a stop leaves old ones behind",
+        "training/loop.py",
+        "remove_old_checkpoints(config, self.last_checkpoint)",
+        "pass",
+        "training/test_interruptions.py",
     ),
 ]
