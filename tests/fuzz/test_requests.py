@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 schemathesis = pytest.importorskip("schemathesis", reason="needs the extra `test`")
-pytest.importorskip("gradio", reason="needs the extra `serve`")
+pytest.importorskip("gradio", reason="needs the extra `page`")
 
 from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
