@@ -1,5 +1,5 @@
 # What CI runs (.ci/run), one by one. Everything uses the Python of the active environment.
-.PHONY: style quality test test-slow mutations
+.PHONY: style quality types test test-slow mutations
 
 style:  ## Format the code and repair what can be repaired
 	ruff format .
@@ -8,6 +8,9 @@ style:  ## Format the code and repair what can be repaired
 quality:  ## Check format and code
 	ruff format --check .
 	ruff check .
+
+types:  ## Check type hints
+	mypy
 
 test:  ## Everything that needs neither weights nor a GPU
 	pytest

@@ -110,7 +110,7 @@ def _add_tokenizers(module: ModuleType) -> None:
     def tokenizer_class_from_name(class_name: str) -> Any:
         return getattr(sys.modules[PACKAGE], class_name) if class_name in TOKENIZERS else find(class_name)
 
-    module.tokenizer_class_from_name = tokenizer_class_from_name
+    vars(module)["tokenizer_class_from_name"] = tokenizer_class_from_name
 
 
 def _add_lazily(module: ModuleType, table: str, names: dict[str, str]) -> None:
@@ -118,7 +118,7 @@ def _add_lazily(module: ModuleType, table: str, names: dict[str, str]) -> None:
     mapping = getattr(module, table, None)
     known = getattr(mapping, "_mapping" if table == "CONFIG_MAPPING" else "_model_mapping", None)
     modules = getattr(mapping, "_modules", None)
-    if not isinstance(known, dict) or not isinstance(modules, dict):
+    if mapping is None or not isinstance(known, dict) or not isinstance(modules, dict):
         return
     for model_type, name in names.items():
         if model_type not in known:
@@ -169,6 +169,7 @@ class _Loader(importlib.abc.Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
         self._add(module)

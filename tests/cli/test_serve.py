@@ -74,6 +74,34 @@ def test_without_the_extra_it_is_named(cogview2, monkeypatch):
     assert "cogview_pipelines[serve]" in result.stderr
 
 
+@pytest.mark.parametrize(
+    "options, has_gradio, served", [((), True, True), ((), False, False), (("--no-page",), True, False)]
+)
+def test_the_page_is_served_where_gradio_is(cogview2, monkeypatch, options, has_gradio, served):
+    find_spec, settings = serve.importlib.util.find_spec, []
+    monkeypatch.setattr(
+        serve.importlib.util, "find_spec", lambda name: has_gradio or None if name == "gradio" else find_spec(name)
+    )
+
+    def stop(given):
+        settings.append(given)
+        raise OSError("this is enough")
+
+    monkeypatch.setattr("cogview_pipelines.serving.server.bind", stop)
+    result = cogview2("serve", *options)
+    assert result.exit_code == 1
+    assert [given.page for given in settings] == [served]
+    assert ("there is no page" in result.stderr) == (not has_gradio)
+
+
+def test_a_page_that_is_asked_for_needs_gradio(cogview2, monkeypatch):
+    find_spec = serve.importlib.util.find_spec
+    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None if name == "gradio" else find_spec(name))
+    result = cogview2("serve", "--page")
+    assert result.exit_code == 1
+    assert "cogview_pipelines[page]" in result.stderr
+
+
 def connect(port):
     """A connection to a server that has its port and begins to listen."""
     deadline = time.monotonic() + 60

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .console import bad_input, expand, fail, fail_all, failures, make_writable_folder, say, say_json
-from .loading import DType, describe_model, load_pipeline, pipeline_for
+from .families import pipeline_for
+from .loading import DType, describe_model, load_pipeline
 
 if TYPE_CHECKING:
     from ..evaluation.picture_runs import PictureRun

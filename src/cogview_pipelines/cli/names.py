@@ -73,7 +73,8 @@ def clashes(names: Iterable[tuple[str, str, list[str]]], are_files: bool) -> lis
         names: `(where, id, names)` of each request.
         are_files (`bool`): Whether names are files, or lines that are told apart exactly.
     """
-    errors, first = [], {}
+    errors: list[str] = []
+    first: dict[str, str] = {}
     for where, id, own in names:
         for name in own:
             other = first.setdefault(same_file_key(name) if are_files else name, where)

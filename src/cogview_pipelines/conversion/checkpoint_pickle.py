@@ -9,7 +9,7 @@ is counted. `pickletools` of the standard library takes the bytes apart.
 
 import pickletools
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from .errors import ConversionError
 
@@ -80,7 +80,7 @@ def load(
     machine = _Machine(find_global, load_persistent)
     count = 0
     try:
-        for opcode, argument, _ in pickletools.genops(_BoundedFile(file)):
+        for opcode, argument, _ in pickletools.genops(cast(BinaryIO, _BoundedFile(file))):
             count += 1
             if count > MAX_OPCODES:
                 raise _TooMuch(f"its pickle has more than {MAX_OPCODES:,} steps, which no list of tensors has")

@@ -19,7 +19,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 
@@ -453,6 +453,8 @@ def read_module(file: BinaryIO, name: str, is_bare: bool = False) -> tuple[dict[
         ConversionError: If there is no `module`, or it holds anything but tensors.
     """
     start = file.read(256)
+    content: Any
+    fingerprint: Any
     file.seek(0)
     if (foreign := describe_foreign(start)) is not None:
         raise ConversionError(f"{name} {foreign}")

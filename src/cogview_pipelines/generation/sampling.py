@@ -9,10 +9,11 @@ Source: the CogView2 release and section 3.3 of the paper (https://arxiv.org/abs
 """
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 
-Generators = torch.Generator | Sequence[torch.Generator] | None
+Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 
 
 def draw_noise(

@@ -34,6 +34,8 @@ class LoraLoaderMixin:
     loaded, and count together. Pipelines that `from_pipe` makes share components, and so adapters.
     """
 
+    model_cpu_offload_seq: str
+
     @property
     def _lora_loadable_modules(self) -> list[str]:
         """Names of the components that adapters may be for."""

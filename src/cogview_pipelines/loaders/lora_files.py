@@ -76,7 +76,8 @@ def read_lora(
         OSError: If there is no such file.
     """
     if isinstance(source, Mapping):
-        tensors, metadata = dict(source), {}
+        tensors = dict(source)
+        metadata: dict[str, str] = {}
     else:
         tensors, metadata = _read_file(find_weights(os.fspath(source), weight_name, **hub_options))
     weights: Weights = {}

@@ -18,6 +18,8 @@ class WholeModelMixin:
     does not know; both with a warning.
     """
 
+    _supports_sdpa: bool
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """
@@ -46,7 +48,7 @@ class WholeModelMixin:
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
             kwargs = {**kwargs, "dtype": torch.float32}
         ignores_shapes = kwargs.pop("ignore_mismatched_sizes", False)
-        model, info = super().from_pretrained(
+        model, info = super().from_pretrained(  # type: ignore[misc]
             pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
         mismatched = {} if ignores_shapes else {key: shapes for key, *shapes in info["mismatched_keys"]}

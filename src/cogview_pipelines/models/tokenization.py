@@ -184,7 +184,7 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
             )
         if not self.tokens_trie.data:
             return self._tokenize(text, keep_linebreaks)
-        pieces = []
+        pieces: list[str] = []
         for part in self.tokens_trie.split(text):
             pieces += [part] if self._is_added(part) else self._tokenize(part, keep_linebreaks)
         return pieces
@@ -195,7 +195,7 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
 
     def _tokenize(self, text: str, keep_linebreaks: bool = False) -> list[str]:
         if keep_linebreaks:
-            text = text.replace("\n", self.line_break_piece)
+            text = text.replace("\n", self.line_break_piece or "\n")
         ids, pieces = self.sp_model.encode(text), self.sp_model.encode(text, out_type=str)
         # An unknown run may spell a token that no text gives: "<pad>", where the model does not know "<", "p", ...
         return [
@@ -216,8 +216,8 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
         """
         space = "\u2581"  # as SentencePiece writes it; by itself it says nothing
         unknown = [part for part in self.tokenize(text) if self.convert_tokens_to_ids(part) == self.unk_token_id]
-        parts = dict.fromkeys(part.strip(space) for part in unknown)
-        parts = [part for part in parts if part and part != self.unk_token]
+        stripped = dict.fromkeys(part.strip(space) for part in unknown)
+        parts = [part for part in stripped if part and part != self.unk_token]
         if self._known_words is not None:
             # what was added since is known, whatever the list says
             own = [part for part in self.tokens_trie.split(text) if not self._is_added(part)]

@@ -25,9 +25,10 @@ def _kernel() -> Callable[..., int] | None:
 
 @torch.library.custom_op("cogview_pipelines::gelu", mutates_args=(), device_types="cpu")
 def _fused_gelu(values: torch.Tensor) -> torch.Tensor:
-    results = torch.empty_like(values)
+    results, kernel = torch.empty_like(values), _kernel()
+    assert kernel is not None
     arguments = (values.numel(), FLOAT32_AND_HALVES[values.dtype], torch.get_num_threads(), 0, openmp_parallel())
-    if _kernel()(values.data_ptr(), results.data_ptr(), *arguments):
+    if kernel(values.data_ptr(), results.data_ptr(), *arguments):
         raise RuntimeError(f"The GELU kernel refused {values.numel()} numbers of {values.dtype}.")
     return results
 

@@ -109,17 +109,19 @@ class KeySet:
             )
 
     def _check_window(self, name: str, query_grid: Grid) -> None:
-        kernel_size = self.kernel_size
+        grid, kernel_size = self.grid, self.kernel_size
+        assert grid is not None
+        assert kernel_size is not None
         if len(kernel_size) != 2 or any(size < 1 or size % 2 == 0 for size in kernel_size):
             raise ValueError(
                 f"`kernel_size` of {name} must be two odd positive numbers, height and width in cells, but is "
                 f"{kernel_size}."
             )
-        check_grid(f"`grid` of {name}", self.grid, "its `key`", self.key)
-        if query_grid[0] % self.grid[0] or query_grid[1] % self.grid[1]:
+        check_grid(f"`grid` of {name}", grid, "its `key`", self.key)
+        if query_grid[0] % grid[0] or query_grid[1] % grid[1]:
             raise ValueError(
                 f"Each side of `query_grid` must be a multiple of the same side of the `grid` of {name}, but they are "
-                f"{tuple(query_grid)} and {tuple(self.grid)}."
+                f"{tuple(query_grid)} and {tuple(grid)}."
             )
 
 

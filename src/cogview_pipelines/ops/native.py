@@ -213,7 +213,7 @@ def build_info() -> dict:
         for name in names:
             info["cpu_instruction_sets"].append(name.decode())
         info["cpu_instruction_set"] = info["cpu_instruction_sets"][kernels.cpu_isa_selected()]
-    if "cuda" in built_for():
+    if kernels and "cuda" in built_for():
         kernels.local_attention_cuda_architectures.restype = ctypes.c_char_p
         info["cuda_architectures"] = kernels.local_attention_cuda_architectures().decode().split(";")
     if torch.cuda.is_available():
@@ -252,8 +252,8 @@ def _readable(tensor: torch.Tensor | None) -> torch.Tensor | None:
 class _Geometry(NamedTuple):
     """A call but for its tensors, as the numbers that `torch.library` passes on."""
 
-    query_grid: tuple[int, int]
-    sets: tuple[tuple[int, int, int, int, int, int], ...]  # rows, columns, height and width, causal, has a bias
+    query_grid: tuple[int, ...]
+    sets: tuple[tuple[int, ...], ...]  # rows, columns, height and width, causal, has a bias
 
     @classmethod
     def of(cls, key_sets: Sequence[KeySet], query_grid: tuple[int, int]) -> _Geometry:
@@ -307,15 +307,17 @@ def _problem(query, keys, values, biases, geometry: _Geometry, scale: float) -> 
 
 def _launch(problem: _Problem, direction: str, device: torch.device) -> None:
     """Run the kernels on the device's current stream, or on as many threads as torch uses."""
+    kernels = library()
+    assert kernels is not None
     if device.type == "cuda":
         with torch.cuda.device(device):
             problem.stream = torch.cuda.current_stream(device).cuda_stream
-            failure = getattr(library(), f"local_attention_cuda_{direction}")(ctypes.byref(problem))
-            detail = (library().local_attention_cuda_error() or b"").decode()
+            failure = getattr(kernels, f"local_attention_cuda_{direction}")(ctypes.byref(problem))
+            detail = (kernels.local_attention_cuda_error() or b"").decode()
     else:
         problem.threads = problem.threads or torch.get_num_threads()
         problem.parallel = openmp_parallel()
-        failure = getattr(library(), f"local_attention_cpu_{direction}")(ctypes.byref(problem))
+        failure = getattr(kernels, f"local_attention_cpu_{direction}")(ctypes.byref(problem))
         detail = ""
     if failure:
         reason = detail or _FAILURES.get(failure, f"code {failure}")

@@ -277,7 +277,7 @@ def run_script(main: Callable[[], Any], resumable: bool = False) -> NoReturn:
     sys.exit(INTERRUPTED if resumable and result is None else 0)
 
 
-def _fail_at_unknown(parser, unknown: list[str]) -> NoReturn:
+def _fail_at_unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> NoReturn:
     names = [name for name in unknown if name.startswith("-")]
     if not names:
         parser.error(f"nothing takes these: {' '.join(unknown)}")

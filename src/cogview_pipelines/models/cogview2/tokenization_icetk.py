@@ -107,8 +107,8 @@ class IcetkTokenizer(CodesAndPiecesTokenizer):
             shift = self.num_image_tokens
             return {key: (low + shift, high + shift) for key, (low, high) in RELEASED_LANGUAGE_RANGES.items()}
         try:
-            ranges = {key: tuple(map(int, language_ranges[key])) for key in ("en", "zh")}
-            (english, english_end), (chinese, chinese_end) = ranges["en"], ranges["zh"]
+            english, english_end = map(int, language_ranges["en"])
+            chinese, chinese_end = map(int, language_ranges["zh"])
         except (TypeError, KeyError, ValueError):
             english, english_end, chinese, chinese_end = 1, 0, 0, 0
         if not (self.num_image_tokens <= english <= english_end <= chinese <= chinese_end):
@@ -116,7 +116,7 @@ class IcetkTokenizer(CodesAndPiecesTokenizer):
                 '`language_ranges` must be like {"en": (first, end), "zh": (first, end)}, in ids from '
                 f"`num_image_tokens` ({self.num_image_tokens}) on, English before Chinese, but is {language_ranges!r}."
             )
-        return ranges
+        return {"en": (english, english_end), "zh": (chinese, chinese_end)}
 
     @property
     def boi_token_id(self) -> int:

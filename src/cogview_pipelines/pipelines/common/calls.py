@@ -5,7 +5,7 @@ import contextvars
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 
@@ -174,7 +174,7 @@ def inference(function: Function) -> Function:
         with torch.no_grad(), torch.device("cpu") if on_cpu else contextlib.nullcontext():
             return function(*args, **kwargs)
 
-    return run
+    return cast(Function, run)
 
 
 GenerationInterrupted.__module__ = "cogview_pipelines"

@@ -45,7 +45,7 @@ class Meter:
             before.seconds += seconds
             before.num_passes = self._passes.get(stage)
             if peak is not None:
-                before.peak_memory_bytes = max(before.peak_memory_bytes, peak)
+                before.peak_memory_bytes = max(before.peak_memory_bytes or 0, peak)
 
 
 def _restart_peak(device: torch.device) -> bool:
@@ -65,5 +65,5 @@ def _peak(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)
-    kilobytes = re.search(r"^VmHWM:\s+(\d+) kB$", _STATUS.read_text(encoding="ascii"), re.MULTILINE)
-    return 1024 * int(kilobytes[1])
+    (kilobytes,) = re.findall(r"^VmHWM:\s+(\d+) kB$", _STATUS.read_text(encoding="ascii"), re.MULTILINE)
+    return 1024 * int(kilobytes)
