@@ -76,8 +76,11 @@ def measure(args: argparse.Namespace) -> None:
     pipe.set_progress_bar_config(disable=True)
     if args.lora is not None:
         pipe.load_lora_weights(args.lora)
-        pipe.fuse_lora()
-    results, folder = {"style": args.style, "lora": args.lora}, Path(args.output_dir)
+        pipe.fuse_lora(lora_scale=args.scale)
+    results, folder = (
+        {"style": args.style, "lora": args.lora and Path(args.lora).name, "scale": args.scale},
+        Path(args.output_dir),
+    )
     folder.mkdir(parents=True, exist_ok=True)
     for name, things in zip(("seen_things", "unseen_things"), halves(scope)):
         rng = random.Random(args.seed)
@@ -121,6 +124,7 @@ def main() -> None:
     )
     measuring.add_argument("--model", default=str(SHIPPED_MODEL), help="Folder or Hub id of a pipeline.")
     measuring.add_argument("--lora", help="Folder or file of an adapter.")
+    measuring.add_argument("--scale", type=float, default=1.0, help="By how much the adapter counts.")
     measuring.add_argument("--num_each", type=int, default=4, help="Pictures of each thing.")
     measuring.add_argument("--low", action="store_true", help="Only the low-resolution pictures.")
     args = parser.parse_args()
