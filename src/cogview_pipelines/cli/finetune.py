@@ -112,7 +112,7 @@ def finetune(
     job = Job(
         scripts=scripts,
         launcher=shlex.split(launcher),
-        model=find_model(model),
+        model=find_model(model, "cogview2"),
         output=output,
         work=output.with_name(f"{output.name}.work") if work is None else expand(work, "--work"),
         minutes=max_minutes,

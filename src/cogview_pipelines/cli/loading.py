@@ -80,8 +80,8 @@ def choose_dtype(dtype: DType | None, device: str) -> str:
     return "float32"
 
 
-def find_model(model: str) -> str:
-    """The folder or Hub id behind `--model`; a folder is checked for being a saved pipeline."""
+def find_model(model: str, family: str | None = None) -> str:
+    """The folder or Hub id behind `--model`; a folder is checked for being a saved pipeline (of a family)."""
     folder = SHIPPED_MODEL if model == SHIPPED and not os.path.exists(model) else expand(Path(model), "--model")
     if not os.path.exists(folder):
         if folder == SHIPPED_MODEL:
@@ -89,7 +89,9 @@ def find_model(model: str) -> str:
         if _HUB_ID.fullmatch(model) and model[0] not in "./~":
             return model
         fail(f"`--model`: there is no folder {model}, and it is not a Hub id (owner/name) either.")
-    _read_index(folder)
+    name = _read_index(folder)["_class_name"]
+    if family not in (None, SAVED_AS[name]):
+        fail(f"`--model`: {folder} holds a {name}; this command takes models of {family} only.")
     return os.fspath(folder)
 
 
