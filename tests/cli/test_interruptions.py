@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from cogview_pipelines.cli import app, generate
+from cogview_pipelines.cli import app, generate, loading
 from cogview_pipelines.cli import caption_and_score as texts
 from cogview_pipelines.cli.results import MANIFEST
 from cogview_pipelines.pictures.png import read_metadata, save_png
@@ -42,9 +42,9 @@ class Pipe:
 
 @pytest.fixture(autouse=True)
 def pipe(monkeypatch):
-    monkeypatch.setattr(generate, "load_pipeline", lambda *arguments: Pipe())
+    monkeypatch.setattr(loading, "load_pipeline", lambda *arguments: Pipe())
     monkeypatch.setattr(texts, "_load", lambda *arguments: Pipe())
-    for module in (generate, texts):
+    for module in (generate, loading):
         monkeypatch.setattr(module, "describe_model", lambda model: {"model": model})
 
 

@@ -8,9 +8,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from cogview_pipelines.cli import app, bench, evaluate, generate, serve
-from cogview_pipelines.cli import caption_and_score as texts
-from cogview_pipelines.cli import inpaint_and_upscale as pictures
+from cogview_pipelines.cli import app, bench, evaluate, loading, serve
 from cogview_pipelines.pictures.png import save_png
 
 from .utils import cases
@@ -181,7 +179,7 @@ def folder(tmp_path, monkeypatch):
     def load_pipeline(*arguments):
         raise ModelWanted
 
-    for module in (generate, pictures, texts, evaluate, bench, serve):
+    for module in (loading, evaluate, bench, serve):
         monkeypatch.setattr(module, "load_pipeline", load_pipeline)
     return tmp_path
 
