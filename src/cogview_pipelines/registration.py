@@ -93,11 +93,33 @@ def _add_tasks(module: ModuleType) -> None:
 
 
 def _add_configs(module: ModuleType) -> None:
-    _add_lazily(module, "CONFIG_MAPPING", {model_type: config for model_type, (config, _) in MODELS.items()})
+    """`AutoConfig` and `AutoModel` know the type of a model; its class is looked up in a module: here the root."""
+    mapping = getattr(module, "CONFIG_MAPPING", None)
+    known, modules = getattr(mapping, "_mapping", None), getattr(mapping, "_modules", None)
+    if mapping is None or not isinstance(known, dict) or not isinstance(modules, dict):
+        return
+    # a copy: the table itself is read by others while they are imported, which expect more of each entry
+    mapping._mapping = {**{model_type: config for model_type, (config, _) in MODELS.items()}, **known}
+    _look_up_in_root(modules)
 
 
 def _add_models(module: ModuleType) -> None:
-    _add_lazily(module, "MODEL_MAPPING", {model_type: model for model_type, (_, model) in MODELS.items()})
+    """`AutoModel` knows the class of a configuration."""
+    mapping = getattr(module, "MODEL_MAPPING", None)
+    names = ("_config_mapping", "_reverse_config_mapping", "_model_mapping", "_modules")
+    if mapping is None or not all(isinstance(getattr(mapping, name, None), dict) for name in names):
+        return
+    configs = {model_type: config for model_type, (config, _) in MODELS.items()}
+    mapping._config_mapping = {**configs, **mapping._config_mapping}
+    for model_type, (config, model) in MODELS.items():
+        mapping._reverse_config_mapping.setdefault(config, model_type)
+        mapping._model_mapping.setdefault(model_type, model)
+    _look_up_in_root(mapping._modules)
+
+
+def _look_up_in_root(modules: dict[str, ModuleType]) -> None:
+    for model_type in MODELS:
+        modules.setdefault(model_type, sys.modules[PACKAGE])
 
 
 def _add_tokenizers(module: ModuleType) -> None:
@@ -111,21 +133,6 @@ def _add_tokenizers(module: ModuleType) -> None:
         return getattr(sys.modules[PACKAGE], class_name) if class_name in TOKENIZERS else find(class_name)
 
     vars(module)["tokenizer_class_from_name"] = tokenizer_class_from_name
-
-
-def _add_lazily(module: ModuleType, table: str, names: dict[str, str]) -> None:
-    """Names in a table of transformers, which it looks up in a module of each model type: here the package root."""
-    mapping = getattr(module, table, None)
-    known = getattr(mapping, "_mapping" if table == "CONFIG_MAPPING" else "_model_mapping", None)
-    modules = getattr(mapping, "_modules", None)
-    if mapping is None or not isinstance(known, dict) or not isinstance(modules, dict):
-        return
-    for model_type, name in names.items():
-        if model_type not in known:
-            known[model_type] = name
-            modules[model_type] = sys.modules[PACKAGE]
-            if table == "MODEL_MAPPING":
-                mapping._reverse_config_mapping.setdefault(MODELS[model_type][0], model_type)
 
 
 ADDITIONS: dict[str, Callable[[ModuleType], None]] = {
