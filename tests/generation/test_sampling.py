@@ -206,6 +206,17 @@ def test_cluster_sampling_keeps_twins_that_top_k_cuts_off():
     assert (sample_tokens(logits, noise, top_k=1) == 0).all()
 
 
+def test_clusters_that_change_places_leave_the_draws_of_others():
+    """Guesses of parallel decoding settle the sooner the less a small change of the logits moves."""
+    labels = torch.tensor([0, 1, 2, 3])
+    before, after = (torch.tensor(masses).log() for masses in ([0.2, 0.31, 0.29, 0.2], [0.2, 0.29, 0.31, 0.2]))
+    noise = spaced_noise(1000)[:, None].expand(-1, 2)
+    drawn = [sample_cluster_tokens(logits.expand(1000, -1), noise, labels) for logits in (before, after)]
+    moved = drawn[0] != drawn[1]
+    assert moved.sum() == 20  # what one lost to the other
+    assert set(drawn[0][moved].tolist()) == {1}
+
+
 def test_a_given_number_of_clusters_changes_nothing():
     logits, labels, noise = make_logits(20, NUM_IMAGE_TOKENS), cluster_labels(), torch.rand(20, 2)
     with_count = sample_cluster_tokens(logits, noise, labels, 1.1, 3, 0.9, num_clusters=NUM_CLUSTERS)

@@ -193,6 +193,13 @@ MUTATIONS = [
         "generation/test_sampling.py::test_noise_of_several_generators_is_that_of_each_alone",
     ),
     Mutation(
+        "sampling: clusters are drawn in the order of their masses",
+        "generation/sampling.py",
+        "clusters, order = clusters.sort(-1)",
+        "order = torch.arange(clusters.shape[-1], device=clusters.device).expand_as(clusters)",
+        "generation/test_sampling.py::test_clusters_that_change_places_leave_the_draws_of_others",
+    ),
+    Mutation(
         "sampling: top-p leaves out the token that crosses it",
         "generation/sampling.py",
         "dropped = before > p",

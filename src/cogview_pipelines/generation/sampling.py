@@ -184,6 +184,9 @@ def sample_cluster_tokens(
     masses, clusters = cluster_masses(logits.softmax(-1), cluster_labels, num_clusters).topk(
         min(top_k_clusters, num_clusters)
     )
-    cluster = clusters.gather(-1, draw(masses, noise[..., 0])[..., None])
+    # by number, not by mass: where two masses change places, the other clusters are drawn by the same noise as before,
+    # so that guesses of parallel decoding settle sooner
+    clusters, order = clusters.sort(-1)
+    cluster = clusters.gather(-1, draw(masses.gather(-1, order), noise[..., 0])[..., None])
     inside = (logits / cluster_temperature).masked_fill(cluster_labels != cluster, float("-inf"))
     return draw(inside.softmax(-1), noise[..., 1])
