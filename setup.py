@@ -18,7 +18,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -58,17 +58,38 @@ def run(command: list, quiet: bool = False) -> str:
     return result.stdout + result.stderr
 
 
-def compile_cpu(compiler: list[str], folder: Path) -> list[Path]:
-    """Compile the CPU kernels, once per instruction set, and what chooses among these at run time."""
+def compile_cpu(
+    compiler: list[str],
+    folder: Path,
+    sources: Path = SOURCES,
+    kernels: Sequence[str] = CPU_KERNELS,
+    flags: Sequence[str] = (),
+    instruction_sets: Sequence[str] | None = None,
+) -> list[Path]:
+    """
+    Compile the CPU kernels, once per instruction set, and what chooses among these at run time.
+
+    Args:
+        compiler (`list[str]`): GCC or Clang, as the beginning of a command.
+        folder (`Path`): Gets the objects.
+        sources (`Path`): Where the files of the kernels are.
+        kernels (sequence of `str`): Which of them to compile.
+        flags (sequence of `str`): More flags, after those of a release.
+        instruction_sets (sequence of `str`, *optional*): By default all of this kind of processor.
+
+    Returns:
+        `list[Path]`: The objects.
+    """
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    sets = X86_INSTRUCTION_SETS if is_x86 else {"baseline": []}
-    shared = [*compiler, *CXX_FLAGS, f"-DCPU_ISAS={' '.join(f'X({name})' for name in sets)}"]
-    jobs = [(kernel, name, [f"-DCPU_ISA={name}", *sets[name]]) for kernel in CPU_KERNELS for name in sets]
+    known = X86_INSTRUCTION_SETS if is_x86 else {"baseline": []}
+    sets = {name: known[name] for name in instruction_sets or known}
+    shared = [*compiler, *CXX_FLAGS, *flags, f"-DCPU_ISAS={' '.join(f'X({name})' for name in sets)}"]
+    jobs = [(kernel, name, [f"-DCPU_ISA={name}", *sets[name]]) for kernel in kernels for name in sets]
 
     def compile_one(job: tuple[str, str, list[str]]) -> Path:
-        source, name, flags = job
+        source, name, own = job
         target = folder / f"{source}_{name}.o"
-        run([*shared, *flags, "-c", SOURCES / f"{source}.cpp", "-o", target])
+        run([*shared, *own, "-c", sources / f"{source}.cpp", "-o", target])
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -249,8 +270,9 @@ class PlatformDistribution(Distribution):
         return True
 
 
-setup(
-    ext_modules=[Extension("cogview_pipelines.ops._kernels", sources=[], optional=True)],
-    cmdclass={"build_ext": BuildKernels, "build_py": BuildPython, "bdist_wheel": PlatformWheel},
-    distclass=PlatformDistribution,
-)
+if __name__ == "__main__":  # for pip, too; tests import this file to build the kernels in other ways
+    setup(
+        ext_modules=[Extension("cogview_pipelines.ops._kernels", sources=[], optional=True)],
+        cmdclass={"build_ext": BuildKernels, "build_py": BuildPython, "bdist_wheel": PlatformWheel},
+        distclass=PlatformDistribution,
+    )

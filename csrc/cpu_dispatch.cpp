@@ -87,9 +87,8 @@ int run_local_attention(const LocalAttentionProblem* p, bool backward) {
 bool has_sound_sizes(const DecodeStep& s) {
     constexpr int most = 1 << 24;
     return s.sequences > 0 && s.sequences <= DECODE_STEP_MAX_SEQUENCES && s.news > 0 &&
-           s.news <= DECODE_STEP_MAX_ROWS / s.sequences && s.layers > 0 && s.layers < most &&
-           s.hidden > 0 && s.hidden < most && s.intermediate > 0 && s.intermediate < most && s.heads > 0 &&
-           s.hidden % s.heads == 0;
+           s.news <= DECODE_STEP_MAX_ROWS / s.sequences && s.layers > 0 && s.layers < most && s.hidden > 0 &&
+           s.hidden < most && s.intermediate > 0 && s.intermediate < most && s.heads > 0 && s.hidden % s.heads == 0;
 }
 
 // The sizes of a call, and that nothing which it reads or writes is missing.

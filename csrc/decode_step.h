@@ -45,7 +45,7 @@ typedef struct {
     int32_t news;       /* new tokens of each sequence, each of which becomes one more key */
     int32_t scored;     /* of how many of them, the last ones, logits are wanted; at least 1 */
     int32_t threads;
-    int32_t isa; /* 0 lets the kernel choose, else 1 + the index among those compiled in */
+    int32_t isa;        /* 0 lets the kernel choose, else 1 + the index among those compiled in */
     int32_t table_rows; /* rows of `position_embeddings` */
     double epsilon;
     DecodeParameters final_layernorm;
@@ -53,7 +53,7 @@ typedef struct {
     const void* position_embeddings;
     const int64_t *input_ids, *position_ids; /* (sequences, news), contiguous */
     const int64_t* lengths;                  /* (sequences,): keys that the cache holds of each sequence */
-    const float* bias; /* (sequences, capacity), added to the scores of keys */
+    const float* bias;                       /* (sequences, capacity), added to the scores of keys */
     const DecodeLayer* layer;
     float* logits;  /* (sequences, scored, tokens) */
     void* scratch;  /* decode_step_scratch_size bytes, aligned to 64 */

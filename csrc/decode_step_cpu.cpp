@@ -245,7 +245,8 @@ class Step {
         }
         const float inverse = 1 / sum(total);
         int d = 0;
-        for (; d + TOGETHER * W <= head_dim; d += TOGETHER * W) weigh<TOGETHER>(scores, values + d, count, inverse, to + d);
+        for (; d + TOGETHER * W <= head_dim; d += TOGETHER * W)
+            weigh<TOGETHER>(scores, values + d, count, inverse, to + d);
         for (; d + W <= head_dim; d += W) weigh<1>(scores, values + d, count, inverse, to + d);
         for (; d < head_dim; d++) {
             float acc = 0;
@@ -266,11 +267,7 @@ class Step {
 
 public:
     Step(const DecodeStep& s, const Scratch& scratch)
-        : s(s),
-          scratch(scratch),
-          head_dim(s.hidden / s.heads),
-          tokens(s.sequences * s.news),
-          count(scratch.counts) {}
+        : s(s), scratch(scratch), head_dim(s.hidden / s.heads), tokens(s.sequences * s.news), count(scratch.counts) {}
 
     void run() {
         const int hidden = s.hidden;
@@ -294,7 +291,8 @@ public:
                 layer_norm(layer.mlp_layernorm, row(scratch.states, m), row(scratch.normed, m), false);
             });
             product(
-                layer.dense_h_to_4h, tokens, scratch.normed, scratch.fed, hidden, s.intermediate, [](float* y, int number) {
+                layer.dense_h_to_4h, tokens, scratch.normed, scratch.fed, hidden, s.intermediate,
+                [](float* y, int number) {
                     int k = 0;
                     for (; k + W <= number; k += W) write(y + k, gelu(read(y + k)));
                     if (k < number) {
@@ -313,8 +311,7 @@ public:
                 s.layer[s.layers - 1].mlp_output_layernorm, row(scratch.projected, m), row(scratch.states, m), true);
             layer_norm(s.final_layernorm, row(scratch.states, m), row(scratch.normed, unit), false);
         });
-        product(
-            {s.word_embeddings, nullptr}, s.sequences * s.scored, scratch.normed, s.logits, hidden, s.tokens);
+        product({s.word_embeddings, nullptr}, s.sequences * s.scored, scratch.normed, s.logits, hidden, s.tokens);
     }
 };
 

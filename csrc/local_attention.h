@@ -19,7 +19,7 @@
 #define LOCAL_ATTENTION_ABI 2
 #define LOCAL_ATTENTION_SOURCES 3
 #define LOCAL_ATTENTION_MAX_HEAD_DIM 128
-#define LOCAL_ATTENTION_MAX_SIDE (1 << 28) /* rows, columns and reaches; CUDA takes fewer */
+#define LOCAL_ATTENTION_MAX_SIDE (1 << 28) /* rows, columns, reaches and ratios; CUDA takes fewer */
 #define LOCAL_ATTENTION_MAX_THREADS (1 << 16)
 
 enum {

@@ -63,7 +63,7 @@ inline bool is_sound(const LocalAttentionProblem& p, bool backward) {
         any = true;
         if (!s.value.data || s.rows < 1 || s.rows > most || s.columns < 1 || s.columns > most) return false;
         if (s.reach_rows < 0 || s.reach_rows > most || s.reach_columns < 0 || s.reach_columns > most) return false;
-        if (s.ratio_rows < 1 || s.ratio_columns < 1) return false;
+        if (s.ratio_rows < 1 || s.ratio_rows > most || s.ratio_columns < 1 || s.ratio_columns > most) return false;
         // The centre of every window lies on the grid.
         if ((p.rows - 1) / s.ratio_rows >= s.rows || (p.columns - 1) / s.ratio_columns >= s.columns) return false;
     }
