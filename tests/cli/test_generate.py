@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from cogview_pipelines import __version__
 from cogview_pipelines.cli import app
-from cogview_pipelines.cli.loading import describe_model
+from cogview_pipelines.cli.loading import describe_model, fingerprint
 from cogview_pipelines.cli.requests import ARGUMENTS
 from cogview_pipelines.pictures.png import read_metadata, save_png
 from cogview_pipelines.pipelines.cogview.pipeline_cogview import CogViewPipeline
@@ -141,12 +141,16 @@ def test_the_fingerprint_of_a_model_is_that_of_its_weights(model_folder, tmp_pat
         "model": "copy",
         "model_fingerprint": describe_model(str(model_folder))["model_fingerprint"],
     }
-    weights = tmp_path / "copy" / "vqvae" / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    shutil.copytree(tmp_path / "copy", tmp_path / "other")
-    (tmp_path / "other" / "vqvae" / "model.safetensors").write_bytes(content)
-    assert describe_model(str(tmp_path / "other")) != describe_model(str(tmp_path / "copy"))
+    small, large = "vqvae/model.safetensors", "transformer/model-00002-of-00002.safetensors"
+    (tmp_path / "copy" / large).write_bytes(bytes(2**21))  # read in parts
+    told = [fingerprint(tmp_path / "copy")]
+    for index, name in enumerate((small, large)):
+        other = shutil.copytree(tmp_path / "copy", tmp_path / str(index))
+        content = bytearray((other / name).read_bytes())
+        content[-1] ^= 1
+        (other / name).write_bytes(content)
+        told.append(fingerprint(other))
+    assert len(set(told)) == 3
     assert describe_model("owner/name") == {"model": "owner/name"}
 
 

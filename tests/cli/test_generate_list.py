@@ -45,6 +45,7 @@ def test_each_line_makes_its_picture_with_its_own_settings(cogview2, write_list,
             "style": "cool",
             "height": LOW_SIZE,
             "iterative_sr_top_k": [2] * 5,
+            "temperature": 0.5,
         },
         {"id": 7, "prompt": CAT, "num_images_per_prompt": 2, "style": None},
     )
@@ -57,6 +58,7 @@ def test_each_line_makes_its_picture_with_its_own_settings(cogview2, write_list,
     assert [found[name]["seed"] for name in names] == [9, 10, 3, 4]
     assert found["老虎.png"]["settings"]["style"] == "cool"
     assert found["tiger.png"]["settings"]["temperature"] == 0.9
+    assert found["老虎.png"]["settings"]["temperature"] == 0.5
     assert pixels(out / "老虎.png").shape[0] == LOW_SIZE
 
     one = tmp_path / "one.png"

@@ -126,6 +126,10 @@ def test_small_crops_stay_at_low_resolution_and_large_ones_are_super_resolved(in
     for box, size in (((30, 30, 40, 40), LOW), ((20, 20, 60, 60), FINE)):
         crop = inpaint(PROMPT, image, mask_of(90, 90, box)).crops[0][0]
         assert crop.size == (size, size)
+    for side, size in ((LOW, LOW), (LOW + 1, FINE)):
+        output = inpaint(PROMPT, image, mask_of(90, 90, (30, 30, 36, 36)), min_crop_size=side)
+        ((top, _, bottom, _),) = output.crop_boxes[0]
+        assert bottom - top == side and output.crops[0][0].size == (size, size)
 
 
 def test_known_tokens_stay_and_only_masked_ones_are_drawn(inpaint):
