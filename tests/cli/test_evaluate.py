@@ -151,6 +151,18 @@ def test_post_selection_compares_the_best_candidate_with_the_first(cogview2, pip
     assert report["best"] == pytest.approx(Scorer().mean(output.images, scenes))
 
 
+def test_the_draft_with_the_lowest_caption_loss_is_the_best(pipeline):
+    cases = choose_cases(SCOPE, "train", "en", 3, seed=4)
+    drafts, best = evaluation._choose_drafts(pipeline, cases, [4, 8, 12], 4, 8, {})
+    losses = caption_losses(
+        pipeline.transformer,
+        pipeline.tokenizer,
+        drafts.flatten(0, 1),
+        [case.caption for case in cases for _ in range(4)],
+    )
+    assert best == losses.view(3, 4).argmin(1).tolist()
+
+
 def test_candidates_drawn_with_more_chance_are_compared_with_pictures_of_the_models_own_settings(
     pipeline, monkeypatch
 ):

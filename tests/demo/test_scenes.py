@@ -50,6 +50,16 @@ def test_split_is_the_known_one_in_both_readings(expected, style, background, ob
     assert split(scene.other_reading()) == expected
 
 
+def test_both_readings_of_a_pair_are_kept_for_the_validation_or_neither():
+    found = set()
+    for scene in islice(iterate_scenes(Scope.small(), "pair"), 0, None, 7):
+        if split(scene) != "train":
+            continue
+        found.add(split(scene, validation=True))
+        assert split(scene.other_reading(), validation=True) == split(scene, validation=True)
+    assert found == {"train", "validation"}
+
+
 def test_only_splits_of_unseen_drawings_ask_for_drawings_that_training_never_shows():
     scope = Scope.small()
     trained = {(scene.style, *scene.objects) for scene in iterate_scenes(scope, "single", "train")}

@@ -22,7 +22,7 @@ MUTATIONS = [
         "demo/scenes.py",
         "told = scene.canonical()",
         "told = scene",
-        "demo/test_scenes.py::test_split_is_the_known_one_in_both_readings",
+        "demo/test_scenes.py::test_both_readings_of_a_pair_are_kept_for_the_validation_or_neither",
     ),
     Mutation(
         "rendering: small pictures are sharpened",
@@ -43,7 +43,7 @@ MUTATIONS = [
         "demo/evaluation.py",
         ".argsort(dim=1, stable=True)[:, 0]",
         ".argsort(dim=1, stable=True)[:, -1]",
-        "cli/test_evaluate.py::test_post_selection_compares_the_best_candidate_with_the_first",
+        "cli/test_evaluate.py::test_the_draft_with_the_lowest_caption_loss_is_the_best",
     ),
     Mutation(
         "editing: another background is right",

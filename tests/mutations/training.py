@@ -36,7 +36,7 @@ MUTATIONS = [
         "training/checkpoints.py",
         "(remove(partial), require_room(root, folder.name, needed))",
         "remove(partial)",
-        "training/test_run_folder.py::test_a_disk_that_is_too_small_is_known_before_anything_is_written",
+        "training/test_loop.py::test_a_disk_without_room_is_known_before_a_checkpoint_is_begun",
     ),
     Mutation(
         "average: the last update is missing",
@@ -45,7 +45,7 @@ MUTATIONS = [
         "                self.state.average.update(self.model)\n",
         "if self.state.average is not None:\n"
         "                self.state.average.update(self.model)\n            optimizers.step()\n",
-        "training/test_loop.py::test_the_average_of_the_weights_is_what_is_saved_and_shown",
+        "training/test_loop.py::test_the_average_is_over_the_weights_after_every_update_the_last_included",
     ),
     Mutation(
         "average: runs ahead",
@@ -80,7 +80,7 @@ MUTATIONS = [
         "training/optimizers.py",
         "(1 - math.sqrt((step - begin) / config.decay_steps))",
         "(1 - (step - begin) / config.decay_steps)",
-        "training/test_optimizers.py::test_the_learning_rate_warms_up_stays_and_decays_late",
+        "training/test_optimizers.py::test_the_schedule_is_that_of_transformers",
     ),
     Mutation(
         "weight decay: norms and biases decay",
@@ -115,7 +115,7 @@ MUTATIONS = [
         "training/data/draws.py",
         "weights.to(torch.float64).cumsum(0)",
         "weights.to(torch.float32).cumsum(0)",
-        "training/data/test_draws.py::test_light_pictures_get_their_share_among_any_number_of_heavy_ones",
+        "training/data/test_draws.py::test_light_pictures_after_very_heavy_ones_are_not_lost",
     ),
     Mutation(
         "samples: depend on the first of their batch",

@@ -140,11 +140,12 @@ def test_work_that_takes_too_long_is_stopped_and_answered(serve, hold):
 
 
 def test_pictures_are_not_kept_after_their_request(server):
-    jobs = weakref.WeakSet()
+    jobs, left = [], weakref.WeakSet()
     submitted = server.worker.enqueue
 
     def remember(job):
-        jobs.add(job)
+        jobs.append(job)
+        left.add(job)
         submitted(job)
 
     server.worker.enqueue = remember
@@ -154,8 +155,10 @@ def test_pictures_are_not_kept_after_their_request(server):
                 files = {"image": png(picture(32, 32))}
                 answer = client.post("/v1/images/upscales", data={"seed": str(seed)}, files=files)
                 assert answer.status_code == 200
+        assert len(jobs) == 3 and all(job.state is None and job.stages == () for job in jobs)
+        jobs.clear()
         gc.collect()
-        assert len(jobs) <= 1  # the last one may still be on its way out
+        assert len(left) <= 1  # the last one may still be on its way out
     finally:
         del server.worker.enqueue
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import stat
 from dataclasses import dataclass
@@ -167,6 +168,24 @@ def test_the_average_of_the_weights_is_what_is_saved_and_shown(runner):
     assert all(torch.equal(value, shown[-1][name]) for name, value in average.state_dict().items())
     saved = torch.load(runner.folder / "average/final/weights.pt", weights_only=True)
     assert all(torch.equal(value, saved[name]) for name, value in average.state_dict().items())
+
+
+def test_the_average_is_over_the_weights_after_every_update_the_last_included(runner):
+    averaged = runner("average", model=Plain(), ema_decay=0.9, max_steps=3).state_dict()
+    weights = [runner(f"to{steps}", model=Plain(), max_steps=steps, decay_steps=0).state_dict() for steps in (1, 2, 3)]
+    for name, value in averaged.items():
+        first, second, third = (state[name] for state in weights)
+        expected = 0.9 * (0.9 * first + 0.1 * second) + 0.1 * third
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_disk_without_room_is_known_before_a_checkpoint_is_begun(runner, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 100, 100))
+    begun = []
+    monkeypatch.setattr(torch.distributed.checkpoint, "save", lambda *args, **kwargs: begun.append(args))
+    with pytest.raises(OSError, match=r"has no room for checkpoint-2"):
+        runner("run", checkpoint_every_steps=2)
+    assert not begun and not runner.checkpoints("run")
 
 
 def test_sample_pictures_leave_no_trace_in_the_run(runner):

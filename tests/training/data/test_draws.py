@@ -46,6 +46,11 @@ def test_light_pictures_get_their_share_among_any_number_of_heavy_ones(num_pictu
     assert share == pytest.approx(1 / 21, abs=5 * (1 / 21 / 4000) ** 0.5)
 
 
+def test_light_pictures_after_very_heavy_ones_are_not_lost():
+    index = WeightedIndex(torch.tensor([2.0**26, 1.0, 1.0, 1.0]))
+    assert index.bounds.tolist() == [2**26, 2**26 + 1, 2**26 + 2, 2**26 + 3]
+
+
 def test_pictures_of_weight_zero_are_never_drawn_wherever_they_stand():
     weights = torch.tensor([0.0, 1.0, 0.0, 0.0, 3.0, 0.0])
     drawn = shares(weights, 4000, torch.arange(6))
