@@ -242,7 +242,7 @@ def test_the_best_candidates_are_kept_and_each_can_be_made_again_from_its_own_se
         num_images_per_prompt=2,
         num_candidates=4,
         height=LOW_SIZE,
-        generator=[torch.Generator().manual_seed(20 + index) for index in range(4)] * 2,
+        generator=[torch.Generator().manual_seed(20 + index) for _ in range(2) for index in range(4)],
     )
     found = [read_metadata(tmp_path / f"best-{index}.png") for index in range(1, 5)]
     assert [metadata["seed"] for metadata in found] == expected.seeds
