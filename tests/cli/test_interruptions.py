@@ -21,6 +21,8 @@ class Pipe:
     class transformer:
         dtype = "float32"
 
+    vqvae = transformer
+
     class tokenizer:
         @staticmethod
         def unknown_parts(text):
