@@ -118,7 +118,7 @@ def test_the_auxiliary_scenes_of_the_small_model_are_of_its_styles_and_of_all_co
     tokens = small_config(name)
     scope, small, full = Scope.load(tokens.scope), Scope.small(), Scope.full()
     assert (scope.concepts, scope.styles, scope.backgrounds) == (full.concepts, small.styles, small.backgrounds)
-    assert tokens.low_size // tokens.compression_rate == GRIDS["small"][0][0]
+    assert tokens.low_size // (tokens.compression_rate or 8) == GRIDS["small"][0][0]
     assert tokens.vqvae == "runs/vq_small/final"
 
 
@@ -150,7 +150,8 @@ def make_models(name, configs, tokenizer_folder, tmp_path) -> dict[str, torch.nn
 def test_token_grids_and_drawings_follow_from_the_sizes(configs):
     name, configs = configs
     tokens = configs["tokens"]
-    sides = (tokens.low_size // tokens.compression_rate, tokens.fine_size // tokens.compression_rate)
+    rate = tokens.compression_rate or 8
+    sides = (tokens.low_size // rate, tokens.fine_size // rate)
     assert sides == tuple(grid[0] for grid in GRIDS[name])
     assert list(configs["vq"].resolutions) == [tokens.low_size, tokens.fine_size]
     for config in (configs["vq"], tokens):
