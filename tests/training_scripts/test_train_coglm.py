@@ -198,7 +198,7 @@ def run(script, tokenizer_folder, vqvae_folder, token_folder, tmp_path):
 
 
 def test_finetuning_a_float16_model_trains_in_float32(run, coglm_folder, tmp_path):
-    start = CogLMModel.from_pretrained(coglm_folder)
+    start = CogLMModel.from_pretrained(coglm_folder, dtype="auto")
     assert start.dtype == torch.float16
     tuned = run(init_from=coglm_folder, learning_rate=1e-4)
     assert tuned.dtype == torch.float32
