@@ -1,7 +1,6 @@
 """What a result depends on besides the code: versions, hardware, threads. Importing this imports nothing heavy."""
 
 import datetime
-import importlib.metadata
 import os
 import platform
 from collections.abc import Iterable
@@ -26,11 +25,13 @@ def optional_versions() -> dict[str, str | None]:
 
 
 def _installed(names: Iterable[str]) -> dict[str, str | None]:
+    from importlib.metadata import PackageNotFoundError, version  # slow to import, and help needs no versions
+
     found: dict[str, str | None] = {}
     for name in names:
         try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
+            found[name] = version(name)
+        except PackageNotFoundError:
             found[name] = None
     return found
 

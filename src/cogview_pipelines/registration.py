@@ -12,12 +12,13 @@ its tables otherwise is left alone: the package's own classes load all the same.
 """
 
 import functools
-import importlib.abc
-import importlib.machinery
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
 
 PACKAGE = __name__.split(".")[0]
 # What the loader of diffusers calls on a component, by the base class that it finds in the package root.
@@ -145,12 +146,14 @@ ADDITIONS: dict[str, Callable[[ModuleType], None]] = {
 }
 
 
-class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the modules with our tables as the other finders do, and has them added to when they have run."""
+class _Finder:
+    """
+    Finds the modules with our tables as the other finders do, and has them added to when they have run.
 
-    def find_spec(
-        self, name: str, path: Any, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
+    (Not an `importlib.abc.MetaPathFinder`: that module is slow to import, and nothing asks for it.)
+    """
+
+    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> "ModuleSpec | None":
         add = ADDITIONS.get(name)
         if add is None:
             return None
@@ -163,7 +166,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         return None
 
 
-class _Loader(importlib.abc.Loader):
+class _Loader:
     """A loader, and something to do after it."""
 
     def __init__(self, loader: Any, add: Callable[[ModuleType], None]):
@@ -172,7 +175,7 @@ class _Loader(importlib.abc.Loader):
     def __getattr__(self, name: str) -> Any:  # resources, sources
         return getattr(self._loader, name)
 
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+    def create_module(self, spec: "ModuleSpec") -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
