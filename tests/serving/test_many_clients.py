@@ -1,7 +1,11 @@
 """The queue, clients that leave, and clients that come all at once."""
 
 import concurrent.futures
+import contextlib
 import gc
+import logging
+import os
+import random
 import socket
 import time
 import types
@@ -223,6 +227,47 @@ def test_a_job_that_is_asked_for_goes_on(monkeypatch):
         job.renew()
     now[0] += 2.5
     assert job.is_cancelled
+
+
+def test_clients_who_come_again_and_again_and_of_whom_some_leave_hold_nothing(serve, caplog):
+    """Twenty at once, three requests each, every tenth of which is left before its answer."""
+    running, seeds = serve(queue_limit=40), range(3)
+    alone = [post(running, seed).json()["data"][0]["b64_json"] for seed in seeds]
+    small = {"image": png(picture(32, 32))}
+    paths = {"upscales": {"seed": "1"}, "captions": {}, "scores": {"prompt": PROMPT}}
+    forms = {}
+    with running.client() as client:
+        for path, data in paths.items():
+            forms[path] = client.post(f"/v1/images/{path}", data=data, files=small).json()
+
+    def come(number):
+        generator = random.Random(number)
+        for _ in range(3):
+            if generator.random() < 0.1:
+                with contextlib.closing(send(running, seed=number)):
+                    time.sleep(generator.choice([0, 0.01, 0.1, 0.3]))
+            elif generator.random() < 0.5:
+                seed = generator.choice(seeds)
+                assert post(running, seed).json()["data"][0]["b64_json"] == alone[seed]
+            else:
+                path = generator.choice(list(paths))
+                with running.client() as client:
+                    answer = client.post(f"/v1/images/{path}", data=paths[path], files=small)
+                assert answer.status_code == 200 and answer.json()["data"] == forms[path]["data"], answer.text
+
+    def sockets():
+        """Those that are open, of clients and server, after a while."""
+        links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+        return sum(os.readlink(link).startswith("socket") for link in links if os.path.lexists(link))
+
+    before = sockets()
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        list(pool.map(come, range(20)))
+    wait_for(lambda: running.worker.places_taken == 0)
+    counts = outcomes(running)
+    assert set(counts) <= {"done", "cancelled"} and counts["cancelled"] > 0
+    wait_for(lambda: sockets() <= before)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def test_twenty_clients_of_forms(serve):

@@ -2,11 +2,13 @@
 
 import copy
 import gc
+import resource
 import weakref
 
 import accelerate
 import pytest
 import torch
+from PIL import Image
 
 from cogview_pipelines import (
     CogView2CaptionPipeline,
@@ -20,7 +22,9 @@ from cogview_pipelines.pipelines.common.offloading import StageOffload
 
 from ...utils import make_coglm
 from ..cogview2.test_shared_components import use
+from ..conftest import LOW
 
+PROMPT = "a cat on a blue background."
 STAGES = ("transformer", "direct_sr_transformer", "iterative_sr_transformer")
 
 
@@ -215,15 +219,37 @@ def living_tensors():
     return [item for item in gc.get_objects() if isinstance(item, torch.Tensor)]
 
 
-def test_fifty_calls_leave_no_tensor_behind(shared_pipe):
-    call = {"num_lopar_steps": 1, "return_statistics": True}
-    picture(shared_pipe, **call)
+def test_two_hundred_calls_leave_neither_a_tensor_nor_memory_behind(shared_pipe):
+    image, mask = Image.effect_noise((LOW, LOW), 50).convert("RGB"), Image.new("L", (LOW, LOW))
+    mask.paste(255, (8, 8, 24, 24))
+    inpaint = CogView2InpaintPipeline.from_pipe(shared_pipe)
+    upscale, caption = CogView2UpscalePipeline.from_pipe(shared_pipe), CogView2CaptionPipeline.from_pipe(shared_pipe)
+    for pipe in (inpaint, upscale, caption):
+        pipe.set_progress_bar_config(disable=True)
+    calls = (
+        lambda: picture(shared_pipe, num_lopar_steps=1, return_statistics=True),
+        lambda: inpaint(PROMPT, image, mask, num_lopar_steps=1),
+        lambda: upscale(image, num_lopar_steps=1),
+        lambda: caption(image, max_length=4),
+    )
+    for _ in range(5):  # what is made once, such as buffers and threads
+        for call in calls:
+            call()
     # of other tests, some may go meanwhile
     before = {id(tensor): weakref.ref(tensor) for tensor in living_tensors()}
+    memory = resident_bytes()
     for _ in range(50):
-        picture(shared_pipe, **call)
+        for call in calls:
+            call()
     new = [tensor for tensor in living_tensors() if id(tensor) not in before or before[id(tensor)]() is not tensor]
     assert not new
+    assert resident_bytes() - memory < 2**24
+
+
+def resident_bytes():
+    """What this process holds of memory now."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
 
 
 # Batch sizes ---------------------------------------------------------------------------------------------------------
