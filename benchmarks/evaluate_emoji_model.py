@@ -28,13 +28,21 @@ SPLITS = ("test_wording", "train", "test_background", "test_pair", "test_order",
 def measurements(
     pipe: CogView2Pipeline, scope: Scope, num: int, seed: int, batch_size: int, sprites: SpriteSet | None = None
 ):
-    """Yield what was measured, most wanted first; scenes that a scope does not have are left out."""
+    """Yield what was measured, most wanted first. What a scope does not have and captions too long for a model are left out: `n`."""
 
     def cases(split, language, layout):
         try:
-            return choose_cases(scope, split, language, num, seed, layout)
+            found = choose_cases(scope, split, language, num, seed, layout)
         except ValueError:
             return []
+        return [case for case in found if fits(case.caption)]
+
+    def fits(caption: str) -> bool:
+        try:
+            pipe.check_inputs(caption)
+        except ValueError:  # too long for the model, which says so
+            return False
+        return True
 
     cells = [(split, layout) for split in SPLITS for layout in scope.layouts if cases(split, "en", layout)]
     for split, layout in cells:

@@ -1,12 +1,13 @@
 """`cogview2 evaluate`: how many pictures show what their prompts say; and the papers' measures of any captions."""
 
 import enum
+from dataclasses import fields
 from pathlib import Path
 
 import typer
 
-from .console import bad_input, expand, fail, failures, make_writable_folder, say, say_json
-from .loading import DEVICE_OPTION, DTYPE_OPTION, MODEL_OPTION, DType, describe_model, find_model, load_pipeline
+from .console import fail
+from .loading import DEVICE_OPTION, DTYPE_OPTION, MODEL_OPTION, DType
 
 
 class Split(str, enum.Enum):
@@ -148,63 +149,19 @@ def evaluate(
       cogview2 evaluate --measure post-selection --candidates 8 --num 50
       cogview2 evaluate --captions captions_val2014.json --references val2014 --inception weights.pth -o coco
     """
+    given = dict(locals())
+    choices = (Split, Language, Layout, Measure, Baseline, Protocol)  # the names are what the rest is written for
+    own = {name: value.value if isinstance(value, choices) else value for name, value in given.items()}
     _check_combination(context, captions is not None)
     if captions is not None:
         from .evaluate_captions import CaptionsOptions, evaluate_captions
 
-        protocol = None if protocol is None else protocol.value
-        own = locals()
-        evaluate_captions(CaptionsOptions(**{name: own[name] for name in CaptionsOptions.__dataclass_fields__}))
+        evaluate_captions(CaptionsOptions(**{field.name: own[field.name] for field in fields(CaptionsOptions)}))
         return
-    num, candidates = num or 100, candidates or 8
-    source = Path(find_model(model))
-    if not (source / "scope.json").is_file():
-        fail(f"`--model`: {source} has no scope.json, which lists the scenes that the model was trained on.")
-    if measure is not Measure.pictures and (baseline is not Baseline.none or save is not None):
-        fail(f"--baseline and --save are for --measure pictures, not {measure.value}.")
-    from ..demo import Scope, SpriteSet, evaluation
+    from .evaluate_scenes import ScenesOptions, evaluate_scenes
 
-    try:
-        scope = Scope.load(source)
-    except (OSError, ValueError, TypeError) as error:
-        fail(f"`--model`: {source / 'scope.json'} is damaged: {error}")
-    with bad_input():
-        cases = evaluation.choose_cases(
-            scope, split.value, language.value, num, seed, None if layout is None else layout.value
-        )
-        drawings = None if sprites is None else SpriteSet(sprites)
-    if export is not None:
-        _export(expand(export, "--export"), cases, height or 240)
-        return
-    if save is not None:
-        make_writable_folder(save)
-    pipe = load_pipeline(model, device, dtype)
-    pipe.set_progress_bar_config(disable=None, leave=False)
-    common = {"batch_size": batch_size}
-    call = {name: value for name, value in (("height", height), ("style", style)) if value is not None}
-    from ..pipelines.common.arguments import check_taken
-
-    with bad_input():
-        check_taken(pipe, call)
-        settings = pipe.check_inputs("a", **call)
-        for case in cases:
-            pipe.check_inputs(case.caption, **call)
-    if len(cases) < num:
-        say(f"There are {len(cases)} such scenes; all of them are used.", err=True)
-    with bad_input(), failures():
-        if measure is Measure.caption_loss:
-            result = evaluation.measure_caption_loss(pipe, cases, sprites=drawings, **common)
-        elif measure is Measure.post_selection:
-            result = evaluation.measure_post_selection(pipe, cases, num_candidates=candidates, **common, **call)
-        else:
-            saver = None if save is None else _saver(save, settings, model)
-            result = evaluation.measure_pictures(
-                pipe, cases, baseline=baseline.value, sprites=drawings, on_picture=saver, **common, **call
-            )
-    asked = {"measure": measure.value, "split": split.value, "language": language.value, "n": len(cases)}
-    settings_of = {Measure.pictures: {"baseline": baseline.value}, Measure.post_selection: {"candidates": candidates}}
-    repeats = {"layout": None if layout is None else layout.value, "seed": seed, "model": model}
-    _print({**asked, **result, **settings_of.get(measure, {}), **repeats, **_conditions(pipe, cases)}, as_json)
+    own |= {"num": num or 100, "candidates": candidates or 8}
+    evaluate_scenes(ScenesOptions(**{field.name: own[field.name] for field in fields(ScenesOptions)}))
 
 
 def _check_combination(context: typer.Context, has_captions: bool) -> None:
@@ -214,58 +171,3 @@ def _check_combination(context: typer.Context, has_captions: bool) -> None:
     if given:
         which = "is for the demo data, not for --captions" if has_captions else "is for --captions"
         fail(f"--{given[0].replace('_', '-')} {which}.")
-
-
-def _export(folder: Path, cases: list, size: int) -> None:
-    """Scenes as a list of captions with true pictures."""
-    from ..demo import render
-    from ..json_lines import write_lines
-    from ..pictures.png import save_png
-
-    make_writable_folder(folder)
-    rows = [{"id": f"{index:05d}", "caption": case.caption} for index, case in enumerate(cases)]
-    with failures():
-        for row, case in zip(rows, cases, strict=True):
-            save_png(render(case.scene, size), folder / f"{row['id']}.png", None)
-        with open(folder / "captions.jsonl", "w", encoding="utf-8") as file:
-            write_lines(file, rows)
-    say(folder / "captions.jsonl")
-
-
-def _conditions(pipe, cases: list) -> dict:
-    """What else is needed to measure the same again: which scenes there were, and on what machine."""
-    from ..environment import stamp
-
-    return {
-        "layouts": {name: sum(case.scene.layout == name for case in cases) for name in ("single", "pair")},
-        "device": pipe.device.type,
-        "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
-        **stamp(str(pipe.device)),
-    }
-
-
-def _saver(folder: Path, settings: dict, model: str):
-    from ..pictures.png import save_png
-
-    def save(index: int, case, image, scores: dict) -> None:
-        metadata = {
-            "prompt": case.caption,
-            "seed": case.seed,
-            **describe_model(model),
-            "settings": {name: value for name, value in settings.items() if value is not None},
-            "scene": case.scene.to_dict(),
-            "scores": scores,
-        }
-        save_png(image, folder / f"{index:04d}-{'right' if scores['all'] else 'wrong'}.png", metadata)
-
-    return save
-
-
-def _print(report: dict, as_json: bool) -> None:
-    if as_json:
-        say_json(report)
-        return
-    for name, value in report.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{key} {entry}" for key, entry in value.items())
-        say(f"{name:22} {value}")

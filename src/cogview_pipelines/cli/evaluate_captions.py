@@ -86,23 +86,11 @@ def _build_run(options, chosen, radii, rows, references, made, folder: Path) -> 
     """Load what is needed, and check everything before the first picture."""
     from ..environment import stamp
     from ..evaluation.embedding_scores import EmbeddingScorer
-    from ..evaluation.networks import Inception, load_network
     from ..evaluation.picture_runs import PictureRun, Preparation
     from .loading import choose_device
 
     device = choose_device(options.device)
-    network = None
-    if options.inception is not None and options.network is not None:
-        fail("Give --inception or --network, not both.")
-    try:
-        if options.inception is not None:
-            network = Inception(expand(options.inception, "--inception"), device)
-        elif options.network is not None:
-            network = load_network(options.network, device)
-        if network is not None:
-            import torchmetrics  # noqa: F401
-    except ImportError as error:
-        fail(f'{error}. FID and the Inception score need `pip install "cogview_pipelines[evaluation]"`.')
+    network = _load_network(options, device)
     if references is not None and network is None:
         fail("--references need a network that compares: --inception FILE or --network MODULE:FUNCTION.")
     pipe = load_pipeline(options.model, options.device, options.dtype)
@@ -116,10 +104,48 @@ def _build_run(options, chosen, radii, rows, references, made, folder: Path) -> 
     scores = {"caption_loss": _caption_loss(pipe)}
     if options.clip is not None:
         scores["clip_score"] = _clip_score(options.clip, device, EmbeddingScorer)
-    settings = {
+    return PictureRun(
+        folder,
+        rows,
+        _settings(options, chosen, radii, len(rows), call, pipe),
+        make=make,
+        made=made,
+        references=references,
+        network=network,
+        preparation=Preparation(options.size, radii, chosen["contrast"]),
+        scores=scores,
+        seed=options.seed,
+        seeds_of_each=chosen["candidates"] or 1,
+        batch_size=options.batch_size,
+        stamp=stamp(str(pipe.device)),
+    )
+
+
+def _load_network(options: CaptionsOptions, device: str):
+    """The network that compares pictures, or `None`."""
+    from ..evaluation.networks import Inception, load_network
+
+    network = None
+    if options.inception is not None and options.network is not None:
+        fail("Give --inception or --network, not both.")
+    try:
+        if options.inception is not None:
+            network = Inception(expand(options.inception, "--inception"), device)
+        elif options.network is not None:
+            network = load_network(options.network, device)
+        if network is not None:
+            import torchmetrics  # noqa: F401
+    except ImportError as error:
+        fail(f'{error}. FID and the Inception score need `pip install "cogview_pipelines[evaluation]"`.')
+    return network
+
+
+def _settings(options: CaptionsOptions, chosen: dict, radii, num: int, call: dict, pipe) -> dict:
+    """All that makes figures comparable: another value is another run."""
+    return {
         "protocol": options.protocol,
         "captions": Path(options.captions).name,
-        "num": len(rows),
+        "num": num,
         "seed": options.seed,
         "pictures": None if options.pictures is None else str(options.pictures),
         "references": None if not options.references else [Path(path).name for path in options.references],
@@ -132,21 +158,6 @@ def _build_run(options, chosen, radii, rows, references, made, folder: Path) -> 
         **describe_model(options.model),
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
     }
-    return PictureRun(
-        folder,
-        rows,
-        settings,
-        make=make,
-        made=made,
-        references=references,
-        network=network,
-        preparation=Preparation(options.size, radii, chosen["contrast"]),
-        scores=scores,
-        seed=options.seed,
-        seeds_of_each=chosen["candidates"] or 1,
-        batch_size=options.batch_size,
-        stamp=stamp(str(pipe.device)),
-    )
 
 
 def _check_captions(pipe, rows, call: dict) -> None:

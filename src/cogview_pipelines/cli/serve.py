@@ -2,11 +2,17 @@
 
 import contextlib
 import importlib.util
+from typing import TYPE_CHECKING
 
 import typer
 
 from .console import FAILURE, fail, say
 from .loading import DEVICE_OPTION, DTYPE_OPTION, MODEL_OPTION, DType, find_model, load_pipeline
+
+if TYPE_CHECKING:
+    import socket
+
+    from ..serving.settings import ServerSettings
 
 NEEDED = ("fastapi", "python_multipart", "prometheus_client", "uvicorn")
 
@@ -44,21 +50,7 @@ def serve(
     The page is at /, the API at /v1/images/generations, edits, upscales, captions and scores. On this machine only,
     unless --host says otherwise. Ctrl-C stops it.
     """
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        fail(f'{" and ".join(missing)} must be installed: `pip install "cogview_pipelines[serve]"`.', FAILURE)
-    has_page = importlib.util.find_spec("gradio") is not None
-    if page and not has_page:
-        fail(
-            'gradio must be installed for --page: `pip install "cogview_pipelines[page]"`. Leave --page out to serve '
-            "the API alone.",
-            FAILURE,
-        )
-    if page is None and not has_page:
-        say(
-            'Without gradio there is no page, only the API: `pip install "cogview_pipelines[page]"` adds it.', err=True
-        )
-        page = False
+    page = _check_installed(page)
     from ..serving.settings import ServerSettings
 
     settings = ServerSettings(
@@ -66,7 +58,7 @@ def serve(
         port=port,
         token=token or None,
         allowed_hosts=tuple(allow_host or ()),
-        page=page is not False,
+        page=page,
         queue_limit=queue_limit,
         batch_size=batch_size,
         job_timeout=job_timeout,
@@ -80,16 +72,7 @@ def serve(
             "Leave --host out to serve this machine only."
         )
     source = find_model(model)
-    from ..serving.server import bind
-
-    try:
-        listening = bind(settings)
-    except OSError as error:
-        fail(
-            f"Cannot listen on {host}, port {port}: {error.strerror or error}. Choose another --port or --host.",
-            FAILURE,
-        )
-    with listening:
+    with _listen(settings) as listening:
         from ..serving.app import create_app
         from ..serving.server import make_server, set_up_log
 
@@ -100,6 +83,37 @@ def serve(
         say(f"Serving on http://{shown}:{listening.getsockname()[1]}", err=True)
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after an orderly end
             server.run(sockets=[listening])
+
+
+def _check_installed(page: bool | None) -> bool:
+    """Whether to serve the page, by what is wanted and what is installed."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        fail(f'{" and ".join(missing)} must be installed: `pip install "cogview_pipelines[serve]"`.', FAILURE)
+    if page is False or importlib.util.find_spec("gradio") is not None:
+        return page is not False
+    install = '`pip install "cogview_pipelines[page]"`'
+    if page:
+        fail(
+            f"gradio must be installed for --page: {install}. Leave --page out to serve the API alone.",
+            FAILURE,
+        )
+    say(f"Without gradio there is no page, only the API: {install} adds it.", err=True)
+    return False
+
+
+def _listen(settings: "ServerSettings") -> "socket.socket":
+    """Before the model is loaded: a port that is taken is told at once."""
+    from ..serving.server import bind
+
+    try:
+        return bind(settings)
+    except OSError as error:
+        fail(
+            f"Cannot listen on {settings.host}, port {settings.port}: {error.strerror or error}. Choose another "
+            "--port or --host.",
+            FAILURE,
+        )
 
 
 def _name(model: str) -> str:

@@ -1,0 +1,169 @@
+"""`cogview2 evaluate` without captions: how many pictures of the demo scenes show what their prompts say."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .console import bad_input, expand, fail, failures, make_writable_folder, say, say_json
+from .loading import DType, describe_model, find_model, load_pipeline
+
+if TYPE_CHECKING:
+    from ..demo import Scope
+    from ..demo.evaluation import Case
+    from ..pipelines.cogview2.base import CogView2PipelineBase
+
+
+@dataclass
+class ScenesOptions:
+    """The options of the command, as given."""
+
+    split: str
+    language: str
+    num: int
+    layout: str | None
+    measure: str
+    baseline: str
+    candidates: int
+    seed: int
+    batch_size: int
+    height: int | None
+    style: str | None
+    model: str
+    device: str | None
+    dtype: DType | None
+    sprites: Path | None
+    save: Path | None
+    export: Path | None
+    as_json: bool
+
+
+def evaluate_scenes(options: ScenesOptions) -> None:
+    """Do what [`ScenesOptions`] ask for."""
+    if options.measure != "pictures" and (options.baseline != "none" or options.save is not None):
+        fail(f"--baseline and --save are for --measure pictures, not {options.measure}.")
+    scope = _load_scope(options.model)
+    from ..demo import SpriteSet, evaluation
+
+    with bad_input():
+        cases = evaluation.choose_cases(
+            scope, options.split, options.language, options.num, options.seed, options.layout
+        )
+        sprites = None if options.sprites is None else SpriteSet(options.sprites)
+    if options.export is not None:
+        _export(expand(options.export, "--export"), cases, options.height or 240)
+        return
+    if options.save is not None:
+        make_writable_folder(options.save)
+    pipe = load_pipeline(options.model, options.device, options.dtype)
+    pipe.set_progress_bar_config(disable=None, leave=False)
+    call = {name: value for name in ("height", "style") if (value := getattr(options, name)) is not None}
+    settings = _check_call(pipe, cases, call)
+    if len(cases) < options.num:
+        say(f"There are {len(cases)} such scenes; all of them are used.", err=True)
+    saver = None if options.save is None else _saver(options.save, settings, options.model)
+    with bad_input(), failures():
+        result = _measure(pipe, cases, options, call, sprites, saver)
+    _print(_report(options, pipe, cases, result), options.as_json)
+
+
+def _load_scope(model: str) -> "Scope":
+    from ..demo import Scope
+
+    source = Path(find_model(model))
+    if not (source / "scope.json").is_file():
+        fail(f"`--model`: {source} has no scope.json, which lists the scenes that the model was trained on.")
+    try:
+        return Scope.load(source)
+    except (OSError, ValueError, TypeError) as error:
+        fail(f"`--model`: {source / 'scope.json'} is damaged: {error}")
+
+
+def _check_call(pipe: "CogView2PipelineBase", cases: list["Case"], call: dict) -> dict:
+    """All settings of the calls; what a call would refuse is refused before the first one."""
+    from ..pipelines.common.arguments import check_taken
+
+    with bad_input():
+        check_taken(pipe, call)
+        settings = pipe.check_inputs("a", **call)
+        for case in cases:
+            pipe.check_inputs(case.caption, **call)
+    return settings
+
+
+def _measure(pipe, cases: list["Case"], options: ScenesOptions, call: dict, sprites, saver) -> dict:
+    from ..demo import evaluation
+
+    size = options.batch_size
+    if options.measure == "caption-loss":
+        return evaluation.measure_caption_loss(pipe, cases, sprites=sprites, batch_size=size)
+    if options.measure == "post-selection":
+        count = options.candidates
+        return evaluation.measure_post_selection(pipe, cases, num_candidates=count, batch_size=size, **call)
+    return evaluation.measure_pictures(
+        pipe, cases, baseline=options.baseline, sprites=sprites, on_picture=saver, batch_size=size, **call
+    )
+
+
+def _report(options: ScenesOptions, pipe, cases: list["Case"], result: dict) -> dict:
+    """The result, and what is needed to measure the same again: what was asked, which scenes, on what machine."""
+    from ..environment import stamp
+
+    of_measure = {"pictures": {"baseline": options.baseline}, "post-selection": {"candidates": options.candidates}}
+    return {
+        "measure": options.measure,
+        "split": options.split,
+        "language": options.language,
+        "n": len(cases),
+        **result,
+        **of_measure.get(options.measure, {}),
+        "layout": options.layout,
+        "seed": options.seed,
+        "model": options.model,
+        "layouts": {name: sum(case.scene.layout == name for case in cases) for name in ("single", "pair")},
+        "device": pipe.device.type,
+        "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
+        **stamp(str(pipe.device)),
+    }
+
+
+def _export(folder: Path, cases: list, size: int) -> None:
+    """Scenes as a list of captions with true pictures."""
+    from ..demo import render
+    from ..json_lines import write_lines
+    from ..pictures.png import save_png
+
+    make_writable_folder(folder)
+    rows = [{"id": f"{index:05d}", "caption": case.caption} for index, case in enumerate(cases)]
+    with failures():
+        for row, case in zip(rows, cases, strict=True):
+            save_png(render(case.scene, size), folder / f"{row['id']}.png", None)
+        with open(folder / "captions.jsonl", "w", encoding="utf-8") as file:
+            write_lines(file, rows)
+    say(folder / "captions.jsonl")
+
+
+def _saver(folder: Path, settings: dict, model: str):
+    from ..pictures.png import save_png
+
+    def save(index: int, case, image, scores: dict) -> None:
+        metadata = {
+            "prompt": case.caption,
+            "seed": case.seed,
+            **describe_model(model),
+            "settings": {name: value for name, value in settings.items() if value is not None},
+            "scene": case.scene.to_dict(),
+            "scores": scores,
+        }
+        save_png(image, folder / f"{index:04d}-{'right' if scores['all'] else 'wrong'}.png", metadata)
+
+    return save
+
+
+def _print(report: dict, as_json: bool) -> None:
+    if as_json:
+        say_json(report)
+        return
+    for name, value in report.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {entry}" for key, entry in value.items())
+        say(f"{name:22} {value}")
