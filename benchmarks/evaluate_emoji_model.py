@@ -28,7 +28,10 @@ SPLITS = ("test_wording", "train", "test_background", "test_pair", "test_order",
 def measurements(
     pipe: CogView2Pipeline, scope: Scope, num: int, seed: int, batch_size: int, sprites: SpriteSet | None = None
 ):
-    """Yield what was measured, most wanted first. What a scope does not have and captions too long for a model are left out: `n`."""
+    """
+    Yield what was measured, most wanted first. Scenes that a scope does not have are left out, and captions that are
+    too long for the model: `n` counts those that were measured.
+    """
 
     def cases(split, language, layout):
         try:
