@@ -17,6 +17,7 @@ SOURCES = ROOT / "src" / "cogview_pipelines"
 EXTRAS = {
     "serving/page": ("page", "serve"),
     "serving/": ("serve",),
+    "plots/": ("plots",),
     "training/": ("training",),
     "loaders/": ("lora",),
     "models/adapters.py": ("lora",),

@@ -29,7 +29,7 @@ LAYERS = (
     {"evaluation", "training"},
     {"pipelines.common"},
     {"pipelines"},
-    {"speed", "demo", "conversion", "serving"},
+    {"speed", "demo", "conversion", "serving", "plots"},
     {"cli"},
 )
 FAMILIES = ("cogview", "cogview2")  # folders under models, pipelines and conversion, which do not import one another

@@ -44,15 +44,20 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
         raise ValueError(f"cannot read {path}: {error.strerror or error}.") from error
 
 
-def parse_object(line: str) -> dict:
+def parse_object(line: str, allow_nan: bool = False) -> dict:
     """
     The JSON object of a line.
+
+    Args:
+        line (`str`): The line.
+        allow_nan (`bool`, defaults to `False`): Take NaN and Infinity, which are no numbers of JSON, as other programs
+            write them.
 
     Raises:
         ValueError: If it is none. The message goes on from the name of the line, as in "line 7 is not JSON (...)".
     """
     try:
-        value = json.loads(line, parse_constant=_refuse_constant)
+        value = json.loads(line, parse_constant=float if allow_nan else _refuse_constant)
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON ({error.msg} at column {error.colno}): {_quoted(line)}.") from None
     except RecursionError:
@@ -64,12 +69,12 @@ def parse_object(line: str) -> dict:
     return value
 
 
-def read_whole_rows(path: str | Path) -> Iterator[dict]:
+def read_whole_rows(path: str | Path, allow_nan: bool = False) -> Iterator[dict]:
     """The objects of a file that a stop may have cut or damaged: what is none is passed over."""
     with open(path, "rb") as file:
         for line in file:
             with contextlib.suppress(ValueError):
-                yield parse_object(line.decode("utf-8"))
+                yield parse_object(line.decode("utf-8"), allow_nan)
 
 
 def dump_line(row: dict) -> str:

@@ -9,8 +9,8 @@ from cogview_pipelines import __version__
 from cogview_pipelines.cli import app
 
 COMMANDS = (
-    *("generate", "inpaint", "upscale", "caption", "score", "evaluate", "attend", "finetune", "serve", "bench"),
-    *("models", "doctor"),
+    *("generate", "inpaint", "upscale", "caption", "score", "evaluate", "attend", "plot", "finetune", "serve"),
+    *("bench", "models", "doctor"),
 )
 
 
@@ -21,6 +21,7 @@ def test_help_imports_nothing_heavy(arguments):
         "from cogview_pipelines.cli import app\n"
         f"app({arguments!r}, standalone_mode=False)\n"
         "heavy = {'torch', 'numpy', 'PIL', 'transformers', 'diffusers', 'sentencepiece', 'gradio', 'fastapi'}\n"
+        "heavy |= {'matplotlib', 'sqlite3'}\n"
         "heavy &= set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

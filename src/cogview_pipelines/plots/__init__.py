@@ -1,0 +1,1 @@
+"""Plots of what training, evaluation and benchmarks write down."""
