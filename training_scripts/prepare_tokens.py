@@ -37,8 +37,9 @@ from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
 from cogview_pipelines.pictures.colours import on_white
 from cogview_pipelines.pictures.files import find_file, read_picture
 from cogview_pipelines.training.arguments import parse_config, run_script
+from cogview_pipelines.training.data.captions import parse_captions, tell_text_losses
 from cogview_pipelines.training.data.pictures import check_pictures, to_bytes
-from cogview_pipelines.training.data.tokens import TokenData, parse_captions, tell_text_losses
+from cogview_pipelines.training.data.tokens import TokenData
 
 TEMPLATE_REPEATS = 4  # copies of each template caption beside one of each variant
 

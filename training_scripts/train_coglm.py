@@ -163,7 +163,10 @@ def make_batch(
 ) -> TokenSequence:
     """The samples of one forward pass."""
     return stack(
-        [make_sample(config, model_config, tokenizer, data, generator) for generator in draw.generators(config.seed)]
+        [
+            make_sample(config, model_config, tokenizer, data, number, generator)
+            for number, generator in zip(draw.samples, draw.generators(config.seed))
+        ]
     )
 
 
@@ -172,10 +175,11 @@ def make_sample(
     model_config: CogLMConfig,
     tokenizer: IcetkTokenizer,
     data: TokenData,
+    number: int,
     generator: torch.Generator,
 ) -> TokenSequence:
-    """One sample, whose picture, caption, task and masks the generator draws."""
-    layout, pad_token_id, index = model_config.layout, tokenizer.pad_token_id, data.draw(generator)
+    """Sample `number` of the run, whose picture, caption, task and masks the generator draws."""
+    layout, pad_token_id, index = model_config.layout, tokenizer.pad_token_id, data.draw(generator, number)
     task, drop = torch.rand(2, generator=generator).tolist()
     captioning = task < config.caption_probability
     text = data.draw_caption(index, generator, to_write=captioning)[: model_config.max_text_tokens]

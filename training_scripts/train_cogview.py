@@ -87,8 +87,10 @@ class CogViewTrainConfig(TokenTrainConfig):
     data_order: str = field(
         default="weighted",
         metadata={
-            "help": "weighted: pictures by their weights. released: the sequence of CogView's release, no weights.",
-            "choices": ["weighted", "released"],
+            "help": "weighted: pictures by their weights, with replacement. epochs: all pictures once, then again in "
+            "another order. released: the sequence of CogView's release, no weights.",
+            "choices": ["weighted", "epochs", "released"],
+            "resume": "other samples are drawn from here on",
         },
     )
     compression_rate: int = field(default=8, metadata={"help": "Pixels per token of `vqvae`, for sample pictures."})
@@ -128,7 +130,7 @@ def load_data(config: CogViewTrainConfig, tokenizer: CogViewTokenizer) -> TokenD
                 f"they are {data.fine.shape[1]} x {data.fine.shape[2]}. Make it with twice the `--low_size` as "
                 "`--fine_size`."
             )
-    if config.style_probability and not any(data.styles):
+    if config.style_probability and not data.has_styles:
         raise ValueError("`style_probability` needs pictures with a `style` in captions.jsonl, but there are none.")
     return data
 
@@ -167,7 +169,7 @@ def make_batch(config: CogViewTrainConfig, model_config: CogViewConfig, data: To
     tasks = [draw_task(config, generator) for generator in generators]
     samples = []
     for number, task, generator in zip(draw.samples, tasks, generators):
-        index = data.draw(generator)
+        index = data.draw(generator, number)
         if config.data_order == "released":
             index = released_index(number, len(data))
         # the longest text leaves no room for the last command, as in the release

@@ -111,8 +111,8 @@ def read_context(
 def make_batch(config: DirectSRTrainConfig, model: CogLMCanvasModel, data: TokenData, draw: Draw) -> CanvasBatch:
     """The samples of one forward pass."""
     indices, texts = [], []
-    for generator in draw.generators(config.seed):
-        indices.append(data.draw(generator))
+    for number, generator in zip(draw.samples, draw.generators(config.seed)):
+        indices.append(data.draw(generator, number))
         texts.append(data.draw_caption(indices[-1], generator))
     context = read_context(model, data, indices, texts)
     labels = data.fine[indices].flatten(1).long()

@@ -94,8 +94,8 @@ def make_batch(
 ) -> CanvasBatch:
     """The samples of one forward pass."""
     texts, canvases, labels = [], [], []
-    for generator in draw.generators(config.seed):
-        index = data.draw(generator)
+    for number, generator in zip(draw.samples, draw.generators(config.seed)):
+        index = data.draw(generator, number)
         texts.append(data.draw_caption(index, generator))
         tokens = data.fine[index].flatten().long()
         ratio = config.mask_ratios[draw_index(len(config.mask_ratios), generator)]

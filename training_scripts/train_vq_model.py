@@ -34,7 +34,8 @@ from cogview_pipelines.models.image_tokenizers.auto import IMAGE_TOKENIZERS
 from cogview_pipelines.models.image_tokenizers.modeling_cogview_vq import CODEBOOK_TRAINING
 from cogview_pipelines.training.adversary import SMALLEST_SIDE, PatchDiscriminator, WithAdversary
 from cogview_pipelines.training.arguments import TrainConfig, parse_config, run_script
-from cogview_pipelines.training.data.draws import Draw, WeightedIndex, draw_index, seeded_generator
+from cogview_pipelines.training.data.chances import WeightedIndex
+from cogview_pipelines.training.data.draws import Draw, draw_index, seeded_generator
 from cogview_pipelines.training.data.pictures import PictureFolder, PicturePool, check_pictures, to_bytes
 from cogview_pipelines.training.data.prefetch import image_paths
 from cogview_pipelines.training.loop import train

@@ -5,7 +5,6 @@ A folder holds the tensors as torch.distributed.checkpoint writes them, each pro
 `trainer_state.json`: the step, the samples seen, the options of the run, and size and SHA-256 of every other file.
 """
 
-import hashlib
 import json
 import logging
 import re
@@ -30,6 +29,7 @@ from .processes import Processes
 from .run_folder import (
     FINAL,
     disk_errors,
+    file_digest,
     partial_path,
     read_run,
     remove,
@@ -172,16 +172,8 @@ class _plain_exceptions:
 def _digests(processes: Processes, folder: Path) -> dict[str, dict]:
     """Size and SHA-256 of the files in a folder, each read by one process."""
     paths = sorted(path for path in folder.iterdir() if path.is_file())
-    mine = {path.name: _digest(path) for path in paths[processes.index :: processes.count]}
+    mine = {path.name: file_digest(path) for path in paths[processes.index :: processes.count]}
     return {name: digest for part in processes.gather(mine) for name, digest in part.items()}
-
-
-def _digest(path: Path) -> dict:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
 # Finding and checking ------------------------------------------------------------------------------------------------
@@ -247,7 +239,7 @@ def _file_problem(path: Path, noted: dict) -> str | None:
         return f"{path} is missing"
     if path.stat().st_size != noted["bytes"]:
         return f"{path} is damaged: it has {path.stat().st_size} bytes instead of {noted['bytes']}"
-    if _digest(path) != noted:
+    if file_digest(path) != noted:
         return f"{path} is damaged: it has the right size, but not what was written"
     return None
 

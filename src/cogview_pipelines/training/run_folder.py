@@ -6,6 +6,7 @@ It holds `run.json` (state and options), `metrics.jsonl`, `samples/`, `checkpoin
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -136,6 +137,15 @@ def set_modes(path: Path) -> None:
     for each in [path, *path.rglob("*")] if path.is_dir() else [path]:
         if not each.is_symlink():
             each.chmod((0o777 if each.is_dir() else 0o666) & ~mask)
+
+
+def file_digest(path: Path) -> dict[str, int | str]:
+    """Size (`bytes`) and checksum (`sha256`) of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -55,7 +55,10 @@ def test_pictures_are_drawn_by_weight_and_captions_by_language_first(data, token
 def test_auxiliary_pictures_are_drawn_by_their_share_and_keep_their_weights(data):
     other = TokenData(data.low.flip(0), data.fine, data.captions[::-1], torch.tensor([1.0, 1.0, 2.0]), data.encode)
     both = data.with_auxiliary(other, 0.25)
-    assert both.weights.tolist() == pytest.approx([0.75 * 0.25, 0.75 * 0.75, 0, 0.0625, 0.0625, 0.125])
+    ends = [0.75 * 0.25, 0.75, 0.75 + 0.0625, 0.75 + 0.125, 1]
+    between = [0.1, 0.5, 0.78, 0.85, 0.95]
+    assert both.chances.total == 1 and [both.chances.find(place) for place in between] == [0, 1, 3, 4, 5]
+    assert [both.chances.find(end - 1e-9) for end in ends] == [0, 1, 3, 4, 5] and both.chances.find(1.0) == 5
     for part, source in ((slice(0, 3), data), (slice(3, 6), other)):
         assert torch.equal(both.low[part], source.low) and torch.equal(both.fine[part], source.fine)
         assert both.captions[part] == source.captions
@@ -68,6 +71,25 @@ def test_auxiliary_pictures_of_another_size_or_an_impossible_share_are_errors(da
         data.with_auxiliary(other, 0.5)
     with pytest.raises(ValueError, match=r"`auxiliary_probability` must be from 0 to 1, but is 1\.5"):
         data.with_auxiliary(data, 1.5)
+    for shares in ([0.5], [0.7, 0.4], [-0.1, 0.2]):
+        with pytest.raises(ValueError, match="`auxiliary_probability` must have a share for each of the 2 folders"):
+            data.mixed_with([data, data], shares)
+
+
+def test_of_several_sets_each_is_drawn_by_its_share_and_rows_are_those_of_the_sets(data):
+    others = [dataclasses.replace(data, low=data.low + 100), dataclasses.replace(data, low=data.low + 200)]
+    mixed = data.mixed_with(others, [0.5, 0.2])
+    assert mixed.low.shape == (9, 4, 4) and len(mixed) == 9
+    assert torch.equal(
+        mixed.low[torch.tensor([8, 1, 3])], torch.stack([others[1].low[2], data.low[1], others[0].low[0]])
+    )
+    generator = seeded_generator(0)
+    counts = torch.bincount(torch.tensor([mixed.draw(generator) for _ in range(4000)]), minlength=9)
+    for share, part in zip((0.3, 0.5, 0.2), counts.split(3)):
+        assert part.sum().item() == pytest.approx(4000 * share, abs=160)
+        assert part[2] == 0 and part[1].item() == pytest.approx(3000 * share, abs=150)
+    with pytest.raises(IndexError, match=r"9 is outside of 0\.\.8"):
+        mixed.captions[9]
 
 
 @pytest.mark.parametrize("name", [TOKENS_FILE, CAPTIONS_FILE])

@@ -61,26 +61,3 @@ def released_index(number: int, count: int) -> int:
     """
     source = random.Random(number)
     return int(np.random.RandomState([source.randint(0, 2**32 - 1) for _ in range(16)]).randint(count))
-
-
-class WeightedIndex:
-    """
-    Indices by weight, with replacement, of any number of items: an index is looked up by one random number of 53 bits.
-
-    Args:
-        weights (`torch.Tensor` of shape `(count,)`): Relative chances, at least 0 and not all 0.
-
-    Raises:
-        ValueError: If no weight is above 0, or one is negative or not finite.
-    """
-
-    def __init__(self, weights: torch.Tensor):
-        if not len(weights) or not (weights >= 0).all() or not 0 < float(weights.sum(dtype=torch.float64)) < torch.inf:
-            raise ValueError("`weights` must be finite numbers of at least 0, and at least one must be above 0.")
-        self.last = int(weights.nonzero()[-1])
-        self.bounds = weights.to(torch.float64).cumsum(0)
-
-    def draw(self, generator: torch.Generator) -> int:
-        """The index of one item."""
-        place = torch.rand((), dtype=torch.float64, generator=generator) * self.bounds[-1]
-        return min(int(torch.searchsorted(self.bounds, place, right=True)), self.last)

@@ -1,7 +1,8 @@
 """
 Pictures as tokens with their captions: what the transformers of both families train on.
 
-A token folder, as `training_scripts/prepare_tokens.py` writes it, holds two files:
+A token folder, as `training_scripts/prepare_tokens.py` writes it, is a folder of shards (`shards.py`), or holds two
+files:
 
 - `tokens.safetensors` with the tensors `low` and (for super-resolution) `fine`, each of shape
   `(num_pictures, rows, columns)`;
@@ -10,32 +11,42 @@ A token folder, as `training_scripts/prepare_tokens.py` writes it, holds two fil
   captioning writes in place of those; and an optional `style`, what its style is called, by language or one name.
 """
 
+import bisect
 import functools
+import itertools
 import logging
-import math
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig
 
 from ...generation.token_sequence import TokenSequence
-from ...json_lines import parse_object, read_lines, write_lines
+from ...json_lines import read_lines, write_lines
 from ...models.tokenization import CodesAndPiecesTokenizer
 from ..adapters import LoraOptions
 from ..arguments import UNNOTICED, TrainConfig
 from ..processes import start_processes
 from ..run_folder import set_modes
-from .draws import Draw, WeightedIndex, draw_index
+from .captions import parse_captions, tell_text_losses
+from .chances import Chances, EpochOrder, MixedChances, WeightedIndex
+from .draws import Draw, draw_index
+from .shards import (
+    ShardChances,
+    ShardedCaptions,
+    ShardedTokens,
+    TokenShards,
+    find_damaged,
+    is_shard_folder,
+)
 
 TOKENS_FILE = "tokens.safetensors"
 CAPTIONS_FILE = "captions.jsonl"
-LANGUAGES = ("en", "zh")
-MOST_LOOKED_AT = 2000  # captions, to say what is lost of them
 
 logger = logging.getLogger(__name__)
 
@@ -43,41 +54,61 @@ logger = logging.getLogger(__name__)
 @dataclass
 class TokenData:
     """
+    Pictures as tokens with their captions, in memory or in shards, whose rows are read when they are asked for.
+
     Args:
-        low (`torch.Tensor` of shape `(num_pictures, rows, columns)`): Low-resolution tokens.
-        fine (`torch.Tensor`, *optional*): Super-resolved tokens, likewise.
-        captions (`list[dict[str, list[str]]]`): Of each picture, its captions by language.
-        weights (`torch.Tensor` of shape `(num_pictures,)`): Relative chance of each picture.
+        low (`torch.Tensor` or [`ShardedTokens`] of shape `(num_pictures, rows, columns)`): Low-resolution tokens.
+        fine (likewise, *optional*): Super-resolved tokens.
+        captions (sequence of `dict[str, list[str]]`): Of each picture, its captions by language.
+        weights (`torch.Tensor` of shape `(num_pictures,)` or [`Chances`]): Relative chance of each picture.
         encode (`Callable`): Token ids of a caption. Captions are encoded when drawn: they are many, and few are drawn.
-        targets (`list[dict[str, list[str]]]`, *optional*):
+        targets (sequence of `dict[str, list[str]]`, *optional*):
             Of each picture, what captioning writes, if that is not what pictures are drawn from.
-        styles (`list[dict[str, list[str]]]`): Of each picture, what its style is called; empty where it has none.
+        styles (sequence of `dict[str, list[str]]`): Of each picture, what its style is called; empty where it
+            has none.
+        has_styles (`bool`, *optional*): Whether some picture has one; by default looked up in `styles`.
+        epoch_seed (`int`, *optional*): Go through the pictures in epochs, in orders that are drawn from this seed; by
+            default each sample is drawn by weight, with replacement.
     """
 
-    low: torch.Tensor
-    fine: torch.Tensor | None
-    captions: list[dict[str, list[str]]]
-    weights: torch.Tensor
+    low: torch.Tensor | ShardedTokens
+    fine: torch.Tensor | ShardedTokens | None
+    captions: Sequence[dict[str, list[str]]]
+    weights: torch.Tensor | Chances
     encode: Callable[[str], list[int]]
-    targets: list[dict[str, list[str]]] | None = None
-    styles: list[dict[str, list[str]]] = field(default_factory=list)
+    targets: Sequence[dict[str, list[str]]] | None = None
+    styles: Sequence[dict[str, list[str]]] = field(default_factory=list)
+    has_styles: bool | None = None
+    epoch_seed: int | None = None
 
     def __post_init__(self):
         self.styles = self.styles or [{} for _ in self.captions]
+        if self.has_styles is None:
+            self.has_styles = any(self.styles)
 
     def __len__(self) -> int:
         return len(self.captions)
 
     @classmethod
-    def load(cls, folder: str | Path, tokenizer: CodesAndPiecesTokenizer) -> "TokenData":
+    def load(
+        cls, folder: str | Path, tokenizer: CodesAndPiecesTokenizer, excluded_shards: Sequence[str] = ()
+    ) -> "TokenData":
         """
-        Read a token folder.
+        Read a token folder, or open one of shards.
+
+        Args:
+            folder (`str` or `Path`): The folder.
+            tokenizer ([`CodesAndPiecesTokenizer`]): Of the captions.
+            excluded_shards (sequence of `str`): Names of shards to leave out, such as [`find_damaged`] gives.
 
         Raises:
             ValueError: If files are missing or damaged, do not fit each other, or hold tokens that the tokenizer has
                 no room for.
         """
         folder = Path(folder)
+        encode = functools.lru_cache(2**16)(tokenizer.encode)
+        if is_shard_folder(folder):
+            return cls._open_shards(TokenShards(folder, excluded_shards), encode, tokenizer.num_image_tokens)
         for name in (TOKENS_FILE, CAPTIONS_FILE):
             if not (folder / name).is_file():
                 raise ValueError(
@@ -105,8 +136,37 @@ class TokenData:
                 )
             if value is not None and not 0 <= int(value.min()) <= int(value.max()) < tokenizer.num_image_tokens:
                 raise ValueError(f"`data` has tokens in `{name}` outside of 0..{tokenizer.num_image_tokens - 1}.")
-        encode = functools.lru_cache(2**16)(tokenizer.encode)
         return cls(low, fine, captions, torch.tensor(weights, dtype=torch.float64), encode, targets, styles)
+
+    @classmethod
+    def _open_shards(cls, shards: TokenShards, encode: Callable[[str], list[int]], num_codes: int) -> "TokenData":
+        for name, largest in shards.largest_codes.items():
+            if largest >= num_codes:
+                raise ValueError(f"`data` has tokens in `{name}` outside of 0..{num_codes - 1}: {largest}.")
+        if shards.num_codes not in (None, num_codes):
+            raise ValueError(
+                f"`data` {shards.folder} was made with an image tokenizer of {shards.num_codes} codes, but the text "
+                f"tokenizer has room for {num_codes}."
+            )
+        return cls(
+            ShardedTokens(shards, "low"),
+            ShardedTokens(shards, "fine") if "fine" in shards.arrays else None,
+            ShardedCaptions(shards),
+            ShardChances(shards),
+            encode,
+            ShardedCaptions(shards, "targets"),
+            ShardedCaptions(shards, "style"),
+            has_styles=shards.num_styles > 0,
+        )
+
+    @property
+    def chances(self) -> Chances:
+        """How often each picture is drawn."""
+        return self._chances
+
+    @functools.cached_property
+    def _chances(self) -> Chances:
+        return WeightedIndex(self.weights) if isinstance(self.weights, torch.Tensor) else self.weights
 
     def with_auxiliary(self, auxiliary: "TokenData", probability: float) -> "TokenData":
         """
@@ -117,28 +177,50 @@ class TokenData:
         Raises:
             ValueError: If `probability` is outside of 0..1, or the pictures have other sizes.
         """
-        if not 0 <= probability <= 1:
-            raise ValueError(f"`auxiliary_probability` must be from 0 to 1, but is {probability}.")
-        for name, mine, other in (("low", self.low, auxiliary.low), ("fine", self.fine, auxiliary.fine)):
-            if mine is not None and other is not None and mine.shape[1:] != other.shape[1:]:
-                raise ValueError(
-                    f"`auxiliary_data` must have tokens `{name}` of {tuple(mine.shape[1:])} a picture, as `data` has, "
-                    f"but has {tuple(other.shape[1:])}."
-                )
-        has_fine = self.fine is not None and auxiliary.fine is not None
+        return self.mixed_with([auxiliary], [probability])
+
+    def mixed_with(self, others: Sequence["TokenData"], shares: Sequence[float]) -> "TokenData":
+        """
+        These pictures and those of other sets, of which each has a share of the samples.
+
+        Fine tokens stay only if all have them.
+
+        Args:
+            others (sequence of [`TokenData`]): The other sets.
+            shares (sequence of `float`): The share of each; the rest is of these pictures.
+
+        Raises:
+            ValueError: If shares are outside of 0..1 or more than 1 together, or the pictures have other sizes.
+        """
+        rest = 1 - sum(shares)
+        if len(shares) != len(others) or min(shares) < 0 or rest < -1e-9:
+            shown = shares[0] if len(shares) == 1 else list(shares)
+            raise ValueError(
+                f"`auxiliary_probability` must be from 0 to 1, but is {shown}."
+                if len(shares) == len(others) == 1
+                else f"`auxiliary_probability` must have a share for each of the {len(others)} folders of "
+                f"`auxiliary_data`, not more than 1 together, but is {shown}."
+            )
+        sets = [self, *others]
+        for name in ("low", "fine"):
+            for other in others:
+                mine, its = getattr(self, name), getattr(other, name)
+                if mine is not None and its is not None and mine.shape[1:] != its.shape[1:]:
+                    raise ValueError(
+                        f"`auxiliary_data` must have tokens `{name}` of {tuple(mine.shape[1:])} a picture, as `data` "
+                        f"has, but has {tuple(its.shape[1:])}."
+                    )
+        has_fine = all(each.fine is not None for each in sets)
         return TokenData(
-            torch.cat([self.low, auxiliary.low]),
-            torch.cat([self.fine, auxiliary.fine]) if has_fine else None,
-            self.captions + auxiliary.captions,
-            torch.cat(
-                [
-                    self.weights * ((1 - probability) / self.weights.sum()),
-                    auxiliary.weights * (probability / auxiliary.weights.sum()),
-                ]
-            ),
+            _OneAfterAnother([each.low for each in sets]),
+            _OneAfterAnother([each.fine for each in sets]) if has_fine else None,
+            _OneAfterAnother([each.captions for each in sets]),
+            MixedChances([each.chances for each in sets], [max(rest, 0.0), *shares]),
             self.encode,
-            (self.targets or self.captions) + (auxiliary.targets or auxiliary.captions),
-            self.styles + auxiliary.styles,
+            _OneAfterAnother([each.captions if each.targets is None else each.targets for each in sets]),
+            _OneAfterAnother([each.styles for each in sets]),
+            any(each.has_styles for each in sets),
+            self.epoch_seed,
         )
 
     def require_fit(self, model_config: PreTrainedConfig, tokenizer: CodesAndPiecesTokenizer) -> "TokenData":
@@ -181,13 +263,22 @@ class TokenData:
             write_lines(file, captions)
         set_modes(folder / TOKENS_FILE)
 
-    def draw(self, generator: torch.Generator) -> int:
-        """The index of a picture by its weight, with replacement."""
-        return self._index.draw(generator)
+    def draw(self, generator: torch.Generator, number: int | None = None) -> int:
+        """
+        The index of a picture.
+
+        Args:
+            generator (`torch.Generator`): Draws it by weight, with replacement.
+            number (`int`, *optional*): Of the sample in the run, which says it instead where pictures are gone through
+                in epochs.
+        """
+        if number is None or self.epoch_seed is None:
+            return self.chances.draw(generator)
+        return self._epochs.index(number)
 
     @functools.cached_property
-    def _index(self) -> WeightedIndex:
-        return WeightedIndex(self.weights)
+    def _epochs(self) -> EpochOrder:
+        return EpochOrder(self.chances, self.epoch_seed)
 
     def draw_caption(self, index: int, generator: torch.Generator, to_write: bool = False) -> list[int]:
         """
@@ -204,73 +295,29 @@ class TokenData:
         return self.encode(texts[draw_index(len(texts), generator)])
 
 
-@dataclass
-class TextLosses:
-    """
-    What of some captions a model does not get to read.
+class _OneAfterAnother(Sequence):
+    """Rows of several sets, indexed as those of one: by a number, a slice or numbers."""
 
-    Args:
-        captions (`int`): Captions that were looked at.
-        cut (`int`): Those with more tokens than it takes.
-        longest (`int`): Tokens of the longest.
-        pieces (`int`): Tokens of all.
-        unknown (`int`): Those that stand for characters without a piece.
-        words (`dict[str, int]`): Parts of the texts that it does not know, and in how many captions they are.
-    """
+    def __init__(self, sets: Sequence):
+        self.sets = list(sets)
+        self.first = [0, *itertools.accumulate(map(len, self.sets))]
+        if hasattr(self.sets[0], "shape"):
+            self.shape = (self.first[-1], *self.sets[0].shape[1:])
 
-    captions: int = 0
-    cut: int = 0
-    longest: int = 0
-    pieces: int = 0
-    unknown: int = 0
-    words: Counter = field(default_factory=Counter)
+    def __len__(self) -> int:
+        return self.first[-1]
 
-    def count(self, text: str, tokenizer: CodesAndPiecesTokenizer, max_text_tokens: int | None) -> None:
-        """Look at a caption, for a model that takes so many tokens."""
-        ids = tokenizer.encode(text)
-        self.captions += 1
-        self.longest = max(self.longest, len(ids))
-        self.cut += max_text_tokens is not None and len(ids) > max_text_tokens
-        self.pieces += len(ids)
-        self.unknown += ids.count(tokenizer.unk_token_id)
-        self.words.update(set(tokenizer.unknown_parts(text)))
+    def __iter__(self) -> Iterator:
+        return itertools.chain.from_iterable(self.sets)
 
-    def sentences(self, max_text_tokens: int | None) -> list[str]:
-        """What is lost, in words; empty if nothing is."""
-        told = []
-        if self.cut:
-            told.append(
-                f"{self.cut} of {self.captions} captions have more than {max_text_tokens} tokens (the longest "
-                f"{self.longest}): their ends are cut off."
-            )
-        if self.unknown:
-            told.append(f"{self.unknown} of {self.pieces} pieces ({self.unknown / self.pieces:.1%}) are unknown.")
-        if self.words:
-            shown = ", ".join(word for word, _ in self.words.most_common(8))
-            more = f" and {len(self.words) - 8} more" if len(self.words) > 8 else ""
-            told.append(f"What the tokenizer does not know of the captions: {shown}{more}.")
-        return told
-
-
-def tell_text_losses(
-    captions: list[dict], tokenizer: CodesAndPiecesTokenizer, max_text_tokens: int | None
-) -> TextLosses:
-    """
-    Say, as warnings, what of the captions of some pictures is lost: cut off, or unknown.
-
-    Args:
-        captions (`list[dict]`): By language, as `TokenData` has them. Of many, some are looked at: `MOST_LOOKED_AT`.
-        tokenizer ([`CodesAndPiecesTokenizer`]): Of the model.
-        max_text_tokens (`int`, *optional*): What the model takes.
-    """
-    losses, pictures = TextLosses(), captions[:: -(-len(captions) // MOST_LOOKED_AT) or 1]
-    for picture in pictures:
-        texts = [text for language in LANGUAGES for text in picture.get(language, ())]
-        for text in texts[:: -(-len(texts) // max(1, MOST_LOOKED_AT // len(pictures))) or 1]:
-            losses.count(text, tokenizer, max_text_tokens)
-    for sentence in losses.sentences(max_text_tokens):
-        logger.warning(sentence)
-    return losses
+    def __getitem__(self, index: int | slice | Sequence[int]):
+        if isinstance(index, int):
+            if not 0 <= index < len(self):
+                raise IndexError(f"{index} is outside of 0..{len(self) - 1}.")
+            which = bisect.bisect_right(self.first, index) - 1
+            return self.sets[which][index - self.first[which]]
+        rows = [self[int(each)] for each in (range(len(self))[index] if isinstance(index, slice) else index)]
+        return torch.stack(rows) if hasattr(self, "shape") else rows
 
 
 @dataclass
@@ -298,12 +345,36 @@ class CanvasBatch:
 class TokenTrainConfig(LoraOptions, TrainConfig):
     """What the scripts that train on token folders have in common."""
 
-    data: str = field(kw_only=True, metadata={"help": "Token folder, as prepare_tokens.py writes it."})
+    data: str = field(kw_only=True, metadata={"help": "Token folder, as prepare_tokens.py writes it, or of shards."})
     tokenizer: str = field(kw_only=True, metadata={"help": "Folder or Hub id of the tokenizer."})
-    auxiliary_data: str | None = field(
-        default=None, metadata={"help": "A second token folder, for what helps but is not what the model is for."}
+    auxiliary_data: list[str] | None = field(
+        default=None,
+        metadata={"help": "One or more other token folders, for what helps but is not what the model is for."},
     )
-    auxiliary_probability: float = field(default=0.5, metadata={"help": "Share of samples from `auxiliary_data`."})
+    auxiliary_probability: list[float] = field(
+        default_factory=lambda: [0.5], metadata={"help": "Share of samples from each folder of `auxiliary_data`."}
+    )
+    data_order: str = field(
+        default="weighted",
+        metadata={
+            "help": "weighted: each sample is a picture by its weight, with replacement. epochs: all pictures once, "
+            "in an order that the seed draws, then again in another; where weights differ, as often as they say.",
+            "choices": ["weighted", "epochs"],
+            "resume": "other samples are drawn from here on",
+        },
+    )
+    excluded_shards: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Shards of token folders to leave out, as FOLDER/NAME.safetensors; those that are found damaged "
+            "are added.",
+            "resume": "other samples are drawn from here on",
+        },
+    )
+    verify_data: bool = field(
+        default=False,
+        metadata={"help": "Compare the checksums of all shards before training; else sizes.", "resume": UNNOTICED},
+    )
     held_out_data: str | None = field(
         default=None,
         metadata={
@@ -317,10 +388,30 @@ class TokenTrainConfig(LoraOptions, TrainConfig):
 
     def load_data(self, tokenizer: CodesAndPiecesTokenizer) -> TokenData:
         """The pictures to train on; raises `ValueError` as [`TokenData.load`] does."""
-        data = TokenData.load(self.data, tokenizer)
-        if self.auxiliary_data is None:
-            return data
-        return data.with_auxiliary(TokenData.load(self.auxiliary_data, tokenizer), self.auxiliary_probability)
+        others = [self.auxiliary_data] if isinstance(self.auxiliary_data, str) else self.auxiliary_data or []
+        shares = self.auxiliary_probability
+        data, *auxiliary = (self._open(folder, tokenizer) for folder in (self.data, *others))
+        if auxiliary:
+            data = data.mixed_with(auxiliary, shares if isinstance(shares, Sequence) else [shares])
+        return replace(data, epoch_seed=self.seed if self.data_order == "epochs" else None)
+
+    def _open(self, folder: str, tokenizer: CodesAndPiecesTokenizer) -> TokenData:
+        """A token folder without its damaged shards, which are named in a warning and noted among the options."""
+        if not is_shard_folder(folder):
+            return TokenData.load(folder, tokenizer)
+        processes = start_processes()
+        found = find_damaged(folder, self.verify_data, processes.process_index, processes.num_processes)
+        damaged: dict[str, str] = {}
+        for each in gather_object([found]) if processes.num_processes > 1 else [found]:
+            damaged |= each  # each process may see other disks, and has read other shards
+        for name, problem in sorted(damaged.items()):
+            path = os.path.join(folder, name)
+            if path not in self.excluded_shards:
+                self.excluded_shards = sorted([*self.excluded_shards, path])
+                if processes.is_main_process:
+                    logger.warning("`data`: %s is left out: %s.", path, problem)
+        excluded = [os.path.relpath(path, folder) for path in self.excluded_shards]
+        return TokenData.load(folder, tokenizer, excluded)
 
     def tell_losses(self, data: TokenData, tokenizer: CodesAndPiecesTokenizer, max_text_tokens: int) -> None:
         """Say at the end of a script what of the captions the model did not get to read."""
@@ -339,51 +430,6 @@ class TokenTrainConfig(LoraOptions, TrainConfig):
         """
         if self.held_out_data is None:
             return []
-        data, size = TokenData.load(self.held_out_data, tokenizer), self.batch_size
+        data, size = self._open(self.held_out_data, tokenizer), self.batch_size
         starts = range(0, self.held_out_samples, size)
         return [make_batch(data, Draw(0, range(start, min(start + size, self.held_out_samples)))) for start in starts]
-
-
-def parse_captions(line: str, place: str) -> tuple[dict[str, list[str]], float]:
-    """
-    Captions by language, and the weight, of a line of JSON; a caption alone counts as a list of one.
-
-    Args:
-        line (`str`): A JSON object.
-        place (`str`): What an error calls the line, such as `"Line 7 of captions.jsonl"`.
-
-    Returns:
-        `tuple[dict, float]`: The captions, and under `targets` and `style` what the line has there; the weight.
-
-    Raises:
-        ValueError: If the line is no object, has no caption, or its weight is no number of at least 0.
-    """
-    try:
-        row = parse_object(line)
-    except ValueError as error:
-        raise ValueError(f"{place} {error}") from error
-    texts = _captions_by_language(row, place, line)
-    if "targets" in row:
-        texts["targets"] = _captions_by_language(row["targets"], f"`targets` of {place}", line)
-    style = row.get("style")
-    if style:
-        names = {"en" if style.isascii() else "zh": style} if isinstance(style, str) else style
-        texts["style"] = _captions_by_language(names, f"`style` of {place}", line)
-    weight = row.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-        raise ValueError(f"{place} must have a number of at least 0 as `weight`, but has {weight!r}.")
-    return texts, float(weight)
-
-
-def _captions_by_language(row: object, place: str, line: str) -> dict[str, list[str]]:
-    if not isinstance(row, dict) or not any(row.get(language) for language in LANGUAGES):
-        raise ValueError(
-            f"{place} must be an object with captions in one of {LANGUAGES}, but is {line.strip()[:80]!r}."
-        )
-    texts = {}
-    for language in LANGUAGES:
-        if row.get(language):
-            texts[language] = [row[language]] if isinstance(row[language], str) else row[language]
-            if not isinstance(texts[language], list) or not all(isinstance(text, str) for text in texts[language]):
-                raise ValueError(f"{place} must have a text or a list of texts in {language!r}: {row[language]!r}.")
-    return texts

@@ -1,0 +1,132 @@
+"""
+Captions of pictures as a line of JSON holds them, and what of them a model does not get to read.
+"""
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ...json_lines import parse_object
+from ...models.tokenization import CodesAndPiecesTokenizer
+
+LANGUAGES = ("en", "zh")
+MOST_LOOKED_AT = 2000  # captions, to say what is lost of them
+
+logger = logging.getLogger(__name__)
+
+
+def parse_captions(line: str, place: str) -> tuple[dict[str, list[str]], float]:
+    """
+    Captions by language, and the weight, of a line of JSON; a caption alone counts as a list of one.
+
+    Args:
+        line (`str`): A JSON object.
+        place (`str`): What an error calls the line, such as `"Line 7 of captions.jsonl"`.
+
+    Returns:
+        `tuple[dict, float]`: The captions, and under `targets` and `style` what the line has there; the weight.
+
+    Raises:
+        ValueError: If the line is no object, has no caption, or its weight is no number of at least 0.
+    """
+    try:
+        row = parse_object(line)
+    except ValueError as error:
+        raise ValueError(f"{place} {error}") from error
+    texts = _captions_by_language(row, place, line)
+    if "targets" in row:
+        texts["targets"] = _captions_by_language(row["targets"], f"`targets` of {place}", line)
+    style = row.get("style")
+    if style:
+        names = {"en" if style.isascii() else "zh": style} if isinstance(style, str) else style
+        texts["style"] = _captions_by_language(names, f"`style` of {place}", line)
+    weight = row.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+        raise ValueError(f"{place} must have a number of at least 0 as `weight`, but has {weight!r}.")
+    return texts, float(weight)
+
+
+def _captions_by_language(row: object, place: str, line: str) -> dict[str, list[str]]:
+    if not isinstance(row, dict) or not any(row.get(language) for language in LANGUAGES):
+        raise ValueError(
+            f"{place} must be an object with captions in one of {LANGUAGES}, but is {line.strip()[:80]!r}."
+        )
+    texts = {}
+    for language in LANGUAGES:
+        if row.get(language):
+            texts[language] = [row[language]] if isinstance(row[language], str) else row[language]
+            if not isinstance(texts[language], list) or not all(isinstance(text, str) for text in texts[language]):
+                raise ValueError(f"{place} must have a text or a list of texts in {language!r}: {row[language]!r}.")
+    return texts
+
+
+@dataclass
+class TextLosses:
+    """
+    What of some captions a model does not get to read.
+
+    Args:
+        captions (`int`): Captions that were looked at.
+        cut (`int`): Those with more tokens than it takes.
+        longest (`int`): Tokens of the longest.
+        pieces (`int`): Tokens of all.
+        unknown (`int`): Those that stand for characters without a piece.
+        words (`dict[str, int]`): Parts of the texts that it does not know, and in how many captions they are.
+    """
+
+    captions: int = 0
+    cut: int = 0
+    longest: int = 0
+    pieces: int = 0
+    unknown: int = 0
+    words: Counter = field(default_factory=Counter)
+
+    def count(self, text: str, tokenizer: CodesAndPiecesTokenizer, max_text_tokens: int | None) -> None:
+        """Look at a caption, for a model that takes so many tokens."""
+        ids = tokenizer.encode(text)
+        self.captions += 1
+        self.longest = max(self.longest, len(ids))
+        self.cut += max_text_tokens is not None and len(ids) > max_text_tokens
+        self.pieces += len(ids)
+        self.unknown += ids.count(tokenizer.unk_token_id)
+        self.words.update(set(tokenizer.unknown_parts(text)))
+
+    def sentences(self, max_text_tokens: int | None) -> list[str]:
+        """What is lost, in words; empty if nothing is."""
+        told = []
+        if self.cut:
+            told.append(
+                f"{self.cut} of {self.captions} captions have more than {max_text_tokens} tokens (the longest "
+                f"{self.longest}): their ends are cut off."
+            )
+        if self.unknown:
+            told.append(f"{self.unknown} of {self.pieces} pieces ({self.unknown / self.pieces:.1%}) are unknown.")
+        if self.words:
+            shown = ", ".join(word for word, _ in self.words.most_common(8))
+            more = f" and {len(self.words) - 8} more" if len(self.words) > 8 else ""
+            told.append(f"What the tokenizer does not know of the captions: {shown}{more}.")
+        return told
+
+
+def tell_text_losses(
+    captions: Sequence[dict], tokenizer: CodesAndPiecesTokenizer, max_text_tokens: int | None
+) -> TextLosses:
+    """
+    Say, as warnings, what of the captions of some pictures is lost: cut off, or unknown.
+
+    Args:
+        captions (sequence of `dict`): By language, as `TokenData` has them. Of many, some are looked at:
+            `MOST_LOOKED_AT`.
+        tokenizer ([`CodesAndPiecesTokenizer`]): Of the model.
+        max_text_tokens (`int`, *optional*): What the model takes.
+    """
+    losses, pictures = TextLosses(), captions[:: -(-len(captions) // MOST_LOOKED_AT) or 1]
+    for picture in pictures:
+        texts = [text for language in LANGUAGES for text in picture.get(language, ())]
+        for text in texts[:: -(-len(texts) // max(1, MOST_LOOKED_AT // len(pictures))) or 1]:
+            losses.count(text, tokenizer, max_text_tokens)
+    for sentence in losses.sentences(max_text_tokens):
+        logger.warning(sentence)
+    return losses

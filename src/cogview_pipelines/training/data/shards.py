@@ -1,0 +1,555 @@
+"""
+Token shards: pictures as tokens with their captions, in files that are read at any place and never as a whole.
+
+A folder of shards holds `index.json` and, for each shard, `NAME.safetensors` and `NAME.json`:
+
+- `NAME.safetensors` has the arrays `low` and perhaps `fine`, `(num_pictures, rows, columns)`, uint16 where all codes
+  fit and else int32; `captions`, all lines of JSON one after the other in UTF-8, and `caption_starts`,
+  `(num_pictures + 1,)` int64, where each begins; `weight_ends`, `(num_pictures,)` float64, the sum of the weights up
+  to and with each picture, where weights differ; and `picture_hashes`, `(num_pictures,)` uint64, where duplicates are
+  looked for. A line holds what one of `captions.jsonl` does, without its weight (see [`TokenData`]).
+- `NAME.json` says how many pictures are in it, of what size, and what the file's checksum is; what it was made of; and
+  what was left out on the way. A shard of which nothing was left has this alone.
+- `index.json` gathers that when all shards are there: without it the folder is not finished.
+
+Shards are read by plain reads at places (`pread`), not through mapped memory: mapped pages count as memory of the
+process, more of them the longer it runs, and a file that is cut off would end it with a bus error.
+"""
+
+import functools
+import itertools
+import json
+import os
+import re
+import struct
+import threading
+from bisect import bisect_right
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+
+from ...json_lines import dump_line
+from ..run_folder import file_digest, partial_path, set_modes, write_json
+from .captions import parse_captions
+from .chances import Chances
+
+INDEX_FILE = "index.json"
+VERSION = 1
+TOKEN_ARRAYS = ("low", "fine")
+MOST_OPEN_FILES = 256
+MOST_WEIGHTS = 64  # shards whose weights are in memory
+_DTYPES = {"U8": "<u1", "U16": "<u2", "I32": "<i4", "I64": "<i8", "U64": "<u8", "F64": "<f8"}
+_ARRAYS = ("low", "fine", "captions", "caption_starts", "weight_ends", "picture_hashes")
+_LARGEST_HEADER = 1 << 20
+
+_place_in_file = threading.Lock()
+
+
+class DamagedShard(OSError):
+    """A shard that cannot be read; the message names it."""
+
+
+# Writing -------------------------------------------------------------------------------------------------------------
+
+
+def shard_name(number: int) -> str:
+    """What a shard is called: by its number, so that names are in order."""
+    return f"{number:05d}"
+
+
+def write_shard(
+    folder: str | Path,
+    number: int,
+    tensors: Mapping[str, np.ndarray],
+    rows: Sequence[dict],
+    *,
+    made_of: Mapping[str, Any],
+    num_codes: int | None = None,
+    dtype: type | None = None,
+    report: Mapping[str, int] | None = None,
+    picture_hashes: Sequence[int] | None = None,
+) -> None:
+    """
+    Write a shard, which is there when it is whole, and not before: as far as `NAME.json` is, the last of its files.
+
+    Args:
+        folder (`str` or `Path`): The folder of shards.
+        number (`int`): Of the shard, from 0 on.
+        tensors (mapping): `low` and perhaps `fine`, `(num_pictures, rows, columns)`; may be empty where `rows` is.
+        rows (sequence of `dict`): Captions of each picture by language, and what else a line of `captions.jsonl` has.
+        made_of (mapping): What the shard was made of, and how; [`is_written`] compares it.
+        num_codes (`int`, *optional*): How many codes the image tokenizer has.
+        dtype (`type`, *optional*): Of the tokens, the same in all shards: `np.uint16` or `np.int32`; by default what
+            holds `num_codes`, or these tokens.
+        report (mapping, *optional*): What was counted on the way.
+        picture_hashes (sequence of `int`, *optional*): 64 bits of a hash of each picture.
+    """
+    folder, name = Path(folder), shard_name(number)
+    folder.mkdir(parents=True, exist_ok=True)
+    note: dict[str, Any] = {
+        "format": "token shard",
+        "version": VERSION,
+        "made_of": dict(made_of),
+        "num_codes": num_codes,
+        "report": dict(report or {}),
+        "num_pictures": len(rows),
+    }
+    receipt, path = folder / f"{name}.json", folder / f"{name}.safetensors"
+    receipt.unlink(missing_ok=True)  # of a shard that was made otherwise
+    if rows:
+        arrays = _arrays(tensors, rows, num_codes, dtype)
+        if picture_hashes is not None:
+            arrays["picture_hashes"] = np.array(picture_hashes, dtype=np.uint64)
+        partial = partial_path(path)
+        save_file(arrays, partial)
+        set_modes(partial)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        digest = file_digest(partial)
+        os.replace(partial, path)
+        ends = arrays.get("weight_ends")
+        note |= {
+            "file": path.name,
+            **digest,
+            "arrays": {
+                key: {"dtype": str(arrays[key].dtype), "shape": list(arrays[key].shape[1:])}
+                for key in TOKEN_ARRAYS
+                if key in arrays
+            },
+            "largest_codes": {key: int(arrays[key].max()) for key in TOKEN_ARRAYS if key in arrays},
+            "equal_weights": ends is None,
+            "weight": float(ends[-1]) if ends is not None else float(len(rows) * rows[0].get("weight", 1.0)),
+            "num_styles": sum("style" in row for row in rows),
+        }
+    write_json(receipt, note)
+
+
+def _arrays(
+    tensors: Mapping[str, np.ndarray], rows: Sequence[dict], num_codes: int | None, dtype: type | None
+) -> dict[str, np.ndarray]:
+    largest = max(int(value.max()) for value in tensors.values()) if num_codes is None else num_codes - 1
+    dtype = dtype or (np.uint16 if largest < 1 << 16 else np.int32)
+    arrays = {}
+    for name, value in tensors.items():
+        if len(value) != len(rows) or value.min() < 0 or value.max() > largest:
+            raise ValueError(
+                f"`{name}` must have {len(rows)} pictures of tokens in 0..{largest}, but has {len(value)} in "
+                f"{value.min()}..{value.max()}."
+            )
+        arrays[name] = np.ascontiguousarray(value.astype(dtype))
+    lines = [
+        dump_line({key: value for key, value in row.items() if key != "weight"}).rstrip("\n").encode() for row in rows
+    ]
+    arrays["captions"] = np.frombuffer(b"".join(lines), dtype=np.uint8)
+    arrays["caption_starts"] = np.array([0, *itertools.accumulate(map(len, lines))], dtype=np.int64)
+    weights = np.array([row.get("weight", 1.0) for row in rows], dtype=np.float64)
+    if (weights != weights[0]).any():
+        arrays["weight_ends"] = weights.cumsum()
+    return arrays
+
+
+def is_written(folder: str | Path, number: int, made_of: Mapping[str, Any]) -> bool:
+    """
+    Whether a shard is whole.
+
+    Raises:
+        ValueError: If it is, but was made of something else, or otherwise.
+    """
+    note = _read_receipt(Path(folder) / f"{shard_name(number)}.json")
+    if note is None:
+        return False
+    before = note["made_of"]
+    wanted = json.loads(json.dumps(dict(made_of)))
+    changed = sorted(key for key in {*before, *wanted} if before.get(key) != wanted.get(key))
+    if changed:
+        said = "; ".join(f"`{key}` was {before.get(key)!r} and is {wanted.get(key)!r}" for key in changed)
+        raise ValueError(
+            f"`output_dir` {folder} has shards that were made otherwise ({said}). Choose another folder, or remove it."
+        )
+    path = Path(folder) / (note.get("file") or f"{shard_name(number)}.json")
+    return path.is_file() and (not note["num_pictures"] or path.stat().st_size == note["bytes"])
+
+
+def _read_receipt(path: Path) -> dict | None:
+    """What `NAME.json` says; `None` if there is none, or it is none of ours."""
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    is_ours = isinstance(note, dict) and note.get("format") == "token shard" and note.get("version") == VERSION
+    return note if is_ours else None
+
+
+def write_index(folder: str | Path, num_shards: int) -> Counter | None:
+    """
+    Gather what the shards say of themselves in `index.json`, if all are there.
+
+    Args:
+        folder (`str` or `Path`): The folder of shards.
+        num_shards (`int`): How many there must be.
+
+    Returns:
+        `Counter` or `None`: What was counted while the shards were made, with `num_pictures`; `None` if some are
+        missing.
+
+    Raises:
+        ValueError: If no shard has a picture, or they do not fit each other.
+    """
+    folder, notes = Path(folder), []
+    for number in range(num_shards):
+        note = _read_receipt(folder / f"{shard_name(number)}.json")
+        if note is None:
+            return None
+        notes.append(note)
+    report: Counter = Counter()
+    for note in notes:
+        report.update(note["report"])
+    filled = [note for note in notes if note["num_pictures"]]
+    if not filled:
+        raise ValueError(f"None of the {num_shards} shards in {folder} has a picture.")
+    for note in filled:
+        for key in ("arrays", "num_codes"):
+            if note[key] != filled[0][key]:
+                raise ValueError(
+                    f"The shards in {folder} do not fit each other: {note['file']} has {key} {note[key]}, "
+                    f"{filled[0]['file']} has {filled[0][key]}."
+                )
+    keys = ("file", "num_pictures", "weight", "equal_weights", "num_styles", "largest_codes", "bytes", "sha256")
+    sizes = {
+        key: filled[0]["made_of"][key]
+        for key in ("low_size", "fine_size", "compression_rate")
+        if key in filled[0]["made_of"]
+    }
+    report["num_pictures"] = sum(note["num_pictures"] for note in filled)
+    content = {
+        "format": "token shards",
+        "version": VERSION,
+        "num_pictures": report["num_pictures"],
+        "num_codes": filled[0]["num_codes"],
+        "arrays": filled[0]["arrays"],
+        "picture_sizes": sizes,
+        "report": dict(report),
+        "shards": [{key: note[key] for key in keys} for note in filled],
+    }
+    write_json(folder / INDEX_FILE, content)
+    return report
+
+
+# Reading -------------------------------------------------------------------------------------------------------------
+
+
+def is_shard_folder(folder: str | Path) -> bool:
+    """Whether a folder has shards, finished or not."""
+    folder = Path(folder)
+    return (folder / INDEX_FILE).is_file() or _read_receipt(folder / f"{shard_name(0)}.json") is not None
+
+
+def read_index(folder: str | Path) -> dict:
+    """
+    What `index.json` says.
+
+    Raises:
+        ValueError: If it is missing or none of ours.
+    """
+    path = Path(folder) / INDEX_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"`data` {folder} has shards, but no {INDEX_FILE}: they are not finished. Run what makes them again."
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != "token shards":
+            raise KeyError("format")
+        version = content["version"]
+        for entry in content["shards"]:
+            if not re.fullmatch(r"[\w.-]+", entry["file"]) or entry["num_pictures"] < 1 or not entry["weight"] >= 0:
+                raise ValueError(f"a shard with {entry}")
+            entry["bytes"], entry["sha256"], entry["equal_weights"]
+        content["arrays"]["low"]["shape"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"`data` has a damaged {INDEX_FILE} in {folder} ({error!r}). Make it again.") from error
+    if version != VERSION:
+        raise ValueError(f"`data` has shards of version {version} in {folder}, but this package reads {VERSION}.")
+    return content
+
+
+def find_damaged(folder: str | Path, verify: bool = False, part: int = 0, num_parts: int = 1) -> dict[str, str]:
+    """
+    The shards of a folder that are missing or damaged.
+
+    Args:
+        folder (`str` or `Path`): The folder of shards.
+        verify (`bool`, defaults to `False`): Read all of them and compare checksums; else sizes alone.
+        part, num_parts (`int`): Which part of the shards to read where several processes share them.
+
+    Returns:
+        `dict[str, str]`: What is wrong, by the names of the files.
+    """
+    damaged = {}
+    for number, entry in enumerate(read_index(folder)["shards"]):
+        path = Path(folder) / entry["file"]
+        if not path.is_file():
+            damaged[entry["file"]] = "it is missing"
+        elif path.stat().st_size != entry["bytes"]:
+            damaged[entry["file"]] = f"it has {path.stat().st_size} bytes instead of {entry['bytes']}"
+        elif verify and number % num_parts == part and file_digest(path)["sha256"] != entry["sha256"]:
+            damaged[entry["file"]] = "it has the right size, but not what was written"
+    return damaged
+
+
+class _File:
+    """An open file, closed when nobody reads from it any more."""
+
+    def __init__(self, path: Path):
+        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+
+    def read_into(self, target: memoryview, start: int) -> int:
+        """Read bytes from a place on; how many there were."""
+        if hasattr(os, "preadv"):
+            return os.preadv(self.descriptor, [target], start)
+        with _place_in_file:  # Windows: one place for all threads
+            os.lseek(self.descriptor, start, os.SEEK_SET)
+            content = os.read(self.descriptor, len(target))
+        target[: len(content)] = content
+        return len(content)
+
+    def __del__(self):
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+class TokenShards:
+    """
+    The pictures of a folder of shards, read when they are asked for.
+
+    What is in memory: a few numbers for each shard, `MOST_OPEN_FILES` open files, and the weights of `MOST_WEIGHTS`
+    shards where they differ. Threads and forked processes may share it.
+
+    Args:
+        folder (`str` or `Path`): The folder.
+        excluded (collection of `str`): Names of shards to leave out.
+
+    Raises:
+        ValueError: If `index.json` is missing or damaged, or nothing is left.
+    """
+
+    def __init__(self, folder: str | Path, excluded: Sequence[str] | Mapping[str, str] = ()):
+        self.folder, index = Path(folder), read_index(folder)
+        entries = [entry for entry in index["shards"] if entry["file"] not in excluded]
+        if not entries:
+            raise ValueError(f"`data` has no shard that is whole in {folder}.")
+        self.files = [entry["file"] for entry in entries]
+        self.counts = [entry["num_pictures"] for entry in entries]
+        self.first = [0, *itertools.accumulate(self.counts)]
+        self.arrays, self.num_codes = index["arrays"], index["num_codes"]
+        self.largest_codes = {name: max(entry["largest_codes"][name] for entry in entries) for name in self.arrays}
+        self.num_styles = sum(entry["num_styles"] for entry in entries)
+        self.weights = [float(entry["weight"]) for entry in entries]
+        self.equal_weights = [bool(entry["equal_weights"]) for entry in entries]
+        # where each array begins in each file, once its header was read
+        self._starts = np.full((len(entries), len(_ARRAYS)), -1, dtype=np.int64)
+        self._open: OrderedDict[int, _File] = OrderedDict()
+        self._weight_ends = functools.lru_cache(MOST_WEIGHTS)(self._read_weight_ends)
+
+    def __len__(self) -> int:
+        return self.first[-1]
+
+    def __getstate__(self) -> dict:
+        state = {key: value for key, value in self.__dict__.items() if key != "_weight_ends"}
+        return state | {"_open": OrderedDict()}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._weight_ends = functools.lru_cache(MOST_WEIGHTS)(self._read_weight_ends)
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """The shard of a picture, and its number there."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"{index} is outside of 0..{len(self) - 1}.")
+        shard = bisect_right(self.first, index) - 1
+        return shard, index - self.first[shard]
+
+    def tokens(self, name: str, indices: Sequence[int]) -> np.ndarray:
+        """The tokens of pictures: `(len(indices), rows, columns)`, uint16 or int32."""
+        shape, dtype = self.arrays[name]["shape"], np.dtype(self.arrays[name]["dtype"]).newbyteorder("<")
+        rows = np.empty((len(indices), *shape), dtype)
+        size = rows[:1].nbytes
+        for row, index in zip(rows, indices):
+            shard, number = self.locate(index)
+            self._read_into(shard, self._start(shard, name) + number * size, memoryview(row).cast("B"))
+        return rows
+
+    def line(self, index: int) -> tuple[str, str]:
+        """The line of captions of a picture, and where it stands, for messages."""
+        shard, number = self.locate(index)
+        place = f"Picture {number} of {self.folder / self.files[shard]}"
+        first, end = np.frombuffer(self._read(shard, self._start(shard, "caption_starts") + 8 * number, 16), "<i8")
+        if not 0 <= first <= end <= first + _LARGEST_HEADER:
+            raise DamagedShard(f"{place} has damaged captions.")
+        content = self._read(shard, self._start(shard, "captions") + int(first), int(end - first))
+        try:
+            return content.decode("utf-8"), place
+        except UnicodeDecodeError as error:
+            raise DamagedShard(f"{place} has damaged captions ({error}).") from error
+
+    def weight_ends(self, shard: int) -> np.ndarray:
+        """The sums of the weights of a shard in which they differ, up to and with each picture."""
+        return self._weight_ends(shard)
+
+    def _read_weight_ends(self, shard: int) -> np.ndarray:
+        content = self._read(shard, self._start(shard, "weight_ends"), 8 * self.counts[shard])
+        return np.frombuffer(content, "<f8")
+
+    # Files ---------------------------------------------------------------------------------------------------------
+
+    def _start(self, shard: int, name: str) -> int:
+        """Where an array begins in the file of a shard."""
+        if self._starts[shard, 0] < 0:
+            self._starts[shard] = self._read_header(shard)
+        start = int(self._starts[shard, _ARRAYS.index(name)])
+        if start < 0:
+            raise DamagedShard(f"{self.folder / self.files[shard]} has no array `{name}`.")
+        return start
+
+    def _read_header(self, shard: int) -> list[int]:
+        """The header of a safetensors file, compared with what the index says."""
+        path, count = self.folder / self.files[shard], self.counts[shard]
+        (length,) = struct.unpack("<Q", self._read(shard, 0, 8))
+        if length > _LARGEST_HEADER:
+            raise DamagedShard(f"{path} is no shard: its header would have {length} bytes.")
+        wanted = {name: [value["dtype"], [count, *value["shape"]]] for name, value in self.arrays.items()}
+        wanted |= {"caption_starts": ["int64", [count + 1]]}
+        if not self.equal_weights[shard]:
+            wanted["weight_ends"] = ["float64", [count]]
+        try:
+            header = json.loads(self._read(shard, 8, length))
+            starts = {name: 8 + length + int(header[name]["data_offsets"][0]) for name in (*wanted, "captions")}
+            found = {name: [np.dtype(_DTYPES[header[name]["dtype"]]).name, header[name]["shape"]] for name in wanted}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedShard(f"{path} is no shard: {error!r} in its header.") from error
+        if found != wanted:
+            raise DamagedShard(f"{path} is another shard than {INDEX_FILE} says: {found} instead of {wanted}.")
+        return [starts.get(name, -1) for name in _ARRAYS]
+
+    def _read(self, shard: int, start: int, size: int) -> bytes:
+        content = bytearray(size)
+        self._read_into(shard, start, memoryview(content))
+        return bytes(content)
+
+    def _read_into(self, shard: int, start: int, target: memoryview) -> None:
+        file = self._file(shard)
+        done = 0
+        while done < len(target):
+            count = file.read_into(target[done:], start + done)
+            if not count:
+                raise DamagedShard(
+                    f"{self.folder / self.files[shard]} was cut off while it was read. Resume: it is left out then."
+                )
+            done += count
+
+    def _file(self, shard: int) -> _File:
+        try:
+            file = self._open[shard]
+        except KeyError:
+            try:
+                file = _File(self.folder / self.files[shard])
+            except OSError as error:
+                raise DamagedShard(f"{self.folder / self.files[shard]} cannot be read: {error.strerror}.") from error
+            self._open[shard] = file
+            while len(self._open) > MOST_OPEN_FILES:
+                try:
+                    self._open.popitem(last=False)
+                except KeyError:  # another thread was faster
+                    break
+        return file
+
+
+class ShardedTokens:
+    """
+    The tokens of one size of all pictures, indexed like a tensor `(num_pictures, rows, columns)` by a number, a slice
+    or numbers; what comes is int32.
+    """
+
+    def __init__(self, shards: TokenShards, name: str):
+        self.shards, self.name = shards, name
+        self.shape = (len(shards), *shards.arrays[name]["shape"])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int | slice | Sequence[int]) -> torch.Tensor:
+        if isinstance(index, int):
+            return self._read([index])[0]
+        return self._read(range(len(self))[index] if isinstance(index, slice) else [int(one) for one in index])
+
+    def _read(self, indices: Sequence[int]) -> torch.Tensor:
+        return torch.from_numpy(self.shards.tokens(self.name, indices).astype(np.int32, copy=False))
+
+
+class ShardedCaptions(Sequence):
+    """
+    What the lines of captions say of all pictures: `"captions"` to draw from, `"targets"` of captioning, `"style"`.
+
+    A line is parsed when it is asked for.
+    """
+
+    def __init__(self, shards: TokenShards, kind: str = "captions"):
+        self.shards, self.kind = shards, kind
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[each] for each in range(len(self))[index]]
+        texts, _ = parse_captions(*self.shards.line(index))
+        style = texts.pop("style", {})
+        targets = texts.pop("targets", texts)
+        return {"captions": texts, "targets": targets, "style": style}[self.kind]
+
+
+class ShardChances(Chances):
+    """
+    The chances of the pictures of shards, by the weights that `index.json` and the shards hold.
+
+    Args:
+        shards ([`TokenShards`]): The shards.
+
+    Raises:
+        ValueError: If no weight is above 0.
+    """
+
+    def __init__(self, shards: TokenShards):
+        self.shards = shards
+        self.ends = np.cumsum(shards.weights)
+        self.total = float(self.ends[-1])
+        if not 0 < self.total < np.inf:
+            raise ValueError(f"`data` has no pictures of a `weight` above 0 in {shards.folder}.")
+        self.last = int(np.flatnonzero(shards.weights)[-1])
+        each = {weight / count for weight, count in zip(shards.weights, shards.counts)}
+        self.equal = all(shards.equal_weights) and len(each) == 1
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def find(self, place: float) -> int:
+        """See [`Chances`]."""
+        shards = self.shards
+        shard = min(int(self.ends.searchsorted(place, "right")), self.last)
+        place -= float(self.ends[shard]) - shards.weights[shard]
+        count = shards.counts[shard]
+        if shards.equal_weights[shard]:
+            number = int(max(place, 0.0) / shards.weights[shard] * count)
+        else:
+            ends = shards.weight_ends(shard)
+            place = min(place, np.nextafter(ends[-1], 0))  # never one of weight 0 at the end
+            number = int(ends.searchsorted(place, "right"))
+        return shards.first[shard] + min(number, count - 1)
