@@ -9,8 +9,8 @@ from cogview_pipelines import __version__
 from cogview_pipelines.cli import app
 
 COMMANDS = (
-    *("generate", "inpaint", "upscale", "caption", "score", "evaluate", "attend", "plot", "finetune", "serve"),
-    *("bench", "models", "doctor"),
+    *("generate", "inpaint", "upscale", "caption", "score", "evaluate", "attend", "judge", "plot", "finetune"),
+    *("serve", "bench", "models", "doctor"),
 )
 
 

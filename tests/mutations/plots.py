@@ -33,7 +33,7 @@ MUTATIONS = [
     ),
     Mutation(
         "plots: runs of the same folder name have one name",
-        "plots/series.py",
+        "short_names.py",
         "if len(set(names)) == len(set(parts)):",
         "if names:",
         "plots/test_series.py::test_runs_stand_side_by_side_under_the_shortest_names_that_differ",

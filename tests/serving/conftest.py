@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import os
+import shutil
 import threading
 import time
 
@@ -20,15 +22,45 @@ from ..pipelines.conftest import FINE, LOW, build  # noqa: E402
 
 PROMPT = "a tiger on a blue background."
 __all__ = ["FINE", "LOW", "PROMPT"]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 
 
-class Running:
+def skip(reason):
+    """Skip, unless this is where the page must be tested."""
+    if os.environ.get("COGVIEW_REQUIRE_BROWSER"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium without a window."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        skip("the page tests need playwright: it is in the extra `test`")
+    if CHROMIUM is None:
+        skip("the page tests need Chromium, such as the Debian package `chromium`")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        yield browser
+        browser.close()
+
+
+class Serving:
     """A server in a thread: its address, its application, and clients for it."""
 
-    def __init__(self, pipe, settings):
-        self.settings = settings
-        self.app = create_app(pipe, settings, "tiny")
-        self.worker = self.app.state.worker
+    def __init__(self, app, settings):
+        self.app, self.settings = app, settings
         self.server = make_server(self.app, settings)
         self.socket = bind(settings)
         self.port = self.socket.getsockname()[1]
@@ -48,6 +80,14 @@ class Running:
 
     def client(self, **arguments):
         return httpx.Client(base_url=self.url, timeout=300, **arguments)
+
+
+class Running(Serving):
+    """A server of a model."""
+
+    def __init__(self, pipe, settings):
+        super().__init__(create_app(pipe, settings, "tiny"), settings)
+        self.worker = self.app.state.worker
 
 
 class Hold:

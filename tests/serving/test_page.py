@@ -3,9 +3,7 @@
 import base64
 import contextlib
 import io
-import os
 import re
-import shutil
 
 import pytest
 from PIL import Image
@@ -15,38 +13,7 @@ from cogview_pipelines.serving.settings import ServerSettings
 
 from .conftest import FINE, PROMPT, Hold, Running, assert_error, half_mask, picture, png, wait_for
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 SECONDS = 60_000  # milliseconds that a loaded machine may take for a step
-
-
-def skip(reason):
-    """Skip, unless this is where the page must be tested."""
-    if os.environ.get("COGVIEW_REQUIRE_BROWSER"):
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        skip("the page tests need playwright: it is in the extra `test`")
-    if CHROMIUM is None:
-        skip("the page tests need Chromium, such as the Debian package `chromium`")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import typer
 
 from .._version import __version__
-from . import attend, bench, doctor, evaluate, finetune, generate, models, plot, serve
+from . import attend, bench, doctor, evaluate, finetune, generate, judge, models, plot, serve
 from . import caption_and_score as texts
 from . import inpaint_and_upscale as pictures
 from .console import guard_streams, say
@@ -40,6 +40,7 @@ app.command("caption")(texts.caption)
 app.command("score")(texts.score)
 app.command("evaluate")(evaluate.evaluate)
 app.command("attend")(attend.attend)
+app.command("judge")(judge.judge)
 app.command("plot")(plot.plot)
 app.command("finetune")(finetune.finetune)
 app.command("serve")(serve.serve)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..json_lines import read_whole_rows
+from ..short_names import short_names
 
 METRICS = "metrics.jsonl"
 _EVALUATIONS = ("candidates.json", "evaluation.json")
@@ -98,14 +99,9 @@ def _find(path: Path) -> Path:
 
 
 def _names(files: Sequence[Path]) -> list[str]:
-    """A name for each file, as short as it can be while all differ."""
+    """A name for each file: that of its folder where all such files are called alike."""
     known = (METRICS, *_EVALUATIONS)
-    parts = [(file.resolve().parent if file.name in known else file.resolve().with_suffix("")).parts for file in files]
-    for length in range(1, max(map(len, parts), default=1) + 1):
-        names = ["/".join(own[-length:]) for own in parts]
-        if len(set(names)) == len(set(parts)):
-            return names
-    return ["/".join(own) for own in parts]
+    return short_names([file.resolve().parent if file.name in known else file.with_suffix("") for file in files])
 
 
 def _read(file: Path, name: str, x: str | None, is_compared: bool) -> Iterable[Panel]:

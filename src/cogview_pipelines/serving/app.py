@@ -4,15 +4,13 @@ import contextlib
 from collections.abc import AsyncIterator
 
 import anyio.to_thread
-from fastapi import FastAPI, Request
-from fastapi.responses import Response
-from starlette.exceptions import HTTPException
+from fastapi import FastAPI
 
 from .._version import __version__
 from ..pipelines.cogview.pipeline_cogview import CogViewPipeline
 from ..pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
 from .api import make_router
-from .errors import ApiError
+from .errors import answer_errors
 from .metrics import Metrics
 from .middleware import BodyLimit, Gate, RequestLog
 from .settings import ServerSettings
@@ -49,8 +47,7 @@ def create_app(pipe: CogView2Pipeline | CogViewPipeline, settings: ServerSetting
     app.state.worker = worker
     app.include_router(make_router(studio, worker, metrics, settings))
     routes = frozenset(app.openapi()["paths"]) | {"/openapi.json"}
-    app.add_exception_handler(ApiError, _answer)
-    app.add_exception_handler(HTTPException, _answer_http)
+    answer_errors(app)
     if settings.page:
         from .page_mount import mount_page
 
@@ -60,15 +57,3 @@ def create_app(pipe: CogView2Pipeline | CogViewPipeline, settings: ServerSetting
     app.add_middleware(Gate, settings=settings)
     app.add_middleware(RequestLog, metrics=metrics, routes=routes)
     return app
-
-
-async def _answer(request: Request, error: ApiError) -> Response:
-    return error.response()
-
-
-async def _answer_http(request: Request, error: HTTPException) -> Response:
-    known = {404: ("There is no such path.", "not_found"), 405: ("This path has other methods.", "method_not_allowed")}
-    message, code = known.get(error.status_code, ("The request cannot be answered.", "invalid_request"))
-    response = ApiError(error.status_code, message, code).response()
-    response.headers.update(error.headers or {})
-    return response

@@ -1,6 +1,9 @@
 """Errors as clients see them: `{"error": {"message", "type", "param", "code"}}`."""
 
-from starlette.responses import JSONResponse
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
 CLIENT_CLOSED_REQUEST = 499  # for the log: nobody is there to read it
 
@@ -51,3 +54,21 @@ def bad_request(message: str, param: str | None = None, code: str = "invalid_val
 def internal_error() -> ApiError:
     """A mistake of ours; the log has the details under the request's id."""
     return ApiError(500, "The server failed. Its log has the details under the X-Request-Id of this answer.", "failed")
+
+
+def answer_errors(app: Starlette) -> None:
+    """Have an application answer what is raised in it, and paths that it does not have."""
+    app.add_exception_handler(ApiError, _answer)
+    app.add_exception_handler(HTTPException, _answer_http)
+
+
+async def _answer(request: Request, error: ApiError) -> Response:
+    return error.response()
+
+
+async def _answer_http(request: Request, error: HTTPException) -> Response:
+    known = {404: ("There is no such path.", "not_found"), 405: ("This path has other methods.", "method_not_allowed")}
+    message, code = known.get(error.status_code, ("The request cannot be answered.", "invalid_request"))
+    response = ApiError(error.status_code, message, code).response()
+    response.headers.update(error.headers or {})
+    return response

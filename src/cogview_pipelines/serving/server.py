@@ -19,7 +19,9 @@ class Server(uvicorn.Server):
     shutdown_timeout: float
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        worker = self.config.app.state.worker
+        worker = getattr(self.config.app.state, "worker", None)
+        if worker is None:  # nothing is computed, so nothing takes long
+            return await super().shutdown(sockets)
         worker.close()
         # what does not end in time is answered before uvicorn cuts it off
         over = asyncio.get_running_loop().call_later(self.shutdown_timeout, worker.abandon)
