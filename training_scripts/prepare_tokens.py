@@ -11,15 +11,25 @@ language or both, and perhaps a "weight" above or below 1 for pictures that shal
     python training_scripts/prepare_tokens.py --image_folder PICTURES --captions PICTURES/captions.jsonl \
         --like MODEL --held_out_share 0.1 --output_dir data/mine
 Without a pipeline, for the image tokenizer alone: --vqvae VQVAE --low_size 160 --fine_size 480 in place of --like.
+Many pictures, in memory that does not grow: token shards, of a list of pictures with --shard_size, or one for each tar
+or Parquet file of a folder; killed at any time, the same command goes on:
+    python training_scripts/prepare_tokens.py --image_folder TARS --like MODEL --skip_unreadable true \
+        --output_dir data/many
 """
 
+import functools
+import logging
 import os
 import random
+import time
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizer
@@ -38,8 +48,23 @@ from cogview_pipelines.pictures.colours import on_white
 from cogview_pipelines.pictures.files import find_file, read_picture
 from cogview_pipelines.training.arguments import parse_config, run_script
 from cogview_pipelines.training.data.captions import parse_captions, tell_text_losses
+from cogview_pipelines.training.data.draws import derived_seed
+from cogview_pipelines.training.data.inputs import Part, PictureRow, find_parts, is_packed
 from cogview_pipelines.training.data.pictures import check_pictures, to_bytes
+from cogview_pipelines.training.data.prefetch import prefetch
+from cogview_pipelines.training.data.selection import FITS, REASONS, Filters, Selected, select, to_square
+from cogview_pipelines.training.data.shards import (
+    ShardedCaptions,
+    TokenShards,
+    is_written,
+    read_hashes,
+    write_index,
+    write_shard,
+)
 from cogview_pipelines.training.data.tokens import TokenData
+from cogview_pipelines.training.run_folder import locked, remove_leftovers
+
+logger = logging.getLogger(__name__)
 
 TEMPLATE_REPEATS = 4  # copies of each template caption beside one of each variant
 
@@ -55,7 +80,13 @@ class PrepareConfig:
         },
     )
     vqvae: str | None = field(default=None, metadata={"help": "Folder or Hub id of the image tokenizer."})
-    image_folder: str | None = field(default=None, metadata={"help": "Folder of pictures; without it: emoji scenes."})
+    image_folder: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of pictures, of WebDataset tars or of Parquet files; without it: emoji scenes. Tars, "
+            "Parquet and folders with metadata.jsonl or metadata.csv need no `captions` and become token shards."
+        },
+    )
     captions: str | None = field(default=None, metadata={"help": "JSONL with `file` and captions by language."})
     scope: str | None = field(
         default=None, metadata={"help": "scope.json of the emoji scenes; default: the small one."}
@@ -91,9 +122,37 @@ class PrepareConfig:
     fit: str = field(
         default="crop",
         metadata={
-            "help": "How your pictures become squares: crop takes the middle, pad adds white at two sides.",
-            "choices": ["crop", "pad"],
+            "help": "How your pictures become squares: crop takes the middle, pad adds white at two sides, random "
+            "takes a square at a place that the seed draws.",
+            "choices": list(FITS),
         },
+    )
+    shard_size: int | None = field(
+        default=None,
+        metadata={"help": "Write token shards, of so many lines of `captions` each; of tars and Parquet, one a file."},
+    )
+    worker: str = field(
+        default="1/1",
+        metadata={
+            "help": "With shards: I/N does every N-th shard from the I-th on, so that N processes, on any machines, "
+            "do all. Whoever is last writes index.json."
+        },
+    )
+    min_side: int = field(
+        default=1, metadata={"help": "With shards: leave out pictures with a shorter side, in pixels."}
+    )
+    max_aspect: float | None = field(
+        default=None, metadata={"help": "With shards: leave out pictures whose longer side is more times the shorter."}
+    )
+    min_caption_length: int = field(
+        default=1, metadata={"help": "With shards: leave out captions of fewer characters."}
+    )
+    max_caption_length: int | None = field(
+        default=None, metadata={"help": "With shards: leave out captions of more characters."}
+    )
+    drop_duplicates: bool = field(
+        default=False,
+        metadata={"help": "With shards, by one worker: take of files with the same bytes the first."},
     )
     held_out_share: float = field(
         default=0.0,
@@ -108,7 +167,10 @@ class PrepareConfig:
     )
     batch_size: int = field(default=32, metadata={"help": "Pictures at a time."})
     data_workers: int = field(
-        default=0, metadata={"help": "Processes that read or draw pictures ahead; 0: none beside this one."}
+        default=0,
+        metadata={
+            "help": "Processes (with shards: threads) that read or draw pictures ahead; 0: none beside this one."
+        },
     )
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Where to compute."})
     seed: int = field(
@@ -197,7 +259,7 @@ class FolderPictures(Dataset):
     """The user's files with their captions; all lines and pictures are checked before the first is used."""
 
     def __init__(self, config: PrepareConfig, sizes: list[int]):
-        self.sizes, self.fit = sizes, config.fit
+        self.sizes, self.fit, self.seed = sizes, config.fit, config.seed
         rows = read_captions_file(Path(config.captions), Path(config.image_folder))
         places = {path: place for place, path, _ in reversed(rows)}  # of several lines, the first
         paths = list(places)
@@ -211,10 +273,7 @@ class FolderPictures(Dataset):
     def __getitem__(self, index: int) -> tuple[list[Image.Image], dict]:
         _, path, texts = self.rows[index]
         image = on_white(read_picture(path))
-        if self.fit == "pad":
-            sides = [(size, size) for size in self.sizes]
-            return [ImageOps.pad(image, side, Image.Resampling.BICUBIC, color="white") for side in sides], texts
-        return [ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC) for size in self.sizes], texts
+        return [to_square(image, size, self.fit, (self.seed, index)) for size in self.sizes], texts
 
 
 def read_captions_file(captions: Path, image_folder: Path) -> list[tuple[str, Path, dict]]:
@@ -248,7 +307,8 @@ def check_config(config: PrepareConfig, vqvae: PreTrainedModel) -> None:
     """Raise `ValueError` for what cannot work, before any work is done."""
     if not 0 <= config.held_out_share < 1:
         raise ValueError(f"`held_out_share` must be at least 0 and below 1, but is {config.held_out_share}.")
-    if bool(config.image_folder) != bool(config.captions):
+    packed = config.image_folder is not None and config.captions is None and is_packed(config.image_folder)
+    if bool(config.image_folder) != bool(config.captions) and not packed:
         missing = "captions" if config.image_folder else "image_folder"
         raise ValueError(f"`{missing}` is missing: pictures need captions, and captions need pictures.")
     if not 0 <= config.reversed_share <= 0.5:
@@ -260,6 +320,23 @@ def check_config(config: PrepareConfig, vqvae: PreTrainedModel) -> None:
         if size < 0 or size % unit:
             multiple = "compression_rate" if name == "low_size" else "low_size"
             raise ValueError(f"`{name}` must be a multiple of `{multiple}` {unit}, but is {size}.")
+    if config.shard_size is not None and config.shard_size < 1:
+        raise ValueError(f"`shard_size` must be at least 1, but is {config.shard_size}.")
+    if not makes_shards(config):
+        for item in (
+            "min_side",
+            "max_aspect",
+            "min_caption_length",
+            "max_caption_length",
+            "drop_duplicates",
+            "worker",
+        ):
+            if getattr(config, item) != PrepareConfig.__dataclass_fields__[item].default:
+                raise ValueError(f"`{item}` is for token shards. Give `shard_size`, too.")
+    elif not config.image_folder:
+        raise ValueError("`shard_size` is for pictures of your own. Turn the token folder into shards afterwards.")
+    if config.drop_duplicates and parse_worker(config.worker)[1] > 1:
+        raise ValueError("`drop_duplicates` needs one `worker`, which knows the pictures of the shards before.")
     if config.compression_rate not in vqvae.config.compression_rates:
         raise ValueError(
             f"`compression_rate` must be one of {list(vqvae.config.compression_rates)}, which `vqvae` has, but is "
@@ -286,6 +363,9 @@ def main(arguments: list[str] | None = None) -> None:
     check_config(config, vqvae)
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)  # rather fail now than after hours of encoding
     sizes = {"low": config.low_size, **({"fine": config.fine_size} if config.fine_size else {})}
+    if makes_shards(config):
+        prepare_shards(config, vqvae, sizes, reader)
+        return
     pictures = (FolderPictures if config.image_folder else EmojiPictures)(config, list(sizes.values()))
     batches = DataLoader(pictures, config.batch_size, num_workers=config.data_workers, collate_fn=stack_pictures)
     tokens, captions = {name: [] for name in sizes}, []
@@ -360,6 +440,184 @@ def report(
         print(f"{num_left_out} lines were left out: their pictures cannot be read.")
     if reader is not None:
         tell_text_losses(captions, *reader)
+
+
+# Token shards --------------------------------------------------------------------------------------------------------
+
+
+def makes_shards(config: PrepareConfig) -> bool:
+    """Whether the output is token shards."""
+    packed = config.image_folder is not None and config.captions is None
+    return config.shard_size is not None or packed
+
+
+def parse_worker(text: str) -> tuple[int, int]:
+    """`"2/8"` as the numbers 2 and 8."""
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise ValueError(f"`worker` must be I/N with I from 1 to N, such as 2/8, but is {text!r}.")
+    return int(number), int(count)
+
+
+def prepare_shards(
+    config: PrepareConfig,
+    vqvae: PreTrainedModel,
+    sizes: dict[str, int],
+    reader: tuple[PreTrainedTokenizer, int] | None,
+) -> None:
+    """Make the shards of this worker that are not there yet, and the index if it is the last."""
+    parts = find_parts(config.image_folder, config.captions, config.shard_size)
+    worker, num_workers = parse_worker(config.worker)
+    folders = {"train": Path(config.output_dir)}
+    if config.held_out_share:
+        folders["held_out"] = folders["train"] / "held_out"
+    lock = folders["train"] if num_workers == 1 else folders["train"] / ".workers" / f"{worker}-of-{num_workers}"
+    with locked(lock):
+        if num_workers == 1:  # others may be writing
+            for folder in folders.values():
+                remove_leftovers(folder)
+        maker = ShardMaker(config, vqvae, sizes, parts, folders)
+        maker.make(range(worker - 1, len(parts), num_workers))
+    reports = {name: write_index(folder, len(parts), name == "train") for name, folder in folders.items()}
+    print(f"This worker made {maker.num_made} shards with {maker.rate()}; {maker.num_found} were there already.")
+    if any(found is None for found in reports.values()):
+        print(f"Other workers have not finished theirs: there is no index of all {len(parts)} shards yet.")
+        return
+    held_out = reports.get("held_out") or {}
+    print(
+        f"{reports['train']['num_pictures'] + held_out.get('num_pictures', 0)} pictures of {reports['train']['rows']} "
+        f"rows are in {config.output_dir}, {held_out.get('num_pictures', 0)} of them held out."
+    )
+    for reason, said in REASONS.items():
+        if reports["train"][reason]:
+            print(f"{reports['train'][reason]} left out: {said}.")
+    if reader is not None:
+        tell_text_losses(ShardedCaptions(TokenShards(folders["train"])), *reader)
+
+
+class ShardMaker:
+    """
+    Makes token shards of parts of the input; pictures are read ahead, across the ends of parts, while the device
+    encodes.
+    """
+
+    def __init__(self, config, vqvae, sizes, parts: list[Part], folders: dict[str, Path]):
+        self.config, self.vqvae, self.sizes, self.parts, self.folders = config, vqvae, sizes, parts, folders
+        self.num_made = self.num_found = self.num_pictures = 0
+        self.seconds = 0.0
+        self.filters = Filters(
+            config.min_side, config.max_aspect, config.min_caption_length, config.max_caption_length
+        )
+        self.seen: set[int] = set()
+
+    def rate(self) -> str:
+        """Pictures and how many a second, in words."""
+        return f"{self.num_pictures} pictures, {self.num_pictures / max(self.seconds, 1e-9):.1f} a second"
+
+    def make(self, numbers: range) -> None:
+        """Make those of the shards that are not there yet."""
+        started = time.monotonic()
+        choose = functools.partial(
+            select, filters=self.filters, sizes=[*self.sizes.values()], fit=self.config.fit, seed=self.config.seed
+        )
+        batches = prefetch(
+            lambda item: [choose(row) for row in item[1] or ()], self.batches(numbers), self.config.data_workers
+        )
+        self.begin()
+        for (number, rows), chosen in tqdm(batches, unit="batch"):
+            if rows is None:
+                self.end(number)
+            else:
+                self.add(number, chosen)
+        self.seconds = time.monotonic() - started
+
+    def batches(self, numbers: range) -> Iterator[tuple[int, list[PictureRow] | None]]:
+        """The number of a shard and some of its rows; `None` after its last ones."""
+        for number in numbers:
+            if all(is_written(folder, number, self.made_of(number)) for folder in self.folders.values()):
+                self.num_found += 1
+                if self.config.drop_duplicates:
+                    yield number, []  # in its turn, so that what comes after knows its pictures
+                continue
+            rows = self.parts[number].rows()
+            while batch := [row for _, row in zip(range(self.config.batch_size), rows)]:
+                yield number, batch
+            yield number, None
+
+    def made_of(self, number: int) -> dict:
+        """What a shard is made of, and how."""
+        names = (
+            "low_size",
+            "fine_size",
+            "compression_rate",
+            "fit",
+            "seed",
+            "held_out_share",
+            "min_side",
+            "max_aspect",
+        )
+        names += ("min_caption_length", "max_caption_length", "drop_duplicates")
+        options = {name: getattr(self.config, name) for name in names}
+        image_tokenizer = self.config.vqvae or self.config.like
+        return {"image_tokenizer": image_tokenizer, **options, **self.parts[number].made_of()}
+
+    def begin(self) -> None:
+        """Have nothing of the next shard yet."""
+        self.report: Counter = Counter(dict.fromkeys(REASONS, 0))
+        self.own = {name: ({size: [] for size in self.sizes}, [], []) for name in self.folders}
+
+    def add(self, number: int, chosen: list[Selected]) -> None:
+        """Encode those of some pictures that are taken."""
+        if not chosen:  # it is there already
+            for folder in self.folders.values():
+                self.seen.update(read_hashes(folder, number))
+            return
+        kept = []
+        for one in chosen:
+            self.report["rows"] += 1
+            if one.reason is None and self.config.drop_duplicates and one.digest in self.seen:
+                one.reason = "duplicates"
+            if one.reason is not None:
+                self.report[one.reason] += 1
+                if one.problem is not None:
+                    if not self.config.skip_unreadable:
+                        raise ValueError(f"{one.problem} Repair or remove it, or leave such out by --skip_unreadable.")
+                    logger.warning("Left out: %s", one.problem)
+                continue
+            if self.config.drop_duplicates:
+                self.seen.add(one.digest)
+            kept.append(one)
+        if not kept:
+            return
+        encoded = {}
+        for index, name in enumerate(self.sizes):
+            pixels = torch.stack([to_bytes(one.squares[index]) for one in kept]).to(self.config.device).float() / 255
+            encoded[name] = self.vqvae.encode(pixels, self.config.compression_rate).tokens.cpu().numpy()
+        for row, one in enumerate(kept):
+            share = derived_seed(self.config.seed, "held out", one.digest) / 2**56
+            tokens, texts, digests = self.own["held_out" if share < self.config.held_out_share else "train"]
+            for name, values in encoded.items():
+                tokens[name].append(values[row])
+            texts.append(one.texts)
+            digests.append(one.digest)
+        self.num_pictures += len(kept)
+
+    def end(self, number: int) -> None:
+        """Write what there is of a shard."""
+        for name, folder in self.folders.items():
+            tokens, texts, digests = self.own[name]
+            write_shard(
+                folder,
+                number,
+                {size: np.stack(values) for size, values in tokens.items() if values},
+                texts,
+                made_of=self.made_of(number),
+                num_codes=self.vqvae.config.num_embeddings,
+                report=self.report if name == "train" else {},
+                picture_hashes=digests,
+            )
+        self.num_made += 1
+        self.begin()
 
 
 if __name__ == "__main__":

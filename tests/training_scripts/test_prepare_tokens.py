@@ -304,7 +304,7 @@ def test_a_share_of_the_pictures_is_held_out_and_none_is_in_both(run, pictures, 
 def test_padding_keeps_the_whole_picture_and_adds_white(script):
     config = script.PrepareConfig(output_dir="", fit="pad")
     pictures = script.FolderPictures.__new__(script.FolderPictures)
-    pictures.sizes, pictures.fit = [40], config.fit
+    pictures.sizes, pictures.fit, pictures.seed = [40], config.fit, config.seed
     image = Image.new("RGB", (80, 40), (200, 0, 0))
     pictures.rows = [(None, None, {})]
     script.read_picture, read = (lambda path: image), script.read_picture

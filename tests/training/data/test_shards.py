@@ -100,6 +100,16 @@ def test_pictures_are_drawn_as_from_a_folder_of_the_same_weights(data):
     assert set(drawn) == {0, 1, 3, 4, 5, 6}
 
 
+def test_the_last_picture_is_not_drawn_if_its_weight_is_0(tmp_path, tokenizer):
+    write_shard(
+        tmp_path, 0, tokens(3), [{"en": "a"}, {"en": "b", "weight": 0.1}, {"en": "c", "weight": 0}], made_of={}
+    )
+    write_shard(tmp_path, 1, tokens(1), [{"en": "d", "weight": 0}], made_of={})
+    write_index(tmp_path, 2)
+    chances = TokenData.load(tmp_path, tokenizer).chances
+    assert [chances.find(place) for place in (0.0, 1.0, chances.total, chances.total + 1e-9)] == [0, 1, 1, 1]
+
+
 def test_nothing_but_the_index_is_read_until_a_picture_is_asked_for(folder, tokenizer, monkeypatch):
     monkeypatch.setattr(module, "_File", lambda path: pytest.fail(f"{path} was opened"))
     data = TokenData.load(folder, tokenizer)

@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from ...json_lines import dump_line
@@ -185,13 +186,15 @@ def _read_receipt(path: Path) -> dict | None:
     return note if is_ours else None
 
 
-def write_index(folder: str | Path, num_shards: int) -> Counter | None:
+def write_index(folder: str | Path, num_shards: int, required: bool = True) -> Counter | None:
     """
     Gather what the shards say of themselves in `index.json`, if all are there.
 
     Args:
         folder (`str` or `Path`): The folder of shards.
         num_shards (`int`): How many there must be.
+        required (`bool`, defaults to `True`): Whether it is an error if no shard has a picture; else there is no
+            index.
 
     Returns:
         `Counter` or `None`: What was counted while the shards were made, with `num_pictures`; `None` if some are
@@ -210,8 +213,10 @@ def write_index(folder: str | Path, num_shards: int) -> Counter | None:
     for note in notes:
         report.update(note["report"])
     filled = [note for note in notes if note["num_pictures"]]
+    if not filled and not required:
+        return report
     if not filled:
-        raise ValueError(f"None of the {num_shards} shards in {folder} has a picture.")
+        raise ValueError(f"None of the {num_shards} shards in {folder} has a picture. Counted: {dict(report)}.")
     for note in filled:
         for key in ("arrays", "num_codes"):
             if note[key] != filled[0][key]:
@@ -243,10 +248,22 @@ def write_index(folder: str | Path, num_shards: int) -> Counter | None:
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
+def read_hashes(folder: str | Path, number: int) -> list[int]:
+    """The hashes of the pictures of a shard, where they were noted."""
+    path = Path(folder) / f"{shard_name(number)}.safetensors"
+    if not path.is_file():
+        return []
+    with safe_open(path, "np") as file:
+        return file.get_tensor("picture_hashes").tolist() if "picture_hashes" in list(file.keys()) else []
+
+
 def is_shard_folder(folder: str | Path) -> bool:
     """Whether a folder has shards, finished or not."""
     folder = Path(folder)
-    return (folder / INDEX_FILE).is_file() or _read_receipt(folder / f"{shard_name(0)}.json") is not None
+    if (folder / INDEX_FILE).is_file():
+        return True
+    receipt = next(folder.glob("[0-9]*.json"), None)
+    return receipt is not None and _read_receipt(receipt) is not None
 
 
 def read_index(folder: str | Path) -> dict:
