@@ -141,14 +141,16 @@ def test_the_fingerprint_of_a_model_is_that_of_its_weights(model_folder, tmp_pat
         "model": "copy",
         "model_fingerprint": describe_model(str(model_folder))["model_fingerprint"],
     }
-    small, large = "vqvae/model.safetensors", "transformer/model-00002-of-00002.safetensors"
-    (tmp_path / "copy" / large).write_bytes(bytes(2**21))  # read in parts
-    told = [fingerprint(tmp_path / "copy")]
-    for index, name in enumerate((small, large)):
-        other = shutil.copytree(tmp_path / "copy", tmp_path / str(index))
-        content = bytearray((other / name).read_bytes())
-        content[-1] ^= 1
-        (other / name).write_bytes(content)
+    small, large = "vqvae/config.json", "transformer/model-00002-of-00002.safetensors"
+    assert (model_folder / small).stat().st_size < 2**20  # read whole
+    told = []
+    for name in (None, small, large):  # in a folder of its own each, since fingerprints are cached
+        other = shutil.copytree(model_folder, tmp_path / f"other-{len(told)}")
+        (other / large).write_bytes(bytes(2**21))  # read in parts
+        if name is not None:
+            content = bytearray((other / name).read_bytes())
+            content[-1] ^= 1
+            (other / name).write_bytes(content)
         told.append(fingerprint(other))
     assert len(set(told)) == 3
     assert describe_model("owner/name") == {"model": "owner/name"}
