@@ -11,7 +11,6 @@ from cogview_pipelines.ops import int8_linear as module
 from cogview_pipelines.ops import native
 from cogview_pipelines.ops.int8_linear import Int8Linear, PackedWeight, int8_linear, quantize_rows, set_int8
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="the kernels are not built")
 SHAPES = [(1, 1, 1), (1, 8, 16), (5, 7, 3), (6, 33, 40), (13, 64, 17), (50, 20, 70), (101, 256, 33)]
 
 
