@@ -10,12 +10,12 @@ A base model alone:
         --output_dir MODEL
 """
 
-import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 
 from cogview_pipelines import (
     CogViewCaptionPipeline,
@@ -25,7 +25,8 @@ from cogview_pipelines import (
     CogViewUpscalePipeline,
 )
 from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
-from cogview_pipelines.training.arguments import parse_config, run_script
+from cogview_pipelines.training.arguments import files_option, json_option, parse_config, read_words, run_script
+from cogview_pipelines.training.run_folder import filling
 
 # The stages, and the pipeline that a folder names which has none of those before.
 STAGES = {
@@ -63,30 +64,16 @@ class AssembleConfig:
     )
 
 
-def read_json(config: AssembleConfig, name: str) -> dict:
-    """The object that an option holds as JSON."""
-    try:
-        value = json.loads(getattr(config, name))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"`{name}` must be JSON, but is {getattr(config, name)!r}: {error}.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"`{name}` must be a JSON object, but is {value!r}.")
-    return value
-
-
 def main(arguments: list[str] | None = None) -> CogViewPipeline | CogViewUpscalePipeline | CogViewCaptionPipeline:
     config = parse_config(AssembleConfig, arguments, description=__doc__)
-    settings, files = read_json(config, "settings"), read_json(config, "files")
-    for source in files.values():
-        if not Path(source).is_file():
-            raise ValueError(f"`files` names {source}, which is no file.")
+    settings, files = json_option(config, "settings"), files_option(config)
     given = [name for name in STAGES if getattr(config, name) is not None]
     if not given:
         raise ValueError(f"One of {', '.join(f'`{name}`' for name in STAGES)} must be given.")
     dtype = getattr(torch, config.dtype)
     words = {}
     if config.words_file is not None:
-        words["known_words"] = Path(config.words_file).read_text(encoding="utf-8").split()
+        words["known_words"] = read_words(config.words_file)
     pipeline = STAGES[given[0]](
         CogViewTokenizer.from_pretrained(config.tokenizer, **words),
         load_image_tokenizer(config.vqvae, dtype=dtype),
@@ -94,9 +81,10 @@ def main(arguments: list[str] | None = None) -> CogViewPipeline | CogViewUpscale
         compression_rate=config.compression_rate,
         settings=settings,
     )
-    pipeline.save_pretrained(config.output_dir)
-    for name, source in files.items():
-        shutil.copyfile(source, Path(config.output_dir) / name)
+    with filling(Path(config.output_dir), DiffusionPipeline.config_name) as partial:
+        pipeline.save_pretrained(partial)
+        for name, source in files.items():
+            shutil.copyfile(source, partial / name)
     return pipeline
 
 

@@ -12,12 +12,12 @@ Without super-resolution:
         --output_dir MODEL
 """
 
-import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 
 from cogview_pipelines import (
     CogLMCanvasModel,
@@ -27,7 +27,8 @@ from cogview_pipelines import (
     LoPARScheduler,
 )
 from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
-from cogview_pipelines.training.arguments import parse_config, run_script
+from cogview_pipelines.training.arguments import files_option, json_option, parse_config, read_words, run_script
+from cogview_pipelines.training.run_folder import filling
 
 
 @dataclass
@@ -76,19 +77,6 @@ class AssembleConfig:
 # Of a model that is like no other.
 DEFAULTS = {"compression_rate": 8, "styles": {}, "default_style": None, "whole_pictures": False}
 SCHEDULERS = {"direct_sr": {"step_grid": [[1]], "top_k": 5}, "iterative_sr": {}}
-
-
-def read_json(config: AssembleConfig, name: str) -> dict | None:
-    """The object that an option holds as JSON, or `None`."""
-    if getattr(config, name) is None:
-        return None
-    try:
-        value = json.loads(getattr(config, name))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"`{name}` must be JSON, but is {getattr(config, name)!r}: {error}.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"`{name}` must be a JSON object, but is {value!r}.")
-    return value
 
 
 class Parts:
@@ -144,19 +132,16 @@ class Parts:
 
 def main(arguments: list[str] | None = None) -> CogView2Pipeline:
     config = parse_config(AssembleConfig, arguments, description=__doc__)
-    options = {name: read_json(config, f"{name}_scheduler") for name in SCHEDULERS}
-    files = read_json(config, "files") or {}
+    options = {name: json_option(config, f"{name}_scheduler") for name in SCHEDULERS}
+    files = files_option(config)
     parts = Parts(config)
     settings = {name: parts.setting(name, getattr(config, name)) for name in DEFAULTS if name != "styles"}
-    settings["styles"] = parts.setting("styles", read_json(config, "styles"))
+    settings["styles"] = parts.setting("styles", json_option(config, "styles"))
     if settings["default_style"] is not None and settings["default_style"] not in settings["styles"]:
         raise ValueError(
             f"`default_style` must be one of the `styles` {list(settings['styles'])}, but is "
             f"{settings['default_style']!r}."
         )
-    for source in files.values():
-        if not Path(source).is_file():
-            raise ValueError(f"`files` names {source}, which is no file.")
     stages = {}
     for stage in SCHEDULERS:
         if parts.place(f"{stage}_transformer") is not None:
@@ -166,7 +151,7 @@ def main(arguments: list[str] | None = None) -> CogView2Pipeline:
             stages[f"{stage}_scheduler"] = parts.scheduler(stage, options[stage])
     words = {}
     if config.words_file is not None:
-        words["known_words"] = Path(config.words_file).read_text(encoding="utf-8").split()
+        words["known_words"] = read_words(config.words_file)
     pipeline = CogView2Pipeline(
         IcetkTokenizer.from_pretrained(**parts.require("tokenizer"), **words),
         parts.model(CogLMModel, "transformer"),
@@ -174,9 +159,10 @@ def main(arguments: list[str] | None = None) -> CogView2Pipeline:
         **stages,
         **settings,
     )
-    pipeline.save_pretrained(config.output_dir)
-    for name, source in files.items():
-        shutil.copyfile(source, Path(config.output_dir) / name)
+    with filling(Path(config.output_dir), DiffusionPipeline.config_name) as partial:
+        pipeline.save_pretrained(partial)
+        for name, source in files.items():
+            shutil.copyfile(source, partial / name)
     return pipeline
 
 

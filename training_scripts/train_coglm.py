@@ -14,7 +14,6 @@ On eight GPUs:
 """
 
 import functools
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from cogview_pipelines.loaders.textual_inversion import write_learned_token
 from cogview_pipelines.models.cogview2.sequences import SequenceLayout, text_to_image
 from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
 from cogview_pipelines.models.learned_tokens import learn_token
-from cogview_pipelines.training.arguments import parse_config, run_script
+from cogview_pipelines.training.arguments import json_option, parse_config, run_script
 from cogview_pipelines.training.data.draws import Draw, seeded_generator
 from cogview_pipelines.training.data.tokens import TokenData, TokenTrainConfig
 from cogview_pipelines.training.loop import train
@@ -90,7 +89,7 @@ class CogLMTrainConfig(TokenTrainConfig):
 
 def make_model(config: CogLMTrainConfig, tokenizer: IcetkTokenizer, data: TokenData) -> CogLMModel:
     """A new CogLM that fits tokenizer and pictures, or a trained one that must."""
-    options = json.loads(config.model)
+    options = json_option(config, "model") or {}
     if config.init_from is not None:
         model = load_model(CogLMModel, config.init_from, **options)
         data.require_fit(model.config, tokenizer)

@@ -16,7 +16,6 @@ On eight GPUs:
 """
 
 import functools
-import json
 from dataclasses import dataclass, field
 
 import torch
@@ -29,7 +28,7 @@ from cogview_pipelines.generation.token_sequence import IGNORED_LABEL
 from cogview_pipelines.generation.tokens import TO_GENERATE, generate
 from cogview_pipelines.models.cogview import sequences
 from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
-from cogview_pipelines.training.arguments import parse_config, run_script
+from cogview_pipelines.training.arguments import json_option, parse_config, run_script
 from cogview_pipelines.training.data.draws import Draw, draw_index, released_index, seeded_generator
 from cogview_pipelines.training.data.tokens import TokenData, TokenTrainConfig
 from cogview_pipelines.training.loop import train
@@ -137,7 +136,7 @@ def load_data(config: CogViewTrainConfig, tokenizer: CogViewTokenizer) -> TokenD
 
 def make_model(config: CogViewTrainConfig, tokenizer: CogViewTokenizer, data: TokenData) -> CogViewModel:
     """A new CogView that fits tokenizer and pictures, or a trained one that must."""
-    options = json.loads(config.model)
+    options = json_option(config, "model") or {}
     if config.init_from is not None:
         model = load_model(CogViewModel, config.init_from, **options)
         data.require_fit(model.config, tokenizer)

@@ -18,7 +18,6 @@ On eight GPUs:
 """
 
 import functools
-import json
 from dataclasses import dataclass, field
 
 import torch
@@ -31,7 +30,7 @@ from cogview_pipelines.generation.canvas import refine
 from cogview_pipelines.generation.token_sequence import TokenSequence
 from cogview_pipelines.models.cogview2.sequences import direct_super_resolution
 from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
-from cogview_pipelines.training.arguments import parse_config, run_script
+from cogview_pipelines.training.arguments import json_option, parse_config, run_script
 from cogview_pipelines.training.data.draws import Draw, seeded_generator
 from cogview_pipelines.training.data.tokens import CanvasBatch, TokenData, TokenTrainConfig
 from cogview_pipelines.training.loop import train
@@ -83,7 +82,7 @@ def make_model(config: DirectSRTrainConfig, data: TokenData) -> CogLMCanvasModel
             "direct",
             tuple(data.fine.shape[1:]),
             shares_backbone=not config.train_backbone,
-            **json.loads(config.model),
+            **(json_option(config, "model") or {}),
         )
     if config.lora_rank is not None:
         config.put_adapter(model, trained=config.init_from is not None)

@@ -18,7 +18,6 @@ On eight GPUs:
 """
 
 import functools
-import json
 import math
 from dataclasses import dataclass, field
 
@@ -38,7 +37,7 @@ from cogview_pipelines.generation.canvas import refine
 from cogview_pipelines.generation.token_sequence import IGNORED_LABEL
 from cogview_pipelines.models.cogview2.sequences import iterative_super_resolution
 from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
-from cogview_pipelines.training.arguments import parse_config, run_script
+from cogview_pipelines.training.arguments import json_option, parse_config, run_script
 from cogview_pipelines.training.data.draws import Draw, draw_index, seeded_generator
 from cogview_pipelines.training.data.tokens import CanvasBatch, TokenData, TokenTrainConfig
 from cogview_pipelines.training.loop import train
@@ -73,7 +72,7 @@ class IterativeSRTrainConfig(TokenTrainConfig):
 
 def make_model(config: IterativeSRTrainConfig, data: TokenData) -> CogLMCanvasModel:
     """The CogLM with a canvas that sees the text."""
-    options, fine_grid = json.loads(config.model), tuple(data.fine.shape[1:])
+    options, fine_grid = (json_option(config, "model") or {}), tuple(data.fine.shape[1:])
     if config.from_scratch:
         options |= {"super_resolution": "iterative", "fine_grid": fine_grid}
         coglm_config = CogLMConfig.from_pretrained(config.transformer)

@@ -37,7 +37,7 @@ from cogview_pipelines.demo.captions import load_grammar, nouns, to_traditional
 from cogview_pipelines.json_lines import parse_object, read_lines
 from cogview_pipelines.models.cogview.tokenization_cogview import CogViewTokenizer
 from cogview_pipelines.models.cogview2.tokenization_icetk import IcetkTokenizer
-from cogview_pipelines.training.arguments import parse_config, run_script
+from cogview_pipelines.training.arguments import parse_config, read_words, run_script
 
 logger = logging.getLogger("train_tokenizer")
 
@@ -296,7 +296,7 @@ def train_tokenizer(config: TokenizerConfig) -> dict:
     check_config(config)
     sentencepiece.set_random_generator_seed(config.seed)
     texts = [text for path in config.train_files for text in read_texts(path, config.caption_keys)]
-    words = set(Path(config.words_file).read_text(encoding="utf-8").split()) if config.words_file else set()
+    words = set(read_words(config.words_file)) if config.words_file else set()
     if config.emoji_captions:
         texts.extend(emoji_texts(config.emoji_pairs, config.seed))
         texts.extend(emoji_sentences(config.emoji_sentences, config.seed))

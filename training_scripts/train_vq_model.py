@@ -19,7 +19,6 @@ On eight GPUs:
 
 import dataclasses
 import functools
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from cogview_pipelines.evaluation.reconstruction import psnr
 from cogview_pipelines.models.image_tokenizers.auto import IMAGE_TOKENIZERS
 from cogview_pipelines.models.image_tokenizers.modeling_cogview_vq import CODEBOOK_TRAINING
 from cogview_pipelines.training.adversary import SMALLEST_SIDE, PatchDiscriminator, WithAdversary
-from cogview_pipelines.training.arguments import TrainConfig, parse_config, run_script
+from cogview_pipelines.training.arguments import TrainConfig, json_option, parse_config, run_script
 from cogview_pipelines.training.data.chances import WeightedIndex
 from cogview_pipelines.training.data.draws import Draw, draw_index, seeded_generator
 from cogview_pipelines.training.data.pictures import PictureFolder, PicturePool, check_pictures, to_bytes
@@ -150,7 +149,7 @@ class PixelBatch:
 
 def make_model(config: VQTrainConfig) -> ImageTokenizer:
     """A new image tokenizer of the family, or a trained one."""
-    options = json.loads(config.model)
+    options = json_option(config, "model") or {}
     if config.init_from is not None:
         return load_trained(config, options)
     if config.family == "cogview2":

@@ -79,9 +79,17 @@ def read_whole_rows(path: str | Path, allow_nan: bool = False) -> Iterator[dict]
 
 def dump_line(row: dict) -> str:
     """A line that [`parse_object`] reads, with its line feed; letters stay letters."""
-    text = json.dumps(row, ensure_ascii=False).translate(_ENDS_OF_LINES)
-    # names of files may hold halves of letters (surrogates), which are escapes in JSON
-    return text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n"
+    return _storable(json.dumps(row, ensure_ascii=False).translate(_ENDS_OF_LINES)) + "\n"
+
+
+def dump_file(content: dict) -> str:
+    """The text of a file that holds one JSON object, for people to read; letters stay letters."""
+    return _storable(json.dumps(content, ensure_ascii=False, indent=2)) + "\n"
+
+
+def _storable(text: str) -> str:
+    """JSON that UTF-8 can hold: names of files may hold halves of letters (surrogates), which are escapes there."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def write_lines(file: IO[str], rows: Iterable[dict]) -> None:

@@ -40,8 +40,29 @@ def test_one_head_may_be_shown_alone(cogview2, tmp_path):
     [
         (["--head", "3"], "`--head` must be LAYER,HEAD"),
         (["--head", "99,0"], "`--head` must be below"),
+        (["--head", "9" * 5000 + ",0"], "`--head` must be LAYER,HEAD"),
+        (["-o", "~nouser-of-this-name/x"], "cannot be found"),
+        (["-o", "x" * 300], "File name too long"),
         (["--style", "nothing"], "nothing"),
     ],
 )
 def test_bad_input_is_told_in_a_line(cogview2, tmp_path, arguments, message):
-    assert_bad_input(cogview2("attend", PROMPT, "-o", tmp_path, *arguments), message)
+    assert_bad_input(cogview2("attend", PROMPT, *([] if "-o" in arguments else ["-o", tmp_path]), *arguments), message)
+
+
+def test_a_second_call_replaces_the_files_of_the_first_and_no_others(cogview2, tmp_path):
+    (tmp_path / "notes.txt").write_text("dear to me")
+    assert cogview2("attend", PROMPT, "--seed", 3, "-o", tmp_path).exit_code == 0
+    first = {path.name for path in tmp_path.iterdir()}
+    (tmp_path / "heads.png").unlink()  # as if a stop had come before
+    assert cogview2("attend", "a cat", "--seed", 3, "-o", tmp_path).exit_code == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    words = {row["file"] for row in json.loads((tmp_path / "attention.json").read_text())["words"]}
+    assert names == words | {"picture.png", "heads.png", "attention.json", "notes.txt"} and names != first
+
+
+@pytest.mark.parametrize("name", ["picture.png", "word-01-dog.png", "attention.json"])
+def test_files_of_others_are_not_replaced(cogview2, no_model, tmp_path, name):
+    (tmp_path / name).write_bytes(b"[]")
+    assert_bad_input(cogview2("attend", PROMPT, "-o", tmp_path), name, "Name another folder")
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_bytes() == b"[]"

@@ -121,6 +121,23 @@ def test_a_protocol_sets_what_the_paper_did_and_options_override(cogview2, liste
         (["--captions", "LIST", "-o", "out", "--network", "json:nothing"], "must be `module:function`"),
         (["--captions", "LIST", "-o", "out", "--clip", "no-such-folder"], "no model of pictures and texts"),
         (["--captions", "missing.jsonl", "-o", "out"], "missing.jsonl"),
+        (["--captions", "x" * 300 + ".tsv", "-o", "out"], "File name too long"),
+        (["--captions", "~nouser-of-this-name/x.jsonl", "-o", "out"], "cannot be found"),
+        (["--captions", "LIST", "-o", "~nouser-of-this-name/x"], "cannot be found"),
+        (["--captions", "LIST", "-o", "x" * 300], "File name too long"),
+        (["--captions", "LIST", "-o", "out", "--references", "missing.tsv"], "cannot read missing.tsv"),
+        (["--captions", "LIST", "-o", "out", "--references", "x" * 300], "must be in a folder"),
+        (["--captions", "LIST", "-o", "out", "--references", "~nouser-of-this-name/x"], "cannot be found"),
+        (["--captions", "LIST", "-o", "out", "--pictures", "~nouser-of-this-name/x"], "cannot be found"),
+        (["--captions", "LIST", "-o", "out", "--pictures", "missing"], "must be in a folder"),
+        (["--captions", "LIST", "-o", "out", "--inception", "x" * 300], "of Inception's weights"),
+        (["--captions", "LIST", "-o", "out", "--clip", "~nouser-of-this-name/x"], "cannot be found"),
+        (["--captions", "LIST", "-o", "out", "--network", "..:f"], "must be `module:function`"),
+        (["--captions", "LIST", "-o", "out", "--network", ":f"], "must be `module:function`"),
+        (["--captions", "LIST", "-o", "out", "--contrast", "nan"], "Invalid value for '--contrast'"),
+        (["--captions", "LIST", "-o", "out", "--radii", "nan"], "`--radii` must be"),
+        (["--captions", "LIST", "-o", "out", "--radii", "1,1.0000001"], "`--radii` must be"),
+        (["--captions", "LIST", "-o", "out", "--shard", "1/" + "9" * 5000], "`--shard` must be like 1/4"),
     ],
 )
 def test_bad_input_is_told_in_a_line_before_any_picture(cogview2, listed, tmp_path, monkeypatch, arguments, message):
@@ -136,3 +153,45 @@ def test_captions_that_do_not_fit_are_all_named_before_any_picture(cogview2, tmp
     result = cogview2("evaluate", "--captions", path, "-o", tmp_path / "out")
     assert result.exit_code == 2 and "caption 0: " in result.stderr and "caption 1: " in result.stderr
     assert not list(tmp_path.glob("out/**/*.png"))
+
+
+def test_captions_of_pictures_that_are_there_are_checked_before_the_first(cogview2, listed, tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({"id": f"{n:05d}", "caption": "a tiger " * 80}) + "\n" for n in range(2)))
+    result = cogview2("evaluate", "--captions", path, "--pictures", listed, "-o", tmp_path / "out")
+    assert result.exit_code == 2 and "caption 00000: " in result.stderr and "caption 00001: " in result.stderr
+    assert not (tmp_path / "out/evaluation.json").exists()
+
+
+def test_exporting_replaces_no_file_but_the_same(cogview2, listed, tmp_path):
+    export = ("evaluate", "--num", 2, "--height", FULL_SIZE, "--export")
+    before = {path.name: path.read_bytes() for path in listed.iterdir()}
+    result = cogview2(*export, listed)  # fewer, so that the list is another
+    assert_bad_input(result, "captions.jsonl is there already")
+    assert {path.name: path.read_bytes() for path in listed.iterdir()} == before
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "00001.png").write_bytes(b"my picture")
+    assert_bad_input(cogview2(*export, mine), "00001.png is there already")
+    assert (mine / "00001.png").read_bytes() == b"my picture" and not (mine / "captions.jsonl").exists()
+    (mine / "00001.png").unlink()  # what a stop left is gone on with
+    for _ in range(2):
+        assert cogview2(*export, mine).exit_code == 0
+    assert sorted(path.name for path in mine.iterdir()) == ["00000.png", "00001.png", "captions.jsonl"]
+
+
+def test_a_scorer_without_all_of_its_weights_is_refused(cogview2, listed, tmp_path):
+    from safetensors.torch import load_file, save_file
+    from transformers import CLIPConfig, CLIPModel
+
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    CLIPModel(
+        CLIPConfig(text_config={**small, "vocab_size": 16}, vision_config={**small, "image_size": 8, "patch_size": 4})
+    ).save_pretrained(tmp_path / "clip")
+    tensors = load_file(tmp_path / "clip/model.safetensors")
+    tensors.pop("visual_projection.weight")
+    save_file(tensors, tmp_path / "clip/model.safetensors", {"format": "pt"})
+    arguments = ("--captions", listed / "captions.jsonl", "-o", tmp_path / "out", "--clip", tmp_path / "clip")
+    assert_bad_input(cogview2("evaluate", *arguments), "it lacks weights: visual_projection.weight")
+    (tmp_path / "clip/model.safetensors").write_bytes(b"\xff" * 100)
+    assert_bad_input(cogview2("evaluate", *arguments), "is no model of pictures and texts")

@@ -58,6 +58,14 @@ def test_without_a_cache_there_is_the_shipped_one(cache, monkeypatch):
     assert [row["model"] for row in (*models.shipped_models(), *models.cached_models())] == ["shipped"]
 
 
+def test_a_file_in_place_of_the_cache_is_no_cache(cache, monkeypatch):
+    import huggingface_hub.constants
+
+    (cache / "file").write_text("dear to me")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache / "file"))
+    assert list(models.cached_models()) == []
+
+
 def complete(words):
     """What bash would be offered for the last of these words."""
     environment = {**os.environ, "_COGVIEW2_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(words)}

@@ -51,6 +51,15 @@ def test_coco_has_one_caption_for_each_picture_by_chance_but_the_same_on_every_m
     assert {row.id for seed in range(20) for row in read_captions(path, 3, seed)} > {row.id for row in some}
 
 
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
+    path = coco(tmp_path / "captions.json")
+    rows = read_captions(path)
+    path.write_text(path.read_text(), "utf-8-sig")
+    assert read_captions(path) == rows
+    (tmp_path / "captions.tsv").write_text("7\ta cat\n", "utf-8-sig")
+    assert read_captions(tmp_path / "captions.tsv") == [Captioned("7", "a cat")]
+
+
 def test_tsv_of_two_columns_and_of_cogviews_four(tmp_path):
     two, four = tmp_path / "two.tsv", tmp_path / "four.tsv"
     two.write_text("1\ta cat\n2\t一只猫\n", "utf-8")

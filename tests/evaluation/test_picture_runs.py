@@ -1,6 +1,7 @@
 """Evaluations that stop and go on, in shards, with pictures that cannot be read."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -186,6 +187,38 @@ def test_features_that_are_no_numbers_stop_the_run_before_they_are_kept(tmp_path
     assert not list((tmp_path).glob("blocks/*.safetensors"))
     with pytest.raises(ValueError, match=r"features of shape \(8, any\), but gave \(6,\)"):
         run_of(tmp_path, true_pictures, Maker(), network=lambda pixels: torch.zeros(6)).run()
+
+
+def test_figures_that_are_no_numbers_stop_the_run_before_they_are_kept(tmp_path, true_pictures):
+    scores = {"caption_loss": lambda images, rows: [float("nan") if row.id == "id3" else 1.0 for row in rows]}
+    run = run_of(tmp_path, true_pictures, make=Maker(), num=10, scores=scores)
+    run.begin()
+    with pytest.raises(ValueError, match="'caption_loss' of id3 is no finite number"):
+        run.run()
+    assert not list(tmp_path.glob("blocks/*"))
+
+
+def test_what_killed_runs_left_goes_and_all_may_read_what_is_kept(tmp_path, true_pictures):
+    run = run_of(tmp_path, true_pictures, make=Maker(), num=10)
+    run.begin()
+    for folder, name in (("blocks", "00000.safetensors"), ("pictures/00000", "000003.png")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / f".{name}.0123abcd.part").write_bytes(b"half")
+    run.run()
+    assert not list(tmp_path.rglob("*.part"))
+    modes = {path.stat().st_mode for path in tmp_path.rglob("*") if path.suffix in (".safetensors", ".png", ".json")}
+    (tmp_path / "new").touch()
+    assert modes == {(tmp_path / "new").stat().st_mode}
+
+
+def test_names_that_are_no_text_stand_in_the_results(tmp_path, true_pictures):
+    name = os.fsdecode(b"pictures\xff")
+    run = run_of(tmp_path, true_pictures, make=Maker(), num=10, settings={"pictures": name})
+    run.begin()
+    run.run()
+    assert run.results()["pictures"] == 10
+    assert json.loads((tmp_path / "evaluation.json").read_text("utf-8"))["settings"]["pictures"] == name
+    run.begin()  # the same again
 
 
 def test_too_few_pictures_for_the_features_are_told(tmp_path, true_pictures):

@@ -165,6 +165,12 @@ def test_an_adapter_of_another_model_is_refused_and_leaves_no_trace(pipe, adapte
         pipe.load_lora_weights(tmp_path / "bad.safetensors")
 
 
+def test_a_file_that_is_something_else_is_named(pipe, tmp_path):
+    (tmp_path / "pytorch_lora_weights.safetensors").write_text("<!DOCTYPE html><title>Log in</title>")
+    with pytest.raises(ValueError, match="is a web page, not the file itself"):
+        pipe.load_lora_weights(tmp_path)
+
+
 def test_without_peft_a_sentence_says_what_to_install(pipe, adapters, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match=r"pip install 'cogview_pipelines\[lora\]'"):

@@ -1,10 +1,20 @@
 """Options from the command line and from a YAML file."""
 
+import json
+import os
 from dataclasses import dataclass, field
 
 import pytest
 
-from cogview_pipelines.training.arguments import INTERRUPTED, TrainConfig, parse_config, run_script
+from cogview_pipelines.training.arguments import (
+    INTERRUPTED,
+    TrainConfig,
+    files_option,
+    json_option,
+    parse_config,
+    read_words,
+    run_script,
+)
 
 
 @dataclass
@@ -111,3 +121,41 @@ def test_a_program_says_what_went_wrong_in_a_sentence(capsys, error, status):
 def test_a_mistake_of_the_program_keeps_its_traceback():
     with pytest.raises(KeyError):
         run_script(lambda: {}["a"])
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "3", "[" * 100_000, "NaN", ""])
+def test_options_that_hold_json_name_themselves_where_they_do_not(text):
+    with pytest.raises(ValueError, match=r"`model` must be (a JSON object|JSON), but is"):
+        json_option(Config(output_dir="out", data="here", model=text), "model")
+    assert json_option(Config(output_dir="out", data="here", model='{"虎": 1}'), "model") == {"虎": 1}
+
+
+@pytest.mark.parametrize("name", ["", "../a", "a/b", "/a"])
+def test_files_are_copied_under_names_of_their_own(tmp_path, name):
+    (tmp_path / "card.md").write_text("# A model")
+    files = {"README.md": str(tmp_path / "card.md")}
+    assert files_option(_holding(files), "model") == files
+    with pytest.raises(ValueError, match="must hold names of files"):
+        files_option(_holding({name: str(tmp_path / "card.md")}), "model")
+    for source in (3, None, "nowhere", "x" * 300):
+        with pytest.raises(ValueError, match="which is no file"):
+            files_option(_holding({"a": source}), "model")
+
+
+def _holding(files):
+    return Config(output_dir="out", data="here", model=json.dumps(files))
+
+
+def test_words_come_from_any_kind_of_utf_8_and_other_text_is_named(tmp_path):
+    (tmp_path / "words.txt").write_text("a 老虎\r\n\ncat\n", "utf-8-sig")
+    assert read_words(tmp_path / "words.txt") == ["a", "老虎", "cat"]
+    (tmp_path / "words.txt").write_text("a cat", "utf-16")
+    with pytest.raises(ValueError, match="Save the file as UTF-8"):
+        read_words(tmp_path / "words.txt")
+
+
+def test_a_run_is_not_begun_where_its_weights_could_not_be_written():
+    with pytest.raises(ValueError, match="`output_dir` must be a name in UTF-8"):
+        Config(output_dir=os.fsdecode(b"\xff"), data="here").check()
+    with pytest.raises(ValueError, match="`learning_rate` must be at least 0"):
+        Config(output_dir="out", data="here", learning_rate=float("inf")).check()

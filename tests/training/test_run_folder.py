@@ -13,6 +13,7 @@ import torch
 from cogview_pipelines.training import run_folder
 from cogview_pipelines.training.run_folder import (
     disk_errors,
+    filling,
     locked,
     remove_leftovers,
     replacing,
@@ -21,6 +22,8 @@ from cogview_pipelines.training.run_folder import (
     set_modes,
     write_json,
 )
+
+from .. import child_processes as children
 
 
 def test_the_lock_holds_between_processes_and_ends_with_the_one_that_has_it(tmp_path):
@@ -41,6 +44,42 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"`output_dir` .*file/run cannot be made"), locked(tmp_path / "file/run"):
         pass
+
+
+def test_a_folder_that_is_filled_never_looks_whole_before_it_is_and_keeps_what_else_is_in_it(tmp_path):
+    folder = tmp_path / "model"
+
+    def prepare():
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "part").mkdir(parents=True)
+        for name in ("notes.txt", "index.json", "part/weights"):
+            (folder / name).write_text("old")
+
+    def fill():
+        with filling(folder, "index.json") as partial:
+            (partial / "part").mkdir(parents=True)
+            for name in ("index.json", "part/weights", "part/more"):
+                (partial / name).write_text("new")
+        return True
+
+    def content():
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        return {path.relative_to(folder).as_posix(): path.read_text() for path in paths}
+
+    whole = {"notes.txt": "old", "index.json": "new", "part/weights": "new", "part/more": "new"}
+    at, was_killed, states = 0, True, []
+    while was_killed:
+        prepare()
+        was_killed = children.kill_before_change(fill, tmp_path, at, writes=("",))
+        states.append(content())
+        children.run(fill)
+        assert content() == whole and [path.name for path in tmp_path.iterdir()] == ["model"], at
+        at += 1
+    assert len(states) > 10
+    for state in states:
+        has_index = "index.json" in state
+        assert not has_index or state == whole or set(state.values()) == {"old"}, state
+        assert state["notes.txt"] == "old"
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])

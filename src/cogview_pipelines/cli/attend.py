@@ -1,16 +1,21 @@
 """`cogview2 attend`: where the model looks while it draws."""
 
+import os
 import random
+import re
 from pathlib import Path
 
 import typer
 
-from .console import bad_input, expand, fail, failures, make_writable_folder, say, warn_of_unknown
+from .console import bad_input, expand, fail, failures, make_writable_folder, say, warn_of_unknown, whole_numbers
 from .loading import DEVICE_OPTION, DTYPE_OPTION, MODEL_OPTION, DType, describe_model, load_pipeline
 from .names import slug
 
 _SIDE = 240  # pixels of a map
 _TILE = 63  # of a head in the table of heads
+_NUMBERS = "attention.json"
+_FIXED = (_NUMBERS, "picture.png", "heads.png")
+_WORD = re.compile(r"word-\d{2,}-.*\.png", re.DOTALL)
 
 
 def attend(
@@ -38,6 +43,7 @@ def attend(
     folder = expand(output, "--output")
     make_writable_folder(folder)
     seed = random.SystemRandom().randrange(2**31) if seed is None else seed
+    earlier = _earlier_files(folder)
     pipe = load_pipeline(model, device, dtype)
     if not hasattr(pipe, "attention_maps"):
         fail(f"`--model`: a {type(pipe).__name__} does not write pictures from texts.")
@@ -51,38 +57,63 @@ def attend(
     call = {} if style is None else {"style": style}
     with bad_input((ValueError, TypeError)), failures():
         maps = pipe.attention_maps(prompt, generator=torch.Generator().manual_seed(seed), **call)
-        _write(folder, maps, chosen, {"prompt": prompt, "seed": seed, **describe_model(model)})
+        _write(folder, maps, chosen, {"prompt": prompt, "seed": seed, **describe_model(model)}, earlier)
 
 
 def _read_head(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
-    parts = text.split(",")
-    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+    numbers = whole_numbers(text, 2)
+    if numbers is None:
         fail(f"`--head` must be LAYER,HEAD, as in 3,0, but is {text!r}.")
-    return int(parts[0]), int(parts[1])
+    return numbers
 
 
-def _write(folder: Path, maps, head: tuple[int, int] | None, metadata: dict) -> None:
+def _earlier_files(folder: Path) -> list[Path]:
+    """
+    The files of an earlier call in a folder, which this one replaces. Files of the same names that are not its are an
+    error: they are somebody's pictures.
+    """
     import json
 
-    from ..pictures.png import save_png
+    path = folder / _NUMBERS
+    there = [each for each in sorted(folder.iterdir()) if each.name in _FIXED or _WORD.fullmatch(each.name)]
+    if not os.path.lexists(path):
+        names = []
+    else:
+        try:
+            numbers = json.loads(path.read_text(encoding="utf-8"))
+            names = [*_FIXED, *(row["file"] for row in numbers["words"])]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            fail(f"`--output`: {path} was not written by this command. Name another folder.")
+    others = [each for each in there if each.name not in names]
+    if others:
+        fail(f"`--output`: {others[0]} is there already, and would be replaced. Name another folder.")
+    return there
 
-    picture = maps.image.resize((_SIDE, _SIDE))
-    save_png(picture, folder / "picture.png", metadata)
-    names = []
-    for index, word in enumerate(maps.words):
-        names.append(f"word-{index:02d}-{slug(word)}.png")
-        save_png(_overlay(picture, maps.word_map(index, head)), folder / names[-1], {**metadata, "word": word})
-    save_png(_table_of_heads(maps.offsets), folder / "heads.png", metadata)
+
+def _write(folder: Path, maps, head: tuple[int, int] | None, metadata: dict, earlier: list[Path]) -> None:
+    from ..json_lines import dump_file
+    from ..pictures.png import save_png, write_whole
+
+    names = [f"word-{index:02d}-{slug(word)}.png" for index, word in enumerate(maps.words)]
     numbers = {
         **metadata,
         "words": [{"word": word, "file": name} for word, name in zip(maps.words, names, strict=True)],
         "share_of_words": maps.maps.mean((-1, -2)).tolist(),
         "score_scales": maps.score_scales.tolist(),
     }
-    (folder / "attention.json").write_text(json.dumps(numbers, ensure_ascii=False), encoding="utf-8")
-    for name in ("picture.png", *names, "heads.png", "attention.json"):
+    for path in earlier:
+        if path.name != _NUMBERS:
+            path.unlink(missing_ok=True)
+    # first, so that pictures after which a stop came are known as this command's
+    write_whole(folder / _NUMBERS, dump_file(numbers).encode())
+    picture = maps.image.resize((_SIDE, _SIDE))
+    save_png(picture, folder / "picture.png", metadata)
+    for index, (word, name) in enumerate(zip(maps.words, names, strict=True)):
+        save_png(_overlay(picture, maps.word_map(index, head)), folder / name, {**metadata, "word": word})
+    save_png(_table_of_heads(maps.offsets), folder / "heads.png", metadata)
+    for name in ("picture.png", *names, "heads.png", _NUMBERS):
         say(folder / name)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import sys
 import tempfile
@@ -102,6 +103,26 @@ def fail_all(messages: list[str], shown: int = 20) -> NoReturn:
     if len(messages) > shown:
         say(f"Error: and {len(messages) - shown} more.", err=True)
     raise typer.Exit(BAD_INPUT)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, as far as it fits on a line; its kind, if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def finite(value: float | None) -> float | None:
+    """Callback of options: a number that can be counted with. Not all versions of bounds keep `nan` out."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no number that can be counted with.")
+    return value
+
+
+def whole_numbers(text: str, count: int) -> tuple[int, ...] | None:
+    """So many whole numbers from 0 on, parted by commas; `None` if the text is something else."""
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) != count or not all(part.isdecimal() and len(part) < 19 for part in parts):
+        return None
+    return tuple(map(int, parts))
 
 
 def warn_of_unknown(tokenizer, text: str, name: str = "the prompt") -> None:

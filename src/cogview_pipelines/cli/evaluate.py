@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from .console import fail
+from .console import fail, finite
 from .loading import DEVICE_OPTION, DTYPE_OPTION, MODEL_OPTION, DType
 
 
@@ -122,7 +122,9 @@ def evaluate(
         help="What the papers did: 30000 captions, and the best of 16 (cogview2), or of 60 with contrast 1.5"
         " (cogview). Options given beside it override.",
     ),
-    contrast: float = typer.Option(None, min=0, max=100, help="Factor for the pictures that were made.  [default: 1]"),
+    contrast: float = typer.Option(
+        None, min=0, max=100, callback=finite, help="Factor for the pictures that were made.  [default: 1]"
+    ),
     radii: str = typer.Option(None, help="Of the blur of both sides, a FID for each.  [default: 0,1,2,4,8]"),
     size: int = typer.Option(256, min=1, max=4096, help="Both sides are resized to this many pixels."),
     inception: Path = typer.Option(

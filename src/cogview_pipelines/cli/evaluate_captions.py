@@ -1,10 +1,23 @@
 """`cogview2 evaluate --captions`: the measures of the papers' tables, of any captions and pictures."""
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .console import bad_input, expand, fail, fail_all, failures, make_writable_folder, say, say_json
+from .console import (
+    bad_input,
+    expand,
+    fail,
+    fail_all,
+    failures,
+    first_line,
+    make_writable_folder,
+    say,
+    say_json,
+    whole_numbers,
+)
 from .families import pipeline_for
 from .loading import DType, describe_model, load_pipeline
 
@@ -63,8 +76,9 @@ def evaluate_captions(options: CaptionsOptions) -> None:
     with bad_input():
         radii = _read_radii(options.radii)
         rows = read_captions(expand(options.captions, "--captions"), chosen["num"], options.seed)
-        references = open_references(options.references) if options.references else None
-        made = open_references(options.pictures) if options.pictures is not None else None
+        places = [expand(path, "--references") for path in options.references or ()]
+        references = open_references(places) if places else None
+        made = None if options.pictures is None else open_references(expand(options.pictures, "--pictures"))
     folder = expand(options.output, "--output")
     make_writable_folder(folder)
     with bad_input(), failures():
@@ -87,6 +101,7 @@ def _build_run(options, chosen, radii, rows, references, made, folder: Path) -> 
     from ..environment import stamp
     from ..evaluation.embedding_scores import EmbeddingScorer
     from ..evaluation.picture_runs import PictureRun, Preparation
+    from ..pipelines.common.arguments import check_taken
     from .loading import choose_device
 
     device = choose_device(options.device)
@@ -95,13 +110,17 @@ def _build_run(options, chosen, radii, rows, references, made, folder: Path) -> 
         fail("--references need a network that compares: --inception FILE or --network MODULE:FUNCTION.")
     pipe = load_pipeline(options.model, options.device, options.dtype)
     pipe.set_progress_bar_config(disable=True)
+    captioner = pipeline_for(pipe, "caption")
+    captioner.set_progress_bar_config(disable=True)
+    _check_captions(rows, captioner.check_texts)
     make, call = None, {}
     if made is None:
         call = {"height": options.height, "style": options.style, "num_candidates": chosen["candidates"]}
         call = {name: value for name, value in call.items() if value is not None}
-        _check_captions(pipe, rows, call)
+        check_taken(pipe, call)
+        _check_captions(rows, lambda caption: pipe.check_inputs(caption, **call))
         make = _maker(pipe, call, options.batch_size)
-    scores = {"caption_loss": _caption_loss(pipe)}
+    scores = {"caption_loss": _caption_loss(captioner)}
     if options.clip is not None:
         scores["clip_score"] = _clip_score(options.clip, device, EmbeddingScorer)
     return PictureRun(
@@ -160,11 +179,11 @@ def _settings(options: CaptionsOptions, chosen: dict, radii, num: int, call: dic
     }
 
 
-def _check_captions(pipe, rows, call: dict) -> None:
+def _check_captions(rows, check: Callable[[str], object]) -> None:
     errors = []
     for row in rows:
         try:
-            pipe.check_inputs(row.caption, **call)
+            check(row.caption)
         except ValueError as error:
             errors.append(f"caption {row.id}: {error}")
     if errors:
@@ -184,20 +203,22 @@ def _maker(pipe, call: dict, batch_size: int):
     return make
 
 
-def _caption_loss(pipe):
-    captioner = pipeline_for(pipe, "caption")
-    captioner.set_progress_bar_config(disable=True)
+def _caption_loss(captioner):
     return lambda images, rows: captioner.score(list(images), [row.caption for row in rows]).tolist()
 
 
 def _clip_score(folder: str, device: str, scorer_class):
     from transformers import AutoModel, AutoProcessor
 
+    source = os.fspath(expand(Path(folder), "--clip"))
     try:
-        model = AutoModel.from_pretrained(folder).eval().to(device)
-        scorer = scorer_class(model, AutoProcessor.from_pretrained(folder))
-    except (OSError, ValueError, ImportError) as error:
-        fail(f"`--clip`: {folder} is no model of pictures and texts: {str(error).splitlines()[0]}")
+        options = {"trust_remote_code": False}  # else it asks, in the middle of the work
+        model, info = AutoModel.from_pretrained(source, output_loading_info=True, **options)
+        if info["missing_keys"]:
+            raise ValueError(f"it lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}, ...")
+        scorer = scorer_class(model.eval().to(device), AutoProcessor.from_pretrained(source, **options))
+    except Exception as error:  # whatever a damaged file or the Hub makes the loaders raise
+        fail(f"`--clip`: {folder} is no model of pictures and texts: {first_line(error)}")
     return lambda images, rows: scorer(images, [row.caption for row in rows])
 
 
@@ -208,7 +229,8 @@ def _read_radii(text: str | None) -> tuple[float, ...]:
         return RADII
     try:
         radii = tuple(float(part) for part in text.split(","))
-        if not all(0 <= radius < 1000 for radius in radii) or len(set(radii)) != len(radii):
+        names = {f"{radius:g}" for radius in radii}
+        if not all(0 <= radius < 1000 for radius in radii) or len(names) != len(radii):
             raise ValueError
     except ValueError:
         raise ValueError(f"`--radii` must be different numbers from 0 on, as in 0,1,2,4,8, but is {text!r}.") from None
@@ -219,10 +241,10 @@ def _read_shard(text: str | None) -> tuple[int, int]:
     """`"1/4"`, the first of four, to `(0, 4)`."""
     if text is None:
         return 0, 1
-    index, _, count = text.partition("/")
-    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+    index, count = whole_numbers(text.replace("/", ",", 1), 2) or (0, 0)
+    if "/" not in text or not 1 <= index <= count:
         fail(f"`--shard` must be like 1/4, the first of four, but is {text!r}.")
-    return int(index) - 1, int(count)
+    return index - 1, count
 
 
 def _plan(num: int, candidates: int | None, exist: bool) -> str:

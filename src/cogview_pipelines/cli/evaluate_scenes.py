@@ -1,5 +1,6 @@
 """`cogview2 evaluate` without captions: how many pictures of the demo scenes show what their prompts say."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,19 +49,20 @@ def evaluate_scenes(options: ScenesOptions) -> None:
         cases = evaluation.choose_cases(
             scope, options.split, options.language, options.num, options.seed, options.layout
         )
-        sprites = None if options.sprites is None else SpriteSet(options.sprites)
+        sprites = None if options.sprites is None else SpriteSet(expand(options.sprites, "--sprites"))
     if options.export is not None:
         _export(expand(options.export, "--export"), cases, options.height or 240)
         return
-    if options.save is not None:
-        make_writable_folder(options.save)
+    save = None if options.save is None else expand(options.save, "--save")
+    if save is not None:
+        make_writable_folder(save, "--save")
     pipe = load_pipeline(options.model, options.device, options.dtype)
     pipe.set_progress_bar_config(disable=None, leave=False)
     call = {name: value for name in ("height", "style") if (value := getattr(options, name)) is not None}
     settings = _check_call(pipe, cases, call)
     if len(cases) < options.num:
         say(f"There are {len(cases)} such scenes; all of them are used.", err=True)
-    saver = None if options.save is None else _saver(options.save, settings, options.model)
+    saver = None if save is None else _saver(save, settings, options.model)
     with bad_input(), failures():
         result = _measure(pipe, cases, options, call, sprites, saver)
     _print(_report(options, pipe, cases, result), options.as_json)
@@ -127,18 +129,27 @@ def _report(options: ScenesOptions, pipe, cases: list["Case"], result: dict) -> 
 
 
 def _export(folder: Path, cases: list, size: int) -> None:
-    """Scenes as a list of captions with true pictures."""
+    """Scenes as a list of captions with true pictures. What is there already must be the same."""
     from ..demo import render
-    from ..json_lines import write_lines
-    from ..pictures.png import save_png
+    from ..json_lines import dump_line
+    from ..pictures.png import encode_png, write_whole
 
-    make_writable_folder(folder)
+    make_writable_folder(folder, "--export")
     rows = [{"id": f"{index:05d}", "caption": case.caption} for index, case in enumerate(cases)]
+
+    def write(name: str, content: bytes) -> None:
+        path = folder / name
+        if not os.path.lexists(path):
+            write_whole(path, content)
+        elif not path.is_file() or path.read_bytes() != content:
+            fail(f"`--export`: {path} is there already, and something else. Name another folder.")
+
     with failures():
+        if os.path.lexists(folder / "captions.jsonl"):  # before any picture
+            write("captions.jsonl", "".join(map(dump_line, rows)).encode())
         for row, case in zip(rows, cases, strict=True):
-            save_png(render(case.scene, size), folder / f"{row['id']}.png", None)
-        with open(folder / "captions.jsonl", "w", encoding="utf-8") as file:
-            write_lines(file, rows)
+            write(f"{row['id']}.png", encode_png(render(case.scene, size), None))
+        write("captions.jsonl", "".join(map(dump_line, rows)).encode())
     say(folder / "captions.jsonl")
 
 

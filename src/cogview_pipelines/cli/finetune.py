@@ -1,9 +1,12 @@
 """`cogview2 finetune`: pictures and captions to a model that knows them, over the training scripts."""
 
+import contextlib
 import enum
 import json
 import os
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -11,11 +14,14 @@ from pathlib import Path
 
 import typer
 
-from .console import FAILURE, expand, fail, say
+from ..json_lines import dump_file
+from .console import FAILURE, expand, fail, failures, finite, first_line, say
+from .families import SAVED_AS
 from .loading import MODEL_OPTION, find_model
 
 INTERRUPTED = 75  # exit status of a script that can be resumed
 REPORT = "finetuning.json"
+PRECISIONS = ("no", "bf16", "fp16")
 
 
 class Stage(str, enum.Enum):
@@ -65,16 +71,25 @@ def finetune(
     steps: int = typer.Option(300, min=1, help="Updates of the weights of each stage."),
     batch_size: int = typer.Option(16, min=1, help="Pictures in a forward pass, on each process."),
     learning_rate: float = typer.Option(
-        None, min=0, help="Peak learning rate.  [default: by the size of the model, and whether weights or adapters]"
+        None,
+        min=0,
+        callback=finite,
+        help="Peak learning rate.  [default: by the size of the model, and whether weights or adapters]",
     ),
     held_out: float = typer.Option(
-        0.1, min=0, max=0.9, help="Share of the pictures that is not trained on: their loss tells how well it goes."
+        0.1,
+        min=0,
+        max=0.9,
+        callback=finite,
+        help="Share of the pictures that is not trained on: their loss tells how well it goes.",
     ),
     fit: str = typer.Option("crop", help="How pictures become squares: crop takes the middle, pad adds white."),
     mixed_precision: str = typer.Option(None, help="no, bf16 or fp16.  [default: bf16 on a GPU that has it, else no]"),
-    max_minutes: float = typer.Option(None, min=0, help="Stop after so many minutes; the same command goes on."),
+    max_minutes: float = typer.Option(
+        None, min=0, callback=finite, help="Stop after so many minutes; the same command goes on."
+    ),
     launcher: str = typer.Option(
-        f"{sys.executable}",
+        shlex.quote(sys.executable),
         help='What starts the training scripts, such as "accelerate launch --num_processes 8".',
         show_default="this Python",
     ),
@@ -102,16 +117,25 @@ def finetune(
         fail("The training scripts are not here. Install the package from a checkout, or run this there.")
     if fit not in ("crop", "pad"):
         fail(f"`--fit` must be crop or pad, but is {fit}.")
+    if mixed_precision not in (None, *PRECISIONS):
+        fail(f"`--mixed-precision` must be {', '.join(PRECISIONS)}, but is {mixed_precision!r}.")
     pictures = expand(pictures, "PICTURES")
     captions = pictures / "captions.jsonl" if captions is None else expand(captions, "--captions")
-    if not pictures.is_dir():
+    if not os.path.isdir(pictures):
         fail(f"There is no folder of pictures at {pictures}.")
-    if not captions.is_file():
+    if not os.path.isfile(captions):
         fail(f'`--captions`: there is no file {captions}. A line of it is {{"file": "cat.jpg", "en": "a cat"}}.')
     output = expand(output, "--output")
+    if output.name in ("", ".."):  # of the folder that we are in, and those around it
+        output = Path(os.path.abspath(output))
+    for option, path in (("--output", output), ("--work", work)):
+        if path is not None and os.fsencode(path).decode("utf-8", "ignore") != os.fspath(path):
+            fail(f"`{option}` must be a name in UTF-8, which {path} is not: weights cannot be written there.")
+    if not output.name:
+        fail(f"`--output` must be a folder of its own, but is {output}.")
     job = Job(
         scripts=scripts,
-        launcher=shlex.split(launcher),
+        launcher=_read_launcher(launcher),
         model=find_model(model, "cogview2"),
         output=output,
         work=output.with_name(f"{output.name}.work") if work is None else expand(work, "--work"),
@@ -131,11 +155,16 @@ def finetune(
         "seed": seed,
     }
     job.begin(asked)
+    if job.is_done(asked):
+        say("It is done already.", err=True)
+        say(output)
+        return
     job.prepare(asked)
     for stage in job.choose(stages):
         job.train(stage, asked, mixed_precision)
-    job.assemble(asked)
-    job.evaluate(asked)
+    with failures():
+        job.assemble(asked)
+        job.evaluate(asked)
 
 
 class Job:
@@ -146,6 +175,8 @@ class Job:
     ):
         self.scripts, self.launcher, self.model = scripts, launcher, _on_this_machine(model)
         self.output, self.work, self.minutes = output, work, minutes
+        # what is made is put together here, so that `output` is whole or is not there
+        self.part = None if output is None else output.with_name(f".{output.name}.part")
         self.started = time.monotonic()
         self.index = self._read_index()
 
@@ -153,9 +184,12 @@ class Job:
         from ..pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
 
         try:
-            return dict(CogView2Pipeline.load_config(self.model))
+            index = dict(CogView2Pipeline.load_config(self.model))
         except Exception as error:  # whatever a damaged file or the Hub makes the loaders raise
-            fail(f"`--model`: {self.model} cannot be read: {str(error).splitlines()[0]}")
+            fail(f"`--model`: {self.model} cannot be read: {first_line(error)}")
+        if SAVED_AS.get(index.get("_class_name")) != "cogview2":
+            fail(f"`--model`: {self.model} holds a {index.get('_class_name')}; this command takes a CogView2Pipeline.")
+        return index
 
     def choose(self, stages: list[Stage] | None) -> list[Stage]:
         """The stages to train, in order."""
@@ -171,26 +205,54 @@ class Job:
         """What fits the size of the model."""
         from ..models.cogview2.modeling_coglm import CogLMConfig
 
-        config = CogLMConfig.from_pretrained(self.model, subfolder="transformer")
+        try:
+            config = CogLMConfig.from_pretrained(self.model, subfolder="transformer")
+        except Exception as error:  # as above
+            fail(f"`--model`: the transformer of {self.model} cannot be read: {first_line(error)}")
         return LEARNING_RATES["small" if config.hidden_size <= SMALL else "large"][adapters]
 
     # Steps -----------------------------------------------------------------------------------------------------------
 
     def begin(self, asked: dict) -> None:
-        """Make the work folder; one of another finetuning is an error."""
+        """Make the work folder; one of another finetuning is an error, and an output that is something else."""
+        from ..pictures.png import write_whole
+
+        try:
+            there = os.listdir(self.output) if os.path.lexists(self.output) else []
+            if there and REPORT not in there:
+                fail(f"`--output`: {self.output} is there already. Name another folder, or remove it.")
+            if not os.path.lexists(self.part):  # rather fail now than after hours of training
+                self.part.mkdir(parents=True)
+                self.part.rmdir()
+        except OSError as error:
+            fail(f"`--output`: {self.output} cannot be made: {error.strerror or error}. Name another folder.")
         try:
             self.work.mkdir(parents=True, exist_ok=True)
             note = self.work / "asked.json"
             before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else asked
-        except (OSError, ValueError) as error:
-            fail(f"`--work`: {self.work} cannot be used: {error}")
+            if not isinstance(before, dict):
+                raise ValueError(f"{note} is damaged")
+        except (OSError, ValueError, RecursionError) as error:
+            fail(f"`--work`: {self.work} cannot be used: {first_line(error)}. Name another folder, or remove it.")
         changed = [name for name in asked if before.get(name) != asked[name]]
         if changed:
             was = ", ".join(f"{name} was {before.get(name)!r}" for name in changed)
             fail(f"`--work`: {self.work} is of another finetuning ({was}). Name another folder, or remove it.")
-        if self.output.exists() and not (self.output / REPORT).is_file() and any(self.output.iterdir()):
-            fail(f"`--output`: {self.output} is there already. Name another folder, or remove it.")
-        note.write_text(json.dumps(asked, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        with failures():
+            write_whole(note, dump_file(asked).encode())
+
+    def is_done(self, asked: dict) -> bool:
+        """Whether the output is there; that of another finetuning is an error."""
+        if not os.path.lexists(self.output / REPORT):
+            return False
+        try:
+            report = json.loads((self.output / REPORT).read_text(encoding="utf-8"))
+            is_same = all(report[name] == value for name, value in asked.items())
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            is_same = False
+        if not is_same:
+            fail(f"`--output`: {self.output} is of another finetuning. Name another folder, or remove it.")
+        return True
 
     def prepare(self, asked: dict) -> None:
         """Pictures to tokens, unless they are."""
@@ -212,8 +274,10 @@ class Job:
 
     def train(self, stage: Stage, asked: dict, mixed_precision: str | None) -> None:
         """A stage, from where it stands to its last step."""
+        from ..training.run_folder import read_run
+
         folder, steps = self.work / stage.value, asked["steps"]
-        if _state(folder).get("state") == "finished":
+        if read_run(folder).get("state") == "finished":
             return
         say(f"Training {stage.value}: {steps} steps", err=True)
         held_out = self.work / "data" / "held_out"
@@ -258,11 +322,13 @@ class Job:
         self._run(self.launcher, SCRIPTS[stage], options)
 
     def assemble(self, asked: dict) -> None:
-        """One pipeline of all parts, or one adapter."""
+        """One pipeline of all parts, or one adapter, not yet under its name."""
+        if os.path.lexists(self.part):  # a stop came before
+            shutil.rmtree(self.part)
         if asked["lora_rank"] is not None:
             return self._join_adapters(asked)
         say("One pipeline of all parts", err=True)
-        options = {"like": self.model, "output_dir": self.output}
+        options = {"like": self.model, "output_dir": self.part}
         for stage in asked["stages"]:
             options[COMPONENTS[Stage(stage)]] = self.work / stage / "final"
         self._run([sys.executable], "assemble_pipeline.py", options)
@@ -274,57 +340,73 @@ class Job:
         for stage in asked["stages"]:
             own, config = read_lora(self.work / stage / "final", [*COMPONENTS.values()])
             weights, configs = weights | own, configs | config
-        write_lora(self.output, weights, configs)
+        write_lora(self.part, weights, configs)
 
     def evaluate(self, asked: dict) -> None:
-        """Losses of held-out pictures before and after, and sample pictures from held-out captions."""
+        """
+        Losses of held-out pictures before and after, and sample pictures from held-out captions; then all is whole,
+        and gets its name.
+        """
         import torch
 
         from .loading import load_pipeline
 
         losses = {stage: _losses(self.work / stage) for stage in asked["stages"]}
         report = {**asked, "held_out_losses": losses}
-        (self.output / REPORT).write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        (self.part / REPORT).write_text(dump_file(report), encoding="utf-8")
         for stage, (before, after) in losses.items():
-            if before is not None:
+            if None not in (before, after):
                 say(f"{stage}: loss of held-out pictures {before:.3f} before, {after:.3f} after", err=True)
-        pipe = load_pipeline(self.model if asked["lora_rank"] is not None else os.fspath(self.output))
+        pipe = load_pipeline(self.model if asked["lora_rank"] is not None else os.fspath(self.part))
         if asked["lora_rank"] is not None:
-            pipe.load_lora_weights(self.output)
+            pipe.load_lora_weights(self.part)
             pipe.fuse_lora()
         pipe.set_progress_bar_config(disable=True)
-        prompts = self._prompts()
-        generators = [torch.Generator().manual_seed(asked["seed"] + index) for index in range(len(prompts))]
-        images = pipe(prompts, generator=generators).images
-        _save_grid(images, self.output / "samples.png")
-        (self.output / "samples.txt").write_text("".join(f"{prompt}\n" for prompt in prompts), encoding="utf-8")
+        prompts = self._prompts(pipe)
+        if prompts:
+            generators = [torch.Generator().manual_seed(asked["seed"] + index) for index in range(len(prompts))]
+            _save_grid(pipe(prompts, generator=generators).images, self.part / "samples.png")
+            lines = "".join(f"{' '.join(prompt.split())}\n" for prompt in prompts)
+            (self.part / "samples.txt").write_text(lines, encoding="utf-8")
+        if os.path.lexists(self.output):  # and empty
+            self.output.rmdir()
+        os.replace(self.part, self.output)
         say(self.output)
         if asked["lora_rank"] is not None:
             say(f"Use it by `pipe.load_lora_weights({os.fspath(self.output)!r})`.", err=True)
 
-    def _prompts(self, most: int = 9) -> list[str]:
-        """Captions of held-out pictures, or else of those that were trained on."""
+    def _prompts(self, pipe, most: int = 9) -> list[str]:
+        """Captions of held-out pictures, or else of those that were trained on; such that the model reads whole."""
         from ..json_lines import parse_object, read_lines
 
         folder = self.work / "data" / "held_out"
         folder = folder if folder.is_dir() else self.work / "data"
-        rows = [parse_object(line) for _, line in read_lines(folder / "captions.jsonl")]
-        texts = [next(row[language] for language in ("en", "zh") if row.get(language))[0] for row in rows]
-        return texts[:: -(-len(texts) // most)]
+        texts = []
+        for _, line in read_lines(folder / "captions.jsonl"):
+            captions = parse_object(line)
+            text = next((captions[language][0] for language in ("en", "zh") if captions.get(language)), "")
+            with contextlib.suppress(ValueError):
+                pipe.check_inputs(text)
+                texts.append(text)
+        return texts[:: max(1, -(-len(texts) // most))]
 
     # Programs --------------------------------------------------------------------------------------------------------
 
     def _run(self, launcher: list[str], script: str, options: dict) -> None:
         """Run a script to its end, or end as it does."""
         arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-        # a signal reaches both: the script saves and ends, and this waits for it
+        # Ctrl-C reaches both, SIGTERM only this: the script saves and ends, and this waits for it
         process = subprocess.Popen([*launcher, os.fspath(self.scripts / script), *arguments])
-        while True:
-            try:
-                code = process.wait()
-                break
-            except KeyboardInterrupt:
-                continue
+        before = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
+        try:
+            while True:
+                try:
+                    code = process.wait()
+                    break
+                except KeyboardInterrupt:
+                    continue
+        finally:
+            signal.signal(signal.SIGTERM, before)
         if code == INTERRUPTED:
             self._stop()
         if code:
@@ -344,21 +426,25 @@ def _on_this_machine(model: str) -> str:
     try:
         return snapshot_download(model)
     except Exception as error:  # no network, no such model, no room
-        fail(f"`--model`: {model} could not be fetched from the Hub: {str(error).splitlines()[0]}")
+        fail(f"`--model`: {model} could not be fetched from the Hub: {first_line(error)}")
 
 
-def _state(folder: Path) -> dict:
+def _read_launcher(text: str) -> list[str]:
     try:
-        return json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+        parts = shlex.split(text)
+    except ValueError as error:
+        fail(f"`--launcher` must be a command, but is {text!r}: {error}.")
+    if not parts or shutil.which(parts[0]) is None:
+        fail(f"`--launcher` must begin with a program, but is {text!r}.")
+    return parts
 
 
 def _losses(folder: Path) -> tuple[float | None, float | None]:
     """Held-out loss of a run before its first step and after its last."""
+    from ..json_lines import read_whole_rows
+
     before = after = None
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in read_whole_rows(folder / "metrics.jsonl"):
         before, after = row.get("held_out_loss_before", before), row.get("held_out_loss", after)
     return before, after
 

@@ -14,7 +14,7 @@ import typer
 
 from ..environment import SHIPPED_MODEL
 from ..foreign_files import describe_foreign_file
-from .console import expand, fail
+from .console import expand, fail, first_line
 from .families import SAVED_AS, pipeline_class
 from .models import SHIPPED, complete_model
 
@@ -63,7 +63,7 @@ def choose_device(device: str | None) -> str:
     try:
         kind = torch.empty(0, device=device).device.type
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        fail(f"`--device` {device!r} cannot be used here: {str(error).splitlines()[0]}")
+        fail(f"`--device` {device!r} cannot be used here: {first_line(error)}")
     if kind == "meta":
         fail("`--device` 'meta' has shapes, but no numbers. Name a device that computes, such as cpu.")
     return device
@@ -171,7 +171,7 @@ def load_pipeline(
     except typer.Exit:
         raise
     except Exception as error:  # whatever a damaged file makes the loaders raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         if os.path.exists(source):
             for path in sorted(Path(source).glob("*/*.*")):
                 if path.suffix in _SAVED and (foreign := describe_foreign_file(path)) is not None:

@@ -51,7 +51,7 @@ def cached_models() -> Iterator[dict]:
 
     try:
         repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
-    except (CacheNotFound, OSError):
+    except (CacheNotFound, OSError, ValueError):  # ValueError: a file in place of the folder
         return
     for repository in sorted(repositories, key=lambda one: one.repo_id):
         names, revisions = set(), []

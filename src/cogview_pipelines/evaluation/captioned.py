@@ -118,7 +118,7 @@ def _read_jsonl(path: Path) -> Iterator[Captioned]:
 
 def _read_coco(path: Path) -> Iterator[Captioned]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         names = {image["id"]: image["file_name"] for image in content["images"]}
         for row in sorted(content["annotations"], key=lambda row: row["id"]):
             yield Captioned(str(row["id"]), " ".join(row["caption"].split()), names[row["image_id"]])
@@ -153,7 +153,7 @@ def open_references(path: str | Path | Sequence[str | Path]) -> References:
         ValueError: If there are none.
     """
     paths = [Path(path)] if isinstance(path, str | Path) else [Path(part) for part in path]
-    if len(paths) == 1 and paths[0].is_dir():
+    if len(paths) == 1 and os.path.isdir(paths[0]):
         tars = sorted(paths[0].glob("*.tar"))
         return TarReferences(tars) if tars else FolderReferences(paths[0])
     if len(paths) == 1 and paths[0].suffix.lower() == ".tsv":
@@ -230,13 +230,16 @@ class TsvReferences:
     def __init__(self, path: Path):
         self.path = path
         self._places: dict[str, int] = {}
-        with open(path, "rb") as file:
-            offset = 0
-            for line in file:
-                columns = line.rstrip(b"\r\n").split(b"\t")
-                if len(columns) == 4:
-                    self._places[columns[0].removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")] = offset
-                offset += len(line)
+        try:
+            with open(path, "rb") as file:
+                offset = 0
+                for line in file:
+                    columns = line.rstrip(b"\r\n").split(b"\t")
+                    if len(columns) == 4:
+                        self._places[columns[0].removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")] = offset
+                    offset += len(line)
+        except OSError as error:
+            raise ValueError(f"cannot read {path}: {error.strerror or error}.") from None
         if not self._places:
             raise ValueError(f"{path} has no column of pictures: id, anything, caption, picture.")
 

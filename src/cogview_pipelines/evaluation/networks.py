@@ -44,7 +44,7 @@ class Inception:
     """
 
     def __init__(self, weights: str | Path, device: torch.device | str = "cpu"):
-        if not Path(weights).is_file():
+        if not os.path.isfile(weights):
             raise ValueError(f"there is no file {weights} of Inception's weights. Fetch it from {INCEPTION_URL}")
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -110,6 +110,8 @@ def load_network(name: str, device: torch.device | str = "cpu") -> FeatureNetwor
     try:
         if not colon:
             raise ImportError("there is no colon")
+        if not all(part.isidentifier() for part in module_name.split(".")):
+            raise ImportError(f"{module_name!r} is no name of a module")
         return getattr(importlib.import_module(module_name), attribute)(device)
     except (ImportError, AttributeError) as error:
         raise ValueError(

@@ -10,7 +10,6 @@ are computed from the blocks one after the other, so that memory does not depend
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,9 +18,10 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageEnhance, ImageFilter
 
+from ..json_lines import dump_file
 from ..pictures.colours import on_white
 from ..pictures.files import read_picture
-from ..pictures.png import read_metadata, save_png
+from ..pictures.png import read_metadata, remove_unfinished, save_png, write_whole
 from .captioned import Captioned, References
 from .distances import frechet_distance_with_error, inception_score, mean_with_error
 from .networks import FeatureNetwork, features_of
@@ -125,7 +125,7 @@ class PictureRun:
             try:
                 before = json.loads(path.read_text(encoding="utf-8"))
                 key, settings = before["key"], before["settings"]
-            except (OSError, ValueError, KeyError, TypeError):
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
                 raise ValueError(f"{path} is damaged or no file of an evaluation. Name another folder.") from None
             if key != self.key:
                 differing = [
@@ -177,14 +177,14 @@ class PictureRun:
         if self.make is None and on_pictures is not None:
             on_pictures(len(rows))
         tensors = self._compare(pairs) if pairs else {}
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         path = self._block_file(block)
         path.parent.mkdir(exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+        remove_unfinished(path.parent, [path.name])
         metadata = {"key": self.key, "excluded": json.dumps(excluded), "count": str(len(pairs))}
-        save_file({name: values.contiguous() for name, values in tensors.items()}, unfinished, metadata)
-        os.replace(unfinished, path)
+        # not `save_file`, whose files only their owner may read: shards may be of several users
+        write_whole(path, save({name: values.contiguous() for name, values in tensors.items()}, metadata))
 
     def _make_missing(self, block: int, rows: Sequence[Captioned], on_pictures: Callable[[int], None] | None) -> None:
         missing = []
@@ -200,11 +200,14 @@ class PictureRun:
                     on_pictures(1)
             else:
                 missing.append((row, seed, path, metadata))
+        if missing:
+            folder = missing[0][2].parent
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_unfinished(folder, [path.name for _, _, path, _ in missing])
         for start in range(0, len(missing), self.batch_size):
             part = missing[start : start + self.batch_size]
             images = self.make([row for row, *_ in part], [seed for _, seed, *_ in part])
             for (_, _, path, metadata), image in zip(part, images, strict=True):
-                path.parent.mkdir(parents=True, exist_ok=True)
                 save_png(image, path, metadata)
             if on_pictures is not None:
                 on_pictures(len(part))
@@ -225,8 +228,11 @@ class PictureRun:
                         if side == "made" and radius == 0 and logits is not None:
                             tensors.setdefault("logits", []).append(logits)
             for name, score in self.scores.items():
-                values = score([made for _, made, _ in part], [row for row, *_ in part])
-                tensors.setdefault(f"score/{name}", []).append(torch.tensor(values, dtype=torch.float64))
+                values = torch.tensor(score([made for _, made, _ in part], [row for row, *_ in part])).double()
+                if not values.isfinite().all():
+                    row = part[int(values.isfinite().logical_not().nonzero()[0])][0]
+                    raise ValueError(f"the figure {name!r} of {row.id} is no finite number.")
+                tensors.setdefault(f"score/{name}", []).append(values)
         return {name: torch.cat(parts) for name, parts in tensors.items()}
 
     # Results ---------------------------------------------------------------------------------------------------------
@@ -337,6 +343,4 @@ def _open(path: Path):
 
 
 def _write(path: Path, content: dict) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    unfinished.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
-    os.replace(unfinished, path)
+    write_whole(path, dump_file(content).encode())

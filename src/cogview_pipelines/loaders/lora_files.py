@@ -14,6 +14,9 @@ from huggingface_hub import HfApi, hf_hub_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from ..foreign_files import describe_foreign_file
+from ..pictures.png import write_whole
+
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 METADATA_KEY = "lora_adapter_metadata"
 Weights = dict[str, dict[str, torch.Tensor]]
@@ -52,7 +55,7 @@ def write_lora(
     }
     # not `save_file`, whose files only their owner may read
     content = save(tensors, {"format": "pt", METADATA_KEY: json.dumps(metadata, sort_keys=True)})
-    (folder / weight_name).write_bytes(content)
+    write_whole(folder / weight_name, content)
     return folder / weight_name
 
 
@@ -108,10 +111,16 @@ def _read_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
     except (SafetensorError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}. Copy or save the adapter again.") from error
+        raise damaged(path, error, "the adapter") from error
     if not isinstance(metadata, dict):
         raise ValueError(f"{path} is damaged: its metadata are no object. Copy or save the adapter again.")
     return tensors, metadata
+
+
+def damaged(path: Path, error: Exception, what: str) -> ValueError:
+    """The error of a file that cannot be read."""
+    foreign = describe_foreign_file(path)
+    return ValueError(f"{path} {foreign}" if foreign else f"{path} is damaged: {error}. Copy or save {what} again.")
 
 
 def find_weights(
@@ -135,9 +144,9 @@ def find_weights(
         OSError: If there is none, or several and no name.
     """
     path = Path(source)
-    if path.is_file():
+    if os.path.isfile(path):
         return path
-    if path.is_dir():
+    if os.path.isdir(path):
         folder = path / (subfolder or "")
         names = sorted(file.name for file in folder.glob("*.safetensors"))
         name = weight_name or _only(names, default)

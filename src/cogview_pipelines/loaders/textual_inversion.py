@@ -9,7 +9,8 @@ from safetensors.torch import save
 from torch import nn
 
 from ..models.learned_tokens import initial_row, set_token
-from .lora_files import find_weights
+from ..pictures.png import write_whole
+from .lora_files import damaged, find_weights
 
 EMBEDDING_NAME = "learned_embeds.safetensors"
 INITIALIZER_KEY = "initializer"
@@ -28,7 +29,7 @@ def write_learned_token(folder: str | os.PathLike, token: str, row: torch.Tensor
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {token: row.detach().float().cpu().contiguous()}
-    (folder / EMBEDDING_NAME).write_bytes(save(tensors, {"format": "pt", INITIALIZER_KEY: initializer}))
+    write_whole(folder / EMBEDDING_NAME, save(tensors, {"format": "pt", INITIALIZER_KEY: initializer}))
     return folder / EMBEDDING_NAME
 
 
@@ -92,10 +93,14 @@ def _read(path: Path) -> tuple[str, torch.Tensor, str]:
     try:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
-            tensors = [file.get_tensor(name) for name in names]
+            row = file.get_tensor(names[0]) if len(names) == 1 else None
             initializer = (file.metadata() or {}).get(INITIALIZER_KEY, "")
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}. Copy or save it again.") from error
-    if len(names) != 1 or tensors[0].ndim not in (1, 2) or not tensors[0].is_floating_point():
+        raise damaged(path, error, "it") from error
+    if row is None or row.ndim not in (1, 2) or not row.is_floating_point():
         raise ValueError(f"{path} must hold one embedding of one token, but holds {names[:3]}.")
-    return names[0], tensors[0].reshape(-1), initializer
+    if not row.float().isfinite().all():
+        raise ValueError(
+            f"{path} holds an embedding of {names[0]!r} whose numbers are not all finite. Train it again."
+        )
+    return names[0], row.reshape(-1), initializer

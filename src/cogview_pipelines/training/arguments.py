@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import math
 import os
 import sys
 import traceback
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from transformers import HfArgumentParser
+
+from ..json_lines import read_lines
 
 Config = TypeVar("Config")
 
@@ -192,8 +195,13 @@ class TrainConfig:
             )
         )
         for name, value in least.items():
-            if getattr(self, name) is not None and not getattr(self, name) >= value:
-                raise ValueError(f"`{name}` must be at least {value}, but is {getattr(self, name)}.")
+            own = getattr(self, name)
+            if own is not None and not value <= own < math.inf:
+                raise ValueError(f"`{name}` must be at least {value}, but is {own}.")
+        if os.fsencode(self.output_dir).decode("utf-8", "ignore") != self.output_dir:
+            raise ValueError(
+                f"`output_dir` must be a name in UTF-8, which {self.output_dir} is not: weights would find no file."
+            )
         if self.lr_scheduler != "constant" and self.decay_steps:
             raise ValueError(
                 f"`decay_steps` must be 0 with `lr_scheduler` {self.lr_scheduler}, whose rate falls all along, but is "
@@ -252,6 +260,51 @@ def parse_config(
     if hasattr(config, "check"):
         config.check()
     return config
+
+
+def json_option(config: Any, name: str) -> dict | None:
+    """
+    The object that an option holds as JSON; `None` where the option is left out.
+
+    Raises:
+        ValueError: If it is no JSON, or no object.
+    """
+    text = getattr(config, name)
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"`{name}` must be JSON, but is {text[:200]!r}: {error}.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"`{name}` must be a JSON object, but is {text[:200]!r}.")
+    return value
+
+
+def files_option(config: Any, name: str = "files") -> dict[str, str]:
+    """
+    Files to copy, by their names there, from an option that holds them as JSON.
+
+    Raises:
+        ValueError: If one is no file, or a name leads elsewhere.
+    """
+    files = json_option(config, name) or {}
+    for target, source in files.items():
+        if not isinstance(source, str) or not os.path.isfile(source):
+            raise ValueError(f"`{name}` names {source}, which is no file.")
+        if not target or os.path.basename(target) != target:
+            raise ValueError(f"`{name}` must hold names of files, but has {target!r}.")
+    return files
+
+
+def read_words(path: str | Path) -> list[str]:
+    """
+    The words of a text file, parted by white space.
+
+    Raises:
+        ValueError: If it cannot be read, or is not UTF-8 text.
+    """
+    return [word for _, line in read_lines(path) for word in line.split()]
 
 
 def run_script(main: Callable[[], Any], resumable: bool = False) -> NoReturn:

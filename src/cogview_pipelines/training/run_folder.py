@@ -18,6 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from ..json_lines import dump_file
 from .arguments import TrainConfig
 
 RUN_FILE = "run.json"
@@ -90,6 +91,31 @@ def replacing(path: Path) -> Iterator[Path]:
     take_place(partial, path)
 
 
+@contextlib.contextmanager
+def filling(folder: Path, last: str) -> Iterator[Path]:
+    """
+    A path beside `folder` to write a folder to, whose files get into `folder` on success; others stay in it.
+
+    The file `last`, without which the folder is nothing, is gone before and comes at the end: a folder in which a stop
+    came does not look whole.
+    """
+    folder = Path(os.path.abspath(folder))
+    partial = partial_path(folder)
+    remove(partial)
+    try:
+        yield partial
+        set_modes(partial)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / last).unlink(missing_ok=True)
+        names = [path.relative_to(partial) for path in sorted(partial.rglob("*")) if path.is_file()]
+        for name in sorted(names, key=lambda name: name == Path(last)):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(partial / name, folder / name)
+    finally:
+        with contextlib.suppress(OSError):
+            remove(partial)
+
+
 def partial_path(path: Path) -> Path:
     """Where a file or folder is written until it is whole."""
     return path.with_name(PARTIAL + path.name)
@@ -151,7 +177,7 @@ def file_digest(path: Path) -> dict[str, int | str]:
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file that is whole or as it was before, on the disk when this returns."""
     with replacing(path) as partial, open(partial, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+        file.write(dump_file(content))
         file.flush()
         os.fsync(file.fileno())
 
@@ -178,7 +204,7 @@ def read_run(folder: str | Path) -> dict:
     """What `run.json` says; empty if there is none that can be read."""
     try:
         content = json.loads((Path(folder) / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -9,6 +9,7 @@ import torch
 from cogview_pipelines.training.data.draws import seeded_generator
 from cogview_pipelines.training.data.tokens import CAPTIONS_FILE, TOKENS_FILE, TokenData
 
+from ... import child_processes as children
 from ...utils import NUM_IMAGE_TOKENS, make_coglm, token_config
 
 ROWS = [
@@ -171,3 +172,32 @@ def test_data_must_fit_the_model(data, tokenizer):
 def test_saving_writes_chinese_as_it_is(folder):
     text = (folder / CAPTIONS_FILE).read_text(encoding="utf-8")
     assert "一只老虎" in text and [json.loads(line) for line in text.splitlines()] == ROWS
+
+
+def test_tokens_and_captions_of_two_folders_never_come_together(folder, tokenizer):
+    """Whenever the writing is killed, what is there is the old, the new, or an error that names what is missing."""
+    old = TokenData.load(folder, tokenizer)
+    saved = {path.name: path.read_bytes() for path in folder.iterdir()}
+    tensors = {"low": old.low.flip(0), "fine": old.fine}
+
+    def save():
+        TokenData.save(folder, tensors, ROWS[::-1])
+        return True
+
+    at, was_killed, found = 0, True, []
+    while was_killed:
+        for name, content in saved.items():
+            (folder / name).write_bytes(content)
+        was_killed = children.kill_before_change(save, folder, at, writes=(CAPTIONS_FILE,))
+        try:
+            data = TokenData.load(folder, tokenizer)
+            first = data.captions[0] == old.captions[0]
+            assert torch.equal(data.low, old.low if first else tensors["low"]), at
+            found.append("old" if first else "new")
+        except ValueError as error:
+            assert CAPTIONS_FILE in str(error)
+            found.append("none")
+        children.run(save)
+        assert sorted(path.name for path in folder.iterdir()) == sorted(saved), at
+        at += 1
+    assert found[0] == "old" and found[-1] == "new" and "none" in found

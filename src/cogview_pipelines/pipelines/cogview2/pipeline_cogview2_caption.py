@@ -22,6 +22,7 @@ from ..common.arguments import (
     check_prompts,
     check_tokens,
     one_generator_per_image,
+    quote,
 )
 from ..common.base import PipelineBase
 from ..common.calls import Call, inference
@@ -246,9 +247,23 @@ class CogView2CaptionPipeline(PipelineBase):
         prompts = check_prompts(prompt)
         (max_batch_size,) = check_counts(max_batch_size=max_batch_size)
         batch_size = max_batch_size or DEFAULT_MAX_BATCH_SIZE
+        self.check_texts(prompts)
         with self._running() as call:
             tokens = self._low_tokens(image, tokens, batch_size, call)
             return self._score(prompts, tokens, languages, batch_size)
+
+    def check_texts(self, prompt: str | Sequence[str]) -> None:
+        """
+        Raise the error that `score` would raise for these texts, without computing anything.
+
+        Raises:
+            ValueError: If a text is empty or too long.
+        """
+        longest = self.transformer.config.max_text_tokens
+        for text in check_prompts(prompt):
+            length = len(self.tokenizer.encode(text))
+            if not 0 < length <= longest:
+                raise ValueError(f"`prompt` must have 1 to {longest} tokens, but {quote(text)} has {length}.")
 
     # Stages ----------------------------------------------------------------------------------------------------------
 

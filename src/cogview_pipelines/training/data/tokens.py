@@ -32,7 +32,7 @@ from ...models.tokenization import CodesAndPiecesTokenizer
 from ..adapters import LoraOptions
 from ..arguments import UNNOTICED, TrainConfig
 from ..processes import start_processes
-from ..run_folder import set_modes
+from ..run_folder import replacing
 from .captions import parse_captions, tell_text_losses
 from .chances import Chances, EpochOrder, MixedChances, WeightedIndex
 from .draws import Draw, draw_index
@@ -258,10 +258,11 @@ class TokenData:
         """Write a token folder; ids are stored as int32."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.to(torch.int32).contiguous() for name, value in tensors.items()}, folder / TOKENS_FILE)
-        with open(folder / CAPTIONS_FILE, "w", encoding="utf-8") as file:
+        (folder / CAPTIONS_FILE).unlink(missing_ok=True)  # those of before are not of these tokens
+        with replacing(folder / TOKENS_FILE) as partial:
+            save_file({name: value.to(torch.int32).contiguous() for name, value in tensors.items()}, partial)
+        with replacing(folder / CAPTIONS_FILE) as partial, open(partial, "w", encoding="utf-8") as file:
             write_lines(file, captions)
-        set_modes(folder / TOKENS_FILE)
 
     def draw(self, generator: torch.Generator, number: int | None = None) -> int:
         """
