@@ -29,7 +29,7 @@ from cogview_pipelines.generation.tokens import TO_GENERATE, generate
 from cogview_pipelines.loaders.textual_inversion import write_learned_token
 from cogview_pipelines.models.cogview2.sequences import SequenceLayout, text_to_image
 from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
-from cogview_pipelines.models.learned_tokens import learn_token
+from cogview_pipelines.models.learned_tokens import check_new_token, learn_token
 from cogview_pipelines.training.arguments import json_option, parse_config, run_script
 from cogview_pipelines.training.data.draws import Draw, seeded_generator
 from cogview_pipelines.training.data.tokens import TokenData, TokenTrainConfig
@@ -138,8 +138,7 @@ def add_new_token(config: CogLMTrainConfig, tokenizer: IcetkTokenizer) -> None:
     """Let the tokenizer know the word that is to be learned."""
     if config.new_token is None:
         return
-    if tokenizer.convert_tokens_to_ids(config.new_token) != tokenizer.unk_token_id:
-        raise ValueError(f"`new_token` must be new, but the tokenizer has {config.new_token!r}.")
+    check_new_token(tokenizer, config.new_token, "new_token")
     tokenizer.add_tokens([config.new_token])
 
 

@@ -9,7 +9,8 @@ import torch
 import typer
 
 from cogview_pipelines.cli import console
-from cogview_pipelines.cli.console import FAILURE, expand, failures, guard_streams, say, say_json
+from cogview_pipelines.cli.console import FAILURE, expand, failures, say, say_json
+from cogview_pipelines.reports import guard_streams
 
 
 def console_of(encoding, monkeypatch):

@@ -313,8 +313,8 @@ def test_rows_of_others_stay_even_if_their_ids_are_no_texts_or_not_unique(cogvie
 
 
 def test_captions_for_nobody_are_not_computed(cogview2, write_list, folder, monkeypatch):
-    monkeypatch.setattr(console._Reports, "is_closed", True, raising=False)
-    monkeypatch.setattr(console._Reports, "__init__", lambda self, stream: setattr(self, "_stream", stream))
+    monkeypatch.setattr(console.Reports, "is_closed", True, raising=False)
+    monkeypatch.setattr(console.Reports, "__init__", lambda self, stream: setattr(self, "_stream", stream))
     calls = []
     call = CogView2CaptionPipeline.__call__
     monkeypatch.setattr(CogView2CaptionPipeline, "__call__", lambda *a, **kw: (calls.append(a), call(*a, **kw))[1])

@@ -106,6 +106,10 @@ def test_mistakes_are_named_and_change_nothing(pipe, learned, tmp_path):
         assert len(pipe.transformer.word_embeddings.weight) == pipe.transformer.config.vocab_size
 
     refuse("must be a new one, but the tokenizer has '<start_of_image>'", token="<start_of_image>")
+    for token in ("", " ", "a car", "x ", "car\u2028", "\ud800", "\0", 5):
+        refuse("`token` must be one word of visible letters", token=token)
+    save_file({"": row}, tmp_path / "nameless.safetensors")
+    refuse("must be one word", tmp_path / "nameless.safetensors")
     save_file({WORD: torch.zeros(31)}, tmp_path / "narrow.safetensors")
     refuse("of a model of width 31", tmp_path / "narrow.safetensors")
     save_file({WORD: row, "<other>": row.clone()}, tmp_path / "two.safetensors")
@@ -119,7 +123,7 @@ def test_mistakes_are_named_and_change_nothing(pipe, learned, tmp_path):
     (tmp_path / "pickle.bin").write_bytes(b"1234")
     refuse("only, but this is pickle.bin", tmp_path / "pickle.bin")
     pipe.load_textual_inversion(folder)
-    with pytest.raises(ValueError, match="Pass another as `token`"):
+    with pytest.raises(ValueError, match="Choose another"):
         pipe.load_textual_inversion(folder)
 
 
@@ -190,5 +194,5 @@ def test_a_resumed_run_learns_the_same_word_and_an_adapter_may_be_learned_with_i
 
 
 def test_a_word_must_be_new_and_the_model_trained(run):
-    with pytest.raises(ValueError, match="`new_token` must be new, but the tokenizer has '<start_of_image>'"):
+    with pytest.raises(ValueError, match="`new_token` must be a new one, but the tokenizer has '<start_of_image>'"):
         run(new_token="<start_of_image>")

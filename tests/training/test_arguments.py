@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
 
 import pytest
@@ -159,3 +161,22 @@ def test_a_run_is_not_begun_where_its_weights_could_not_be_written():
         Config(output_dir=os.fsdecode(b"\xff"), data="here").check()
     with pytest.raises(ValueError, match="`learning_rate` must be at least 0"):
         Config(output_dir="out", data="here", learning_rate=float("inf")).check()
+
+
+def test_reports_of_scripts_stop_nothing(tmp_path):
+    """On consoles without the letters, and after whoever read them has left."""
+    program = (
+        "import sys, time\n"
+        "from cogview_pipelines.training.arguments import run_script\n"
+        "def main():\n"
+        "    print('ñ', flush=True); time.sleep(1)\n"
+        "    for _ in range(10_000):\n        print('虎' * 10)\n"
+        f"    open({str(tmp_path / 'done')!r}, 'w').close()\n"
+        "    return 1\n"
+        "run_script(main)\n"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout.readline() == b"\\xf1\n"
+        process.stdout.close()
+        assert process.wait(60) == 0 and (tmp_path / "done").exists()

@@ -3,10 +3,11 @@
 import typer
 
 from .._version import __version__
+from ..reports import guard_streams
 from . import attend, bench, doctor, evaluate, finetune, generate, judge, models, plot, serve
 from . import caption_and_score as texts
 from . import inpaint_and_upscale as pictures
-from .console import guard_streams, say
+from .console import say
 
 app = typer.Typer(
     name="cogview2",

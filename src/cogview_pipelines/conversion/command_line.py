@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..reports import guard_streams
 from .errors import ConversionError
 from .job import verify
 
@@ -110,6 +111,7 @@ def run_to_release(description: str, argv: Sequence[str] | None, convert: Callab
 
 def _run(work: Callable[[], object], output: str | None = None) -> int:
     """The exit status of some work; if it writes an output, what it took is told in a line of JSON."""
+    guard_streams()
     start = time.monotonic()
     try:
         result = work()

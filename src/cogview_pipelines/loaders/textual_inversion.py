@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from ..models.learned_tokens import initial_row, set_token
+from ..models.learned_tokens import check_new_token, initial_row, set_token
 from ..pictures.png import write_whole
 from .lora_files import damaged, find_weights
 
@@ -63,8 +63,7 @@ class TextualInversionLoaderMixin:
         path = find_weights(os.fspath(pretrained_model_name_or_path), weight_name, EMBEDDING_NAME, **hub_options)
         name, row, initializer = _read(path)
         token = name if token is None else token
-        if self.tokenizer.convert_tokens_to_ids(token) != self.tokenizer.unk_token_id:
-            raise ValueError(f"`token` must be a new one, but the tokenizer has {token!r}. Pass another as `token`.")
+        check_new_token(self.tokenizer, token)
         width = self.transformer.config.hidden_size
         if row.shape != (width,):
             raise ValueError(f"{path} is of a model of width {row.numel()}, but this one has {width}.")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedTokenizer
 
 from .layers import TokenEmbedding
 
@@ -48,6 +49,19 @@ class LearnedTokens(nn.Module):
         new = F.linear(hidden_states.to(dtype), self.rows.to(dtype))
         rest = scores[..., self.first_id + len(self.rows) :]
         return torch.cat([scores[..., : self.first_id], new, rest], -1)
+
+
+def check_new_token(tokenizer: PreTrainedTokenizer, token: str, name: str = "token") -> None:
+    """
+    See that a token is one word, and new.
+
+    Raises:
+        ValueError: If not; the message calls it `name`.
+    """
+    if not isinstance(token, str) or token.split() != [token] or not token.isprintable():
+        raise ValueError(f"`{name}` must be one word of visible letters, but is {token!r:.100}.")
+    if tokenizer.convert_tokens_to_ids(token) != tokenizer.unk_token_id:
+        raise ValueError(f"`{name}` must be a new one, but the tokenizer has {token!r}. Choose another.")
 
 
 def initial_row(model: nn.Module, token_ids: Sequence[int], num_image_tokens: int) -> torch.Tensor:

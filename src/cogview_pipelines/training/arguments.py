@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 from transformers import HfArgumentParser
 
 from ..json_lines import read_lines
+from ..reports import guard_streams
 
 Config = TypeVar("Config")
 
@@ -319,6 +320,7 @@ def run_script(main: Callable[[], Any], resumable: bool = False) -> NoReturn:
         main (`Callable`): Does the work.
         resumable (`bool`): Whether a result of `None` says that the run was interrupted.
     """
+    guard_streams()
     name = Path(sys.argv[0]).name
     try:
         result = main()
