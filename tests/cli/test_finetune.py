@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -128,9 +127,12 @@ def test_direct_super_resolution_that_is_not_trained_keeps_the_weights_it_was_tr
 
 
 def test_what_is_put_together_when_a_stop_comes_is_not_there_and_the_same_command_goes_on(run, tmp_path, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
     arguments = ("--stage", "coglm")
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "_save_grid", lambda *arguments: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(finetune, "_save_grid", stop)
         assert run(*arguments).exit_code != 0
     assert not (tmp_path / "mine").exists()
     assert (tmp_path / ".mine.part").is_dir()

@@ -209,8 +209,10 @@ def _caption_loss(captioner):
 
 def _clip_score(folder: str, device: str, scorer_class):
     from transformers import AutoModel, AutoProcessor
+    from transformers.utils import logging
 
     source = os.fspath(expand(Path(folder), "--clip"))
+    logging.disable_progress_bar()
     try:
         options = {"trust_remote_code": False}  # else it asks, in the middle of the work
         model, info = AutoModel.from_pretrained(source, output_loading_info=True, **options)
@@ -219,6 +221,8 @@ def _clip_score(folder: str, device: str, scorer_class):
         scorer = scorer_class(model.eval().to(device), AutoProcessor.from_pretrained(source, **options))
     except Exception as error:  # whatever a damaged file or the Hub makes the loaders raise
         fail(f"`--clip`: {folder} is no model of pictures and texts: {first_line(error)}")
+    finally:
+        logging.enable_progress_bar()
     return lambda images, rows: scorer(images, [row.caption for row in rows])
 
 
