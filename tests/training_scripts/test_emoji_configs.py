@@ -35,6 +35,7 @@ SETS = {
     "small": {name: EMOJI / f"{name}_small.yaml" for name in CONFIG_CLASSES},
     "gpu": {name: EMOJI / "gpu" / f"{name}.yaml" for name in CONFIG_CLASSES},
 }
+SENTENCES = ("tokenizer", "tokens", "coglm", "pipeline")
 GRIDS = {"small": ((10, 10), (30, 30)), "gpu": ((20, 20), (60, 60))}
 
 
@@ -74,6 +75,23 @@ def test_files_that_the_configs_name_are_there(configs):
     _, configs = configs
     named = [*json.loads(configs["pipeline"].files).values(), configs["vq"].scope, configs["tokens"].scope]
     for name in filter(None, named):
+        assert (SCRIPTS.parent / name).is_file(), name
+
+
+def test_the_run_on_sentences_takes_what_the_runs_on_templates_leave():
+    configs = {name: yaml.safe_load((EMOJI / f"{name}_sentences.yaml").read_text("utf-8")) for name in SENTENCES}
+    tokenizer = configs["tokenizer"]["output_dir"]
+    assert tokenizer == configs["coglm"]["tokenizer"] == configs["pipeline"]["tokenizer"]
+    assert configs["coglm"]["data"] == configs["tokens"]["output_dir"]
+    assert configs["pipeline"]["transformer"] == "runs/coglm_sentences/final"
+    grown = Path(configs["coglm"]["init_from"]).parent
+    for stage in ("direct_sr_transformer", "iterative_sr_transformer"):
+        assert Path(configs["pipeline"][stage]) == grown / stage
+    templates = yaml.safe_load((EMOJI / "pipeline_small.yaml").read_text("utf-8"))
+    same = ("vqvae", "direct_sr_scheduler", "iterative_sr_scheduler", "styles", "default_style", "whole_pictures")
+    assert all(configs["pipeline"][name] == templates[name] for name in same)
+    assert configs["tokens"]["vqvae"] == templates["vqvae"]
+    for name in configs["pipeline"]["files"].values():
         assert (SCRIPTS.parent / name).is_file(), name
 
 

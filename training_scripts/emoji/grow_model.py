@@ -5,7 +5,8 @@ of further training: image tokens, layers and positions stay, and what a piece m
 the new one.
 
     python training_scripts/emoji/grow_model.py --model src/cogview_pipelines/demo/models/cogview2-emoji \
-        --tokenizer runs/tokenizer_people --scope training_scripts/emoji/scope_people.json --output_dir runs/grown
+        --tokenizer runs/tokenizer_sentences --scope src/cogview_pipelines/demo/data/scope_small.json \
+        --output_dir runs/grown
 
 A piece that is new starts as the word it stands for ("bunny" as "rabbit"); one that stands for none of the model's
 words starts at random.
