@@ -85,12 +85,13 @@ def read(folder, worker, num_workers, order, batch_size, num_batches, num_codes,
     batch(0)
     first_batch = time.perf_counter()
     ready.wait()
-    begun = time.perf_counter()
+    begun, computed = time.perf_counter(), time.process_time()
     tokens = sum(batch(step) for step in range(1, num_batches + 1))
-    seconds = time.perf_counter() - begun
+    seconds, computing = time.perf_counter() - begun, time.process_time() - computed
     results.put(
         {
             "samples_per_second": batch_size * num_batches / seconds,
+            "cpu_microseconds_per_sample": 1e6 * computing / (batch_size * num_batches),
             "tokens_per_sample": tokens // (batch_size * num_batches),
             "import_seconds": imported - started,
             "start_seconds": first_batch - imported,
