@@ -129,8 +129,9 @@ def test_a_tar_of_img2dataset_is_read_sample_by_sample(tmp_path):
             ("000000000.json", json.dumps({"caption": "not this", "key": "0"}).encode()),
             ("000000001.png", picture()),
             ("000000001.json", note),
+            ("sub/000000001.txt", b"of another sample"),
             ("._000000001.png", b"of a Mac"),
-            ("sub/000000001.seg.png", b"another sample, with two suffixes"),
+            ("sub/000000001.seg.png", b"another suffix"),
             ("000000002.txt", b"no picture"),
             ("000000003.png", picture()),
             ("000000004.png", picture()),
@@ -149,6 +150,7 @@ def test_a_tar_of_img2dataset_is_read_sample_by_sample(tmp_path):
     ]
     assert good[0].content[:2] == b"\xff\xd8" and good[1].content == picture()
     problems = {row.place.split(" ")[0]: row.problem for row in rows if row.problem is not None}
+    assert problems["sub/000000001"] == "has no picture"
     assert problems["000000002"] == "has no picture" and problems["000000003"].startswith("has no caption")
     assert problems["000000004"].startswith("has a damaged text")
 
