@@ -38,7 +38,11 @@ def evaluated(cogview2, listed, output, *more):
     )
     result = cogview2("evaluate", *arguments, "--batch-size", 4, "--json", "-o", output, *more)
     assert result.exit_code == 0, result.stderr
-    return json.loads(result.stdout) if result.stdout else None
+    report = json.loads(result.stdout) if result.stdout else None
+    if report is not None:  # time and disk are told before the work, and are not the same twice
+        expected = report.pop("estimate")
+        assert expected["seconds"] > 0 and expected["bytes"] > 0 and expected["free_bytes"] > 0
+    return report
 
 
 def test_exported_scenes_are_captions_with_true_pictures(listed):

@@ -38,4 +38,32 @@ MUTATIONS = [
         "truncation=False",
         "evaluation/test_embedding_scores.py::test_clip_reads_what_it_can_of_a_long_text_and_wants_a_text_for_each_picture",
     ),
+    Mutation(
+        "estimates: pictures that are there are made again",
+        "evaluation/estimates.py",
+        "sum(run.num_missing(block) for block in blocks)",
+        "sum(run.num_rows(block) for block in blocks)",
+        "evaluation/test_estimates.py::test_a_batch_is_made_and_kept_and_the_rest_is_told_from_it",
+    ),
+    Mutation(
+        "estimates: of all shards",
+        "evaluation/estimates.py",
+        "run.blocks_left(shard)",
+        "run.blocks_left()",
+        "evaluation/test_estimates.py::test_of_a_shard_only_its_own_is_told",
+    ),
+    Mutation(
+        "candidates: the best of all is chosen",
+        "evaluation/candidates.py",
+        "max(range(number), key=",
+        "max(range(self.count), key=",
+        "evaluation/test_candidates.py::test_the_best_of_the_first_so_many_is_chosen_by_each_scorer",
+    ),
+    Mutation(
+        "candidates: captions share seeds",
+        "evaluation/candidates.py",
+        "self.seed + index * self.count + number",
+        "self.seed + index + number",
+        "evaluation/test_candidates.py::test_every_candidate_has_a_seed_of_its_own_and_is_drawn_once",
+    ),
 ]

@@ -262,4 +262,18 @@ MUTATIONS = [
         "return {}",
         "pipelines/cogview/test_settings_cogview.py::test_a_folder_brings_settings_and_calls_override_them",
     ),
+    Mutation(
+        "words for people: parts of longer words count",
+        "pipelines/common/people_words.py",
+        r"(?<![\w-])(?:{choices})(?![\w-])",
+        r"(?:{choices})",
+        "pipelines/common/test_people_words.py::test_words_stand_before_people_and_nothing_else",
+    ),
+    Mutation(
+        "words for people: pictures of a prompt have the same words",
+        "pipelines/common/people_words.py",
+        'random.Random(f"{seed}/{prompt}")',
+        "random.Random(prompt)",
+        "pipelines/common/test_people_words.py",
+    ),
 ]

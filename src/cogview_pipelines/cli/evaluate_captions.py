@@ -72,6 +72,7 @@ def evaluate_captions(options: CaptionsOptions) -> None:
     from tqdm.auto import tqdm
 
     from ..evaluation.captioned import open_references, read_captions
+    from ..evaluation.estimates import estimate, tell
 
     with bad_input():
         radii = _read_radii(options.radii)
@@ -87,6 +88,10 @@ def evaluate_captions(options: CaptionsOptions) -> None:
         hidden = True if options.as_json else None
         own = sum(min(64, len(rows) - block * 64) for block in range(shard[0], run.num_blocks, shard[1]))
         say(_plan(own, chosen["candidates"], made is not None), err=True)
+        expected = estimate(run, shard)
+        if expected is not None:
+            run.keep(estimate=expected)
+            say(tell(expected), err=True)
         with tqdm(total=own, desc="pictures", disable=hidden) as progress:
             run.run(shard, progress.update)
         results = run.results()

@@ -186,7 +186,14 @@ class PictureRun:
         # not `save_file`, whose files only their owner may read: shards may be of several users
         write_whole(path, save({name: values.contiguous() for name, values in tensors.items()}, metadata))
 
-    def _make_missing(self, block: int, rows: Sequence[Captioned], on_pictures: Callable[[int], None] | None) -> None:
+    def _make_missing(
+        self,
+        block: int,
+        rows: Sequence[Captioned],
+        on_pictures: Callable[[int], None] | None,
+        most: int | None = None,
+    ) -> list[Path]:
+        """Make the pictures of a block that are not there, or so many of them; their files."""
         missing = []
         for offset, (row, path) in enumerate(zip(rows, self._paths(block), strict=True)):
             seed = self.seed + (block * BLOCK + offset) * self.seeds_of_each
@@ -200,6 +207,7 @@ class PictureRun:
                     on_pictures(1)
             else:
                 missing.append((row, seed, path, metadata))
+        missing = missing[:most]
         if missing:
             folder = missing[0][2].parent
             folder.mkdir(parents=True, exist_ok=True)
@@ -211,6 +219,45 @@ class PictureRun:
                 save_png(image, path, metadata)
             if on_pictures is not None:
                 on_pictures(len(part))
+        return [path for _, _, path, _ in missing]
+
+    # What is left ----------------------------------------------------------------------------------------------------
+
+    def blocks_left(self, shard: tuple[int, int] = (0, 1)) -> list[int]:
+        """The blocks of a shard that are not done."""
+        return [block for block in range(shard[0], self.num_blocks, shard[1]) if not self._is_done(block)]
+
+    def num_rows(self, block: int) -> int:
+        """How many captions a block has."""
+        return len(self._rows(block))
+
+    def num_missing(self, block: int) -> int:
+        """How many pictures of a block have no file."""
+        return sum(not path.exists() for path in self._paths(block))
+
+    def make_some(self, block: int) -> list[Path]:
+        """Make a batch of the pictures of a block that are not there; their files."""
+        if self.make is None:
+            return []
+        return self._make_missing(block, self._rows(block), None, self.batch_size)
+
+    def compare_some(self, block: int, files: Sequence[Path] = ()) -> tuple[int, int]:
+        """Compare these pictures of a block, or a batch of those there: how many, and bytes that are kept of them."""
+        pairs = []
+        for row, path in zip(self._rows(block), self._paths(block), strict=True):
+            if len(pairs) < self.batch_size and (not files or path in files):
+                with contextlib.suppress(ValueError):  # left out, when it comes to it
+                    made = read_picture(path) if self.made is None else self.made.read(row)
+                    pairs.append((row, made, None if self.references is None else self.references.read(row)))
+        tensors = self._compare(pairs) if pairs else {}
+        return len(pairs), sum(values.nbytes for values in tensors.values())
+
+    def keep(self, **found: dict) -> None:
+        """Put something into the results, unless it is there already."""
+        path = self.folder / _RESULTS
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not found.keys() <= content.keys():
+            _write(path, {**found, **content})
 
     def _compare(self, pairs: Sequence[tuple[Captioned, Image.Image, Image.Image | None]]) -> dict[str, torch.Tensor]:
         tensors: dict[str, list[torch.Tensor]] = {}
@@ -289,10 +336,18 @@ class PictureRun:
             "excluded_pictures": dict(list(excluded.items())[:MOST_NAMED]),
             "figures": figures,
             "notes": notes,
+            **self._kept(),
             **self.stamp,
         }
         _write(self.folder / _RESULTS, results)
         return results
+
+    def _kept(self) -> dict:
+        try:
+            content = json.loads((self.folder / _RESULTS).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return {name: content[name] for name in ("estimate",) if name in content}
 
     # Files -----------------------------------------------------------------------------------------------------------
 
