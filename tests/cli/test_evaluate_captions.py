@@ -117,6 +117,10 @@ def test_a_protocol_sets_what_the_paper_did_and_options_override(cogview2, liste
         (["--captions", "LIST", "-o", "out", "--split", "train"], "--split is for the demo data"),
         (["--captions", "LIST", "-o", "out", "--radii", "0,x"], "`--radii` must be"),
         (["--captions", "LIST", "-o", "out", "--radii", "1,1"], "`--radii` must be"),
+        (["--captions", "LIST", "-o", "out", "--candidate-counts", "1,x"], "`--candidate-counts` must be"),
+        (["--captions", "LIST", "-o", "out", "--candidate-counts", "4"], "`--candidate-counts` must be"),
+        (["--captions", "LIST", "-o", "out", "--candidate-counts", "1,2", "--candidates", "2"], "leave --candidates"),
+        (["--captions", "LIST", "-o", "out", "--candidate-counts", "1,2"], "need a network that compares"),
         (["--captions", "LIST", "-o", "out", "--shard", "3/2"], "`--shard` must be like 1/4"),
         (["--captions", "LIST", "-o", "out", "--references", "REFERENCES"], "need a network that compares"),
         (["--captions", "LIST", "-o", "out", "--inception", "none.pth"], "there is no file none.pth of Inception's"),
@@ -199,3 +203,27 @@ def test_a_scorer_without_all_of_its_weights_is_refused(cogview2, listed, tmp_pa
     assert_bad_input(cogview2("evaluate", *arguments), "it lacks weights: visual_projection.weight")
     (tmp_path / "clip/model.safetensors").write_bytes(b"\xff" * 100)
     assert_bad_input(cogview2("evaluate", *arguments), "is no model of pictures and texts")
+
+
+def test_figures_by_the_number_of_candidates_are_a_table_and_a_plot(cogview2, listed, tmp_path, clip, pipeline):
+    pytest.importorskip("matplotlib", reason="needs the extra `plots`")
+    for part in clip:
+        part.save_pretrained(tmp_path / "clip")
+    arguments = ("--captions", listed / "captions.jsonl", "--references", listed, "--num", 3, "--radii", "0")
+    arguments += ("--network", NETWORK, "--clip", tmp_path / "clip", "--candidate-counts", "1,2", "--seed", 5)
+    result = cogview2("evaluate", *arguments, "--json", "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    curves = json.loads(result.stdout)["curves"]
+    assert {scorer: list(own) for scorer, own in curves.items()} == {
+        name: ["1", "2"] for name in ("caption_loss", "clip")
+    }
+    assert set(curves["clip"]["2"]) == {"fid_0", "inception_score"}
+    for name in ("candidates.csv", "candidates.json", "candidates.png", "candidates.svg"):
+        assert (tmp_path / "out" / name).stat().st_size > 100
+    # the candidates are those of their seeds, and self-reranking keeps what the pipeline keeps
+    folder = tmp_path / "out" / "candidates" / "000000"
+    drawn = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    best = pipeline(read_metadata(folder / "000.png")["prompt"], generator=drawn, num_candidates=2).images[0]
+    scores = json.loads((folder / "scores.json").read_text())["scores"]["caption_loss"]
+    chosen = folder / f"{scores.index(max(scores)):03d}.png"
+    assert Image.open(chosen).tobytes() == best.tobytes()

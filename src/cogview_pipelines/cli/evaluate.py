@@ -64,7 +64,7 @@ class Measure(str, enum.Enum):
 _DEMO = ("split", "language", "layout", "measure", "baseline", "sprites", "save", "export")
 _CAPTIONS = (
     *("references", "pictures", "output", "protocol", "contrast", "radii", "size", "inception", "network", "clip"),
-    "shard",
+    *("shard", "candidate_counts"),
 )
 
 
@@ -133,6 +133,11 @@ def evaluate(
     network: str = typer.Option(None, help="Another network, as MODULE:FUNCTION; see docs/evaluation.md."),
     clip: str = typer.Option(None, help="Folder or Hub id of CLIP or the like, for the CLIP score."),
     shard: str = typer.Option(None, help="Like 1/4: only this part, of as many processes or machines."),
+    candidate_counts: str = typer.Option(
+        None,
+        help="Like 1,2,4,8: all measures against the number of candidates, chosen by caption loss and by --clip; a"
+        " table and a plot.",
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print one line of JSON."),
 ) -> None:
     """

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .console import (
     bad_input,
@@ -18,6 +18,7 @@ from .console import (
     say_json,
     whole_numbers,
 )
+from .evaluate_candidates import evaluate_candidates, read_counts
 from .families import pipeline_for
 from .loading import DType, describe_model, load_pipeline
 
@@ -49,6 +50,7 @@ class CaptionsOptions:
     network: str | None
     clip: str | None
     shard: str | None
+    candidate_counts: str | None
     seed: int
     batch_size: int
     height: int | None
@@ -69,6 +71,15 @@ def evaluate_captions(options: CaptionsOptions) -> None:
         if getattr(options, name) is not None:
             chosen[name] = getattr(options, name)
     shard = _read_shard(options.shard)
+    counts = None
+    if options.candidate_counts is not None:
+        counts = read_counts(options.candidate_counts)
+        if options.candidates is not None or options.pictures is not None:
+            fail(
+                "--candidate-counts is a number of candidates already, of pictures that are made here: leave "
+                "--candidates and --pictures out."
+            )
+        chosen["candidates"] = counts[-1]
     from tqdm.auto import tqdm
 
     from ..evaluation.captioned import open_references, read_captions
@@ -83,7 +94,10 @@ def evaluate_captions(options: CaptionsOptions) -> None:
     folder = expand(options.output, "--output")
     make_writable_folder(folder)
     with bad_input(), failures():
-        run = _build_run(options, chosen, radii, rows, references, made, folder)
+        run, pipe, call = _build_run(options, chosen, radii, rows, references, made, folder)
+        if counts is not None:
+            evaluate_candidates(run, pipe, call, counts, shard, options.batch_size, options.as_json)
+            return
         run.begin()
         hidden = True if options.as_json else None
         own = sum(min(64, len(rows) - block * 64) for block in range(shard[0], run.num_blocks, shard[1]))
@@ -101,8 +115,8 @@ def evaluate_captions(options: CaptionsOptions) -> None:
     _report(results, options.as_json)
 
 
-def _build_run(options, chosen, radii, rows, references, made, folder: Path) -> "PictureRun":
-    """Load what is needed, and check everything before the first picture."""
+def _build_run(options, chosen, radii, rows, references, made, folder: Path) -> tuple["PictureRun", Any, dict]:
+    """Load what is needed, and check everything before the first picture; also gives the pipeline and its call."""
     from ..environment import stamp
     from ..evaluation.embedding_scores import EmbeddingScorer
     from ..evaluation.picture_runs import PictureRun, Preparation
@@ -128,7 +142,7 @@ def _build_run(options, chosen, radii, rows, references, made, folder: Path) -> 
     scores = {"caption_loss": _caption_loss(captioner)}
     if options.clip is not None:
         scores["clip_score"] = _clip_score(options.clip, device, EmbeddingScorer)
-    return PictureRun(
+    run = PictureRun(
         folder,
         rows,
         _settings(options, chosen, radii, len(rows), call, pipe),
@@ -143,6 +157,7 @@ def _build_run(options, chosen, radii, rows, references, made, folder: Path) -> 
         batch_size=options.batch_size,
         stamp=stamp(str(pipe.device)),
     )
+    return run, pipe, call
 
 
 def _load_network(options: CaptionsOptions, device: str):
