@@ -83,6 +83,17 @@ def test_a_backbone_that_is_lent_is_not_missing(tmp_path):
         CogLMCanvasModel.from_pretrained(tmp_path)
 
 
+def test_weights_are_drawn_for_nothing_that_is_lent():
+    """Some versions of transformers have every module of a loaded model made anew, as far as it was not in the file."""
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 100}
+    model = CogLMCanvasModel(CogLMCanvasConfig(super_resolution="direct", shares_backbone=True, **shape))
+    before = dict(model.named_parameters())
+    for module in model.modules():
+        model._init_weights(module)
+    assert dict(model.named_parameters()).keys() == before.keys()
+    assert before and not [name for name in before if "canvas_" not in name]
+
+
 @pytest.mark.parametrize("count", [0, -1, 10**9, 2.5, "2", None])
 def test_models_that_take_for_ever_to_build_are_refused(count):
     with pytest.raises(ValueError, match="`num_hidden_layers` must be a number from 1 to 1000"):

@@ -178,6 +178,11 @@ class CogLMPreTrainedModel(WholeModelMixin, PreTrainedModel):
     )
     config: CogLMConfig
 
+    def _init_weights(self, module: nn.Module) -> None:
+        """As in transformers, which would draw weights for modules that have none: another model lends them theirs."""
+        if next(module.parameters(recurse=False), None) is not None:
+            super()._init_weights(module)
+
     def get_input_embeddings(self) -> nn.Embedding:
         return self.word_embeddings
 
