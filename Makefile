@@ -1,5 +1,5 @@
 # What CI runs (.ci/run), one by one. Everything uses the Python of the active environment.
-.PHONY: style quality types test test-slow mutations
+.PHONY: style quality types test test-slow mutations docs
 
 style:  ## Format the code and repair what can be repaired
 	ruff format .
@@ -20,3 +20,6 @@ test-slow:  ## What takes minutes, needs released weights, or a GPU
 
 mutations:  ## Deliberate errors in the whole package, each of which a test must notice; takes a while
 	python tests/mutations/run_mutations.py
+
+docs:  ## The documentation as a site, in build/docs; a warning is an error
+	python -m sphinx -W --keep-going -q -b html docs build/docs

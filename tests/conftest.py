@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from .hub.running import run_hub
-from .utils import make_tokenizer
+from .utils import make_clip, make_tokenizer
 
 
 def pytest_addoption(parser):
@@ -61,19 +61,4 @@ def seeded():
 @pytest.fixture(scope="session")
 def clip():
     """A random CLIP of one layer, with a tokenizer of letters."""
-    from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    pieces = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    tokenizer = CLIPTokenizer({piece: index for index, piece in enumerate(pieces)}, [], model_max_length=12)
-    sides = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    words = {"vocab_size": len(pieces), "max_position_embeddings": 12, "bos_token_id": 0, "eos_token_id": 1}
-    config = CLIPConfig(
-        text_config={**sides, **words, "pad_token_id": 1},
-        vision_config={**sides, "image_size": 16, "patch_size": 8},
-        projection_dim=8,
-    )
-    size = {"height": 16, "width": 16}
-    torch.manual_seed(0)
-    return CLIPModel(config).eval(), CLIPProcessor(CLIPImageProcessorPil(size=size, crop_size=size), tokenizer)
+    return make_clip()

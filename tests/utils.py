@@ -179,3 +179,23 @@ def token_config(tokenizer: IcetkTokenizer) -> dict[str, int]:
         "start_of_chinese_token_id": tokenizer.start_of_chinese_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+
+
+def make_clip():
+    """A random CLIP of one layer, and its processor with a tokenizer of letters."""
+    from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    pieces = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    tokenizer = CLIPTokenizer({piece: index for index, piece in enumerate(pieces)}, [], model_max_length=12)
+    sides = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    words = {"vocab_size": len(pieces), "max_position_embeddings": 12, "bos_token_id": 0, "eos_token_id": 1}
+    config = CLIPConfig(
+        text_config={**sides, **words, "pad_token_id": 1},
+        vision_config={**sides, "image_size": 16, "patch_size": 8},
+        projection_dim=8,
+    )
+    size = {"height": 16, "width": 16}
+    torch.manual_seed(0)
+    return CLIPModel(config).eval(), CLIPProcessor(CLIPImageProcessorPil(size=size, crop_size=size), tokenizer)
