@@ -1,8 +1,8 @@
 """
 The fenced blocks of the pages, and how they are run.
 
-A block is run unless the line before it says `<!-- not run: WHY -->`. Blocks of a page share a namespace and a folder, as if
-somebody followed the page from top to bottom. Of commands that are not run, the options are checked all the same.
+A block is run unless the line before it says `<!-- not run: WHY -->`. Blocks of a page share a namespace and a folder,
+as if somebody followed the page from top to bottom. Of commands that are not run, the options are checked anyway.
 """
 
 import argparse
@@ -26,11 +26,19 @@ from cogview_pipelines.training import arguments
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
     page.relative_to(ROOT).as_posix()
-    for pattern in ("*.md", "docs/**/*.md", "training_scripts/**/*.md", "benchmarks/*.md", "src/cogview_pipelines/**/*.md")
+    for pattern in (
+        "*.md",
+        "docs/**/*.md",
+        "training_scripts/**/*.md",
+        "benchmarks/*.md",
+        "src/cogview_pipelines/**/*.md",
+    )
     for page in ROOT.glob(pattern)
     if page.name != "CHANGELOG.md"
 )
-BLOCK = re.compile(r"(?P<before>(?:^<!--.*-->\n)*)^```(?P<language>[\w{}-]*)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(
+    r"(?P<before>(?:^<!--.*-->\n)*)^```(?P<language>[\w{}-]*)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
+)
 NOT_RUN = re.compile(r"<!-- not run: (?P<reason>.{10,}) -->")
 RUNNABLE = ("python", "bash")
 INTO_DATACLASSES = "parse_args_into_dataclasses"

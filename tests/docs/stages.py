@@ -1,7 +1,7 @@
 """
 What the pages take for granted: files, models and names, and what stands in for what is not at hand.
 
-A stage is a function of an empty folder, which it fills. It gives back the names that the first block finds, and texts of the
+A stage fills an empty folder. It gives back the names that the first block finds, and texts of the
 page with what is run in their place.
 """
 
@@ -121,9 +121,7 @@ def evaluation(folder: Path) -> Stage:
         (folder / name).mkdir()
         for number, scene in enumerate(scenes):
             render(scene, 64 if name == "pictures" else 80).save(folder / name / f"{number}.png")
-    save_lines(
-        folder / "captions.jsonl", *({"id": str(number), "caption": PROMPT} for number in range(len(scenes)))
-    )
+    save_lines(folder / "captions.jsonl", *({"id": str(number), "caption": PROMPT} for number in range(len(scenes))))
     return {}, {"size=256, radii=(0, 1, 2)": "size=64, radii=(0, 1)"}
 
 

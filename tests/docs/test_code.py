@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from ..hub.running import TOKEN
-from .pages import PAGES, ROOT, RUNNABLE, check_json, check_options, read_blocks, run_command, run_python, split_commands
+from .pages import (
+    PAGES,
+    ROOT,
+    RUNNABLE,
+    check_json,
+    check_options,
+    read_blocks,
+    run_command,
+    run_python,
+    split_commands,
+)
 from .stages import FEWER, STAGES
 
 BLOCKS = {page: read_blocks(page) for page in PAGES}
@@ -30,14 +40,19 @@ def run_page(page: str, folder) -> int:
     return len(wanted)
 
 
+RUN = [
+    page
+    for page, blocks in BLOCKS.items()
+    if page != WITH_THE_HUB and any(one.language in RUNNABLE and one.reason is None for one in blocks)
+]
+# those that take seconds run with every change, the others with `pytest -m slow tests/docs`
+QUICK = ("README.md", "docs/cogview.md", "docs/command_line.md")
+
+
 @pytest.mark.parametrize(
-    "page",
-    [
-        page
-        for page, blocks in BLOCKS.items()
-        if page != WITH_THE_HUB and any(one.language in RUNNABLE and one.reason is None for one in blocks)
-    ],
+    "page", [page if page in QUICK else pytest.param(page, marks=pytest.mark.slow) for page in RUN]
 )
+@pytest.mark.timeout(1200)  # where many others compute, too
 def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
@@ -48,7 +63,9 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch)
 
 
 def test_the_code_of_the_page_on_the_hub_runs_from_top_to_bottom(hub):
-    code = "import pathlib; from tests.docs.test_code import run_page; print(run_page('docs/hub.md', pathlib.Path.cwd()))"
+    code = (
+        "import pathlib; from tests.docs.test_code import run_page; print(run_page('docs/hub.md', pathlib.Path.cwd()))"
+    )
     assert hub.json(code, token=TOKEN) == 3
 
 

@@ -84,7 +84,7 @@ def test_a_backbone_that_is_lent_is_not_missing(tmp_path):
 
 
 def test_weights_are_drawn_for_nothing_that_is_lent():
-    """Some versions of transformers have every module of a loaded model made anew, as far as it was not in the file."""
+    """Some versions of transformers have every module of a loaded model made anew that the file lacks."""
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 100}
     model = CogLMCanvasModel(CogLMCanvasConfig(super_resolution="direct", shares_backbone=True, **shape))
     before = dict(model.named_parameters())
