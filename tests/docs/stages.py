@@ -101,6 +101,9 @@ def command_line(folder: Path) -> Stage:
             picture.save(folder / f"{name}.png")
     (folder / "mine.png").write_bytes((folder / "picture.png").read_bytes())
     shipped_model(folder, "my_model")
+    save_lines(folder / "prompts.jsonl", {"id": "tiger", "prompt": PROMPT, "seed": 7})
+    edit = {"id": "apple", "prompt": "a red apple on a blue background", "image": "apple.png", "mask": "mask.png"}
+    save_lines(folder / "edits.jsonl", edit)
     save_lines(folder / "pictures.jsonl", {"id": "tiger", "image": "small.png"})
     save_lines(folder / "pairs.jsonl", {"id": "tiger", "image": "picture.png", "prompts": [PROMPT, "a red car"]})
     return {}, {}
