@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from cogview_pipelines.cli import app, bench, evaluate, loading, serve
+from cogview_pipelines.cli import app, bench, evaluate_captions, evaluate_scenes, loading, serve
 from cogview_pipelines.pictures.png import save_png
 
 from .utils import cases
@@ -179,7 +179,7 @@ def folder(tmp_path, monkeypatch):
     def load_pipeline(*arguments):
         raise ModelWanted
 
-    for module in (loading, evaluate, bench, serve):
+    for module in (loading, evaluate_captions, evaluate_scenes, bench, serve):
         monkeypatch.setattr(module, "load_pipeline", load_pipeline)
     return tmp_path
 
