@@ -35,7 +35,8 @@ def run_page(page: str, folder) -> int:
                 for words in split_commands(block):
                     run_command(words)
         except Exception as error:
-            error.add_note(f"in the block at {block}") if hasattr(error, "add_note") else None
+            if hasattr(error, "add_note"):  # from Python 3.11 on
+                error.add_note(f"in the block at {block}")
             raise
     return len(wanted)
 

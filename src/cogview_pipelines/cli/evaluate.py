@@ -1,7 +1,7 @@
 """`cogview2 evaluate`: how many pictures show what their prompts say; and the papers' measures of any captions."""
 
 import enum
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import typer
@@ -58,6 +58,20 @@ class Measure(str, enum.Enum):
     pictures = "pictures"
     caption_loss = "caption-loss"
     post_selection = "post-selection"
+
+
+@dataclass
+class CommonOptions:
+    """The options that count for the demo scenes and for captions alike, as given."""
+
+    seed: int
+    batch_size: int
+    height: int | None
+    style: str | None
+    model: str
+    device: str | None
+    dtype: DType | None
+    as_json: bool
 
 
 # Options of only one of the two: the demo data, or captions of one's own

@@ -18,9 +18,10 @@ from .console import (
     say_json,
     whole_numbers,
 )
+from .evaluate import CommonOptions
 from .evaluate_candidates import evaluate_candidates, read_counts
 from .families import pipeline_for
-from .loading import DType, describe_model, load_pipeline
+from .loading import describe_model, load_pipeline
 
 if TYPE_CHECKING:
     from ..evaluation.picture_runs import PictureRun
@@ -33,8 +34,8 @@ PROTOCOLS = {
 
 
 @dataclass
-class CaptionsOptions:
-    """The options of the command, as given."""
+class CaptionsOptions(CommonOptions):
+    """The options of the command for captions, as given."""
 
     captions: Path
     references: list[Path] | None
@@ -51,14 +52,6 @@ class CaptionsOptions:
     clip: str | None
     shard: str | None
     candidate_counts: str | None
-    seed: int
-    batch_size: int
-    height: int | None
-    style: str | None
-    model: str
-    device: str | None
-    dtype: DType | None
-    as_json: bool
 
 
 def evaluate_captions(options: CaptionsOptions) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .console import bad_input, expand, fail, failures, make_writable_folder, say, say_json
-from .loading import DType, describe_model, find_model, load_pipeline
+from .evaluate import CommonOptions
+from .loading import describe_model, find_model, load_pipeline
 
 if TYPE_CHECKING:
     from ..demo import Scope
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class ScenesOptions:
-    """The options of the command, as given."""
+class ScenesOptions(CommonOptions):
+    """The options of the command for scenes, as given."""
 
     split: str
     language: str
@@ -25,17 +26,9 @@ class ScenesOptions:
     measure: str
     baseline: str
     candidates: int
-    seed: int
-    batch_size: int
-    height: int | None
-    style: str | None
-    model: str
-    device: str | None
-    dtype: DType | None
     sprites: Path | None
     save: Path | None
     export: Path | None
-    as_json: bool
 
 
 def evaluate_scenes(options: ScenesOptions) -> None:
