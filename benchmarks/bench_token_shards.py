@@ -6,7 +6,7 @@ How fast token shards are read, by the loader alone: samples a second, memory of
     python benchmarks/bench_token_shards.py --num-pairs 100000 --num-batches 20
 
 What is measured: a process opens a folder of shards, and for each sample draws the picture, reads its tokens and its
-line of captions, and draws a caption. What is not: encoding the caption (the tokenizer's work, cached in training),
+line of captions, and draws a caption; with --encode, its ids by the tokenizer of the shipped model, too. What is not:
 making model inputs, copies to a device, and a disk. All shards are one file of random tokens under many names (hard
 links), so that ten million pairs take no 80 GB: tokens come from the page cache, but every name is opened, and every
 place in it read, as if the shards were different.
@@ -52,17 +52,13 @@ def make_shards(folder: Path, num_pairs: int, shard_size: int, num_codes: int) -
 
 
 class Codes:
-    """In place of a tokenizer, whose work is not measured."""
+    """In place of a tokenizer, whose work is not measured, or around one."""
 
-    def __init__(self, num_image_tokens: int):
-        self.num_image_tokens = num_image_tokens
-
-    def encode(self, text: str) -> list[int]:
-        """The length of the text."""
-        return [len(text)]
+    def __init__(self, num_image_tokens: int, encode):
+        self.num_image_tokens, self.encode = num_image_tokens, encode
 
 
-def read(folder, worker, num_workers, order, batch_size, num_batches, num_codes, ready, results) -> None:
+def read(folder, worker, num_workers, order, batch_size, num_batches, num_codes, encode, ready, results) -> None:
     """What one process does, and what it took."""
     started = time.perf_counter()
     importlib.import_module("cogview_pipelines.training.data.tokens")
@@ -70,16 +66,16 @@ def read(folder, worker, num_workers, order, batch_size, num_batches, num_codes,
     from cogview_pipelines.training.data.tokens import TokenData
 
     imported, imports = time.perf_counter(), memory()
-    data = TokenData.load(folder, Codes(num_codes))
+    data = TokenData.load(folder, Codes(num_codes, shipped_tokenizer().encode if encode else lambda text: [len(text)]))
     data.epoch_seed = 0 if order == "epochs" else None
 
     def batch(step: int) -> int:
         first = (step * num_workers + worker) * batch_size
         draw = Draw(step, range(first, first + batch_size))
-        indices = []
-        for number, generator in zip(draw.samples, draw.generators(0)):
-            indices.append(data.draw(generator, number))
-            data.draw_caption(indices[-1], generator)
+        generators = list(draw.generators(0))
+        indices = data.draw_all(draw.samples, generators)
+        for index, generator in zip(indices, generators):
+            data.draw_caption(index, generator)
         return data.low[indices].numel() + data.fine[indices].numel()
 
     batch(0)
@@ -101,6 +97,14 @@ def read(folder, worker, num_workers, order, batch_size, num_batches, num_codes,
     )
 
 
+def shipped_tokenizer():
+    """The text tokenizer of the shipped model."""
+    from cogview_pipelines import IcetkTokenizer
+    from cogview_pipelines.environment import SHIPPED_MODEL
+
+    return IcetkTokenizer.from_pretrained(SHIPPED_MODEL, subfolder="tokenizer")
+
+
 def memory() -> float:
     """Resident memory of this process in MB."""
     with open("/proc/self/status") as file:
@@ -115,6 +119,7 @@ def main(
     batch_size: int = typer.Option(256, min=1, help="Samples of a batch."),
     num_batches: int = typer.Option(200, min=1, help="Batches that each process reads."),
     num_codes: int = typer.Option(20_000, min=2, help="Codes of the image tokenizer."),
+    encode: bool = typer.Option(False, help="Encode captions with the shipped model's tokenizer."),
 ) -> None:
     """Measure how fast token shards are read; prints one JSON line."""
     from cogview_pipelines.environment import stamp
@@ -123,7 +128,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         make_shards(Path(folder), num_pairs, min(shard_size, num_pairs), num_codes)
         ready, results = context.Barrier(num_workers), context.Queue()
-        options = (num_workers, order, batch_size, num_batches, num_codes, ready, results)
+        options = (num_workers, order, batch_size, num_batches, num_codes, encode, ready, results)
         processes = [context.Process(target=read, args=(folder, worker, *options)) for worker in range(num_workers)]
         for process in processes:
             process.start()
@@ -133,7 +138,13 @@ def main(
     report = {name: max(each[name] for each in found) for name in found[0]}
     report["samples_per_second"] = sum(each["samples_per_second"] for each in found)
     shown = {name: round(value, 2) for name, value in report.items()}
-    sizes = {"num_pairs": num_pairs, "shard_size": shard_size, "num_workers": num_workers, "order": order}
+    sizes = {
+        "num_pairs": num_pairs,
+        "shard_size": shard_size,
+        "num_workers": num_workers,
+        "order": order,
+        "encode": encode,
+    }
     print(json.dumps({"benchmark": "token_shards", **sizes, **shown, **stamp("cpu")}))
 
 

@@ -160,10 +160,13 @@ def make_batch(
     config: CogLMTrainConfig, model_config: CogLMConfig, tokenizer: IcetkTokenizer, data: TokenData, draw: Draw
 ) -> TokenSequence:
     """The samples of one forward pass."""
+    generators = list(draw.generators(config.seed))
+    indices = data.draw_all(draw.samples, generators)
+    pictures = data.low[indices].flatten(1).long()
     return stack(
         [
-            make_sample(config, model_config, tokenizer, data, number, generator)
-            for number, generator in zip(draw.samples, draw.generators(config.seed))
+            make_sample(config, model_config, tokenizer, data, index, picture, generator)
+            for index, picture, generator in zip(indices, pictures, generators)
         ]
     )
 
@@ -173,11 +176,12 @@ def make_sample(
     model_config: CogLMConfig,
     tokenizer: IcetkTokenizer,
     data: TokenData,
-    number: int,
+    index: int,
+    picture: torch.Tensor,
     generator: torch.Generator,
 ) -> TokenSequence:
-    """Sample `number` of the run, whose picture, caption, task and masks the generator draws."""
-    layout, pad_token_id, index = model_config.layout, tokenizer.pad_token_id, data.draw(generator, number)
+    """A sample of a picture, with its tokens, whose caption, task and masks the generator draws."""
+    layout, pad_token_id = model_config.layout, tokenizer.pad_token_id
     task, drop = torch.rand(2, generator=generator).tolist()
     captioning = task < config.caption_probability
     text = data.draw_caption(index, generator, to_write=captioning)[: model_config.max_text_tokens]
@@ -185,7 +189,7 @@ def make_sample(
     if not captioning and drop < config.drop_text_probability:
         text = []
     padding = model_config.max_text_tokens + 1 - len(text)
-    row = torch.cat([torch.tensor(text + [pad_token_id] * padding), data.low[index].flatten().long()])
+    row = torch.cat([torch.tensor(text + [pad_token_id] * padding), picture])
     if captioning:
         chinese = tokenizer.language(text) == "zh"
         start = model_config.start_of_chinese_token_id if chinese else model_config.start_of_english_token_id

@@ -167,10 +167,10 @@ def make_batch(config: CogViewTrainConfig, model_config: CogViewConfig, data: To
     generators = list(draw.generators(config.seed))
     tasks = [draw_task(config, generator) for generator in generators]
     samples = []
-    for number, task, generator in zip(draw.samples, tasks, generators):
-        index = data.draw(generator, number)
-        if config.data_order == "released":
-            index = released_index(number, len(data))
+    indices = data.draw_all(draw.samples, generators)
+    if config.data_order == "released":
+        indices = [released_index(number, len(data)) for number in draw.samples]
+    for index, task, generator in zip(indices, tasks, generators):
         # the longest text leaves no room for the last command, as in the release
         most = layout.max_super_resolution_length if task == "super_resolution" else layout.max_length
         samples.append(make_sample(config, layout, data, index, task, generator)[:most])

@@ -109,10 +109,9 @@ def read_context(
 
 def make_batch(config: DirectSRTrainConfig, model: CogLMCanvasModel, data: TokenData, draw: Draw) -> CanvasBatch:
     """The samples of one forward pass."""
-    indices, texts = [], []
-    for number, generator in zip(draw.samples, draw.generators(config.seed)):
-        indices.append(data.draw(generator, number))
-        texts.append(data.draw_caption(indices[-1], generator))
+    generators = list(draw.generators(config.seed))
+    indices = data.draw_all(draw.samples, generators)
+    texts = [data.draw_caption(index, generator) for index, generator in zip(indices, generators)]
     context = read_context(model, data, indices, texts)
     labels = data.fine[indices].flatten(1).long()
     return CanvasBatch(context, torch.full_like(labels, model.config.boi_token_id), labels)

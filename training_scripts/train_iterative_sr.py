@@ -93,10 +93,11 @@ def make_batch(
 ) -> CanvasBatch:
     """The samples of one forward pass."""
     texts, canvases, labels = [], [], []
-    for number, generator in zip(draw.samples, draw.generators(config.seed)):
-        index = data.draw(generator, number)
+    generators = list(draw.generators(config.seed))
+    indices = data.draw_all(draw.samples, generators)
+    for index, picture, generator in zip(indices, data.fine[indices], generators):
         texts.append(data.draw_caption(index, generator))
-        tokens = data.fine[index].flatten().long()
+        tokens = picture.flatten().long()
         ratio = config.mask_ratios[draw_index(len(config.mask_ratios), generator)]
         masked = torch.rand(tokens.shape, generator=generator) < ratio
         masked[draw_index(len(masked), generator)] |= not masked.any()  # or there is nothing to learn from

@@ -57,7 +57,7 @@ def parse_object(line: str, allow_nan: bool = False) -> dict:
         ValueError: If it is none. The message goes on from the name of the line, as in "line 7 is not JSON (...)".
     """
     try:
-        value = json.loads(line, parse_constant=float if allow_nan else _refuse_constant)
+        value = (_LENIENT if allow_nan else _STRICT).decode(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON ({error.msg} at column {error.colno}): {_quoted(line)}.") from None
     except RecursionError:
@@ -106,6 +106,10 @@ def _refuse_utf_16(line: bytes, path: str | Path) -> None:
 
 def _refuse_constant(name: str):
     raise ValueError(f"{name} is no number of JSON")
+
+
+# made once: `json.loads` with an option makes one for each line
+_STRICT, _LENIENT = json.JSONDecoder(parse_constant=_refuse_constant), json.JSONDecoder(parse_constant=float)
 
 
 def _quoted(line: str) -> str:

@@ -48,8 +48,8 @@ MUTATIONS = [
     Mutation(
         "mask: low-resolution tokens see the padding",
         "models/cogview2/sequences.py",
-        "mask = text[:, None, :] | (image[:, :, None] & image[:, None, :])",
-        "mask = (text | padding)[:, None, :] | (image[:, :, None] & image[:, None, :])",
+        "bitwise_or_(text[:, None, :].view(torch.uint8))",
+        "bitwise_or_((text | padding)[:, None, :].view(torch.uint8))",
         "parity/cogview2/test_super_resolution.py",
     ),
     Mutation(

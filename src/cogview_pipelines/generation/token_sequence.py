@@ -72,9 +72,13 @@ def prefix_causal_mask(prefix: torch.Tensor, causal: torch.Tensor) -> torch.Tens
     Returns:
         `torch.Tensor` of shape `(..., length, length)`.
     """
+    # each row has a number up to which it sees columns: one comparison, where PyTorch's operations on booleans would
+    # take several passes that are not vectorised on a CPU
     length = prefix.shape[-1]
-    earlier = torch.ones(length, length, dtype=torch.bool, device=prefix.device).tril()
-    return prefix[..., None, :] | (causal[..., :, None] & causal[..., None, :] & earlier)
+    order = torch.arange(length, dtype=torch.int32, device=prefix.device)
+    rows = torch.where(causal, order, -1)
+    columns = torch.where(prefix, -2, torch.where(causal, order, length))
+    return rows[..., :, None] >= columns[..., None, :]
 
 
 def pad_text(
@@ -102,7 +106,11 @@ def pad_text(
 
 def isolate_padding(mask: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
     """Let rows of padding attend to themselves only, and nothing else to them."""
-    return (mask & ~padding[..., :, None] & ~padding[..., None, :]) | torch.diag_embed(padding)
+    real = (~padding).view(torch.uint8)  # operations on bytes are vectorised
+    isolated = mask.view(torch.uint8) & real[..., :, None]
+    isolated &= real[..., None, :]
+    isolated.diagonal(dim1=-2, dim2=-1).bitwise_or_(padding.view(torch.uint8))
+    return isolated.view(torch.bool)
 
 
 def extend_mask(mask: torch.Tensor, columns: int, value: bool) -> torch.Tensor:

@@ -86,6 +86,20 @@ def test_any_text_is_encoded_as_sentencepiece_encodes_it(released, by_protobuf, 
     assert released.encode(text) == [20000 + index for index in by_protobuf.encode(text)]
 
 
+def test_a_text_alone_has_the_ids_of_its_pieces(released, tmp_path):
+    """It goes a short way through SentencePiece."""
+    add = lambda proto: [proto.pieces.add(piece=piece, score=-1.0) for piece in ("<image_3>", "▁<image_30000>")]  # noqa: E731
+    write_model(tmp_path / "odd.model", add)
+    odd = IcetkTokenizer(tmp_path / "odd.model")
+    for tokenizer in (released, odd):
+        for text in [*TEXTS, "a <image_3> b", "<image_30000>", "a☃<pad>☃ cat", "<start_of_image>", "", " a  cat\n"]:
+            ids = tokenizer.encode(text)
+            assert ids == tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)) == tokenizer(text)["input_ids"]
+    assert odd.encode("<image_3>") != released.encode("<image_3>")
+    with pytest.raises((TypeError, ValueError)):
+        released.encode(3)
+
+
 def test_an_unknown_run_that_spells_a_control_piece_is_unknown(tmp_path):
     def keep_few(proto):
         kept = [copy.deepcopy(piece) for piece in proto.pieces if piece.type != piece.NORMAL or piece.piece in "▁虎"]

@@ -137,6 +137,15 @@ def test_weights_say_how_often_a_picture_comes_in_an_epoch_rounded_up_or_down():
     assert totals[2] == 0
 
 
+@pytest.mark.parametrize("weights", [torch.ones(11), torch.tensor([1.0, 2.5, 0.0, 4.0, 1.0])])
+def test_samples_that_are_looked_up_together_are_those_of_one_by_one(weights):
+    """Over the ends of epochs, and of several sets."""
+    chances = MixedChances([WeightedIndex(weights), Equal(7)], (0.7, 0.3))
+    numbers = [*range(5, 60), 3, 10**9]
+    one_by_one, together = EpochOrder(chances, seed=1), EpochOrder(chances, seed=1)
+    assert together.indices(numbers) == [one_by_one.index(number) for number in numbers]
+
+
 # Shares --------------------------------------------------------------------------------------------------------------
 
 

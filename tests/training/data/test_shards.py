@@ -95,7 +95,7 @@ def test_pictures_are_drawn_as_from_a_folder_of_the_same_weights(data):
     weights = torch.tensor([1.0, 3, 0, 1, 1, 1, 1], dtype=torch.float64)
     listed = dataclasses.replace(data, weights=weights)
     one, other = seeded_generator(0), seeded_generator(0)
-    drawn = [data.draw(one) for _ in range(500)]
+    drawn = data.draw_all(range(500), [one] * 500)
     assert drawn == [listed.draw(other) for _ in range(500)]
     assert set(drawn) == {0, 1, 3, 4, 5, 6}
 
@@ -131,6 +131,18 @@ def test_few_files_stay_open_and_threads_and_copies_read_the_same(tmp_path, toke
         assert len(os.listdir("/proc/self/fd")) <= before + 3
     copied = pickle.loads(pickle.dumps(shards))
     assert not copied._open and (copied.tokens("fine", [5]) == shards.tokens("fine", [5])).all()
+
+
+def test_rows_of_several_sets_are_read_together(data):
+    mixed = data.mixed_with([dataclasses.replace(data)], [0.5])
+    order = [13, 0, 6, 7, 7, 3]
+    for name in ("low", "fine"):
+        rows = getattr(mixed, name)
+        assert torch.equal(rows[order], torch.stack([getattr(data, name)[each % 7] for each in order]))
+        assert torch.equal(rows[5:9], torch.stack([rows[each] for each in range(5, 9)]))
+    for index in ([14], [-1]):
+        with pytest.raises(IndexError, match=r"outside of 0\.\.13"):
+            mixed.low[index]
 
 
 # Damage --------------------------------------------------------------------------------------------------------------

@@ -226,8 +226,9 @@ def direct_super_resolution(
     ids, positions, is_text = pad_text(texts, num_text_slots)
     batch_size, image_length = len(texts), layout.image_length
     text, padding = extend_mask(is_text, image_length, False), extend_mask(~is_text, image_length, False)
-    image = ~text & ~padding
-    mask = text[:, None, :] | (image[:, :, None] & image[:, None, :]) | (padding[:, :, None] & padding[:, None, :])
+    kinds = text.to(torch.int8) - padding.to(torch.int8)
+    mask = kinds[:, :, None] == kinds[:, None, :]  # each kind of rows sees its own kind of columns, and
+    mask.view(torch.uint8).bitwise_or_(text[:, None, :].view(torch.uint8))  # text; bytes, which are vectorised
     return TokenSequence(
         torch.cat([ids, image_tokens.reshape(batch_size, -1)], 1),
         torch.cat([positions, layout.image_positions.expand(batch_size, -1)], 1),

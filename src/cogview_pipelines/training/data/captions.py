@@ -17,13 +17,13 @@ MOST_LOOKED_AT = 2000  # captions, to say what is lost of them
 logger = logging.getLogger(__name__)
 
 
-def parse_captions(line: str, place: str) -> tuple[dict[str, list[str]], float]:
+def parse_captions(line: str, place: object) -> tuple[dict[str, list[str]], float]:
     """
     Captions by language, and the weight, of a line of JSON; a caption alone counts as a list of one.
 
     Args:
         line (`str`): A JSON object.
-        place (`str`): What an error calls the line, such as `"Line 7 of captions.jsonl"`.
+        place (`str`, or what becomes one): What an error calls the line, such as `"Line 7 of captions.jsonl"`.
 
     Returns:
         `tuple[dict, float]`: The captions, and under `targets` and `style` what the line has there; the weight.
@@ -48,7 +48,7 @@ def parse_captions(line: str, place: str) -> tuple[dict[str, list[str]], float]:
     return texts, float(weight)
 
 
-def _captions_by_language(row: object, place: str, line: str) -> dict[str, list[str]]:
+def _captions_by_language(row: object, place: object, line: str) -> dict[str, list[str]]:
     if not isinstance(row, dict) or not any(row.get(language) for language in LANGUAGES):
         raise ValueError(
             f"{place} must be an object with captions in one of {LANGUAGES}, but is {line.strip()[:80]!r}."

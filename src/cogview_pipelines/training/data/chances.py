@@ -5,9 +5,10 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
-from .draws import derived_seed
+from .draws import derived_seed, draw_place
 from .permutation import Permutation
 
 _WHOLE = 1 << 53
@@ -34,7 +35,7 @@ class Chances(ABC):
 
     def draw(self, generator: torch.Generator) -> int:
         """The index of one item by its weight, with replacement: looked up by one random number of 53 bits."""
-        return self.find(float(torch.rand((), dtype=torch.float64, generator=generator)) * self.total)
+        return self.find(draw_place(generator) * self.total)
 
     def parts(self) -> list[tuple[float, int, "Chances"]]:
         """The sets of items that have a share of their own: share, first index, chances within."""
@@ -138,14 +139,35 @@ class EpochOrder:
 
     def index(self, number: int) -> int:
         """The item of a sample of a run."""
-        which, position = self.place(number)
+        return self.indices([number])[0]
+
+    def indices(self, numbers: Sequence[int]) -> list[int]:
+        """The items of some samples of a run: those of a set and epoch are looked up together."""
+        together: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
+        for slot, number in enumerate(numbers):
+            which, position = self.place(number)
+            epoch, position = divmod(position, len(self.parts[which][2]))
+            slots, positions = together.setdefault((which, epoch), ([], []))
+            slots.append(slot)
+            positions.append(position)
+        found = [0] * len(numbers)
+        for (which, epoch), (slots, positions) in together.items():
+            for slot, index in zip(slots, self._items(which, epoch, positions)):
+                found[slot] = index
+        return found
+
+    def _items(self, which: int, epoch: int, positions: list[int]) -> list[int]:
+        """The items at some places of an epoch of a set."""
         _, first, chances = self.parts[which]
-        epoch, position = divmod(position, len(chances))
-        position = self._permutation(which, epoch)[position]
+        order = self._permutation(which, epoch)
+        if len(positions) == 1:
+            places = [order[positions[0]]]
+        else:
+            places = order.many(np.array(positions, dtype=np.uint64)).tolist()
         if chances.equal:
-            return first + position
+            return [first + place for place in places]
         offset = derived_seed(self.seed, "offset", which, epoch) / 2**56
-        return first + chances.find((position + offset) / len(chances) * chances.total)
+        return [first + chances.find((place + offset) / len(chances) * chances.total) for place in places]
 
     def _permutation(self, which: int, epoch: int) -> Permutation:
         known = self._permutations.get(which)

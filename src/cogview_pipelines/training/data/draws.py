@@ -7,7 +7,8 @@ and however many processes and forward passes share a step, together they see th
 
 import hashlib
 import random
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,9 +49,38 @@ def derived_seed(seed: int, *key: int | str) -> int:
     return int.from_bytes(digest[:7], "little")
 
 
+class _Scratch(threading.local):
+    """Where single numbers are drawn: to make a tensor for each takes several times as long as to draw it."""
+
+    def __init__(self):
+        with torch.inference_mode(False):
+            self.index = torch.empty((), dtype=torch.int64, device="cpu")
+            self.place = torch.empty((), dtype=torch.float64, device="cpu")
+
+
+_scratch = _Scratch()
+
+
 def draw_index(count: int, generator: torch.Generator) -> int:
-    """An index below `count`, all equally likely."""
-    return int(torch.randint(count, (), generator=generator))
+    """An index below `count`, all equally likely: what `torch.randint(count, ())` draws."""
+    return _scratch.index.random_(count, generator=generator).item()
+
+
+def draw_two_indices(count: int, then: Callable[[int], int], generator: torch.Generator) -> tuple[int, int]:
+    """
+    An index below `count`, and one below what `then` gives for it: what two calls of [`draw_index`] draw, in one.
+
+    A whole number of 64 bits is two of 32, the first one high, and an index is one of 32 by its remainder: below 2^28,
+    from where on PyTorch takes 64. Captions are fewer.
+    """
+    both = _scratch.index.random_(-(1 << 63), None, generator=generator).item()
+    first = (both >> 32) % (1 << 32) % count
+    return first, both % (1 << 32) % then(first)
+
+
+def draw_place(generator: torch.Generator) -> float:
+    """A number of 53 bits from 0 to 1, without 1: what `torch.rand((), dtype=torch.float64)` draws."""
+    return _scratch.place.uniform_(generator=generator).item()
 
 
 def released_index(number: int, count: int) -> int:

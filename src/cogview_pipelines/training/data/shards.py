@@ -44,9 +44,11 @@ VERSION = 1
 TOKEN_ARRAYS = ("low", "fine")
 MOST_OPEN_FILES = 256
 MOST_WEIGHTS = 64  # shards whose weights are in memory
+MOST_LINES = 1024  # lines of captions that are kept as they were parsed: of a batch, or of what comes again soon
 _DTYPES = {"U8": "<u1", "U16": "<u2", "I32": "<i4", "I64": "<i8", "U64": "<u8", "F64": "<f8"}
 _ARRAYS = ("low", "fine", "captions", "caption_starts", "weight_ends", "picture_hashes")
 _LARGEST_HEADER = 1 << 20
+_TWO_PLACES = struct.Struct("<qq")
 
 _place_in_file = threading.Lock()
 
@@ -320,24 +322,60 @@ def find_damaged(folder: str | Path, verify: bool = False, part: int = 0, num_pa
 
 
 class _File:
-    """An open file, closed when nobody reads from it any more."""
+    """An open file, closed when nobody reads from it any more, and where each of its arrays begins."""
 
-    def __init__(self, path: Path):
-        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    __slots__ = ("descriptor", "path", "starts")
 
-    def read_into(self, target: memoryview, start: int) -> int:
-        """Read bytes from a place on; how many there were."""
-        if hasattr(os, "preadv"):
-            return os.preadv(self.descriptor, [target], start)
-        with _place_in_file:  # Windows: one place for all threads
-            os.lseek(self.descriptor, start, os.SEEK_SET)
-            content = os.read(self.descriptor, len(target))
-        target[: len(content)] = content
-        return len(content)
+    def __init__(self, path: str):
+        self.path = path
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        except OSError as error:
+            raise DamagedShard(f"{path} cannot be read: {error.strerror}.") from error
+        self.starts: dict[str, int] = {}
+
+    def read(self, start: int, size: int) -> bytes:
+        """Bytes from a place on."""
+        content = _read_at(self.descriptor, size, start)
+        while len(content) < size:  # of very large reads a system gives a part
+            more = _read_at(self.descriptor, size - len(content), start + len(content))
+            if not more:
+                raise DamagedShard(f"{self.path} was cut off while it was read. Resume: it is left out then.")
+            content += more
+        return content
+
+    def start(self, name: str) -> int:
+        """Where an array begins."""
+        try:
+            return self.starts[name]
+        except KeyError:
+            raise DamagedShard(f"{self.path} has no array `{name}`.") from None
 
     def __del__(self):
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
+
+
+def _read_at_place(descriptor: int, size: int, start: int) -> bytes:
+    """What `os.pread` does, where there is none (Windows): one place for all threads."""
+    with _place_in_file:
+        os.lseek(descriptor, start, os.SEEK_SET)
+        return os.read(descriptor, size)
+
+
+_read_at = getattr(os, "pread", _read_at_place)
+
+
+class _Place:
+    """Where a picture stands, in words: they are made for a message only."""
+
+    __slots__ = ("number", "shard", "shards")
+
+    def __init__(self, shards: "TokenShards", shard: int, number: int):
+        self.shards, self.shard, self.number = shards, shard, number
+
+    def __str__(self) -> str:
+        return f"Picture {self.number} of {self.shards.folder / self.shards.files[self.shard]}"
 
 
 class TokenShards:
@@ -357,6 +395,7 @@ class TokenShards:
 
     def __init__(self, folder: str | Path, excluded: Sequence[str] | Mapping[str, str] = ()):
         self.folder, index = Path(folder), read_index(folder)
+        self._prefix = os.path.join(os.fspath(folder), "")
         entries = [entry for entry in index["shards"] if entry["file"] not in excluded]
         if not entries:
             raise ValueError(f"`data` has no shard that is whole in {folder}.")
@@ -370,19 +409,24 @@ class TokenShards:
         self.equal_weights = [bool(entry["equal_weights"]) for entry in entries]
         # where each array begins in each file, once its header was read
         self._starts = np.full((len(entries), len(_ARRAYS)), -1, dtype=np.int64)
+        self._first = np.array(self.first)
         self._open: OrderedDict[int, _File] = OrderedDict()
+        self._add_caches()
+
+    def _add_caches(self) -> None:
         self._weight_ends = functools.lru_cache(MOST_WEIGHTS)(self._read_weight_ends)
+        self.texts = functools.lru_cache(MOST_LINES)(self._read_texts)
 
     def __len__(self) -> int:
         return self.first[-1]
 
     def __getstate__(self) -> dict:
-        state = {key: value for key, value in self.__dict__.items() if key != "_weight_ends"}
+        state = {key: value for key, value in self.__dict__.items() if key not in ("_weight_ends", "texts")}
         return state | {"_open": OrderedDict()}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self._weight_ends = functools.lru_cache(MOST_WEIGHTS)(self._read_weight_ends)
+        self._add_caches()
 
     def locate(self, index: int) -> tuple[int, int]:
         """The shard of a picture, and its number there."""
@@ -396,47 +440,69 @@ class TokenShards:
         shape, dtype = self.arrays[name]["shape"], np.dtype(self.arrays[name]["dtype"]).newbyteorder("<")
         rows = np.empty((len(indices), *shape), dtype)
         size = rows[:1].nbytes
-        for row, index in zip(rows, indices):
-            shard, number = self.locate(index)
-            self._read_into(shard, self._start(shard, name) + number * size, memoryview(row).cast("B"))
+        target = rows.reshape(len(indices), -1).view(np.uint8)
+        wanted = np.asarray(indices, dtype=np.int64)
+        if len(wanted) and not 0 <= wanted.min() <= wanted.max() < len(self):
+            raise IndexError(f"{indices} are outside of 0..{len(self) - 1}.")
+        shards = self._first.searchsorted(wanted, "right") - 1
+        starts = (wanted - self._first[shards]) * size
+        order = shards.argsort(kind="stable")  # each file is opened once
+        for row, shard, start in zip(order.tolist(), shards[order].tolist(), starts[order].tolist()):
+            file = self._file(shard)
+            target[row] = np.frombuffer(file.read(file.start(name) + start, size), np.uint8)
         return rows
 
-    def line(self, index: int) -> tuple[str, str]:
+    def line(self, index: int) -> tuple[str, _Place]:
         """The line of captions of a picture, and where it stands, for messages."""
         shard, number = self.locate(index)
-        place = f"Picture {number} of {self.folder / self.files[shard]}"
-        first, end = np.frombuffer(self._read(shard, self._start(shard, "caption_starts") + 8 * number, 16), "<i8")
+        place, file = _Place(self, shard, number), self._file(shard)
+        first, end = _TWO_PLACES.unpack(file.read(file.start("caption_starts") + 8 * number, 16))
         if not 0 <= first <= end <= first + _LARGEST_HEADER:
             raise DamagedShard(f"{place} has damaged captions.")
-        content = self._read(shard, self._start(shard, "captions") + int(first), int(end - first))
+        content = file.read(file.start("captions") + first, end - first)
         try:
             return content.decode("utf-8"), place
         except UnicodeDecodeError as error:
             raise DamagedShard(f"{place} has damaged captions ({error}).") from error
+
+    def _read_texts(self, index: int) -> dict[str, dict[str, list[str]]]:
+        """What the line of a picture says: its `captions`, the `targets` of captioning, and its `style`."""
+        captions, _ = parse_captions(*self.line(index))
+        style = captions.pop("style", {})
+        targets = captions.pop("targets", captions)
+        return {"captions": captions, "targets": targets, "style": style}
 
     def weight_ends(self, shard: int) -> np.ndarray:
         """The sums of the weights of a shard in which they differ, up to and with each picture."""
         return self._weight_ends(shard)
 
     def _read_weight_ends(self, shard: int) -> np.ndarray:
-        content = self._read(shard, self._start(shard, "weight_ends"), 8 * self.counts[shard])
-        return np.frombuffer(content, "<f8")
+        file = self._file(shard)
+        return np.frombuffer(file.read(file.start("weight_ends"), 8 * self.counts[shard]), "<f8")
 
     # Files ---------------------------------------------------------------------------------------------------------
 
-    def _start(self, shard: int, name: str) -> int:
-        """Where an array begins in the file of a shard."""
+    def _file(self, shard: int) -> _File:
+        """The open file of a shard."""
+        try:
+            return self._open[shard]
+        except KeyError:
+            file = _File(f"{self._prefix}{self.files[shard]}")
         if self._starts[shard, 0] < 0:
-            self._starts[shard] = self._read_header(shard)
-        start = int(self._starts[shard, _ARRAYS.index(name)])
-        if start < 0:
-            raise DamagedShard(f"{self.folder / self.files[shard]} has no array `{name}`.")
-        return start
+            self._starts[shard] = self._read_header(shard, file)
+        file.starts = {name: start for name, start in zip(_ARRAYS, self._starts[shard].tolist()) if start >= 0}
+        self._open[shard] = file
+        while len(self._open) > MOST_OPEN_FILES:
+            try:
+                self._open.popitem(last=False)
+            except KeyError:  # another thread was faster
+                break
+        return file
 
-    def _read_header(self, shard: int) -> list[int]:
-        """The header of a safetensors file, compared with what the index says."""
+    def _read_header(self, shard: int, file: _File) -> list[int]:
+        """Where arrays begin, by the header of a safetensors file, which is compared with what the index says."""
         path, count = self.folder / self.files[shard], self.counts[shard]
-        (length,) = struct.unpack("<Q", self._read(shard, 0, 8))
+        (length,) = struct.unpack("<Q", file.read(0, 8))
         if length > _LARGEST_HEADER:
             raise DamagedShard(f"{path} is no shard: its header would have {length} bytes.")
         wanted = {name: [value["dtype"], [count, *value["shape"]]] for name, value in self.arrays.items()}
@@ -444,7 +510,7 @@ class TokenShards:
         if not self.equal_weights[shard]:
             wanted["weight_ends"] = ["float64", [count]]
         try:
-            header = json.loads(self._read(shard, 8, length))
+            header = json.loads(file.read(8, length))
             starts = {name: 8 + length + int(header[name]["data_offsets"][0]) for name in (*wanted, "captions")}
             found = {name: [np.dtype(_DTYPES[header[name]["dtype"]]).name, header[name]["shape"]] for name in wanted}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -452,38 +518,6 @@ class TokenShards:
         if found != wanted:
             raise DamagedShard(f"{path} is another shard than {INDEX_FILE} says: {found} instead of {wanted}.")
         return [starts.get(name, -1) for name in _ARRAYS]
-
-    def _read(self, shard: int, start: int, size: int) -> bytes:
-        content = bytearray(size)
-        self._read_into(shard, start, memoryview(content))
-        return bytes(content)
-
-    def _read_into(self, shard: int, start: int, target: memoryview) -> None:
-        file = self._file(shard)
-        done = 0
-        while done < len(target):
-            count = file.read_into(target[done:], start + done)
-            if not count:
-                raise DamagedShard(
-                    f"{self.folder / self.files[shard]} was cut off while it was read. Resume: it is left out then."
-                )
-            done += count
-
-    def _file(self, shard: int) -> _File:
-        try:
-            file = self._open[shard]
-        except KeyError:
-            try:
-                file = _File(self.folder / self.files[shard])
-            except OSError as error:
-                raise DamagedShard(f"{self.folder / self.files[shard]} cannot be read: {error.strerror}.") from error
-            self._open[shard] = file
-            while len(self._open) > MOST_OPEN_FILES:
-                try:
-                    self._open.popitem(last=False)
-                except KeyError:  # another thread was faster
-                    break
-        return file
 
 
 class ShardedTokens:
@@ -515,7 +549,7 @@ class ShardedCaptions(Sequence):
     """
     What the lines of captions say of all pictures: `"captions"` to draw from, `"targets"` of captioning, `"style"`.
 
-    A line is parsed when it is asked for.
+    A line is read and parsed when it is asked for; what comes is not to be changed.
     """
 
     def __init__(self, shards: TokenShards, kind: str = "captions"):
@@ -527,10 +561,7 @@ class ShardedCaptions(Sequence):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[each] for each in range(len(self))[index]]
-        texts, _ = parse_captions(*self.shards.line(index))
-        style = texts.pop("style", {})
-        targets = texts.pop("targets", texts)
-        return {"captions": texts, "targets": targets, "style": style}[self.kind]
+        return self.shards.texts(index)[self.kind]
 
 
 class ShardChances(Chances):
@@ -546,8 +577,8 @@ class ShardChances(Chances):
 
     def __init__(self, shards: TokenShards):
         self.shards = shards
-        self.ends = np.cumsum(shards.weights)
-        self.total = float(self.ends[-1])
+        self.ends = np.cumsum(shards.weights).tolist()
+        self.total = self.ends[-1]
         if not 0 < self.total < np.inf:
             raise ValueError(f"`data` has no pictures of a `weight` above 0 in {shards.folder}.")
         self.last = int(np.flatnonzero(shards.weights)[-1])
@@ -560,8 +591,8 @@ class ShardChances(Chances):
     def find(self, place: float) -> int:
         """See [`Chances`]."""
         shards = self.shards
-        shard = min(int(self.ends.searchsorted(place, "right")), self.last)
-        place -= float(self.ends[shard]) - shards.weights[shard]
+        shard = min(bisect_right(self.ends, place), self.last)
+        place -= self.ends[shard] - shards.weights[shard]
         count = shards.counts[shard]
         if shards.equal_weights[shard]:
             number = int(max(place, 0.0) / shards.weights[shard] * count)

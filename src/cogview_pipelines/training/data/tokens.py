@@ -35,7 +35,7 @@ from ..processes import start_processes
 from ..run_folder import replacing
 from .captions import parse_captions, tell_text_losses
 from .chances import Chances, EpochOrder, MixedChances, WeightedIndex
-from .draws import Draw, draw_index
+from .draws import Draw, draw_two_indices
 from .shards import (
     ShardChances,
     ShardedCaptions,
@@ -44,6 +44,8 @@ from .shards import (
     find_damaged,
     is_shard_folder,
 )
+
+MOST_ENCODED = {"folder": 2**16, "shards": 2**12}  # captions whose ids are kept; of very many, few come again soon
 
 TOKENS_FILE = "tokens.safetensors"
 CAPTIONS_FILE = "captions.jsonl"
@@ -106,9 +108,10 @@ class TokenData:
                 no room for.
         """
         folder = Path(folder)
-        encode = functools.lru_cache(2**16)(tokenizer.encode)
         if is_shard_folder(folder):
+            encode = functools.lru_cache(MOST_ENCODED["shards"])(tokenizer.encode)
             return cls._open_shards(TokenShards(folder, excluded_shards), encode, tokenizer.num_image_tokens)
+        encode = functools.lru_cache(MOST_ENCODED["folder"])(tokenizer.encode)
         for name in (TOKENS_FILE, CAPTIONS_FILE):
             if not (folder / name).is_file():
                 raise ValueError(
@@ -277,6 +280,12 @@ class TokenData:
             return self.chances.draw(generator)
         return self._epochs.index(number)
 
+    def draw_all(self, samples: Sequence[int], generators: Sequence[torch.Generator]) -> list[int]:
+        """The indices of the pictures of some samples, as [`draw`][TokenData.draw] draws each from its generator."""
+        if self.epoch_seed is None:
+            return [self.chances.draw(generator) for generator in generators]
+        return self._epochs.indices(samples)
+
     @functools.cached_property
     def _epochs(self) -> EpochOrder:
         return EpochOrder(self.chances, self.epoch_seed)
@@ -292,8 +301,8 @@ class TokenData:
         """
         captions = self.targets if to_write and self.targets is not None else self.captions
         by_language = list(captions[index].values())
-        texts = by_language[draw_index(len(by_language), generator)]
-        return self.encode(texts[draw_index(len(texts), generator)])
+        language, caption = draw_two_indices(len(by_language), lambda which: len(by_language[which]), generator)
+        return self.encode(by_language[language][caption])
 
 
 class _OneAfterAnother(Sequence):
@@ -317,8 +326,21 @@ class _OneAfterAnother(Sequence):
                 raise IndexError(f"{index} is outside of 0..{len(self) - 1}.")
             which = bisect.bisect_right(self.first, index) - 1
             return self.sets[which][index - self.first[which]]
-        rows = [self[int(each)] for each in (range(len(self))[index] if isinstance(index, slice) else index)]
-        return torch.stack(rows) if hasattr(self, "shape") else rows
+        indices = [int(each) for each in (range(len(self))[index] if isinstance(index, slice) else index)]
+        if not hasattr(self, "shape") or not indices:
+            return [self[each] for each in indices]
+        by_set: dict[int, list[int]] = {}
+        for row, each in enumerate(indices):
+            if not 0 <= each < len(self):
+                raise IndexError(f"{each} is outside of 0..{len(self) - 1}.")
+            by_set.setdefault(bisect.bisect_right(self.first, each) - 1, []).append(row)
+        parts = [
+            self.sets[which][[indices[row] - self.first[which] for row in rows]] for which, rows in by_set.items()
+        ]
+        found = parts[0].new_empty(len(indices), *self.shape[1:])
+        for rows, part in zip(by_set.values(), parts):
+            found[rows] = part
+        return found
 
 
 @dataclass
