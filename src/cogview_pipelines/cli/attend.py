@@ -7,6 +7,7 @@ from pathlib import Path
 
 import typer
 
+from .adapters import LORA_OPTION, read_adapters
 from .console import bad_input, expand, fail, failures, make_writable_folder, say, warn_of_unknown, whole_numbers
 from .loading import DEVICE_OPTION, DTYPE_OPTION, MODEL_OPTION, DType, describe_model, load_pipeline
 from .names import slug
@@ -25,6 +26,7 @@ def attend(
     style: str = typer.Option(None, help="A style of the model."),
     head: str = typer.Option(None, help="Only this head, as LAYER,HEAD from 0.  [default: the mean of all]"),
     model: str = MODEL_OPTION,
+    lora: list[str] = LORA_OPTION,
     device: str = DEVICE_OPTION,
     dtype: DType = DTYPE_OPTION,
 ) -> None:
@@ -44,7 +46,8 @@ def attend(
     make_writable_folder(folder)
     seed = random.SystemRandom().randrange(2**31) if seed is None else seed
     earlier = _earlier_files(folder)
-    pipe = load_pipeline(model, device, dtype)
+    adapters = read_adapters(lora)
+    pipe = load_pipeline(model, device, dtype, adapters=adapters)
     if not hasattr(pipe, "attention_maps"):
         fail(f"`--model`: a {type(pipe).__name__} does not write pictures from texts.")
     config = pipe.transformer.config
@@ -57,7 +60,7 @@ def attend(
     call = {} if style is None else {"style": style}
     with bad_input((ValueError, TypeError)), failures():
         maps = pipe.attention_maps(prompt, generator=torch.Generator().manual_seed(seed), **call)
-        _write(folder, maps, chosen, {"prompt": prompt, "seed": seed, **describe_model(model)}, earlier)
+        _write(folder, maps, chosen, {"prompt": prompt, "seed": seed, **describe_model(model, adapters)}, earlier)
 
 
 def _read_head(text: str | None) -> tuple[int, int] | None:

@@ -4,6 +4,7 @@ import json
 
 import typer
 
+from .adapters import LORA_OPTION, read_adapters
 from .console import failures, say
 from .loading import DEVICE_OPTION, DTYPE_OPTION, MODEL_OPTION, DType, load_pipeline
 
@@ -14,6 +15,7 @@ def bench(
     compile: bool = typer.Option(False, "--compile", help="Run the steps of the tokens through torch.compile."),
     cuda_graph: bool = typer.Option(False, "--cuda-graph", help="Replay the steps of the tokens as a CUDA graph."),
     model: str = MODEL_OPTION,
+    lora: list[str] = LORA_OPTION,
     device: str = DEVICE_OPTION,
     dtype: DType = DTYPE_OPTION,
     as_json: bool = typer.Option(False, "--json", help="Print one line of JSON for each batch size."),
@@ -23,7 +25,7 @@ def bench(
     from ..speed.timing import resident_bytes
 
     before = resident_bytes()  # by now everything is imported
-    pipe = load_pipeline(model, device, dtype)
+    pipe = load_pipeline(model, device, dtype, adapters=read_adapters(lora))
     pipe.set_progress_bar_config(disable=True)
     pipe.set_decoding(compile=compile, cuda_graph=cuda_graph)
     for size in batch_size:

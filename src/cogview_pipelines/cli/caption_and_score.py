@@ -11,6 +11,7 @@ from pathlib import Path
 
 import typer
 
+from .adapters import LORA_OPTION, read_adapters
 from .console import (
     bad_input,
     end_if_nobody_reads,
@@ -87,6 +88,7 @@ def caption(
     max_batch_size: int = BATCH_OPTION,
     as_json: bool = JSON_OPTION,
     model: str = MODEL_OPTION,
+    lora: list[str] = LORA_OPTION,
     device: str = DEVICE_OPTION,
     dtype: DType = DTYPE_OPTION,
     overwrite: bool = OVERWRITE_OPTION,
@@ -115,7 +117,7 @@ def caption(
         "max_length": max_length,
         "max_batch_size": max_batch_size,
     }
-    choice = ModelChoice(model, device, dtype)
+    choice = ModelChoice(model, device, dtype, read_adapters(lora))
     with bad_input():
         given = check_arguments(given, CAPTION)
     if requests is not None:
@@ -149,6 +151,7 @@ def score(
     max_batch_size: int = BATCH_OPTION,
     as_json: bool = JSON_OPTION,
     model: str = MODEL_OPTION,
+    lora: list[str] = LORA_OPTION,
     device: str = DEVICE_OPTION,
     dtype: DType = DTYPE_OPTION,
     overwrite: bool = OVERWRITE_OPTION,
@@ -166,7 +169,7 @@ def score(
       cogview2 score tiger.png "a tiger on a blue background" "a red car"
       cogview2 score --requests pairs.jsonl --output scores.jsonl
     """
-    choice = ModelChoice(model, device, dtype)
+    choice = ModelChoice(model, device, dtype, read_adapters(lora))
     with bad_input():
         given = check_arguments({"max_batch_size": max_batch_size}, SCORE)
     if requests is not None:
@@ -238,7 +241,7 @@ class _List:
         """The requests that are to be done, and the rows of the output that stay."""
         rows = [] if output is None else read_rows(output)
         by_id = {row["id"]: row for row in rows if isinstance(row["id"], str)}
-        model_there = self.model.describe()
+        model_there = self.model.identity()
         missing, others = [], []
         for request in requests:
             row = by_id.get(request.id)

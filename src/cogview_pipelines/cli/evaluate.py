@@ -6,6 +6,7 @@ from pathlib import Path
 
 import typer
 
+from .adapters import LORA_OPTION
 from .console import fail, finite
 from .loading import DEVICE_OPTION, DTYPE_OPTION, MODEL_OPTION, DType
 
@@ -69,6 +70,7 @@ class CommonOptions:
     height: int | None
     style: str | None
     model: str
+    lora: list[str] | None
     device: str | None
     dtype: DType | None
     as_json: bool
@@ -115,6 +117,7 @@ def evaluate(
     height: int = typer.Option(None, min=1, help="Of the pictures, in pixels.  [default: the largest]"),
     style: str = typer.Option(None, help="A style preset of the model, on top of what the prompts say."),
     model: str = MODEL_OPTION,
+    lora: list[str] = LORA_OPTION,
     device: str = DEVICE_OPTION,
     dtype: DType = DTYPE_OPTION,
     sprites: Path = typer.Option(None, help="Folder of full-size drawings, for the ceiling beyond 240 px."),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .adapters import read_adapters
 from .console import (
     bad_input,
     expand,
@@ -120,7 +121,7 @@ def _build_run(options, chosen, radii, rows, references, made, folder: Path) -> 
     network = _load_network(options, device)
     if references is not None and network is None:
         fail("--references need a network that compares: --inception FILE or --network MODULE:FUNCTION.")
-    pipe = load_pipeline(options.model, options.device, options.dtype)
+    pipe = load_pipeline(options.model, options.device, options.dtype, adapters=read_adapters(options.lora))
     pipe.set_progress_bar_config(disable=True)
     captioner = pipeline_for(pipe, "caption")
     captioner.set_progress_bar_config(disable=True)
@@ -187,7 +188,7 @@ def _settings(options: CaptionsOptions, chosen: dict, radii, num: int, call: dic
         "contrast": chosen["contrast"],
         "network": "inception-2015-12-05" if options.inception is not None else options.network,
         "clip": options.clip,
-        **describe_model(options.model),
+        **describe_model(options.model, read_adapters(options.lora)),
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
     }
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .adapters import read_adapters
 from .console import bad_input, expand, fail, failures, make_writable_folder, say, say_json
 from .evaluate import CommonOptions
 from .loading import describe_model, find_model, load_pipeline
@@ -49,13 +50,13 @@ def evaluate_scenes(options: ScenesOptions) -> None:
     save = None if options.save is None else expand(options.save, "--save")
     if save is not None:
         make_writable_folder(save, "--save")
-    pipe = load_pipeline(options.model, options.device, options.dtype)
+    pipe = load_pipeline(options.model, options.device, options.dtype, adapters=read_adapters(options.lora))
     pipe.set_progress_bar_config(disable=None, leave=False)
     call = {name: value for name in ("height", "style") if (value := getattr(options, name)) is not None}
     settings = _check_call(pipe, cases, call)
     if len(cases) < options.num:
         say(f"There are {len(cases)} such scenes; all of them are used.", err=True)
-    saver = None if save is None else _saver(save, settings, options.model)
+    saver = None if save is None else _saver(save, settings, options)
     with bad_input(), failures():
         result = _measure(pipe, cases, options, call, sprites, saver)
     _print(_report(options, pipe, cases, result), options.as_json)
@@ -114,6 +115,7 @@ def _report(options: ScenesOptions, pipe, cases: list["Case"], result: dict) -> 
         "layout": options.layout,
         "seed": options.seed,
         "model": options.model,
+        **({"lora": options.lora} if options.lora else {}),
         "layouts": {name: sum(case.scene.layout == name for case in cases) for name in ("single", "pair")},
         "device": pipe.device.type,
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
@@ -146,14 +148,14 @@ def _export(folder: Path, cases: list, size: int) -> None:
     say(folder / "captions.jsonl")
 
 
-def _saver(folder: Path, settings: dict, model: str):
+def _saver(folder: Path, settings: dict, options: ScenesOptions):
     from ..pictures.png import save_png
 
     def save(index: int, case, image, scores: dict) -> None:
         metadata = {
             "prompt": case.caption,
             "seed": case.seed,
-            **describe_model(model),
+            **describe_model(options.model, read_adapters(options.lora)),
             "settings": {name: value for name, value in settings.items() if value is not None},
             "scene": case.scene.to_dict(),
             "scores": scores,

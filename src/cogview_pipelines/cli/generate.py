@@ -4,12 +4,13 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
+from .adapters import LORA_OPTION, read_adapters
 from .console import bad_input, expand, fail, fail_all, failures, make_writable_folder, say, warn_of_unknown
 from .loading import (
     DEVICE_OPTION,
@@ -108,6 +109,7 @@ def generate(
     style: str = typer.Option(None, help="A style of the model."),
     grid: bool = typer.Option(False, "--grid", help="Write all pictures into one."),
     model: str = MODEL_OPTION,
+    lora: list[str] = LORA_OPTION,
     height: int = typer.Option(
         None, min=1, help="In pixels: low-resolution or super-resolved.  [default: the largest]"
     ),
@@ -159,24 +161,25 @@ def generate(
     if sum(sources.values()) != 1:
         named = " and ".join(name for name, there in sources.items() if there) or "none of them"
         fail(f"Say what to make by one of PROMPT, --prompts and --remake; given: {named}.")
+    choice = ModelChoice(model, device, dtype, read_adapters(lora))
     if prompts is not None:
         if grid:
             fail("--grid needs prompts on the command line, not --prompts.")
-        _List(ModelChoice(model, device, dtype), output, seed, metadata, overwrite, quiet).run(prompts, given)
+        _List(choice, output, seed, metadata, overwrite, quiet).run(prompts, given)
         return
 
     way = find_way(show)
     with bad_input():
         if remake is not None:
             is_default = context.get_parameter_source("model").name == "DEFAULT"
-            requests, dtype = _request_of_picture(expand(remake, "--remake"), given, seed, model, is_default, dtype)
+            requests, dtype = _request_of_picture(expand(remake, "--remake"), given, seed, choice, is_default)
         else:
             seed = choose_seed(seed)
             requests = [Request(check_prompt(text), seed, given) for text in prompt]
         for request in requests:
             check_seed(request.seed, request.num_seeds)
     paths = _choose_paths(output, requests, grid)
-    choice = ModelChoice(model, device, dtype)
+    choice = replace(choice, dtype=dtype)
     pipe = choice.load()
     jobs, left = [], paths
     with bad_input():
@@ -204,7 +207,7 @@ def generate(
 
 
 def _request_of_picture(
-    path: Path, given: dict, seed: int | None, model: str, is_default: bool, dtype: DType | None
+    path: Path, given: dict, seed: int | None, choice: ModelChoice, is_default: bool
 ) -> tuple[list[Request], DType | None]:
     """
     The request and the number format that the metadata of a picture tell, unless options say otherwise.
@@ -216,17 +219,23 @@ def _request_of_picture(
     metadata = read_metadata(path)
     if not isinstance(metadata.get("settings"), dict) or not {"prompt", "seed", "model"} <= set(metadata):
         fail(f"`--remake`: {path} does not say how one picture was made.")
-    own = describe_model(model)
+    own = describe_model(choice.model)
     if is_default and any(metadata.get(name) != value for name, value in own.items()):
         fail(
             f"`--remake`: {path} was made by the model {metadata['model'][:200]!r}, which is not loaded only because "
             "a file names it. Pass --model with its folder or Hub id."
+        )
+    if metadata.get("lora") and not choice.adapters:
+        fail(
+            f"`--remake`: {path} was made with adapters, which are not loaded only because a file names them. Pass "
+            f"--lora for each: {str(metadata['lora'])[:200]}."
         )
     saved = {
         name: value for name, value in metadata["settings"].items() if name in ARGUMENTS and name not in _NOT_REMADE
     }
     arguments = check_arguments({**saved, **given})
     request = Request(check_prompt(metadata["prompt"]), metadata["seed"] if seed is None else seed, arguments)
+    dtype = choice.dtype
     if dtype is None and metadata.get("dtype") in list(DType.__members__):
         dtype = DType(metadata["dtype"])
     return [request], dtype
@@ -337,7 +346,7 @@ class _List:
         def made_from(job: Job, metadata: dict) -> bool:
             selection = metadata.get("post_selection") or {}
             wanted = {"prompt": job.prompt, "settings": job.settings}
-            wanted |= {name: common.get(name) for name in ("model", "model_fingerprint")}
+            wanted |= {name: common.get(name) for name in ("model", "model_fingerprint", "lora")}
             return (
                 selection.get("num_candidates") == job.num_candidates
                 and (job.id not in seeded or selection.get("seed", metadata.get("seed")) == job.seed)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from .adapters import LORA_OPTION, read_adapters
 from .console import bad_input, expand, fail, fail_all, failures, make_writable_folder, say, warn_of_unknown
 from .families import is_cogview, pipeline_for
 from .inputs import MOST_PIXELS, decode, describe_inputs, read_file, same_inputs
@@ -82,6 +83,7 @@ def inpaint(
     max_crop_size: int = typer.Option(None, min=1, help="Largest square that is completed at a time, in pixels."),
     max_batch_size: int = BATCH_OPTION,
     model: str = MODEL_OPTION,
+    lora: list[str] = LORA_OPTION,
     device: str = DEVICE_OPTION,
     dtype: DType = DTYPE_OPTION,
     metadata: bool = METADATA_OPTION,
@@ -118,7 +120,8 @@ def inpaint(
     margins = {"top": top, "bottom": bottom, "left": left, "right": right}
     files = {name: path for name, path in (("image", image), ("mask", mask)) if path is not None}
     own = {"PROMPT": prompt, "--image": image, "--mask": mask, **{f"--{name}": margins[name] for name in MARGINS}}
-    run = _Run("inpaint", INPAINT, output, seed, ModelChoice(model, device, dtype), metadata, quiet, _paint)
+    choice = ModelChoice(model, device, dtype, read_adapters(lora))
+    run = _Run("inpaint", INPAINT, output, seed, choice, metadata, quiet, _paint)
     with bad_input():
         given = check_arguments(given, INPAINT)
     if requests is not None:
@@ -160,6 +163,7 @@ def upscale(
     top_k: int = setting_option("top_k"),
     top_p: float = setting_option("top_p"),
     model: str = MODEL_OPTION,
+    lora: list[str] = LORA_OPTION,
     device: str = DEVICE_OPTION,
     dtype: DType = DTYPE_OPTION,
     metadata: bool = METADATA_OPTION,
@@ -192,7 +196,8 @@ def upscale(
         "top_k": top_k,
         "top_p": top_p,
     }
-    run = _Run("upscale", UPSCALE, output, seed, ModelChoice(model, device, dtype), metadata, quiet, _enlarge)
+    choice = ModelChoice(model, device, dtype, read_adapters(lora))
+    run = _Run("upscale", UPSCALE, output, seed, choice, metadata, quiet, _enlarge)
     with bad_input():
         given = check_arguments(given, UPSCALE)
     if requests is not None:
@@ -287,7 +292,7 @@ class _Run:
 
     def _do(self, jobs: Sequence[_Job], folder: Path, overwrite: bool) -> None:
         """Do the jobs of a list that are not done yet."""
-        model = self.model.describe()
+        model = self.model.identity()
 
         def made_from(job: _Job, metadata: dict) -> bool:
             seeds = range(job.seed, job.seed + len(job.paths))

@@ -5,25 +5,26 @@ import functools
 import hashlib
 import json
 import os
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ..environment import SHIPPED_MODEL
 from ..foreign_files import describe_foreign_file
+from .adapters import Adapter, add_adapters
 from .console import expand, fail, first_line
 from .families import SAVED_AS, pipeline_class
 from .models import SHIPPED, complete_model
+from .names import is_hub_id
 
 if TYPE_CHECKING:
     from ..pipelines.common.base import PipelineBase
 
 _PLACES, _PLACE_BYTES = 256, 4096  # of each file of a model, in its fingerprint
 _SAVED = {".safetensors", ".json", ".model"}
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class DType(str, enum.Enum):
@@ -86,7 +87,7 @@ def find_model(model: str, family: str | None = None) -> str:
     if not os.path.exists(folder):
         if folder == SHIPPED_MODEL:
             fail("This installation holds no shipped model. Name one: `--model FOLDER_OR_HUB_ID`.")
-        if _HUB_ID.fullmatch(model) and model[0] not in "./~":
+        if is_hub_id(model):
             return model
         fail(f"`--model`: there is no folder {model}, and it is not a Hub id (owner/name) either.")
     name = _read_index(folder)["_class_name"]
@@ -110,18 +111,21 @@ def _read_index(folder: Path) -> dict:
     return saved
 
 
-def describe_model(model: str) -> dict[str, str]:
+def describe_model(model: str, adapters: Sequence[Adapter] = ()) -> dict[str, Any]:
     """
-    What results say of the model that made them: its name, and of a folder the fingerprint, but not where it is.
+    What results say of the model that made them: its name, and of a folder the fingerprint, but not where it is; and
+    the same of its adapters.
 
     Args:
         model (`str`): As in `--model`; it is there.
+        adapters: As in `--lora`; they are there.
     """
     source = find_model(model)
+    added = {"lora": [adapter.describe() for adapter in adapters]} if adapters else {}
     if not os.path.exists(source):
-        return {"model": model}
+        return {"model": model, **added}
     name = model if model == SHIPPED else os.path.basename(os.path.abspath(source))
-    return {"model": name, "model_fingerprint": fingerprint(Path(source))}
+    return {"model": name, "model_fingerprint": fingerprint(Path(source)), **added}
 
 
 @functools.cache
@@ -147,7 +151,11 @@ def fingerprint(folder: Path) -> str:
 
 
 def load_pipeline(
-    model: str, device: str | None = None, dtype: DType | None = None, work: str = "generate"
+    model: str,
+    device: str | None = None,
+    dtype: DType | None = None,
+    work: str = "generate",
+    adapters: Sequence[Adapter] = (),
 ) -> "PipelineBase":
     """
     Load a model: of CogView2 all of it as its first pipeline, of CogView a pipeline that does the work. What is wrong
@@ -156,6 +164,7 @@ def load_pipeline(
     Args:
         model, device, dtype: As in `--model`, `--device` and `--dtype`.
         work (`str`): What it is for: `"generate"`, `"inpaint"`, `"upscale"` or `"caption"`; see `pipeline_for`.
+        adapters: As in `--lora`; they are added to the weights.
     """
     source = find_model(model)
     import diffusers
@@ -181,6 +190,7 @@ def load_pipeline(
     finally:
         diffusers.utils.logging.enable_progress_bar()
         transformers.utils.logging.enable_progress_bar()
+    add_adapters(pipe, adapters)
     return pipe.to(device)
 
 
@@ -207,16 +217,24 @@ def _class_for(source: str, work: str) -> type["PipelineBase"]:
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """What `--model`, `--device` and `--dtype` say, for commands that first see whether there is work for a model."""
+    """
+    What `--model`, `--device`, `--dtype` and `--lora` say, for commands that first see whether there is work for a
+    model.
+    """
 
     model: str
     device: str | None
     dtype: DType | None
+    adapters: tuple[Adapter, ...] = ()
 
     def load(self, work: str = "generate") -> "PipelineBase":
         """As [`load_pipeline`]."""
-        return load_pipeline(self.model, self.device, self.dtype, work)
+        return load_pipeline(self.model, self.device, self.dtype, work, self.adapters)
 
-    def describe(self) -> dict[str, str]:
+    def describe(self) -> dict[str, Any]:
         """As [`describe_model`]."""
-        return describe_model(self.model)
+        return describe_model(self.model, self.adapters)
+
+    def identity(self) -> dict[str, Any]:
+        """What metadata must say if their result came from this model with these adapters, or with none."""
+        return {"lora": None, **self.describe()}

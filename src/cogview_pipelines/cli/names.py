@@ -1,6 +1,7 @@
 """Names of files made from ids and prompts, in every language, on every file system."""
 
 import os
+import re
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +11,12 @@ _LONGEST_SLUG = 60  # characters of a prompt in the name of a file
 _LONGEST_SLUG_BYTES = 150
 _JOINERS = "\u200c\u200d"  # without width, but parts of words in Persian and the languages of India
 _LONGEST_NAME = 255  # bytes, on the file systems in use
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text that names no file can be an id on the Hub (owner/name)."""
+    return _HUB_ID.fullmatch(text) is not None and text[0] not in "./~"
 
 
 def is_letter(character: str) -> bool:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from .adapters import LORA_OPTION, read_adapters
 from .console import FAILURE, fail, say
 from .loading import DEVICE_OPTION, DTYPE_OPTION, MODEL_OPTION, DType, find_model, load_pipeline
 
@@ -41,6 +42,7 @@ def serve(
     max_pixels: int = typer.Option(4_200_000, min=1, max=100_000_000, help="Pixels that a request may send in."),
     metadata: bool = typer.Option(True, help="Write prompt, seed, model and versions into the picture files."),
     model: str = MODEL_OPTION,
+    lora: list[str] = LORA_OPTION,
     device: str = DEVICE_OPTION,
     dtype: DType = DTYPE_OPTION,
 ) -> None:
@@ -71,12 +73,12 @@ def serve(
             f"`--host` {host} lets other machines in, so a token must be set: COGVIEW2_TOKEN=... cogview2 serve. "
             "Leave --host out to serve this machine only."
         )
-    source = find_model(model)
+    source, adapters = find_model(model), read_adapters(lora)
     with _listen(settings) as listening:
         from ..serving.app import create_app
         from ..serving.server import make_server, set_up_log
 
-        pipe = load_pipeline(source, device, dtype)
+        pipe = load_pipeline(source, device, dtype, adapters=adapters)
         set_up_log()
         server = make_server(create_app(pipe, settings, _name(model)), settings)
         shown = f"[{host}]" if ":" in host else host

@@ -8,12 +8,16 @@ it; and weights that are lent are copied before they are changed.
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 # Every linear layer of the transformers of all families.
 TARGET_MODULES = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
@@ -92,7 +96,14 @@ def add_adapter(
         target_modules=sorted(target_modules),
     )
     require_unfused(model)
-    model.add_adapter(config, name)
+    _inject(model, config, name)
+
+
+def _inject(model: nn.Module, config: "LoraConfig", name: str) -> None:
+    with warnings.catch_warnings():
+        # PEFT warns of a second adapter; several are what is wanted here.
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        model.add_adapter(config, name)
 
 
 def _is_target(path: str, target: str) -> bool:
@@ -135,7 +146,7 @@ def load_adapter(model: nn.Module, name: str, weights: Mapping[str, torch.Tensor
     active = active_adapters(model)
     # without the hidden arguments that PEFT tests: what is loaded is used, not trained
     lora = peft.LoraConfig(**{**fields, "inference_mode": True})
-    model.add_adapter(lora, name)
+    _inject(model, lora, name)
     result = peft.set_peft_model_state_dict(model, dict(weights), name)
     if result.unexpected_keys:
         delete_adapters(model, [name])

@@ -1,5 +1,7 @@
 """The VQ model of diffusers as an image tokenizer: pixels to tokens to pixels, like the others of this package."""
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..loading import WholeModelMixin
 from .codebook import as_grids, check_pixels, nearest_codes
+from .llamagen import llamagen_to_diffusers
 from .modeling_icetk_vq import kmeans_labels
 
 
@@ -96,6 +99,23 @@ class DiffusersVQModel(WholeModelMixin, PreTrainedModel):
         model.vq = vq_model
         model.to(vq_model.device, vq_model.dtype).compute_cluster_labels(seed=seed)
         return model.eval()
+
+    @classmethod
+    def from_llamagen(
+        cls, source: str | os.PathLike | Mapping[str, torch.Tensor], num_clusters: int = 500, seed: int = 0
+    ) -> "DiffusersVQModel":
+        """
+        Take over an image tokenizer of LlamaGen (`vq_ds16_t2i.pt` and its like).
+
+        Args:
+            source: The file, or its tensors by name.
+            num_clusters (`int`): As for [`~DiffusersVQModel.from_vq_model`].
+            seed (`int`): Of the grouping.
+
+        Raises:
+            ValueError: If it is not such a checkpoint, with what is missing or too much.
+        """
+        return cls.from_vq_model(llamagen_to_diffusers(source), num_clusters, seed)
 
     def encode(self, pixel_values: torch.Tensor, compression_rate: int | None = None) -> DiffusersVQEncoderOutput:
         """
