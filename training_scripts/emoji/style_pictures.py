@@ -59,9 +59,16 @@ def make(args: argparse.Namespace) -> None:
         texts = {"named": [names_of_style(args.style)], "described": [describe(hexcode, args.style, background)]}
         chosen = [text for kind, own in texts.items() if args.captions in (kind, "both") for text in own]
         rows.append({"file": name, **{language: [text[language] for text in chosen] for language in ("en", "zh")}})
+    for index in range(args.num_known):
+        scope = Scope.small()
+        style, hexcode = scope.styles[index % len(scope.styles)], rng.choice(scope.concepts)
+        background = rng.choice(visible_backgrounds(hexcode, style))
+        name = f"known-{index:03d}.png"
+        render(Scene(style, background, (hexcode,)), 240).save(folder / name)
+        rows.append({"file": name, **describe(hexcode, style, background)})
     with open(folder / "captions.jsonl", "w", encoding="utf-8") as file:
         write_lines(file, rows)
-    print(f"{len(rows)} pictures of {len(things)} things in {folder}")
+    print(f"{len(rows)} pictures in {folder}, {args.num} of them of {len(things)} things in the new style")
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -116,6 +123,12 @@ def main() -> None:
         command.add_argument("--seed", type=int, default=0, help="Of backgrounds.")
     making, measuring = commands.choices["make"], commands.choices["measure"]
     making.add_argument("--num", type=int, default=200, help="How many pictures.")
+    making.add_argument(
+        "--num_known",
+        type=int,
+        default=0,
+        help="So many more of all things in the styles that the model knows, so that it keeps them apart.",
+    )
     making.add_argument(
         "--captions",
         choices=["named", "described", "both"],
