@@ -19,6 +19,7 @@ process, more of them the longer it runs, and a file that is cut off would end i
 import functools
 import itertools
 import json
+import logging
 import os
 import re
 import struct
@@ -38,6 +39,7 @@ from ...json_lines import dump_line
 from ..run_folder import file_digest, partial_path, set_modes, write_json
 from .captions import parse_captions
 from .chances import Chances
+from .object_stores import DEFAULT_CACHE, CannotFetch, ObjectStore, ShardCache, is_url
 
 INDEX_FILE = "index.json"
 VERSION = 1
@@ -47,10 +49,13 @@ MOST_WEIGHTS = 64  # shards whose weights are in memory
 MOST_LINES = 1024  # lines of captions that are kept as they were parsed: of a batch, or of what comes again soon
 _DTYPES = {"U8": "<u1", "U16": "<u2", "I32": "<i4", "I64": "<i8", "U64": "<u8", "F64": "<f8"}
 _ARRAYS = ("low", "fine", "captions", "caption_starts", "weight_ends", "picture_hashes")
+MOST_FETCHED_OPEN = 4  # of shards from an object store: an open file takes room when the cache has given it up
+DEFAULT_CACHE_GB = 100.0
 _LARGEST_HEADER = 1 << 20
 _TWO_PLACES = struct.Struct("<qq")
 
 _place_in_file = threading.Lock()
+logger = logging.getLogger(__name__)
 
 
 class DamagedShard(OSError):
@@ -261,6 +266,8 @@ def read_hashes(folder: str | Path, number: int) -> list[int]:
 
 def is_shard_folder(folder: str | Path) -> bool:
     """Whether a folder has shards, finished or not."""
+    if is_url(folder):
+        return True
     folder = Path(folder)
     if (folder / INDEX_FILE).is_file():
         return True
@@ -275,13 +282,19 @@ def read_index(folder: str | Path) -> dict:
     Raises:
         ValueError: If it is missing or none of ours.
     """
-    path = Path(folder) / INDEX_FILE
-    if not path.is_file():
+    if not is_url(folder) and not (Path(folder) / INDEX_FILE).is_file():
         raise ValueError(
             f"`data` {folder} has shards, but no {INDEX_FILE}: they are not finished. Run what makes them again."
         )
+    if is_url(folder):
+        try:
+            text = ObjectStore(os.fspath(folder)).read(INDEX_FILE)
+        except OSError as error:
+            raise ValueError(f"`data` {folder} has no {INDEX_FILE} that can be read ({error!r}).") from error
+    else:
+        text = (Path(folder) / INDEX_FILE).read_bytes()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text)
         if content["format"] != "token shards":
             raise KeyError("format")
         version = content["version"]
@@ -303,21 +316,30 @@ def find_damaged(folder: str | Path, verify: bool = False, part: int = 0, num_pa
 
     Args:
         folder (`str` or `Path`): The folder of shards.
-        verify (`bool`, defaults to `False`): Read all of them and compare checksums; else sizes alone.
+        verify (`bool`, defaults to `False`): Read all of them and compare checksums; else sizes alone. Shards on an
+            object store are compared when they are fetched in any case.
         part, num_parts (`int`): Which part of the shards to read where several processes share them.
 
     Returns:
         `dict[str, str]`: What is wrong, by the names of the files.
     """
     damaged = {}
+    store = ObjectStore(os.fspath(folder)) if is_url(folder) else None
+    sizes = store.sizes() if store is not None else None
     for number, entry in enumerate(read_index(folder)["shards"]):
-        path = Path(folder) / entry["file"]
-        if not path.is_file():
-            damaged[entry["file"]] = "it is missing"
-        elif path.stat().st_size != entry["bytes"]:
-            damaged[entry["file"]] = f"it has {path.stat().st_size} bytes instead of {entry['bytes']}"
-        elif verify and number % num_parts == part and file_digest(path)["sha256"] != entry["sha256"]:
-            damaged[entry["file"]] = "it has the right size, but not what was written"
+        name, path = entry["file"], None if store is not None else Path(folder) / entry["file"]
+        if path is not None:
+            size = path.stat().st_size if path.is_file() else None
+        else:
+            size = entry["bytes"] if sizes is None else sizes.get(name)
+        if size is None:
+            damaged[name] = "it is missing"
+        elif size != entry["bytes"]:
+            damaged[name] = f"it has {size} bytes instead of {entry['bytes']}"
+        elif verify and number % num_parts == part:
+            digest = store.digest(name) if path is None else file_digest(path)["sha256"]
+            if digest != entry["sha256"]:
+                damaged[name] = "it has the right size, but not what was written"
     return damaged
 
 
@@ -326,10 +348,12 @@ class _File:
 
     __slots__ = ("descriptor", "path", "starts")
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, descriptor: int | None = None):
         self.path = path
         try:
-            self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            self.descriptor = (
+                os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)) if descriptor is None else descriptor
+            )
         except OSError as error:
             raise DamagedShard(f"{path} cannot be read: {error.strerror}.") from error
         self.starts: dict[str, int] = {}
@@ -375,7 +399,7 @@ class _Place:
         self.shards, self.shard, self.number = shards, shard, number
 
     def __str__(self) -> str:
-        return f"Picture {self.number} of {self.shards.folder / self.shards.files[self.shard]}"
+        return f"Picture {self.number} of {self.shards.path(self.shard)}"
 
 
 class TokenShards:
@@ -386,20 +410,41 @@ class TokenShards:
     shards where they differ. Threads and forked processes may share it.
 
     Args:
-        folder (`str` or `Path`): The folder.
+        folder (`str` or `Path`): The folder, or the URL of one on an object store.
         excluded (collection of `str`): Names of shards to leave out.
+        cache (`str` or `Path`, *optional*): Where shards from an object store are kept.
+        cache_gb (`float`): What they may take there, in GB.
 
     Raises:
         ValueError: If `index.json` is missing or damaged, or nothing is left.
     """
 
-    def __init__(self, folder: str | Path, excluded: Sequence[str] | Mapping[str, str] = ()):
-        self.folder, index = Path(folder), read_index(folder)
-        self._prefix = os.path.join(os.fspath(folder), "")
+    def __init__(
+        self,
+        folder: str | Path,
+        excluded: Sequence[str] | Mapping[str, str] = (),
+        cache: str | Path | None = None,
+        cache_gb: float = DEFAULT_CACHE_GB,
+    ):
+        self.folder, index = folder, read_index(folder)
+        self._prefix = f"{os.fspath(folder).rstrip('/')}/" if is_url(folder) else os.path.join(os.fspath(folder), "")
         entries = [entry for entry in index["shards"] if entry["file"] not in excluded]
         if not entries:
             raise ValueError(f"`data` has no shard that is whole in {folder}.")
         self.files = [entry["file"] for entry in entries]
+        self._cache, self._digests = None, []
+        if is_url(folder):
+            self._cache = ShardCache(ObjectStore(os.fspath(folder)), cache or DEFAULT_CACHE, int(cache_gb * 1e9))
+            self._digests = [(entry["bytes"], entry["sha256"]) for entry in entries]
+            total = sum(size for size, _ in self._digests)
+            if total > self._cache.max_bytes:
+                logger.warning(
+                    "`data` %s has %.3g GB, but `data_cache_gb` is %g: samples are drawn from all shards, which are "
+                    "fetched again and again.",
+                    folder,
+                    total / 1e9,
+                    cache_gb,
+                )
         self.counts = [entry["num_pictures"] for entry in entries]
         self.first = [0, *itertools.accumulate(self.counts)]
         self.arrays, self.num_codes = index["arrays"], index["num_codes"]
@@ -487,21 +532,33 @@ class TokenShards:
         try:
             return self._open[shard]
         except KeyError:
-            file = _File(f"{self._prefix}{self.files[shard]}")
+            file = self._opened(shard)
         if self._starts[shard, 0] < 0:
             self._starts[shard] = self._read_header(shard, file)
         file.starts = {name: start for name, start in zip(_ARRAYS, self._starts[shard].tolist()) if start >= 0}
         self._open[shard] = file
-        while len(self._open) > MOST_OPEN_FILES:
+        while len(self._open) > (MOST_OPEN_FILES if self._cache is None else MOST_FETCHED_OPEN):
             try:
                 self._open.popitem(last=False)
             except KeyError:  # another thread was faster
                 break
         return file
 
+    def path(self, shard: int) -> str:
+        """The file of a shard, as its folder was named."""
+        return f"{self._prefix}{self.files[shard]}"
+
+    def _opened(self, shard: int) -> _File:
+        if self._cache is None:
+            return _File(self.path(shard))
+        try:
+            return _File(self.path(shard), self._cache.open(self.files[shard], *self._digests[shard]))
+        except CannotFetch as error:
+            raise DamagedShard(str(error)) from error
+
     def _read_header(self, shard: int, file: _File) -> list[int]:
         """Where arrays begin, by the header of a safetensors file, which is compared with what the index says."""
-        path, count = self.folder / self.files[shard], self.counts[shard]
+        path, count = self.path(shard), self.counts[shard]
         (length,) = struct.unpack("<Q", file.read(0, 8))
         if length > _LARGEST_HEADER:
             raise DamagedShard(f"{path} is no shard: its header would have {length} bytes.")

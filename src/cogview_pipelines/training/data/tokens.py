@@ -19,6 +19,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -37,6 +38,7 @@ from .captions import parse_captions, tell_text_losses
 from .chances import Chances, EpochOrder, MixedChances, WeightedIndex
 from .draws import Draw, draw_two_indices
 from .shards import (
+    DEFAULT_CACHE_GB,
     ShardChances,
     ShardedCaptions,
     ShardedTokens,
@@ -93,24 +95,29 @@ class TokenData:
 
     @classmethod
     def load(
-        cls, folder: str | Path, tokenizer: CodesAndPiecesTokenizer, excluded_shards: Sequence[str] = ()
+        cls,
+        folder: str | Path,
+        tokenizer: CodesAndPiecesTokenizer,
+        excluded_shards: Sequence[str] = (),
+        **cache: Any,
     ) -> "TokenData":
         """
         Read a token folder, or open one of shards.
 
         Args:
-            folder (`str` or `Path`): The folder.
+            folder (`str` or `Path`): The folder; or the URL of a folder of shards, as fsspec reads it.
             tokenizer ([`CodesAndPiecesTokenizer`]): Of the captions.
             excluded_shards (sequence of `str`): Names of shards to leave out, such as [`find_damaged`] gives.
+            cache: `cache` and `cache_gb` of [`TokenShards`].
 
         Raises:
             ValueError: If files are missing or damaged, do not fit each other, or hold tokens that the tokenizer has
                 no room for.
         """
-        folder = Path(folder)
         if is_shard_folder(folder):
             encode = functools.lru_cache(MOST_ENCODED["shards"])(tokenizer.encode)
-            return cls._open_shards(TokenShards(folder, excluded_shards), encode, tokenizer.num_image_tokens)
+            return cls._open_shards(TokenShards(folder, excluded_shards, **cache), encode, tokenizer.num_image_tokens)
+        folder = Path(folder)
         encode = functools.lru_cache(MOST_ENCODED["folder"])(tokenizer.encode)
         for name in (TOKENS_FILE, CAPTIONS_FILE):
             if not (folder / name).is_file():
@@ -398,6 +405,18 @@ class TokenTrainConfig(LoraOptions, TrainConfig):
         default=False,
         metadata={"help": "Compare the checksums of all shards before training; else sizes.", "resume": UNNOTICED},
     )
+    data_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for shards that are on an object store (`data` s3://..., gs://..., https://...); by "
+            "default beside the cache of the Hub. Runs and processes may share it.",
+            "resume": UNNOTICED,
+        },
+    )
+    data_cache_gb: float = field(
+        default=DEFAULT_CACHE_GB,
+        metadata={"help": "What shards may take in `data_cache`, in GB (10^9 bytes).", "resume": UNNOTICED},
+    )
     held_out_data: str | None = field(
         default=None,
         metadata={
@@ -434,7 +453,7 @@ class TokenTrainConfig(LoraOptions, TrainConfig):
                 if processes.is_main_process:
                     logger.warning("`data`: %s is left out: %s.", path, problem)
         excluded = [os.path.relpath(path, folder) for path in self.excluded_shards]
-        return TokenData.load(folder, tokenizer, excluded)
+        return TokenData.load(folder, tokenizer, excluded, cache=self.data_cache, cache_gb=self.data_cache_gb)
 
     def tell_losses(self, data: TokenData, tokenizer: CodesAndPiecesTokenizer, max_text_tokens: int) -> None:
         """Say at the end of a script what of the captions the model did not get to read."""
