@@ -18,6 +18,7 @@ EXTRAS = {
     "serving/page": ("page", "serve"),
     "serving/": ("serve",),
     "plots/": ("plots",),
+    "export/": ("onnx",),
     "training/data/inputs.py": ("parquet",),
     "training/": ("training",),
     "loaders/": ("lora",),

@@ -29,7 +29,7 @@ LAYERS = (
     {"evaluation", "training"},
     {"pipelines.common"},
     {"pipelines"},
-    {"speed", "demo", "conversion", "serving", "plots"},
+    {"speed", "demo", "conversion", "serving", "plots", "export"},
     {"cli"},
 )
 FAMILIES = ("cogview", "cogview2")  # folders under models, pipelines and conversion, which do not import one another

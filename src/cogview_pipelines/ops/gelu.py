@@ -49,12 +49,13 @@ def gelu(hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states (`torch.Tensor`): Of any shape.
     """
     fused = (
-        hidden_states.device.type == "cpu"
+        not torch.compiler.is_compiling()  # a compiler fuses it with what is around it
+        and not torch.jit.is_tracing()  # what is exported runs where there is no kernel
+        and hidden_states.device.type == "cpu"
         and hidden_states.numel() >= SMALLEST
         and hidden_states.dtype in FLOAT32_AND_HALVES
         and hidden_states.is_contiguous()
         and not (torch.is_grad_enabled() and hidden_states.requires_grad)
-        and not torch.compiler.is_compiling()  # a compiler fuses it with what is around it
         and not is_transformed(hidden_states)
         and _kernel() is not None
     )

@@ -212,7 +212,8 @@ class _Tiles:
         sizes = zip(self.tiles, self.key_tile, self.reach, self.key_grid, strict=True)
         after = [n * edge + border - size for n, edge, border, size in sizes]
         tensor = _padded(tensor, self.key_grid, self.reach, after)
-        tensor = tensor.unfold(1, self.covered[0], self.key_tile[0]).unfold(2, self.covered[1], self.key_tile[1])
+        for axis in range(2):
+            tensor = _unfolded(tensor, 1 + axis, self.tiles[axis], self.covered[axis], self.key_tile[axis])
         # to (batch_size, heads, tiles down and across, rows, columns, width)
         return tensor.permute(0, 3, 1, 2, 5, 6, 4).reshape(-1, math.prod(self.covered), tensor.shape[4])
 
@@ -251,6 +252,15 @@ def _padded(tensor, grid, before, after):
     """`(batch_size, positions, ...)` on its grid, with so many rows and columns of zeros before and after it."""
     tensor = tensor.unflatten(1, tuple(grid))
     return F.pad(tensor, (0, 0, 0, 0, before[1], after[1], before[0], after[0]))
+
+
+def _unfolded(tensor, axis, count, size, step):
+    """`tensor.unfold(axis, size, step)`, which gives `count` pieces."""
+    if not torch.jit.is_tracing():
+        return tensor.unfold(axis, size, step)
+    # as operators that ONNX has
+    places = torch.arange(count, device=tensor.device)[:, None] * step + torch.arange(size, device=tensor.device)
+    return tensor.index_select(axis, places.flatten()).unflatten(axis, (count, size)).movedim(axis + 1, -1)
 
 
 def _float_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -185,6 +185,8 @@ def fused_refusals(
         reasons.append("the device is older than compute capability 8.0")
     if torch.is_grad_enabled() and any(keys.bias is not None and keys.bias.requires_grad for keys in key_sets):
         reasons.append("a `bias` requires a gradient (detach it, or use the reference)")
+    if torch.jit.is_tracing():
+        reasons.append("the model is being traced, to run where the kernels are not")
     if is_transformed(query, *(tensor for keys in key_sets for tensor in keys.tensors)):
         reasons.append("a torch.func transform or forward-mode differentiation is at work")
     return reasons
