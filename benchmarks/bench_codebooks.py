@@ -15,10 +15,10 @@ import importlib.util
 import json
 from pathlib import Path
 
-from curves import write_curves
-
 from cogview_pipelines.environment import stamp
 from cogview_pipelines.models.image_tokenizers.modeling_cogview_vq import CODEBOOK_TRAINING
+from cogview_pipelines.plots.drawing import draw, save
+from cogview_pipelines.plots.series import Curve, Panel
 
 SCRIPT = Path(__file__).parents[1] / "training_scripts" / "train_vq_model.py"
 MODEL = {"num_embeddings": 512, "embedding_dim": 32, "hidden_channels": 64}
@@ -99,13 +99,8 @@ def main(arguments: list[str] | None = None) -> dict:
     options = parser.parse_args(arguments)
     script = load_script()
     runs = {method: train(script, method, options) for method in options.methods}
-    write_curves(
-        Path(options.output_dir) / "codebooks.svg",
-        {method: smoothed(lines) for method, lines in runs.items()},
-        "Four ways to learn the codes",
-        "steps",
-        "reconstruction loss",
-    )
+    curves = [Curve(method, smoothed(lines)) for method, lines in runs.items()]
+    save(draw([Panel("reconstruction loss", "steps", curves)]), Path(options.output_dir) / "codebooks.svg")
     line = {**summarise(runs), "max_steps": options.max_steps, "seed": options.seed, **stamp("cpu")}
     print(json.dumps(line), flush=True)
     return line

@@ -5,9 +5,8 @@ figures of both, how far they differ, and how many pictures were made more than 
 
     python benchmarks/evaluate_killed.py --num 500 --kills 2 --folder outputs/killed
 
-All measures that need no download are taken: FID for five radii and the Inception score by EfficientNet-Lite0 (whose
-weights are in a package), precision and recall where torch-fidelity is installed, the caption loss, and what the demo
-scorer sees. What is in the folder already is not made again, so that this may itself be stopped.
+All measures that need no download are taken: FID and the Inception score by EfficientNet-Lite0 (whose weights are in a
+package), the caption loss, and, with `--detector`, what the demo scorer sees. What is in the folder already is not made again, so that this may itself be stopped.
 """
 
 import argparse
@@ -21,6 +20,7 @@ from pathlib import Path
 from cogview_pipelines.environment import stamp
 
 COMMAND = [sys.executable, "-c", "from cogview_pipelines.cli import app; app()", "evaluate"]
+DETECTOR = "cogview_pipelines.demo.detector:demo_detector"
 NETWORK = "cogview_pipelines.evaluation.networks:efficientnet_lite0"
 
 
@@ -57,12 +57,15 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--num", type=int, default=500, help="captions of the demo data")
     parser.add_argument("--kills", type=int, default=2)
     parser.add_argument("--height", type=int, default=80, help="of the pictures, in pixels")
-    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--radii", default="0,1,2,4,8", help="of the blur, a FID for each")
+    parser.add_argument("--detector", action="store_true", help="check the objects that the captions ask for, too")
     options = parser.parse_args(arguments)
     listed = options.folder / "captions"
     export = ["--num", options.num, "--height", options.height, "--export", listed]
     subprocess.run([*COMMAND, *map(str, export)], check=True, stdout=subprocess.DEVNULL)
-    more = ["--height", str(options.height), "--batch-size", str(options.batch_size)]
+    more = ["--height", options.height, "--batch-size", options.batch_size, "--radii", options.radii]
+    more = [*map(str, more), *(["--detector", DETECTOR] if options.detector else [])]
     killed, whole = options.folder / "killed", options.folder / "whole"
     kept: dict[str, int] = {}
     made_again = kills = 0

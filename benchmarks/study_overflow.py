@@ -15,17 +15,19 @@ Prints a table (to stderr) and one JSON line, and draws `overflow.svg` (the loss
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from curves import write_curves
 
 from cogview_pipelines import CogViewConfig, CogViewModel, CogViewTokenizer, IcetkVQModel
 from cogview_pipelines.demo import Scope, captions, render, sample_scenes
 from cogview_pipelines.environment import SHIPPED_MODEL, stamp
 from cogview_pipelines.generation.token_sequence import IGNORED_LABEL
+from cogview_pipelines.plots.drawing import draw, save
+from cogview_pipelines.plots.series import Curve, Panel
 from cogview_pipelines.training.data.draws import seeded_generator
 from cogview_pipelines.training.data.pictures import to_bytes
 from cogview_pipelines.training.samples_cogview import make_inputs_and_labels, position_ids, text_and_picture
@@ -185,8 +187,9 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
     }
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    curves = {name: result.pop("losses") for name, result in results.items()}
-    write_curves(folder / "overflow.svg", curves, "Training in float16", "steps", "loss")
+    nothing = [(0.0, math.nan)]  # of a run that overflowed at once: it stands in the legend only
+    curves = [Curve(name, result.pop("losses") or nothing) for name, result in results.items()]
+    save(draw([Panel("loss in float16", "steps", curves)]), folder / "overflow.svg")
     print(table(results), file=sys.stderr, flush=True)
     print(json.dumps({"results": results, "options": vars(options), **stamp(options.device)}), flush=True)
     return results

@@ -43,6 +43,7 @@ _EXPORTS = {
     "IcetkVQModel": ".models.image_tokenizers.modeling_icetk_vq",
     "KeySet": ".ops.key_set",
     "LoPARScheduler": ".schedulers.scheduling_lopar",
+    "PeopleWords": ".pipelines.common.people_words",
     "local_attention": ".ops.local_attention",
     "three_region_attention": ".ops.three_region_attention",
     # The base classes by which the diffusers loader recognises how to load a component.

@@ -87,6 +87,18 @@ def test_true_pictures_have_no_distance_from_themselves(cogview2, listed, tmp_pa
     assert abs(report["figures"]["fid_0"]["value"]) < 1e-3
 
 
+def test_a_detector_checks_what_the_captions_ask_for(cogview2, listed, tmp_path):
+    detector = ("--detector", "cogview_pipelines.demo.detector:demo_detector", "--height", FULL_SIZE)
+    report = evaluated(cogview2, listed, tmp_path / "true", "--pictures", listed, *detector)
+    assert report["figures"]["geneval"] == {"value": 1.0, "standard_error": 0.0}  # the true pictures
+    tasks = {name for name in report["figures"] if name.startswith("geneval/")}
+    assert tasks <= {"geneval/single_object", "geneval/position"} and tasks
+    assert sum(report["figures"][task]["pictures"] for task in tasks) == 10
+    assert report["settings"]["detector"] == detector[1]
+    made = evaluated(cogview2, listed, tmp_path / "made", *detector)  # of a model that has learnt nothing
+    assert made["figures"]["geneval"]["value"] < 1
+
+
 def test_candidates_are_drawn_and_the_best_is_kept(cogview2, listed, tmp_path, pipeline):
     report = evaluated(cogview2, listed, tmp_path / "out", "--candidates", 2, "--num", 3, "--seed", 5)
     assert report["pictures"] == 3 and report["settings"]["call"]["num_candidates"] == 2
@@ -127,6 +139,10 @@ def test_a_protocol_sets_what_the_paper_did_and_options_override(cogview2, liste
         (["--captions", "LIST", "-o", "out", "--inception", "none.pth", "--network", "a:b"], "not both"),
         (["--captions", "LIST", "-o", "out", "--network", "nothing"], "must be `module:function`"),
         (["--captions", "LIST", "-o", "out", "--network", "json:nothing"], "must be `module:function`"),
+        (["--captions", "LIST", "-o", "out", "--detector", "nothing"], "the detector must be `module:function`"),
+        (["--captions", "PLAIN", "-o", "out", "--detector", "a:b"], "captions that say what is to be seen"),
+        (["--captions", "LIST", "-o", "out", "--precision"], "--precision needs --references"),
+        (["--detector", "a:b"], "--detector is for --captions"),
         (["--captions", "LIST", "-o", "out", "--clip", "no-such-folder"], "no model of pictures and texts"),
         (["--captions", "missing.jsonl", "-o", "out"], "missing.jsonl"),
         (["--captions", "x" * 300 + ".tsv", "-o", "out"], "File name too long"),
@@ -150,7 +166,8 @@ def test_a_protocol_sets_what_the_paper_did_and_options_override(cogview2, liste
 )
 def test_bad_input_is_told_in_a_line_before_any_picture(cogview2, listed, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    names = {"LIST": listed / "captions.jsonl", "REFERENCES": listed}
+    (tmp_path / "plain.tsv").write_text("1\ta tiger\n")
+    names = {"LIST": listed / "captions.jsonl", "REFERENCES": listed, "PLAIN": tmp_path / "plain.tsv"}
     assert_bad_input(cogview2("evaluate", *(names.get(argument, argument) for argument in arguments)), message)
     assert not list(tmp_path.glob("out/**/*.png"))
 

@@ -8,7 +8,8 @@ import torch
 from PIL import Image, ImageFilter
 
 from cogview_pipelines.evaluation.captioned import Captioned, open_references
-from cogview_pipelines.evaluation.picture_runs import PictureRun, Preparation
+from cogview_pipelines.evaluation.picture_runs import PictureRun
+from cogview_pipelines.evaluation.preparation import Preparation
 
 NUM = 150  # in three blocks
 

@@ -80,7 +80,7 @@ class CommonOptions:
 _DEMO = ("split", "language", "layout", "measure", "baseline", "sprites", "save", "export")
 _CAPTIONS = (
     *("references", "pictures", "output", "protocol", "contrast", "radii", "size", "inception", "network", "clip"),
-    *("shard", "candidate_counts"),
+    *("shard", "candidate_counts", "detector", "precision"),
 )
 
 
@@ -149,6 +149,12 @@ def evaluate(
     ),
     network: str = typer.Option(None, help="Another network, as MODULE:FUNCTION; see docs/evaluation.md."),
     clip: str = typer.Option(None, help="Folder or Hub id of CLIP or the like, for the CLIP score."),
+    precision: bool = typer.Option(False, "--precision", help="Precision and recall, too; needs torch-fidelity."),
+    detector: str = typer.Option(
+        None,
+        help="What finds objects in pictures, as MODULE:FUNCTION, for captions that say what is to be seen as GenEval"
+        " does.",
+    ),
     shard: str = typer.Option(None, help="Like 1/4: only this part, of as many processes or machines."),
     candidate_counts: str = typer.Option(
         None,

@@ -51,6 +51,8 @@ class CaptionsOptions(CommonOptions):
     inception: Path | None
     network: str | None
     clip: str | None
+    precision: bool
+    detector: str | None
     shard: str | None
     candidate_counts: str | None
 
@@ -113,7 +115,8 @@ def _build_run(options, chosen, radii, rows, references, made, folder: Path) -> 
     """Load what is needed, and check everything before the first picture; also gives the pipeline and its call."""
     from ..environment import stamp
     from ..evaluation.embedding_scores import EmbeddingScorer
-    from ..evaluation.picture_runs import PictureRun, Preparation
+    from ..evaluation.picture_runs import PictureRun
+    from ..evaluation.preparation import Preparation
     from ..pipelines.common.arguments import check_taken
     from .loading import choose_device
 
@@ -121,6 +124,7 @@ def _build_run(options, chosen, radii, rows, references, made, folder: Path) -> 
     network = _load_network(options, device)
     if references is not None and network is None:
         fail("--references need a network that compares: --inception FILE or --network MODULE:FUNCTION.")
+    detector = _load_detector(options.detector, device, rows)
     pipe = load_pipeline(options.model, options.device, options.dtype, adapters=read_adapters(options.lora))
     pipe.set_progress_bar_config(disable=True)
     captioner = pipeline_for(pipe, "caption")
@@ -146,6 +150,8 @@ def _build_run(options, chosen, radii, rows, references, made, folder: Path) -> 
         network=network,
         preparation=Preparation(options.size, radii, chosen["contrast"]),
         scores=scores,
+        detector=detector,
+        with_precision=options.precision,
         seed=options.seed,
         seeds_of_each=chosen["candidates"] or 1,
         batch_size=options.batch_size,
@@ -156,6 +162,7 @@ def _build_run(options, chosen, radii, rows, references, made, folder: Path) -> 
 
 def _load_network(options: CaptionsOptions, device: str):
     """The network that compares pictures, or `None`."""
+    from ..evaluation.distances import torch_fidelity, torchmetrics
     from ..evaluation.networks import Inception, load_network
 
     network = None
@@ -167,10 +174,25 @@ def _load_network(options: CaptionsOptions, device: str):
         elif options.network is not None:
             network = load_network(options.network, device)
         if network is not None:
-            import torchmetrics  # noqa: F401
+            torchmetrics()
+        if options.precision:
+            if network is None or not options.references:
+                fail("--precision needs --references and a network that compares.")
+            torch_fidelity()
     except ImportError as error:
-        fail(f'{error}. FID and the Inception score need `pip install "cogview_pipelines[evaluation]"`.')
+        fail(first_line(error))
     return network
+
+
+def _load_detector(name: str | None, device: str, rows):
+    """What finds objects in pictures, or `None`."""
+    from ..evaluation.networks import load_network
+
+    if name is None:
+        return None
+    if not any(row.shows for row in rows):
+        fail('--detector needs captions that say what is to be seen: .jsonl with "include", as GenEval\'s.')
+    return load_network(name, device, "detector")
 
 
 def _settings(options: CaptionsOptions, chosen: dict, radii, num: int, call: dict, pipe) -> dict:
@@ -188,6 +210,8 @@ def _settings(options: CaptionsOptions, chosen: dict, radii, num: int, call: dic
         "contrast": chosen["contrast"],
         "network": "inception-2015-12-05" if options.inception is not None else options.network,
         "clip": options.clip,
+        **({"precision": True} if options.precision else {}),
+        **({} if options.detector is None else {"detector": options.detector}),
         **describe_model(options.model, read_adapters(options.lora)),
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
     }
@@ -241,7 +265,7 @@ def _clip_score(folder: str, device: str, scorer_class):
 
 
 def _read_radii(text: str | None) -> tuple[float, ...]:
-    from ..evaluation.picture_runs import RADII
+    from ..evaluation.preparation import RADII
 
     if text is None:
         return RADII
@@ -282,8 +306,8 @@ def _report(results: dict, as_json: bool) -> None:
     if as_json:
         say_json(results)
         return
-    say(f"{'pictures':18}{results['pictures']}")
+    say(f"{'pictures':24}{results['pictures']}")
     for name, figure in results["figures"].items():
-        value, *spread = figure.values()
-        shown = "" if spread[0] is None else f" ± {spread[0]:.3g}"
-        say(f"{name:18}{value:.4f}{shown}")
+        value, spread, *_ = figure.values()
+        shown = "" if spread is None else f" ± {spread:.3g}"
+        say(f"{name:24}{value:.4f}{shown}")

@@ -126,11 +126,15 @@ def _report(options: ScenesOptions, pipe, cases: list["Case"], result: dict) -> 
 def _export(folder: Path, cases: list, size: int) -> None:
     """Scenes as a list of captions with true pictures. What is there already must be the same."""
     from ..demo import render
+    from ..demo.detector import requirements_of
     from ..json_lines import dump_line
     from ..pictures.png import encode_png, write_whole
 
     make_writable_folder(folder, "--export")
-    rows = [{"id": f"{index:05d}", "caption": case.caption} for index, case in enumerate(cases)]
+    rows = [
+        {"id": f"{index:05d}", "caption": case.caption, **requirements_of(case.scene)}
+        for index, case in enumerate(cases)
+    ]
 
     def write(name: str, content: bytes) -> None:
         path = folder / name

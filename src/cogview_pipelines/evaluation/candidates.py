@@ -153,6 +153,6 @@ def table(curves: dict[str, dict]) -> str:
     for scorer, by_number in curves.items():
         for number, figures in by_number.items():
             for name, figure in figures.items():
-                value, spread = figure.values()
+                value, spread, *_ = figure.values()
                 lines.append(f"{scorer},{number},{name},{value},{'' if spread is None else spread}")
     return "\n".join(lines) + "\n"

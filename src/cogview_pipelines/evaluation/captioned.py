@@ -21,6 +21,7 @@ from PIL import Image
 
 from ..json_lines import parse_object, read_lines
 from ..pictures.files import FORMATS, open_picture, read_picture
+from .requirements import Requirements
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _CAPTION_FIELDS = ("caption", "prompt", "text")
@@ -36,11 +37,13 @@ class Captioned:
         id (`str`): Its name in the list, unlike all others.
         caption (`str`): The text.
         picture (`str`, *optional*): Name of the true picture; by default `id` with the suffix of a picture.
+        shows ([`Requirements`], *optional*): Objects that the caption asks for.
     """
 
     id: str
     caption: str
     picture: str | None = None
+    shows: Requirements | None = None
 
 
 class References(Protocol):
@@ -61,8 +64,9 @@ class References(Protocol):
 
 def read_captions(path: str | Path, num: int | None = None, seed: int = 0) -> list[Captioned]:
     """
-    The captions of a file: `.jsonl` (`id`, `caption`, and `image` where it is not named after the id), COCO's `.json`,
-    or `.tsv` (id and caption; or id, anything, caption and a picture in URL-safe base64, as CogView's).
+    The captions of a file: `.jsonl` (`id`, `caption`, `image` where it is not named after the id, and `include`, as
+    GenEval has it, where objects are to be checked), COCO's `.json`, or `.tsv` (id and caption; or id, anything,
+    caption and a picture in URL-safe base64, as CogView's).
 
     Captions that describe the same picture count once: one of them is taken by chance.
 
@@ -111,7 +115,7 @@ def _read_jsonl(path: Path) -> Iterator[Captioned]:
             picture = next((row[name] for name in _PICTURE_FIELDS if name in row), None)
             if picture is not None and not isinstance(picture, str):
                 raise ValueError(f'must have a name as "image", but has {picture!r}.')
-            yield Captioned(str(row.get("id", f"{number:06d}")), caption, picture)
+            yield Captioned(str(row.get("id", f"{number:06d}")), caption, picture, Requirements.from_row(row))
         except ValueError as error:
             raise ValueError(f"{path}: line {number} {error}") from None
 

@@ -1,14 +1,17 @@
 """
-Distances between sets of pictures by their features: FID and the Inception score. The sums are torchmetrics'; here
-are features instead of pictures, constant memory, and how sure a figure is.
+Distances between sets of pictures by their features: FID and the Inception score, whose sums are torchmetrics', and
+precision and recall, which are torch-fidelity's; here are features instead of pictures, constant memory, and how sure
+a figure is.
 """
 
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType
 
 import torch
 
+NEIGHBOURS = 3  # how many of them a picture's surroundings reach to, for precision and recall
 NUM_GROUPS = 10  # of pictures, one of which is left out at a time for the standard error
 Chunks = Callable[[], Iterable[torch.Tensor]]
 
@@ -42,7 +45,7 @@ def frechet_distance(true: Iterable[torch.Tensor], made: Iterable[torch.Tensor])
     for is_true, chunks in ((True, true), (False, made)):
         for chunk in chunks:
             if metric is None:
-                metric = _torchmetrics().image.fid.FrechetInceptionDistance(feature=_Given(chunk.shape[1]))
+                metric = torchmetrics().image.fid.FrechetInceptionDistance(feature=_Given(chunk.shape[1]))
             metric.update(chunk.double(), real=is_true)
             counts[not is_true] += len(chunk)
     if metric is None or min(counts) < 2:
@@ -112,11 +115,39 @@ def inception_score(
 def _inception_score(logits: torch.Tensor) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of keeping all features, which are those of a split here
-        metric = _torchmetrics().image.inception.InceptionScore(feature=_Given(logits.shape[1]), splits=1)
+        metric = torchmetrics().image.inception.InceptionScore(feature=_Given(logits.shape[1]), splits=1)
     metric.update(logits.double())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # one split has no deviation
         return float(metric.compute()[0])
+
+
+def precision_and_recall(true: torch.Tensor, made: torch.Tensor) -> dict[str, float]:
+    """
+    How many of the pictures that were made lie among the true ones (`precision`: are they good?), and how many of the
+    true ones among those that were made (`recall`: are they as manifold?). A picture lies among others if it is no
+    farther from one of them than that one's third neighbour.
+
+    Args:
+        true, made (`torch.Tensor` of shape `(num_pictures, num_features)`): The features of all pictures.
+
+    Raises:
+        ValueError: If there are fewer than four pictures on a side.
+        ImportError: If torch-fidelity is missing.
+
+    Source: Kynkäänniemi et al. (https://arxiv.org/abs/1904.06991).
+    """
+    if min(len(true), len(made)) <= NEIGHBOURS:
+        counts = f"{len(true)} and {len(made)}"
+        raise ValueError(f"precision and recall need {NEIGHBOURS + 1} pictures on each side, but there are {counts}.")
+    metric = torch_fidelity().metric_prc.prc_features_to_metric
+    found = metric(made, true, prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False)
+    return {name: found[name] for name in ("precision", "recall")}
+
+
+def share_with_error(share: float, count: int) -> dict[str, float | None]:
+    """A share of so many pictures with its standard error, that of a binomial distribution."""
+    return {"value": share, "standard_error": math.sqrt(share * (1 - share) / count) if count > 1 else None}
 
 
 def mean_with_error(values: torch.Tensor) -> tuple[float, float | None]:
@@ -133,7 +164,13 @@ def _without(chunks: Iterable[torch.Tensor], group: int) -> Iterator[torch.Tenso
         yield chunk[keep]
 
 
-def _torchmetrics():
+def torchmetrics() -> ModuleType:
+    """
+    The library.
+
+    Raises:
+        ImportError: If it is missing.
+    """
     try:
         import torchmetrics
         import torchmetrics.image.fid
@@ -141,3 +178,20 @@ def _torchmetrics():
     except ImportError as error:
         raise ImportError('FID and the Inception score need `pip install "cogview_pipelines[evaluation]"`.') from error
     return torchmetrics
+
+
+def torch_fidelity() -> ModuleType:
+    """
+    The library.
+
+    Raises:
+        ImportError: If it is missing, or cannot be loaded.
+    """
+    try:
+        import torch_fidelity
+        import torch_fidelity.metric_prc
+    except (ImportError, RuntimeError) as error:  # a torchvision of another PyTorch is a RuntimeError
+        raise ImportError(
+            f'torch-fidelity cannot be loaded ({error}): pip install "cogview_pipelines[inception]"'
+        ) from error
+    return torch_fidelity

@@ -5,9 +5,11 @@ import importlib
 import os
 import sys
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+
+from .distances import torch_fidelity
 
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
@@ -46,15 +48,10 @@ class Inception:
     def __init__(self, weights: str | Path, device: torch.device | str = "cpu"):
         if not os.path.isfile(weights):
             raise ValueError(f"there is no file {weights} of Inception's weights. Fetch it from {INCEPTION_URL}")
-        try:
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except ImportError as error:
-            raise ImportError(
-                f'Inception needs torch-fidelity ({error}): pip install "cogview_pipelines[evaluation,inception]"'
-            ) from error
+        extractor = torch_fidelity().feature_extractor_inceptionv3.FeatureExtractorInceptionV3
         try:
             torch.load(weights, map_location="cpu", weights_only=True)
-            network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], os.fspath(weights))
+            network = extractor("inception", ["2048", "logits_unbiased"], os.fspath(weights))
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             if "weights_only" in str(error):
@@ -99,12 +96,13 @@ def efficientnet_lite0(device: torch.device | str = "cpu") -> FeatureNetwork:
     return features_and_logits
 
 
-def load_network(name: str, device: torch.device | str = "cpu") -> FeatureNetwork:
+def load_network(name: str, device: torch.device | str = "cpu", what: str = "network") -> Any:
     """
-    Your own network: `name` is `module:function` of an importable module; the function is called with the device.
+    Your own network, or something else of yours: `name` is `module:function` of an importable module; the function is
+    called with the device.
 
     Raises:
-        ValueError: If there is no such function.
+        ValueError: If there is no such function; the message calls it as `what` says.
     """
     module_name, colon, attribute = name.partition(":")
     try:
@@ -115,7 +113,7 @@ def load_network(name: str, device: torch.device | str = "cpu") -> FeatureNetwor
         return getattr(importlib.import_module(module_name), attribute)(device)
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"the network must be `module:function`, importable from here, but is {name!r}: {error}"
+            f"the {what} must be `module:function`, importable from here, but is {name!r}: {error}"
         ) from None
 
 

@@ -12,53 +12,28 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from PIL import Image, ImageEnhance, ImageFilter
+from PIL import Image
 
 from ..json_lines import dump_file
-from ..pictures.colours import on_white
 from ..pictures.files import read_picture
 from ..pictures.png import read_metadata, remove_unfinished, save_png, write_whole
+from .blocks import Blocks, block_key, write_block
 from .captioned import Captioned, References
-from .distances import frechet_distance_with_error, inception_score, mean_with_error
+from .figures import figures_of
 from .networks import FeatureNetwork, features_of
+from .preparation import Preparation
+from .requirements import Detector, check, detect
 
 BLOCK = 64
-RADII = (0, 1, 2, 4, 8)  # of the blur, as in DALL-E's and CogView's tables
 MOST_NAMED = 20  # pictures that could not be read, in the results
 _RESULTS = "evaluation.json"
 
 Make = Callable[[Sequence[Captioned], Sequence[int]], Sequence[Image.Image]]
 Score = Callable[[Sequence[Image.Image], Sequence[Captioned]], Sequence[float]]
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """
-    What is done to pictures before they are compared.
-
-    Args:
-        size (`int`, defaults to 256): Pictures of both sides are resized to so many pixels in height and width.
-        radii (tuple of `float`): A comparison for each: both sides are blurred by a Gaussian filter of this radius.
-        contrast (`float`, defaults to 1): Factor of the contrast of the pictures that were made; CogView's has 1.5.
-    """
-
-    size: int = 256
-    radii: tuple[float, ...] = RADII
-    contrast: float = 1.0
-
-    def __call__(self, image: Image.Image, is_true: bool) -> Iterator[torch.Tensor]:
-        """`uint8` pixels of shape `(3, size, size)` for each radius."""
-        image = on_white(image).convert("RGB").resize((self.size, self.size), Image.Resampling.BICUBIC)
-        if not is_true and self.contrast != 1:
-            image = ImageEnhance.Contrast(image).enhance(self.contrast)
-        for radius in self.radii:
-            blurred = image.filter(ImageFilter.GaussianBlur(radius)) if radius else image
-            pixels = torch.frombuffer(bytearray(blurred.tobytes()), dtype=torch.uint8)
-            yield pixels.view(self.size, self.size, 3).permute(2, 0, 1)
 
 
 @dataclass
@@ -77,6 +52,8 @@ class PictureRun:
         preparation ([`Preparation`]): What is done to pictures before.
         scores (`dict` of functions of pictures and captions): Further figures of each picture, by name; lower or
             higher, `mean` and standard error are given.
+        detector ([`Detector`], *optional*): Finds objects in pictures, for captions that say what is to be seen.
+        with_precision (`bool`, defaults to `False`): Precision and recall, too. All features are in memory for them.
         seed (`int`, defaults to 0): Picture `i` of the list has `seed + i * seeds_of_each`.
         seeds_of_each (`int`, defaults to 1): How many seeds a picture takes: its candidates.
         batch_size (`int`, defaults to 8): Pictures that are made and compared at a time.
@@ -92,6 +69,8 @@ class PictureRun:
     network: FeatureNetwork | None = None
     preparation: Preparation = field(default_factory=Preparation)
     scores: dict[str, Score] = field(default_factory=dict)
+    detector: Detector | None = None
+    with_precision: bool = False
     seed: int = 0
     seeds_of_each: int = 1
     batch_size: int = 8
@@ -109,7 +88,8 @@ class PictureRun:
     @property
     def key(self) -> str:
         """Changes with the settings and the captions."""
-        content = [self.settings, [[row.id, row.caption, row.picture] for row in self.rows]]
+        rows = [[row.id, row.caption, row.picture, *([repr(row.shows)] if row.shows else [])] for row in self.rows]
+        content = [self.settings, rows]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def begin(self) -> None:
@@ -177,14 +157,7 @@ class PictureRun:
         if self.make is None and on_pictures is not None:
             on_pictures(len(rows))
         tensors = self._compare(pairs) if pairs else {}
-        from safetensors.torch import save
-
-        path = self._block_file(block)
-        path.parent.mkdir(exist_ok=True)
-        remove_unfinished(path.parent, [path.name])
-        metadata = {"key": self.key, "excluded": json.dumps(excluded), "count": str(len(pairs))}
-        # not `save_file`, whose files only their owner may read: shards may be of several users
-        write_whole(path, save({name: values.contiguous() for name, values in tensors.items()}, metadata))
+        write_block(self._block_file(block), tensors, self.key, excluded, len(pairs))
 
     def _make_missing(
         self,
@@ -280,7 +253,17 @@ class PictureRun:
                     row = part[int(values.isfinite().logical_not().nonzero()[0])][0]
                     raise ValueError(f"the figure {name!r} of {row.id} is no finite number.")
                 tensors.setdefault(f"score/{name}", []).append(values)
+            self._check_objects(part, tensors)
         return {name: torch.cat(parts) for name, parts in tensors.items()}
+
+    def _check_objects(self, part: Sequence[tuple[Captioned, Image.Image, Any]], tensors: dict) -> None:
+        """What is right of what the captions ask for; not all ask for the same, so not all pictures have a value."""
+        asked = [(row.shows, made) for row, made, _ in part if row.shows is not None]
+        if self.detector is None or not asked:
+            return
+        for (shows, _), found in zip(asked, detect(self.detector, [made for _, made in asked]), strict=True):
+            for name, is_right in check(shows, found).items():
+                tensors.setdefault(f"check/{name}", []).append(torch.tensor([float(is_right)]))
 
     # Results ---------------------------------------------------------------------------------------------------------
 
@@ -289,51 +272,16 @@ class PictureRun:
         All figures, each with what says how sure it is; they are written into the folder, too. `None` as long as
         blocks are missing.
         """
-        files = [self._block_file(block) for block in range(self.num_blocks)]
-        if not all(self._is_done(block) for block in range(self.num_blocks)):
+        if self.blocks_left():
             return None
-        excluded: dict[str, str] = {}
-        names: set[str] = set()
-        count = 0
-        for file in files:
-            with _open(file) as opened:
-                metadata = opened.metadata()
-                excluded |= json.loads(metadata["excluded"])
-                names |= set(opened.keys())
-                count += int(metadata["count"])
-
-        def chunks(name: str) -> Iterator[torch.Tensor]:
-            for file in files:
-                with _open(file) as opened:
-                    if name in set(opened.keys()):
-                        yield opened.get_tensor(name)
-
-        figures: dict[str, dict] = {}
-        notes = []
-        for radius in self.preparation.radii:
-            true, made = f"true/{radius:g}", f"made/{radius:g}"
-            if {true, made} <= names and count >= 2:
-                value, error = frechet_distance_with_error(partial(chunks, true), partial(chunks, made))
-                figures[f"fid_{radius:g}"] = {"value": value, "standard_error": error}
-                width = next(chunks(made)).shape[1]
-                note = (
-                    f"{count} pictures are fewer than the network's {width} features: FID is far too large, and can "
-                    "only be compared with that of as many pictures."
-                )
-                if count < width and note not in notes:
-                    notes.append(note)
-        if "logits" in names and count >= 2:
-            value, deviation = inception_score(chunks("logits"), count)
-            figures["inception_score"] = {"value": value, "deviation_over_splits": deviation}
-        for name in sorted(name for name in names if name.startswith("score/")):
-            value, error = mean_with_error(torch.cat(list(chunks(name))))
-            figures[name.removeprefix("score/")] = {"value": value, "standard_error": error}
+        blocks = Blocks([self._block_file(block) for block in range(self.num_blocks)])
+        figures, notes = figures_of(blocks, self.preparation.radii, self.with_precision)
         results = {
             "key": self.key,
             "settings": self.settings,
-            "pictures": count,
-            "excluded": len(excluded),
-            "excluded_pictures": dict(list(excluded.items())[:MOST_NAMED]),
+            "pictures": blocks.count,
+            "excluded": len(blocks.excluded),
+            "excluded_pictures": dict(list(blocks.excluded.items())[:MOST_NAMED]),
             "figures": figures,
             "notes": notes,
             **self._kept(),
@@ -362,14 +310,7 @@ class PictureRun:
         return self.folder / "blocks" / f"{block:05d}.safetensors"
 
     def _is_done(self, block: int) -> bool:
-        path = self._block_file(block)
-        if not path.exists():
-            return False
-        try:
-            with _open(path) as opened:
-                return opened.metadata().get("key") == self.key
-        except Exception:  # whatever a damaged file makes the reader raise
-            return False
+        return block_key(self._block_file(block)) == self.key
 
     @contextlib.contextmanager
     def _only_worker(self, block: int) -> Iterator[None]:
@@ -389,12 +330,6 @@ class PictureRun:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
             lock.release()
-
-
-def _open(path: Path):
-    from safetensors import safe_open
-
-    return safe_open(path, "pt")
 
 
 def _write(path: Path, content: dict) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cogview_pipelines.pipelines.common.people_words import PeopleWords
+from cogview_pipelines import PeopleWords
 
 ALWAYS = {"en": {"old": 1.0}, "zh": {"年老的": 1.0}}
 

@@ -39,6 +39,8 @@ class PeopleWords:
     Source: https://arxiv.org/abs/2105.13290, appendix D.
     """
 
+    __module__ = "cogview_pipelines"
+
     def __init__(
         self,
         shares: Mapping[str, Mapping[str, float]],
