@@ -6,7 +6,8 @@ figures of both, how far they differ, and how many pictures were made more than 
     python benchmarks/evaluate_killed.py --num 500 --kills 2 --folder outputs/killed
 
 All measures that need no download are taken: FID and the Inception score by EfficientNet-Lite0 (whose weights are in a
-package), the caption loss, and, with `--detector`, what the demo scorer sees. What is in the folder already is not made again, so that this may itself be stopped.
+package), the caption loss, and, with `--detector`, what the demo scorer sees. What is there already is not made again,
+so that this may itself be stopped.
 """
 
 import argparse
