@@ -63,15 +63,10 @@ def frechet_distance_with_error(true: Chunks, made: Chunks) -> tuple[float, floa
             `i` of both is of the same caption, and left out together.
     """
     whole = frechet_distance(true(), made())
-    parts = []
-    for group in range(NUM_GROUPS):
-        try:
-            parts.append(frechet_distance(_without(true(), group), _without(made(), group)))
-        except ValueError:
-            return whole, None
-    if sum(len(chunk) for chunk in made()) < 2 * NUM_GROUPS:
+    if min(sum(map(len, chunks())) for chunks in (true, made)) < 2 * NUM_GROUPS:
         return whole, None
-    return whole, jackknife_error(parts)
+    groups = range(NUM_GROUPS)
+    return whole, jackknife_error([frechet_distance(_without(true(), own), _without(made(), own)) for own in groups])
 
 
 def jackknife_error(parts: list[float]) -> float:
