@@ -30,7 +30,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc"
 LIBRARY = "_kernels.so"
-CPU_KERNELS = ("local_attention_cpu", "decode_step_cpu", "gelu_cpu", "int8_linear_cpu")
+CPU_KERNELS = ("local_attention_cpu", "decode_step_cpu", "gelu_cpu", "linear_cpu")
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions", "-fno-rtti"]
 CXX_FLAGS += ["-fvisibility=hidden", "-Wall"]
 LINK_FLAGS = ["-shared", "-pthread", "-s"]

@@ -15,13 +15,13 @@ struct Isa {
     const char* name;
     int (*local_attention)(const LocalAttentionProblem*, bool, Parallel);
     int (*decode_step)(const DecodeStep*, Parallel);
-    int (*int8_linear)(const Int8Linear*, Parallel);
+    int (*linear)(const Linear*, Parallel);
     int (*gelu)(const void*, void*, int64_t, int, int, Parallel, void*);
 };
 
 // From the most general to the most particular.
 const Isa isas[] = {
-#define X(isa) {#isa, CPU_JOIN(local_attention, isa), CPU_JOIN(decode_step, isa), CPU_JOIN(int8_linear, isa), CPU_JOIN(gelu, isa)},
+#define X(isa) {#isa, CPU_JOIN(local_attention, isa), CPU_JOIN(decode_step, isa), CPU_JOIN(linear, isa), CPU_JOIN(gelu, isa)},
     CPU_ISAS
 #undef X
 };
@@ -111,14 +111,14 @@ bool has_all_data(const DecodeStep& s) {
            s.scratch;
 }
 
-bool has_sound_sizes(const Int8Linear& c) {
+bool has_sound_sizes(const Linear& c) {
     constexpr int64_t most = 1 << 24;
-    return c.rows > 0 && c.rows < most * most / 64 && c.inputs > 0 && c.inputs <= INT8_LINEAR_MAX_INPUTS &&
+    return c.rows > 0 && c.rows < most * most / 64 && c.inputs > 0 && c.inputs <= LINEAR_MAX_INPUTS &&
            c.outputs > 0 && c.outputs < most && c.threads > 0 && c.threads <= (1 << 16);
 }
 
 int64_t in_panels(int64_t outputs) {
-    return (outputs + INT8_LINEAR_MULTIPLE - 1) / INT8_LINEAR_MULTIPLE * INT8_LINEAR_MULTIPLE;
+    return (outputs + LINEAR_MULTIPLE - 1) / LINEAR_MULTIPLE * LINEAR_MULTIPLE;
 }
 
 }  // namespace
@@ -142,27 +142,29 @@ int decode_step_cpu(const DecodeStep* s) {
     return isa->decode_step(s, run_parallel);
 }
 
-int64_t int8_linear_size(void) { return sizeof(Int8Linear); }
-int64_t int8_linear_packed_size(int64_t inputs, int64_t outputs) {
+int64_t linear_size(void) { return sizeof(Linear); }
+int64_t linear_packed_size(int64_t inputs, int64_t outputs) {
     return inputs > 0 && outputs > 0 ? (inputs + 1) / 2 * 2 * in_panels(outputs) : 0;
 }
-int int8_linear_pack(const int8_t* weight, int8_t* packed, int64_t inputs, int64_t outputs) {
-    if (!weight || !packed || inputs <= 0 || outputs <= 0) return INT8_LINEAR_UNSUPPORTED;
-    for (int64_t first = 0; first < in_panels(outputs); first += INT8_LINEAR_PANEL)
+int linear_pack(const int8_t* weight, int8_t* packed, int64_t inputs, int64_t outputs) {
+    if (!weight || !packed || inputs <= 0 || outputs <= 0) return LINEAR_UNSUPPORTED;
+    for (int64_t first = 0; first < in_panels(outputs); first += LINEAR_PANEL)
         for (int64_t k = 0; k < inputs; k += 2)
-            for (int64_t output = first; output < first + INT8_LINEAR_PANEL; output++)
+            for (int64_t output = first; output < first + LINEAR_PANEL; output++)
                 for (int64_t i = k; i < k + 2; i++)
                     *packed++ = output < outputs && i < inputs ? weight[output * inputs + i] : 0;
-    return INT8_LINEAR_OK;
+    return LINEAR_OK;
 }
-int64_t int8_linear_scratch_size(const Int8Linear* c) {
-    return c && has_sound_sizes(*c) ? int8_linear_scratch_baseline(c) : 0;
+int64_t linear_scratch_size(const Linear* c) {
+    return c && has_sound_sizes(*c) ? linear_scratch_baseline(c) : 0;
 }
-int int8_linear_cpu(const Int8Linear* c) {
-    const Isa* isa = c && c->abi == INT8_LINEAR_ABI ? find_isa(c->isa) : nullptr;
-    if (!isa || !has_sound_sizes(*c) || !c->input || !c->output || !c->weight || !c->scales || !c->scratch)
-        return INT8_LINEAR_UNSUPPORTED;
-    return isa->int8_linear(c, run_parallel);
+int linear_cpu(const Linear* c) {
+    const Isa* isa = c && c->abi == LINEAR_ABI ? find_isa(c->isa) : nullptr;
+    if (!isa || !has_sound_sizes(*c) || !c->input || !c->output || !c->weight || !c->scratch) return LINEAR_UNSUPPORTED;
+    for (const LinearNorm& norm : {c->input_norm, c->output_norm})
+        if (!norm.weight != !norm.bias) return LINEAR_UNSUPPORTED;
+    if (c->int8 && !c->scales) return LINEAR_UNSUPPORTED;
+    return isa->linear(c, run_parallel);
 }
 
 int gelu_cpu(

@@ -10,7 +10,7 @@
 
 #include "decode_step.h"
 #include "gelu.h"
-#include "int8_linear.h"
+#include "linear.h"
 #include "local_attention.h"
 
 #define CPU_JOIN_(a, b) a##_##b
@@ -26,8 +26,8 @@ typedef void (*Parallel)(Task, void* data, int threads, void* runtime);
     int CPU_JOIN(local_attention, isa)(const LocalAttentionProblem*, bool backward, Parallel); \
     int CPU_JOIN(decode_step, isa)(const DecodeStep*, Parallel);                               \
     int64_t CPU_JOIN(decode_step_scratch, isa)(const DecodeStep*);                             \
-    int CPU_JOIN(int8_linear, isa)(const Int8Linear*, Parallel);                               \
-    int64_t CPU_JOIN(int8_linear_scratch, isa)(const Int8Linear*);                             \
+    int CPU_JOIN(linear, isa)(const Linear*, Parallel);                                        \
+    int64_t CPU_JOIN(linear_scratch, isa)(const Linear*);                                      \
     int CPU_JOIN(gelu, isa)(const void*, void*, int64_t count, int dtype, int threads, Parallel, void* runtime);
 CPU_ISAS
 #undef X

@@ -2,7 +2,7 @@
  * Random and extreme calls of the CPU kernels through their C interface, for the sanitizers. test_sanitizers.py
  * compiles this file together with csrc/ and runs it:
  *
- *     sanitized_calls local_attention|decode_step|gelu|int8_linear FIRST_SEED COUNT
+ *     sanitized_calls local_attention|decode_step|gelu|linear FIRST_SEED COUNT
  *
  * Every tensor is a block of memory of its own that ends with its last number, begins at any multiple of the size of
  * a number, and is filled with NaNs (all bits set) wherever the kernel has nothing to read. So AddressSanitizer sees
@@ -24,7 +24,7 @@
 
 #include "decode_step.h"
 #include "gelu.h"
-#include "int8_linear.h"
+#include "linear.h"
 #include "local_attention.h"
 
 namespace {
@@ -413,37 +413,41 @@ void gelu_case(Random& random) {
     require(!memcmp(results.at(0), again.at(0), results.bytes()), "the results depend on the number of threads");
 }
 
-// --------------------------------------------------------------------------------------------------------- int8
-// linear
+// -------------------------------------------------------------------------------------------------------------- linear
 
-void int8_linear_case(Random& random) {
-    Int8Linear c = {};
-    c.abi = INT8_LINEAR_ABI;
+void linear_case(Random& random) {
+    Linear c = {};
+    c.abi = LINEAR_ABI;
     c.dtype = random.one_of({FLOAT32, BFLOAT16, FLOAT16});
     c.rows = random.one_of<int64_t>({1, 2, 3, 17, random.draw(1, 90)});
     c.inputs = (int)random.draw(1, 70), c.outputs = (int)random.draw(1, 70);
-    c.gelu = random.once_in(2), c.threads = (int)random.draw(2, 5);
+    c.int8 = random.once_in(2), c.gelu = random.once_in(2), c.threads = (int)random.draw(2, 5);
     c.isa = (int)random.draw(1, cpu_isa_selected() + 1);
     c.parallel = any_pool(random);
 
+    const int64_t weights = (int64_t)c.inputs * c.outputs, size = linear_packed_size(c.inputs, c.outputs);
     // bytes: blocks of memory that end with their last number, too
-    const int64_t weights = (int64_t)c.inputs * c.outputs, size = int8_linear_packed_size(c.inputs, c.outputs);
-    std::unique_ptr<int8_t, void (*)(void*)> weight((int8_t*)malloc(weights), [](void* p) { free(p); });
+    std::unique_ptr<int8_t, void (*)(void*)> whole((int8_t*)malloc(weights), [](void* p) { free(p); });
     std::unique_ptr<int8_t, void (*)(void*)> packed((int8_t*)malloc(size), [](void* p) { free(p); });
-    for (int64_t i = 0; i < weights; i++) weight.get()[i] = (int8_t)random.draw(-127, 127);
-    require(int8_linear_pack(weight.get(), packed.get(), c.inputs, c.outputs) == INT8_LINEAR_OK, "was not packed");
-    const Numbers input = Numbers::filled(random, c.dtype, c.rows * c.inputs);
-    const Numbers scales = Numbers::filled(random, FLOAT32, c.outputs),
-                  bias = Numbers::filled(random, c.dtype, c.outputs);
+    for (int64_t i = 0; i < weights; i++) whole.get()[i] = (int8_t)random.draw(-127, 127);
+    require(linear_pack(whole.get(), packed.get(), c.inputs, c.outputs) == LINEAR_OK, "was not packed");
+    auto filled = [&](int64_t count) { return Numbers::filled(random, c.dtype, count); };
+    const Numbers weight = filled(weights), input = filled(c.rows * c.inputs), residual = filled(c.rows * c.outputs);
+    const Numbers bias = filled(c.outputs), scales = Numbers::filled(random, FLOAT32, c.outputs);
+    const Numbers input_norm[] = {filled(c.inputs), filled(c.inputs)};
+    const Numbers output_norm[] = {filled(c.outputs), filled(c.outputs)};
     const Numbers output(random, c.dtype, c.rows * c.outputs), again(random, c.dtype, c.rows * c.outputs);
-    c.input = input.at(0), c.weight = packed.get(), c.scales = scales.as<float>();
-    c.bias = random.once_in(3) ? nullptr : bias.at(0);
+    c.input = input.at(0), c.weight = c.int8 ? (const void*)packed.get() : weight.at(0);
+    c.scales = c.int8 ? scales.as<float>() : nullptr;
+    c.bias = random.once_in(3) ? nullptr : bias.at(0), c.residual = random.once_in(2) ? nullptr : residual.at(0);
+    if (random.once_in(2)) c.input_norm = {input_norm[0].at(0), input_norm[1].at(0), 1e-5};
+    if (random.once_in(2)) c.output_norm = {output_norm[0].at(0), output_norm[1].at(0), 1e-5};
     for (const Numbers* each : {&output, &again}) {
         c.output = each->at(0);
         std::unique_ptr<void, void (*)(void*)> scratch(
-            aligned_alloc(64, (int8_linear_scratch_size(&c) + 63) / 64 * 64), free);
+            aligned_alloc(64, (linear_scratch_size(&c) + 63) / 64 * 64), free);
         c.scratch = scratch.get();
-        require(int8_linear_cpu(&c) == INT8_LINEAR_OK, "was refused");
+        require(linear_cpu(&c) == LINEAR_OK, "was refused");
         c.threads = 1, c.parallel = nullptr;
     }
     require(output.all_finite(), "a result is not finite");
@@ -458,7 +462,7 @@ const Kernel kernels[] = {
     {"local_attention", local_attention_case},
     {"decode_step", decode_step_case},
     {"gelu", gelu_case},
-    {"int8_linear", int8_linear_case}};
+    {"linear", linear_case}};
 
 }  // namespace
 

@@ -29,7 +29,7 @@ SANITIZERS = {
 }
 # Vectors of all sizes for what is read and written (None: all that there are); the rest is the same with each.
 INSTRUCTION_SETS = {"memory": None, "behaviour": ["baseline"], "threads": ["baseline"]}
-NUM_CASES = {"local_attention": 120, "decode_step": 120, "gelu": 60, "int8_linear": 60}
+NUM_CASES = {"local_attention": 120, "decode_step": 120, "gelu": 60, "linear": 90}
 
 
 @dataclass(frozen=True)

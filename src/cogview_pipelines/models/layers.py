@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..ops.gelu import gelu
-from ..ops.int8_linear import Int8Linear
+from ..ops.linear import fused_linear, fuses
 
 
 class LayerCache(Protocol):
@@ -33,18 +33,35 @@ class DenseAttention(nn.Module):
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query, key and value, each `(batch_size, positions, num_heads, head_dim)`: views of one tensor."""
-        return self._project(hidden_states).unbind(2)
+    def project(
+        self, hidden_states: torch.Tensor, norm: nn.Module | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Query, key and value, each `(batch_size, positions, num_heads, head_dim)`: views of one tensor. With a `norm`,
+        of the states after it.
+        """
+        return self._project(hidden_states, norm).unbind(2)
 
-    def _project(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.query_key_value(hidden_states).unflatten(-1, (3, self.num_heads, -1))
+    def _project(self, hidden_states: torch.Tensor, norm: nn.Module | None = None) -> torch.Tensor:
+        if norm is None:
+            projected = self.query_key_value(hidden_states)
+        else:
+            projected = fused_linear(hidden_states, self.query_key_value, input_norm=norm)
+        return projected.unflatten(-1, (3, self.num_heads, -1))
 
     def forward(
-        self, hidden_states: torch.Tensor, bias: torch.Tensor | None, cache: LayerCache | None, layer: int
+        self,
+        hidden_states: torch.Tensor,
+        bias: torch.Tensor | None,
+        cache: LayerCache | None,
+        layer: int,
+        norm: nn.Module | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Dense attention before its output projection; also returns this call's keys and values. All heads last."""
-        projected = self._project(hidden_states)
+        """
+        Dense attention before its output projection; also returns this call's keys and values. All heads last. A
+        `norm` is given if it has still to be applied to the states.
+        """
+        projected = self._project(hidden_states, norm)
         query, key, value = projected.permute(2, 0, 3, 1, 4).unbind()
         all_keys, all_values = key, value
         if cache is not None:
@@ -93,8 +110,8 @@ class FeedForward(nn.Module):
         self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if isinstance(self.dense_h_to_4h, Int8Linear):  # GELU is part of its kernel
-            return self.dense_4h_to_h(self.dense_h_to_4h(hidden_states, gelu=True))
+        if fuses(hidden_states, self.dense_h_to_4h):
+            return self.dense_4h_to_h(fused_linear(hidden_states, self.dense_h_to_4h, gelu=True))
         return self.dense_4h_to_h(gelu(self.dense_h_to_4h(hidden_states)))
 
 
@@ -138,9 +155,18 @@ class SandwichLayer(GradientCheckpointingLayer):
         positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The new states; with `positions`, an index tensor, of those only: the others serve as keys and values."""
-        normed = self.attention_layernorm(hidden_states)
-        attended, _, _ = self.attention(normed, bias, cache, self.index)
+        states, norm = self.before_attention(self.attention, hidden_states)
+        attended, _, _ = self.attention(states, bias, cache, self.index, norm)
         return self.after_attention(self.attention, hidden_states, attended, positions)
+
+    def before_attention(
+        self, attention: DenseAttention, hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, nn.Module | None]:
+        """What the attention is given: states, and the norm of them unless it has been applied."""
+        norm = self.attention_layernorm
+        if fuses(hidden_states, norm, attention, attention.query_key_value):
+            return hidden_states, norm
+        return norm(hidden_states), None
 
     def after_attention(
         self,
@@ -152,10 +178,20 @@ class SandwichLayer(GradientCheckpointingLayer):
         """Output projection of the attention, heads last, and the feed-forward layer, each with its residual."""
         if positions is not None:
             hidden_states, attended = hidden_states[:, positions], attended[:, positions]
-        attended = attention.dense(attended.flatten(2))
-        hidden_states = hidden_states + self.attention_output_layernorm(self.dropout(attended))
-        fed_forward = self.dropout(self.mlp(self.mlp_layernorm(hidden_states)))
-        return hidden_states + self.mlp_output_layernorm(fed_forward)
+        hidden_states = self._add(attention.dense, attended.flatten(2), self.attention_output_layernorm, hidden_states)
+        mlp = self.mlp
+        if type(mlp) is FeedForward and fuses(hidden_states, mlp, self.mlp_layernorm, mlp.dense_h_to_4h):
+            wide = fused_linear(hidden_states, mlp.dense_h_to_4h, input_norm=self.mlp_layernorm, gelu=True)
+            return self._add(mlp.dense_4h_to_h, wide, self.mlp_output_layernorm, hidden_states)
+        return hidden_states + self.mlp_output_layernorm(self.dropout(mlp(self.mlp_layernorm(hidden_states))))
+
+    def _add(
+        self, layer: nn.Linear, inputs: torch.Tensor, norm: nn.Module, hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        """The states plus what a sub-layer's last linear layer makes of `inputs`, normed."""
+        if not self.dropout.training and fuses(inputs, layer, norm, self.dropout):
+            return fused_linear(inputs, layer, output_norm=norm, residual=hidden_states)
+        return hidden_states + norm(self.dropout(layer(inputs)))
 
 
 class TokenEmbedding(nn.Embedding):

@@ -1,47 +1,17 @@
 """
-Linear layers of 8-bit numbers on a CPU: `csrc/int8_linear_cpu.cpp`.
+Linear layers of 8-bit numbers on a CPU: `csrc/linear_cpu.cpp`.
 
 [`Int8Linear`] is an `nn.Linear` that keeps its weights as they are, and computes with whole numbers made of them.
 """
-
-import ctypes
-import functools
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .native import FLOAT32_AND_HALVES, library, openmp_parallel
-from .transforms import is_transformed
+from .linear import kernel as _kernel
+from .linear import linear_op, takes
 
-_ABI = 1
 _LARGEST = 127
-_ALIGNMENT = 64
-
-
-class _Call(ctypes.Structure):
-    """`Int8Linear` of `csrc/int8_linear.h`."""
-
-    _fields_ = [
-        *[(name, ctypes.c_int32) for name in ("abi", "dtype")],
-        ("rows", ctypes.c_int64),
-        *[(name, ctypes.c_int32) for name in ("inputs", "outputs", "gelu", "threads", "isa", "reserved")],
-        *[(name, ctypes.c_void_p) for name in ("input", "weight", "scales", "bias", "output", "scratch", "parallel")],
-    ]
-
-
-@functools.cache
-def _kernel() -> ctypes.CDLL | None:
-    """The library, if it holds this kernel in this version."""
-    kernels = library()
-    if kernels is None or not hasattr(kernels, "int8_linear_size"):
-        return None
-    sizes = (kernels.int8_linear_size, kernels.int8_linear_scratch_size, kernels.int8_linear_packed_size)
-    for function in sizes:
-        function.restype = ctypes.c_int64
-    kernels.int8_linear_packed_size.argtypes = [ctypes.c_int64] * 2
-    kernels.int8_linear_pack.argtypes = [*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 2]
-    return kernels if kernels.int8_linear_size() == ctypes.sizeof(_Call) else None
 
 
 def is_built() -> bool:
@@ -81,9 +51,9 @@ class PackedWeight:
         self.whole: torch.Tensor | None = whole
         self.packed: torch.Tensor | None = None
         if _kernel() is not None:
-            size = _kernel().int8_linear_packed_size(self.inputs, self.outputs)
+            size = _kernel().linear_packed_size(self.inputs, self.outputs)
             self.packed, self.whole = torch.empty(size, dtype=torch.int8, device="cpu"), None
-            _kernel().int8_linear_pack(whole.data_ptr(), self.packed.data_ptr(), self.inputs, self.outputs)
+            _kernel().linear_pack(whole.data_ptr(), self.packed.data_ptr(), self.inputs, self.outputs)
 
 
 def int8_linear(
@@ -110,22 +80,10 @@ def int8_linear(
     """
     if weight.packed is None:
         return _int8_linear_reference(hidden_states, weight, bias, gelu)
-    hidden_states = hidden_states.contiguous()
-    output = hidden_states.new_empty(*hidden_states.shape[:-1], weight.outputs)
-    if not output.numel():
-        return output
-    call = _Call(abi=_ABI, dtype=FLOAT32_AND_HALVES[hidden_states.dtype], gelu=gelu, isa=isa)
-    call.rows, call.inputs, call.outputs = hidden_states.numel() // weight.inputs, weight.inputs, weight.outputs
-    call.threads, call.parallel = torch.get_num_threads(), openmp_parallel()
-    call.input, call.output = hidden_states.data_ptr(), output.data_ptr()
-    call.weight, call.scales = weight.packed.data_ptr(), weight.scales.data_ptr()
-    call.bias = None if bias is None else bias.data_ptr()
-    size = _kernel().int8_linear_scratch_size(ctypes.byref(call))
-    scratch = torch.empty(size + _ALIGNMENT, dtype=torch.uint8, device="cpu")
-    call.scratch = -(-scratch.data_ptr() // _ALIGNMENT) * _ALIGNMENT
-    if _kernel().int8_linear_cpu(ctypes.byref(call)):
-        raise RuntimeError(f"The int8 kernel refused {call.rows} rows of {call.inputs} numbers.")
-    return output
+    nothing = ([], 0.0)
+    return linear_op(
+        hidden_states.contiguous(), weight.packed, weight.scales, bias, *nothing, *nothing, None, gelu, isa
+    )
 
 
 def _int8_linear_reference(
@@ -146,27 +104,21 @@ class Int8Linear(nn.Linear):
     [`set_int8`] makes one of an `nn.Linear`, and back.
     """
 
+    computes_whole = True
     _packed: tuple[tuple, PackedWeight] | None = None
 
     def forward(self, hidden_states: torch.Tensor, gelu: bool = False) -> torch.Tensor:
         if self.computes_in_int8(hidden_states):
-            return int8_linear(hidden_states, self._pack(), self.bias, gelu=gelu)
+            return int8_linear(hidden_states, self.packed_weight(), self.bias, gelu=gelu)
         output = super().forward(hidden_states)
         return F.gelu(output, approximate="tanh") if gelu else output
 
     def computes_in_int8(self, hidden_states: torch.Tensor) -> bool:
         """Whether these inputs are multiplied as whole numbers."""
-        return (
-            hidden_states.device.type == self.weight.device.type == "cpu"
-            and hidden_states.dtype == self.weight.dtype
-            and hidden_states.dtype in FLOAT32_AND_HALVES
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
-            and not is_transformed(hidden_states)
-        )
+        weight = self.weight
+        return takes(hidden_states) and weight.device.type == "cpu" and hidden_states.dtype == weight.dtype
 
-    def _pack(self) -> PackedWeight:
+    def packed_weight(self) -> PackedWeight:
         """The weights as whole numbers, made anew when they have changed."""
         weight = self.weight
         state = (weight.data_ptr(), weight.dtype, None if weight.is_inference() else weight._version)

@@ -3,7 +3,7 @@ The kernels of `csrc/`: the library is loaded with ctypes, and local attention i
 
 The library has a plain C interface (the headers in `csrc/`) and links against neither torch nor Python, so one build
 serves every version of both. It is loaded at the first use. [`fused_refusals`] is the one place that decides whether
-the local-attention kernels can run some inputs; `decode_step.py` and `gelu.py` are about the other kernels.
+the local-attention kernels can run some inputs; `decode_step.py`, `linear.py` and `gelu.py` are about the others.
 """
 
 from __future__ import annotations

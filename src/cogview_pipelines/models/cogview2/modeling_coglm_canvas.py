@@ -171,26 +171,27 @@ class CogLMCanvasLayer(SandwichLayer):
 
         With `positions`, an index tensor, only those states are computed; the others serve as keys and values.
         """
-        normed = self.attention_layernorm(hidden_states)
+        on_canvas = context is not None and self.config.super_resolution == "direct"
+        attention = self.canvas_attention if on_canvas else self.attention
+        states, norm = self.before_attention(attention, hidden_states)
         key = value = None
         if context is None:
-            attention = self.attention
-            attended, key, value = attention(normed, bias, None, self.index)
+            attended, key, value = attention(states, bias, None, self.index, norm)
         else:
-            attention = self.canvas_attention if self.config.super_resolution == "direct" else self.attention
-            attended = self._attend_locally(attention, normed, *context)
+            attended = self._attend_locally(attention, states, norm, *context)
         return self.after_attention(attention, hidden_states, attended, positions), key, value
 
     def _attend_locally(
         self,
         attention: DenseAttention,
-        normed: torch.Tensor,
+        states: torch.Tensor,
+        norm: nn.Module | None,
         context_key: torch.Tensor,
         context_value: torch.Tensor,
         context_bias: torch.Tensor | None,
     ) -> torch.Tensor:
         config = self.config
-        query, key, value = attention.project(normed)
+        query, key, value = attention.project(states, norm)
         if config.super_resolution == "direct":
             image = slice(config.num_text_slots, None)
             seen = KeySet(context_key[:, image], context_value[:, image], config.image_grid, config.cross_kernel_size)
