@@ -21,9 +21,9 @@ end=$((SECONDS + ${QUEUE_SECONDS:-$([ "$device" = cpu ] && echo 36000 || echo 58
 
 correctness=(kernel_build kernel_tests kernel_opcheck parity gpu_tests memcheck racecheck train_vq prepare_tokens
     kernel_benchmark)
-speed=(generation_benchmark generation_baseline generation_profile training_benchmark generation_capped train_coglm)
+speed=(generation_benchmark generation_baseline parallel_width generation_profile training_benchmark generation_capped train_coglm)
 training=(finish_coglm train_direct_sr train_iterative_sr assemble_model evaluate_model pack_model)
-studies=(cogview_benchmark overflow_study)
+studies=(parallel_passes sparse_benchmark cogview_benchmark overflow_study)
 
 name=gpu
 [ "$device" = cpu ] && name=rehearsal
@@ -60,6 +60,9 @@ else
             generation_benchmark | generation_baseline | generation_capped) options+=(--cases tiny_b1 --seconds 1) ;;
             generation_profile) options+=(--small) ;;
             training_benchmark) options+=(--cases small --seconds 0.1) ;;
+            parallel_width) options+=(--hidden_size 64 --num_layers 2 --windows 4) ;;
+            parallel_passes) options+=(--num 2 --windows 32) ;;
+            sparse_benchmark) options+=(--lengths 2048 --dtype float32 --num_heads 1 --batch_size 1 --seconds 0.1) ;;
             cogview_benchmark) options=(--tiny --hidden_size 32 --num_layers 2 --num_heads 2 --repeats 1) ;;
             overflow_study) options+=(--num_layers 2 --hidden_size 32 --num_heads 2 --steps 2 --num_scenes 8) ;;
             evaluate) options+=(--num 2) ;;
@@ -190,6 +193,13 @@ kernel_benchmark() { benchmark kernel_benchmark 150 bench_local_attention; }
 generation_benchmark() { benchmark generation_benchmark 150 bench_generation --seconds 6; }
 generation_baseline() { benchmark generation_baseline 110 bench_generation --baseline --seconds 6 --cases released_b1; }
 generation_capped() { benchmark generation_capped 220 bench_generation --seconds 6 --cases capped --folder "$work/random6b"; }
+# A pass over several positions against one, with layers of the released shape: what parallel decoding costs.
+parallel_width() {
+    local options=(--case width --device "$device" --dtype bfloat16 --hidden_size 3072 --num_layers 48)
+    options+=(--windows 2,4,8,16,32,64,100)
+    tiny parallel_width
+    json parallel_width 60 benchmarks/bench_parallel_decoding.py "${options[@]}"
+}
 training_benchmark() { benchmark training_benchmark 70 bench_training; }
 generation_profile() {
     local options=(--device "$device")
@@ -199,6 +209,18 @@ generation_profile() {
 
 # -------------------------------------------------------------------------------------------------------------- studies
 
+# The shipped model in 16 bits: passes, and pictures whose tokens differ from those written one by one.
+parallel_passes() {
+    local options=(--device "$device" --dtype bfloat16 --num 40 --windows 32)
+    tiny parallel_passes
+    json parallel_passes 80 benchmarks/bench_parallel_decoding.py "${options[@]}"
+}
+# Three-region attention of CogView2's paper beside dense attention.
+sparse_benchmark() {
+    local options=(--device "$device" --dtype bfloat16 --batch_size 4 --num_heads 16)
+    tiny sparse_benchmark
+    json sparse_benchmark 60 benchmarks/bench_sparse_attention.py "${options[@]}"
+}
 # The first CogView beside CogView2, with released sizes of the first.
 cogview_benchmark() {
     local options=(--device "$device" --dtype float16 --hidden_size 2560 --num_layers 48 --num_heads 40 --repeats 1)
@@ -294,7 +316,7 @@ group_correctness() {
     lane kernel_benchmark
 }
 group_speed() {
-    lane generation_benchmark generation_baseline generation_profile training_benchmark
+    lane generation_benchmark generation_baseline parallel_width generation_profile training_benchmark
     # with capped memory, transfers take most of the time: CogLM trains beside them
     lane generation_capped &
     lane train_coglm
