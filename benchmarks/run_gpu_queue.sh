@@ -60,7 +60,7 @@ else
             generation_benchmark | generation_baseline | generation_capped) options+=(--cases tiny_b1 --seconds 1) ;;
             generation_profile) options+=(--small) ;;
             training_benchmark) options+=(--cases small --seconds 0.1) ;;
-            parallel_width) options+=(--hidden_size 64 --num_layers 2 --windows 4) ;;
+            parallel_width) options+=(--hidden-size 64 --num-layers 2 --windows 4) ;;
             parallel_passes) options+=(--num 2 --windows 32) ;;
             sparse_benchmark) options+=(--lengths 2048 --dtype float32 --num_heads 1 --batch_size 1 --seconds 0.1) ;;
             cogview_benchmark) options=(--tiny --hidden_size 32 --num_layers 2 --num_heads 2 --repeats 1) ;;
@@ -195,7 +195,7 @@ generation_baseline() { benchmark generation_baseline 110 bench_generation --bas
 generation_capped() { benchmark generation_capped 220 bench_generation --seconds 6 --cases capped --folder "$work/random6b"; }
 # A pass over several positions against one, with layers of the released shape: what parallel decoding costs.
 parallel_width() {
-    local options=(--case width --device "$device" --dtype bfloat16 --hidden_size 3072 --num_layers 48)
+    local options=(--case width --device "$device" --dtype bfloat16 --hidden-size 3072 --num-layers 48)
     options+=(--windows 2,4,8,16,32,64,100)
     tiny parallel_width
     json parallel_width 60 benchmarks/bench_parallel_decoding.py "${options[@]}"
