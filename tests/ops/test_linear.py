@@ -122,6 +122,18 @@ def test_plain_modules_without_gradients_are_fused():
         assert not fuses(values, parts["layer"].to("meta"))
 
 
+def test_graphs_that_are_traced_hold_operations_that_others_know():
+    values, parts = make_rows(LEAST_ROWS, 64), make_parts(64, 32)
+
+    class Traced(nn.Module):
+        def forward(self, values):
+            return fused_linear(values, parts["layer"]) if fuses(values, parts["layer"]) else parts["layer"](values)
+
+    with torch.no_grad():
+        graph = str(torch.jit.trace(Traced(), values, check_trace=False).inlined_graph)
+    assert "aten::linear" in graph and "cogview_pipelines" not in graph
+
+
 @needs_vectors
 def test_modules_that_are_watched_moved_or_changed_are_left_alone(monkeypatch):
     class Adapted(nn.Linear):

@@ -121,6 +121,7 @@ def takes(hidden_states: torch.Tensor) -> bool:
         and hidden_states.dtype in FLOAT32_AND_HALVES
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()  # a compiler fuses by itself
+        and not torch.jit.is_tracing()  # the graph is for where there is no such kernel
         and not is_transformed(hidden_states)
         and kernel() is not None
     )
