@@ -2,7 +2,11 @@
 
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from .. import child_processes as children
 from ..utils import make_coglm, token_config
 from .conftest import COGLM, COGVIEW, as_arguments, load_script, metrics, write_token_folder
 
+SCRIPTS_FOLDER = Path(__file__).parents[2] / "training_scripts"
 COMMON = {
     "batch_size": 3,
     "max_steps": 6,
@@ -204,3 +209,28 @@ def test_what_is_no_token_folder_is_named(tmp_path):
         shard(source, tmp_path / "shards")
     with pytest.raises(ValueError, match="`shard_size` must be at least 1, but is 0"):
         shard(source, tmp_path / "shards", shard_size=0)
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+@pytest.mark.timeout(900)
+def test_two_processes_of_accelerate_launch_train_on_what_one_does_and_one_goes_on_with_their_run(
+    train, shards, tokenizer_folder, tmp_path
+):
+    """Each process opens the shards itself; together they see the samples of one, in mid-epoch of 20 pictures."""
+    no_dropout = {**COGLM, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+    options = {**COMMON, "data": shards, "data_order": "epochs", "model": no_dropout, "sample_every_steps": 0}
+    whole = train("one", **{**options, "batch_size": 4, "max_steps": 9})
+    launched = {"output_dir": tmp_path / "two", "tokenizer": tokenizer_folder, "caption_probability": 0.5}
+    launched |= {"patch_size": 2, **options, "batch_size": 2, "max_steps": 6}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    script = str(SCRIPTS_FOLDER / "train_coglm.py")
+    subprocess.run([*command, script, *as_arguments(launched)], check=True, env=environment, timeout=800)
+    run = json.loads((tmp_path / "two/run.json").read_text())
+    assert run["state"] == "finished"
+    resumed = train("two", **{**options, "batch_size": 4, "max_steps": 9}, resume_from_checkpoint="latest")
+    assert [row["step"] for row in resumed] == list(range(1, 10))
+    assert [row["loss"] for row in resumed] == pytest.approx([row["loss"] for row in whole], rel=2e-3)
+    other = train("other", **{**options, "batch_size": 2, "max_steps": 6})  # the control: half of the samples
+    assert [row["loss"] for row in other] != pytest.approx([row["loss"] for row in whole[:6]], rel=2e-3)
