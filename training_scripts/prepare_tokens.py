@@ -24,6 +24,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -509,6 +510,8 @@ class ShardMaker:
             config.min_side, config.max_aspect, config.min_caption_length, config.max_caption_length
         )
         self.seen: set[int] = set()
+        self.written: Future = Future()  # the last shard
+        self.written.set_result(None)
 
     def rate(self) -> str:
         """Pictures and how many a second, in words."""
@@ -520,15 +523,20 @@ class ShardMaker:
         choose = functools.partial(
             select, filters=self.filters, sizes=[*self.sizes.values()], fit=self.config.fit, seed=self.config.seed
         )
-        batches = prefetch(
-            lambda item: [choose(row) for row in item[1] or ()], self.batches(numbers), self.config.data_workers
-        )
+
+        def read(item: tuple[int, list[PictureRow] | None]) -> list[tuple[Selected, list[torch.Tensor]]]:
+            chosen = [choose(row) for row in item[1] or ()]
+            return [(one, [to_bytes(square) for square in one.squares]) for one in chosen]
+
+        batches = prefetch(read, self.batches(numbers), self.config.data_workers)
         self.begin()
-        for (number, rows), chosen in tqdm(batches, unit="batch"):
-            if rows is None:
-                self.end(number)
-            else:
-                self.add(number, chosen)
+        with ThreadPoolExecutor(1) as self.writer:
+            for (number, rows), chosen in tqdm(batches, unit="batch"):
+                if rows is None:
+                    self.end(number)
+                else:
+                    self.add(number, chosen)
+            self.written.result()
         self.seconds = time.monotonic() - started
 
     def batches(self, numbers: range) -> Iterator[tuple[int, list[PictureRow] | None]]:
@@ -563,17 +571,18 @@ class ShardMaker:
 
     def begin(self) -> None:
         """Have nothing of the next shard yet."""
+        self.encoded: tuple[dict[str, torch.Tensor], list[Selected]] | None = None
         self.report: Counter = Counter(dict.fromkeys(REASONS, 0))
         self.own = {name: ({size: [] for size in self.sizes}, [], []) for name in self.folders}
 
-    def add(self, number: int, chosen: list[Selected]) -> None:
-        """Encode those of some pictures that are taken."""
+    def add(self, number: int, chosen: list[tuple[Selected, list[torch.Tensor]]]) -> None:
+        """Encode those of some pictures that are taken, given with their bytes in each size."""
         if not chosen:  # it is there already
             for folder in self.folders.values():
                 self.seen.update(read_hashes(folder, number))
             return
         kept = []
-        for one in chosen:
+        for one, pixels in chosen:
             self.report["rows"] += 1
             if one.reason is None and self.config.drop_duplicates and one.digest in self.seen:
                 one.reason = "duplicates"
@@ -586,13 +595,22 @@ class ShardMaker:
                 continue
             if self.config.drop_duplicates:
                 self.seen.add(one.digest)
-            kept.append(one)
+            kept.append((one, pixels))
         if not kept:
             return
         encoded = {}
         for index, name in enumerate(self.sizes):
-            pixels = torch.stack([to_bytes(one.squares[index]) for one in kept]).to(self.config.device).float() / 255
-            encoded[name] = self.vqvae.encode(pixels, self.config.compression_rate).tokens.cpu().numpy()
+            batch = torch.stack([pixels[index] for _, pixels in kept]).to(self.config.device).float() / 255
+            encoded[name] = self.vqvae.encode(batch, self.config.compression_rate).tokens
+        self.keep()  # what the device encoded before, while it encodes this
+        self.encoded = (encoded, [one for one, _ in kept])
+
+    def keep(self) -> None:
+        """Take the tokens of the last batch from the device."""
+        if self.encoded is None:
+            return
+        (tokens_of_sizes, kept), self.encoded = self.encoded, None
+        encoded = {name: values.cpu().numpy() for name, values in tokens_of_sizes.items()}
         for row, one in enumerate(kept):
             share = derived_seed(self.config.seed, "held out", one.digest) / 2**56
             tokens, texts, digests = self.own["held_out" if share < self.config.held_out_share else "train"]
@@ -603,9 +621,17 @@ class ShardMaker:
         self.num_pictures += len(kept)
 
     def end(self, number: int) -> None:
+        """Have a shard written while the next one is encoded; the one before is there, so that memory holds two."""
+        self.keep()
+        self.written.result()
+        self.written = self.writer.submit(self.write, number, self.own, self.report)
+        self.num_made += 1
+        self.begin()
+
+    def write(self, number: int, own: dict, report: Counter) -> None:
         """Write what there is of a shard."""
         for name, folder in self.folders.items():
-            tokens, texts, digests = self.own[name]
+            tokens, texts, digests = own[name]
             write_shard(
                 folder,
                 number,
@@ -613,11 +639,9 @@ class ShardMaker:
                 texts,
                 made_of=self.made_of(number),
                 num_codes=self.vqvae.config.num_embeddings,
-                report=self.report if name == "train" else {},
+                report=report if name == "train" else {},
                 picture_hashes=digests,
             )
-        self.num_made += 1
-        self.begin()
 
 
 if __name__ == "__main__":
