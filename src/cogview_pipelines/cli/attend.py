@@ -69,7 +69,7 @@ def _read_head(text: str | None) -> tuple[int, int] | None:
     numbers = whole_numbers(text, 2)
     if numbers is None:
         fail(f"`--head` must be LAYER,HEAD, as in 3,0, but is {text!r}.")
-    return numbers
+    return numbers[0], numbers[1]
 
 
 def _earlier_files(folder: Path) -> list[Path]:

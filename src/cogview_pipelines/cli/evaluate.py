@@ -197,7 +197,8 @@ def evaluate(
 def _check_combination(context: typer.Context, has_captions: bool) -> None:
     """Refuse options of the other kind."""
     others = _DEMO if has_captions else _CAPTIONS
-    given = [name for name in others if context.get_parameter_source(name).name != "DEFAULT"]
+    sources = {name: context.get_parameter_source(name) for name in others}
+    given = [name for name, source in sources.items() if source is not None and source.name != "DEFAULT"]
     if given:
         which = "is for the demo data, not for --captions" if has_captions else "is for --captions"
         fail(f"--{given[0].replace('_', '-')} {which}.")

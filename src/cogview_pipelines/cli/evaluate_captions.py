@@ -61,7 +61,7 @@ def evaluate_captions(options: CaptionsOptions) -> None:
     """Do what [`CaptionsOptions`] ask for."""
     if options.output is None:
         fail("`--output` must name a folder: pictures, features and results are kept there, to go on after a stop.")
-    chosen = {"num": None, "candidates": None, "contrast": 1.0}
+    chosen: dict[str, Any] = {"num": None, "candidates": None, "contrast": 1.0}
     chosen |= PROTOCOLS[options.protocol] if options.protocol is not None else {}
     for name in chosen:
         if getattr(options, name) is not None:

@@ -104,7 +104,10 @@ def _report(options: ScenesOptions, pipe, cases: list["Case"], result: dict) -> 
     """The result, and what is needed to measure the same again: what was asked, which scenes, on what machine."""
     from ..environment import stamp
 
-    of_measure = {"pictures": {"baseline": options.baseline}, "post-selection": {"candidates": options.candidates}}
+    of_measure: dict[str, dict] = {
+        "pictures": {"baseline": options.baseline},
+        "post-selection": {"candidates": options.candidates},
+    }
     return {
         "measure": options.measure,
         "split": options.split,

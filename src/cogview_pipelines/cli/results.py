@@ -41,7 +41,8 @@ class LineFailures:
     """Counts the lines of a list that could not be done; the others are."""
 
     def __init__(self, num_lines: int):
-        self.num_lines, self._failed = num_lines, set()
+        self.num_lines = num_lines
+        self._failed: set[str] = set()
 
     def add(self, where: str, error: Exception | str) -> None:
         """Tell what is wrong with a line, and go on."""

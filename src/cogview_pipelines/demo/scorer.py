@@ -158,7 +158,7 @@ class Scorer:
 
         painted = _differs(smooth, colour)
         outside = np.ones_like(painted)
-        found = []
+        found: list[tuple[str | None, str | None]] = []
         for left, top, side in slot_boxes(scene, image.width):
             margin = side * _SLOT_MARGIN
             rows = slice(max(0, round(top - margin)), round(top + side + margin))

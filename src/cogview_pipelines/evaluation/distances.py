@@ -93,7 +93,9 @@ def inception_score(
         raise ValueError(f"the Inception score needs two pictures, but there are {num_pictures}.")
     num_splits = min(num_splits, num_pictures // 2)
     ends = [num_pictures * (split + 1) // num_splits for split in range(num_splits)]
-    scores, held, start = [], [], 0
+    scores: list[float] = []
+    held: list[torch.Tensor] = []
+    start = 0
     for chunk in logits:
         while len(chunk):
             left = ends[len(scores)] - start

@@ -76,7 +76,8 @@ def caption_losses(
         sequence = sequences.caption(
             tokens[pairs].cpu(), [starts[languages[pair]] for pair in pairs], layout, [ids[pair] for pair in pairs]
         ).to(device)
-        labelled = sequence.labels != IGNORED_LABEL
+        assert sequence.labels is not None
+        labelled: torch.Tensor = sequence.labels != IGNORED_LABEL
         output = transformer(
             sequence.input_ids,
             sequence.position_ids,

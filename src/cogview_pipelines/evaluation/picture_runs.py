@@ -167,6 +167,7 @@ class PictureRun:
         most: int | None = None,
     ) -> list[Path]:
         """Make the pictures of a block that are not there, or so many of them; their files."""
+        assert self.make is not None
         missing = []
         for offset, (row, path) in enumerate(zip(rows, self._paths(block), strict=True)):
             seed = self.seed + (block * BLOCK + offset) * self.seeds_of_each
@@ -216,7 +217,7 @@ class PictureRun:
 
     def compare_some(self, block: int, files: Sequence[Path] = ()) -> tuple[int, int]:
         """Compare these pictures of a block, or a batch of those there: how many, and bytes that are kept of them."""
-        pairs = []
+        pairs: list[tuple[Captioned, Image.Image, Image.Image | None]] = []
         for row, path in zip(self._rows(block), self._paths(block), strict=True):
             if len(pairs) < self.batch_size and (not files or path in files):
                 with contextlib.suppress(ValueError):  # left out, when it comes to it

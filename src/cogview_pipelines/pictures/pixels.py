@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import PIL.Image
@@ -9,7 +10,7 @@ import torch
 
 from .colours import as_srgb
 
-Images = PIL.Image.Image | np.ndarray | torch.Tensor | Sequence
+Images: TypeAlias = PIL.Image.Image | np.ndarray | torch.Tensor | Sequence
 OUTPUT_TYPES = ("pil", "np", "pt")
 
 

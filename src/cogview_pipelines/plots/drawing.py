@@ -6,6 +6,7 @@ import secrets
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib import font_manager, rc_context
 from matplotlib.figure import Figure
@@ -17,7 +18,7 @@ COLUMNS = 2
 MOST_IN_LEGEND = 12
 # Whichever of these is installed draws the letters of the one before that has none for them.
 _FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans SC", "Microsoft YaHei", "PingFang SC", "WenQuanYi Micro Hei")
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {
     "text.parse_math": False,  # a name may hold a dollar sign
     "svg.hashsalt": "cogview_pipelines",  # the same file of the same numbers
     "svg.fonttype": "path",
@@ -87,7 +88,7 @@ def _draw_curves(axes, panel: Panel, colours: dict[str, str], width: int) -> Non
     shown = []
     for curve in panel.curves:
         colour = colours[curve.label]
-        xs, ys = zip(*curve.points, strict=True)
+        xs, ys = [x for x, _ in curve.points], [y for _, y in curve.points]
         errors = _known_errors(curve)
         marker = "o" if len(xs) <= 20 else None  # a single point has no line
         if width > 1:

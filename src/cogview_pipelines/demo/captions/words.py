@@ -80,7 +80,7 @@ def known_words(scope: Scope) -> list[str]:
     All words of captions and sentences about the scenes of a scope, in both languages: what a model of that scope can
     understand, for the `known_words` of its tokenizer.
     """
-    words = set()
+    words: set[str] = set()
     for language in LANGUAGES:
         grammar, english = load_grammar(language), language == "en"
         for key in ("colours", "styles"):

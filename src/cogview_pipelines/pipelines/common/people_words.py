@@ -3,6 +3,7 @@
 import random
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 # Words that are nothing but people. Letters of longer words do not count: "human" is no "man".
 PEOPLE = {
@@ -78,7 +79,7 @@ class PeopleWords:
                 word = self._draw(language, rng)
                 if word is not None:
                     if language == "en":
-                        parts[-1] = _ARTICLE.sub(lambda article, word=word: _agree(article, word), parts[-1])
+                        parts[-1] = _ARTICLE.sub(partial(_agree, word=word), parts[-1])
                     parts.append(f"{word} " if language == "en" else word)
                 parts.append(found[0])
                 end = found.end()
