@@ -10,7 +10,7 @@ from cogview_pipelines.cli import app
 
 COMMANDS = (
     *("generate", "inpaint", "upscale", "caption", "score", "evaluate", "attend", "judge", "plot", "finetune"),
-    *("export", "serve", "bench", "models", "doctor"),
+    *("export", "plan", "serve", "bench", "models", "doctor"),
 )
 
 

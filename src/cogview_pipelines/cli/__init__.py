@@ -4,7 +4,7 @@ import typer
 
 from .._version import __version__
 from ..reports import guard_streams
-from . import attend, bench, doctor, evaluate, export, finetune, generate, judge, models, plot, serve
+from . import attend, bench, doctor, evaluate, export, finetune, generate, judge, models, plan, plot, serve
 from . import caption_and_score as texts
 from . import inpaint_and_upscale as pictures
 from .console import say
@@ -45,6 +45,7 @@ app.command("judge")(judge.judge)
 app.command("plot")(plot.plot)
 app.command("finetune")(finetune.finetune)
 app.command("export")(export.export)
+app.command("plan")(plan.plan)
 app.command("serve")(serve.serve)
 app.command("bench")(bench.bench)
 app.command("models")(models.models)

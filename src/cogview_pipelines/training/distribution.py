@@ -65,7 +65,7 @@ class DistributedModel:
             fill(model, weights, processes)
         if processes.count > 1 and not sharded:
             devices = None if self.device.type == "cpu" else [self.device]
-            self.forward = DistributedDataParallel(model, device_ids=devices)
+            self.forward = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
             self.gradient_factor = float(processes.count)  # it averages
 
     def _shard(self, model: nn.Module, mesh: DeviceMesh, reshard: bool) -> None:
