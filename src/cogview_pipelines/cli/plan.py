@@ -57,7 +57,11 @@ def plan(
     device: PlannedDevice = typer.Option(PlannedDevice.cuda, help="Kind of device."),
     as_json: bool = typer.Option(False, "--json", help="Print one line of JSON for each layout."),
 ) -> None:
-    """Plan the memory and the time of a training run, for each way to spread the model over devices."""
+    """
+    Plan the memory and time of a training run.
+
+    For each way to spread a model over devices: bytes on a device, and what fits.
+    """
     from ..training.planning import layouts_of, report
     from ..training.planning import plan as plan_layout
 
