@@ -1,0 +1,145 @@
+"""The page that draws in the browser: its tokenizer in Node.js, and all of it in Chromium (slow)."""
+
+import functools
+import http.server
+import json
+import random
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from cogview_pipelines import CogView2Pipeline, IcetkTokenizer
+from cogview_pipelines.environment import SHIPPED_MODEL
+from cogview_pipelines.export.tokenizer_tables import tokenizer_tables
+
+ROOT = Path(__file__).parents[2]
+SITE = ROOT / "build" / "docs" / "draw"
+NODE = shutil.which("node")
+FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
+TEXTS = [
+    *(
+        "a tiger on a blue background",
+        "一只老虎，蓝色背景",
+        "  A  TIGER \t and\n an apple. ",
+        "ＡＢＣ　１２ ﬁne Ⅷ ½",
+        "",
+    ),
+    *(
+        "a<n>b <pad> <unk> <s>",
+        "<start_of_image>",
+        "  ",
+        "日本語 кириллица 🎈🎈 café é",
+        "a tiger ",
+        "只 ",
+        "\u200b\ufeffx",
+    ),
+    *("<start_of_chinese> a<n>", "İstanbul ß ΑΣ"),
+]
+LETTERS = "abc tigerdon. ,的一只老虎红色背景é🎈Ａ﹏\u3000\t<n>▁½"
+
+
+def encode_in_javascript(tokenizer, texts, folder):
+    if NODE is None:
+        pytest.skip("the tokenizer of the page is tested with Node.js, which is not there")
+    tables = folder / "tokenizer.json"
+    tables.write_text(json.dumps(tokenizer_tables(tokenizer)), encoding="utf-8")
+    command = [NODE, ROOT / "tests" / "docs" / "encode.mjs", ROOT / "docs" / "browser" / "tokenizer.js", tables]
+    result = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def expected(tokenizer, text):
+    ids, before = tokenizer.encode(text), tokenizer.encode_before_image(text)
+    return [ids, before, tokenizer.language(text), tokenizer.unknown_parts(text)]
+
+
+def test_the_tokenizer_of_the_page_encodes_as_that_of_the_shipped_model(tmp_path):
+    tokenizer, source = IcetkTokenizer.from_pretrained(SHIPPED_MODEL / "tokenizer"), random.Random(0)
+    texts = TEXTS + ["".join(source.choices(LETTERS, k=source.randrange(1, 40))) for _ in range(400)]
+    found = encode_in_javascript(tokenizer, texts, tmp_path)
+    for text, one in zip(texts, found, strict=True):
+        assert one == expected(tokenizer, text), text
+
+
+def test_the_tokenizer_of_the_page_knows_added_tokens_and_known_words(tokenizer, tmp_path):
+    own = type(tokenizer)(
+        tokenizer.vocab_file,
+        num_image_tokens=tokenizer.num_image_tokens,
+        language_ranges=tokenizer.language_ranges,
+        known_words=["tiger", "a", "老虎", "一只"],
+    )
+    own.add_tokens(["<mine>"])
+    texts = ["a tiger and <mine>", "<mine>", "a<mine>b", "一只老虎和猫", "Ａ TIGER, cat", *TEXTS[:3]]
+    for text, one in zip(texts, encode_in_javascript(own, texts, tmp_path), strict=True):
+        assert one == expected(own, text), text
+
+
+class _Files(http.server.SimpleHTTPRequestHandler):
+    extensions_map = {**http.server.SimpleHTTPRequestHandler.extensions_map, ".mjs": "text/javascript"}  # noqa: RUF012
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(scope="module")
+def address():
+    if not (SITE / "model" / "model.json").is_file() or not list(SITE.glob("*.wasm.gz")):
+        pytest.skip("the page is not built: `make browser`, which needs npm")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Files, directory=SITE))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def page(address):
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("the page needs Chromium")
+    with playwright.sync_playwright() as library:
+        browser = library.chromium.launch(executable_path=chromium, args=list(FLAGS))
+        page = browser.new_page(viewport={"width": 360, "height": 640})
+        page.goto(f"{address}/?lang=en")
+        page.wait_for_function("!document.getElementById('draw').disabled", timeout=300_000)
+        yield page
+        browser.close()
+
+
+def draw(page, prompt, greedy=True):
+    """Tokens and state of the page after a press of the button."""
+    page.fill("#prompt", prompt)
+    page.fill("#seed", "5")
+    page.set_checked("#greedy", greedy)
+    page.click("#draw")
+    page.wait_for_function("!document.getElementById('draw').disabled", timeout=600_000)
+    return page.inner_text("#state")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("greedy", [True, False])
+def test_the_page_draws_what_the_pipeline_draws(page, greedy):
+    prompt = "a tiger on a blue background"
+    assert "Done" in draw(page, prompt, greedy)
+    pipe = CogView2Pipeline.from_pretrained(SHIPPED_MODEL, dtype=torch.float32)
+    cold = ("temperature", "direct_sr_temperature", "iterative_sr_temperature")
+    settings = dict.fromkeys(cold, 1e-6) if greedy else {}
+    tokens = pipe(prompt, generator=torch.Generator().manual_seed(5), **settings).tokens[0]
+    found = json.loads(page.evaluate("document.getElementById('picture').dataset.tokens"))
+    assert found["iterative_sr_transformer"] == tokens.flatten().tolist()
+
+
+@pytest.mark.slow
+def test_the_page_fits_a_phone_and_tells_what_is_wrong_in_both_languages(page):
+    assert "too long" in draw(page, "a tiger " * 60)
+    page.click("#language")
+    assert "文字太长" in page.inner_text("#state")
+    page.click("#language")
+    assert "Write what" in draw(page, "  ")
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
