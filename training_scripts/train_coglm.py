@@ -171,6 +171,28 @@ def make_batch(
     )
 
 
+def draw_task(
+    config: CogLMTrainConfig, data: TokenData, index: int, generator: torch.Generator
+) -> tuple[str, str, list[int]]:
+    """What a sample is, `"text_to_image"`, `"captioning"` or `"completion"`; its language and its text."""
+    chance, drop = torch.rand(2, generator=generator).tolist()
+    captioning = chance < config.caption_probability
+    language, text = data.draw_language_and_caption(index, generator, to_write=captioning)
+    if captioning:
+        return "captioning", language, text
+    completing = chance < config.caption_probability + config.completion_probability
+    if drop < config.drop_text_probability:
+        language, text = "no_text", []
+    return "completion" if completing else "text_to_image", language, text
+
+
+def draw_kind(config: CogLMTrainConfig, data: TokenData, draw: Draw, generator: torch.Generator) -> str:
+    """Task and language of the one sample of a draw."""
+    (index,) = data.draw_all(draw.samples, [generator])
+    task, language, _ = draw_task(config, data, index, generator)
+    return f"{task}/{language}"
+
+
 def make_sample(
     config: CogLMTrainConfig,
     model_config: CogLMConfig,
@@ -182,15 +204,11 @@ def make_sample(
 ) -> TokenSequence:
     """A sample of a picture, with its tokens, whose caption, task and masks the generator draws."""
     layout, pad_token_id = model_config.layout, tokenizer.pad_token_id
-    task, drop = torch.rand(2, generator=generator).tolist()
-    captioning = task < config.caption_probability
-    text = data.draw_caption(index, generator, to_write=captioning)[: model_config.max_text_tokens]
-    completing = not captioning and task < config.caption_probability + config.completion_probability
-    if not captioning and drop < config.drop_text_probability:
-        text = []
+    task, _, text = draw_task(config, data, index, generator)
+    text = text[: model_config.max_text_tokens]
     padding = model_config.max_text_tokens + 1 - len(text)
     row = torch.cat([torch.tensor(text + [pad_token_id] * padding), picture])
-    if captioning:
+    if task == "captioning":
         chinese = tokenizer.language(text) == "zh"
         start = model_config.start_of_chinese_token_id if chinese else model_config.start_of_english_token_id
         corners = draw_patch_corners(layout, generator, config.patch_size)
@@ -198,7 +216,7 @@ def make_sample(
             corners = []
         sample = captioning_sample(row, layout, pad_token_id, [start], corners, config.patch_size)
         add_noise(sample, layout, config.caption_noise_probability, generator)
-    elif completing:
+    elif task == "completion":
         sample = completion_sample(row, layout, pad_token_id, draw_rectangles(layout, generator))
     else:
         sample = generation_sample(row, layout, pad_token_id)
@@ -285,8 +303,10 @@ def main(arguments: list[str] | None = None) -> CogLMModel | None:
         functools.partial(loss_weight, model.config.num_image_tokens, config.text_loss_weight),
         None if vqvae is None else functools.partial(make_samples, config, vqvae, data),
         save=saving(config),
-        held_out=config.held_out_batches(
-            tokenizer, lambda held_out, draw: make_batch(config, model.config, tokenizer, held_out, draw)
+        validation=config.validation_batches(
+            tokenizer,
+            functools.partial(make_batch, config, model.config, tokenizer),
+            functools.partial(draw_kind, config),
         ),
     )
     config.tell_losses(data, tokenizer, model.config.max_text_tokens)

@@ -201,6 +201,16 @@ def draw_task(config: CogViewTrainConfig, generator: torch.Generator) -> str:
     return "caption" if chance < config.super_resolution_probability + config.caption_probability else "pretraining"
 
 
+def draw_kind(config: CogViewTrainConfig, data: TokenData, draw: Draw, generator: torch.Generator) -> str:
+    """Task and language of the one sample of a draw."""
+    task = draw_task(config, generator)
+    (index,) = data.draw_all(draw.samples, [generator])
+    if config.data_order == "released":
+        index = released_index(draw.samples[0], len(data))
+    language, _ = draw_text(config, data, index, generator, to_write=task == "caption")
+    return f"{task}/{language}"
+
+
 def make_sample(
     config: CogViewTrainConfig,
     layout: sequences.SequenceLayout,
@@ -210,7 +220,7 @@ def make_sample(
     generator: torch.Generator,
 ) -> list[int]:
     """One sample of a picture, with the text, and the part of the picture, that the generator draws."""
-    text = draw_text(config, data, index, generator, to_write=task == "caption")
+    _, text = draw_text(config, data, index, generator, to_write=task == "caption")
     picture = data.low[index]
     if task == "super_resolution":
         coarse, part = draw_part(layout, picture, data.fine[index], generator)
@@ -224,14 +234,14 @@ def make_sample(
 
 def draw_text(
     config: CogViewTrainConfig, data: TokenData, index: int, generator: torch.Generator, to_write: bool
-) -> list[int]:
-    """A caption of a picture, or what its style is called."""
+) -> tuple[str, list[int]]:
+    """A language, and a caption of a picture in it, or what its style is called."""
     style = data.styles[index]
     if style and float(torch.rand((), generator=generator)) < config.style_probability:
         language = list(style)[draw_index(len(style), generator)]
         names = style[language]
-        return data.encode(style_caption(names[draw_index(len(names), generator)], language))
-    return data.draw_caption(index, generator, to_write=to_write)
+        return language, data.encode(style_caption(names[draw_index(len(names), generator)], language))
+    return data.draw_language_and_caption(index, generator, to_write=to_write)
 
 
 def draw_part(
@@ -323,8 +333,8 @@ def main(arguments: list[str] | None = None) -> CogViewModel | None:
         loss_weight,
         None if vqvae is None else functools.partial(make_samples, config, vqvae, data),
         save=config.saving(config.component),
-        held_out=config.held_out_batches(
-            tokenizer, lambda held_out, draw: make_batch(config, model.config, held_out, draw)
+        validation=config.validation_batches(
+            tokenizer, functools.partial(make_batch, config, model.config), functools.partial(draw_kind, config)
         ),
     )
     config.tell_losses(data, tokenizer, model.config.max_text_tokens)

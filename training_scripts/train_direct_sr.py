@@ -32,7 +32,7 @@ from cogview_pipelines.models.cogview2.sequences import direct_super_resolution
 from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
 from cogview_pipelines.training.arguments import json_option, parse_config, run_script
 from cogview_pipelines.training.data.draws import Draw, seeded_generator
-from cogview_pipelines.training.data.tokens import CanvasBatch, TokenData, TokenTrainConfig
+from cogview_pipelines.training.data.tokens import CanvasBatch, TokenData, TokenTrainConfig, draw_language
 from cogview_pipelines.training.loop import train
 from cogview_pipelines.training.losses import canvas_loss, count_labels
 from cogview_pipelines.training.processes import load_model, make_model_once
@@ -151,8 +151,10 @@ def main(arguments: list[str] | None = None) -> CogLMCanvasModel | None:
         count_labels,
         None if vqvae is None else functools.partial(make_samples, config, vqvae, data),
         save=config.saving("direct_sr_transformer"),
-        held_out=config.held_out_batches(
-            tokenizer, lambda held_out, draw: make_batch(config, model, held_out.require_fine(), draw)
+        validation=config.validation_batches(
+            tokenizer,
+            lambda validation, draw: make_batch(config, model, validation.require_fine(), draw),
+            draw_language,
         ),
     )
     config.tell_losses(data, tokenizer, min(model.config.num_text_slots - 1, model.config.max_text_tokens))

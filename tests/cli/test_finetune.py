@@ -157,7 +157,7 @@ def test_captions_in_odd_letters_and_cut_metrics_end_nothing(run, pictures, tmp_
     work = tmp_path / "बाघ"
     folder = work / "coglm"
     folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text('{"step": 1, "held_out_loss_before": 3.5}\n{"step": 2, "held_o')
+    (folder / "metrics.jsonl").write_text('{"step": 1, "validation_loss_before": 3.5}\n{"step": 2, "valid')
     assert finetune._losses(folder) == (3.5, None)
     shutil.rmtree(work)
     result = run("--stage", "coglm", "--work", os.fspath(work))

@@ -135,16 +135,23 @@ def test_a_run_goes_on_on_any_number_of_processes_with_the_losses_of_one(options
             torch.testing.assert_close(average.state_dict()[key], value, rtol=0, atol=2e-3, msg=key)
 
 
-def test_sample_pictures_of_sharded_weights_come_from_the_average_and_leave_no_trace(
+def test_sample_pictures_and_validation_of_sharded_weights_are_of_the_average_and_leave_no_trace(
     options,
+    token_folder,
     vqvae_folder,
     tmp_path,
 ):
     common = {"batch_size": 2, "max_steps": 2, "ema_decay": 0.5, "learning_rate": 1e-2, "vqvae": vqvae_folder}
+    shown = {
+        "sample_every_steps": 1,
+        "validation_data": token_folder,
+        "validation_samples": 5,
+        "evaluate_every_steps": 1,
+    }
     for name, more in (
         ("quiet", {"sharding": "full"}),
-        ("shown", {"sharding": "full", "sample_every_steps": 1, "reshard_after_forward": False}),
-        ("copies", {"sharding": "none", "sample_every_steps": 1}),
+        ("shown", {"sharding": "full", "reshard_after_forward": False, **shown}),
+        ("copies", {"sharding": "none", **shown}),
     ):
         launch(2, run_script, "train_coglm", options("train_coglm", name, **common, **more))
     losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("quiet", "shown", "copies")]
@@ -152,6 +159,13 @@ def test_sample_pictures_of_sharded_weights_come_from_the_average_and_leave_no_t
     for step in (1, 2):
         pictures = [(tmp_path / name / f"samples/{step:07d}.png").read_bytes() for name in ("shown", "copies")]
         assert pictures[0] == pictures[1]
+    validation = [
+        [{key: value for key, value in line.items() if key.startswith("validation_loss")} for line in metrics(folder)]
+        for folder in (tmp_path / "shown", tmp_path / "copies")
+    ]
+    assert len(validation[0]) == 2 and len(validation[0][0]) > 2  # also by task and language
+    for sharded, copied in zip(*validation, strict=True):
+        assert sharded == pytest.approx(copied, rel=1e-4)
 
 
 def test_only_one_process_reads_the_weights_and_each_holds_its_share(options):

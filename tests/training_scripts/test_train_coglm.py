@@ -240,29 +240,39 @@ def test_a_tokenizer_of_another_model_is_an_error(run, tokenizer, tmp_path):
         run(init_from=tmp_path / "other")
 
 
-def test_the_loss_of_held_out_pictures_is_told_and_changes_nothing(
+def test_the_loss_of_other_pictures_is_told_by_task_and_language_and_changes_nothing(
     script, coglm_folder, token_folder, tokenizer_folder, tmp_path
 ):
     common = {"init_from": coglm_folder, "tokenizer": tokenizer_folder, "data": token_folder, "batch_size": 4}
     common |= {"max_steps": 6, "warmup_steps": 0, "log_every_steps": 2, "ema_decay": 0.5}
-    held_out = {"held_out_data": token_folder, "held_out_samples": 6, "evaluate_every_steps": 4}
+    common |= {"caption_probability": 0.4, "completion_probability": 0.2, "drop_text_probability": 0.2}
+    validation = {"validation_data": token_folder, "validation_samples": 40, "evaluate_every_steps": 4}
     script.main(as_arguments({**common, "output_dir": tmp_path / "plain"}))
-    model = script.main(as_arguments({**common, **held_out, "output_dir": tmp_path / "held_out"}))
-    names = ("held_out_loss", "held_out_loss_before")
-    lines = metrics(tmp_path / "held_out")
-    assert [[name for name in names if name in line] for line in lines] == [
-        ["held_out_loss_before"],
-        ["held_out_loss"],
-        ["held_out_loss"],
-    ]
-    plain = [{name: value for name, value in line.items() if name not in names} for line in lines]
+    model = script.main(as_arguments({**common, **validation, "output_dir": tmp_path / "validation"}))
+    lines = metrics(tmp_path / "validation")
+    told = [{name: value for name, value in line.items() if name.startswith("validation_loss")} for line in lines]
+    assert set(told[0]) == {"validation_loss_before"} and told[1].keys() == told[2].keys()
+    kinds = [name.removeprefix("validation_loss/") for name in told[2] if "/" in name]
+    tasks = {"captioning": {"en", "zh"}, "text_to_image": {"en", "zh", "no_text"}, "completion": set()}
+    assert {kind.split("/")[0] for kind in kinds} == set(tasks)
+    assert all(f"{task}/{language}" in kinds for task, languages in tasks.items() for language in languages)
+    plain = [{name: value for name, value in line.items() if name not in told[0] | told[2]} for line in lines]
     assert plain == metrics(tmp_path / "plain")
-    config = script.CogLMTrainConfig(output_dir="", data=str(token_folder), tokenizer=str(tokenizer_folder))
+
+    probabilities = {name: value for name, value in common.items() if name.endswith("_probability")}
+    config = script.CogLMTrainConfig(output_dir="", data="", tokenizer="", **probabilities)
     tokenizer = script.IcetkTokenizer.from_pretrained(tokenizer_folder)
-    batch = script.make_batch(
-        config, model.config, tokenizer, TokenData.load(token_folder, tokenizer), Draw(0, range(6))
-    )
-    with torch.no_grad():
-        loss, _ = script.compute_loss(model.config.num_image_tokens, 1.0, model, batch)
-    weight = script.loss_weight(model.config.num_image_tokens, 1.0, batch)
-    assert lines[-1]["held_out_loss"] == pytest.approx(float(loss) / weight, rel=1e-5)
+    data, sums, tasks = TokenData.load(token_folder, tokenizer), {}, {}
+    for number in range(40):
+        batch = script.make_batch(config, model.config, tokenizer, data, Draw(0, [number]))
+        with torch.no_grad():
+            loss, _ = script.compute_loss(model.config.num_image_tokens, 1.0, model, batch)
+        weight = script.loss_weight(model.config.num_image_tokens, 1.0, batch)
+        is_text = bool((batch.labels >= model.config.num_image_tokens).any())
+        kind = script.draw_kind(config, data, Draw(0, [number]), *Draw(0, [number]).generators(config.seed))
+        assert is_text == kind.startswith("captioning")
+        assert (int((batch.labels >= 0).sum()) == model.config.layout.image_length) == kind.startswith("text_to_image")
+        for name in ("validation_loss", f"validation_loss/{kind}"):
+            total, count = sums.get(name, (0.0, 0.0))
+            sums[name] = total + float(loss), count + weight
+    assert told[2] == pytest.approx({name: total / count for name, (total, count) in sums.items()}, rel=1e-4)

@@ -320,15 +320,19 @@ def test_an_adapter_is_saved_for_the_stage_that_it_is_for(run, tmp_path):
         assert weights and all(key.startswith(f"{name}.") for key in weights)
 
 
-def test_the_held_out_loss_is_that_of_the_trained_model_in_evaluation(run, script, data, tokenizer, tmp_path):
-    folder = write_cogview_token_folder(tmp_path / "held_out", low=torch.zeros(20, 4, 4).long())
-    model = run(held_out_data=folder, held_out_samples=6, sample_every_steps=0, evaluate_every_steps=1, max_steps=1)
+def test_the_validation_loss_is_that_of_the_trained_model_in_evaluation(run, script, data, tokenizer, tmp_path):
+    folder = write_cogview_token_folder(tmp_path / "validation", low=torch.zeros(20, 4, 4).long())
+    model = run(
+        validation_data=folder, validation_samples=6, sample_every_steps=0, evaluate_every_steps=1, max_steps=1
+    )
     (line,) = metrics(tmp_path / "run")
     config = script.CogViewTrainConfig(output_dir="", data="", tokenizer="")
     batch = script.make_batch(config, model.config, TokenData.load(folder, tokenizer), Draw(0, range(6)))
     with torch.no_grad():
         loss, _ = script.compute_loss(48, model.eval(), batch)
-    assert line["held_out_loss"] == pytest.approx(loss.item() / script.loss_weight(batch), rel=1e-4)
+    kinds = {name for name in line if name.startswith("validation_loss/")}
+    assert kinds <= {f"validation_loss/pretraining/{language}" for language in ("en", "zh")} and kinds
+    assert line["validation_loss"] == pytest.approx(loss.item() / script.loss_weight(batch), rel=1e-4)
 
 
 def test_rates_that_fall_from_the_warm_up_on(run, tmp_path):

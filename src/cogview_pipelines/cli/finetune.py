@@ -299,7 +299,7 @@ class Job:
             "sample_every_steps": 0,
         }
         if held_out.is_dir():
-            options["held_out_data"] = held_out
+            options["validation_data"] = held_out
         if asked["lora_rank"] is not None:
             options["lora_rank"] = asked["lora_rank"]
         component = f"{self.model}/{COMPONENTS[stage]}"
@@ -445,7 +445,7 @@ def _losses(folder: Path) -> tuple[float | None, float | None]:
 
     before = after = None
     for row in read_whole_rows(folder / "metrics.jsonl"):
-        before, after = row.get("held_out_loss_before", before), row.get("held_out_loss", after)
+        before, after = row.get("validation_loss_before", before), row.get("validation_loss", after)
     return before, after
 
 

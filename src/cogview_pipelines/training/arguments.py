@@ -163,7 +163,7 @@ class TrainConfig:
     evaluate_every_steps: int = field(
         default=100,
         metadata={
-            "help": "Steps between losses of held-out data, where there is some; 0: only before and after.",
+            "help": "Steps between losses of validation data, where there is some; 0: only before and after.",
             "resume": UNNOTICED,
         },
     )

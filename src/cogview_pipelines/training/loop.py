@@ -56,7 +56,7 @@ def train(
     begin_step: Callable[[int], None] | None = None,
     finish: Callable[[nn.Module], None] | None = None,
     save: Callable[[nn.Module, Path], object] | None = None,
-    held_out: Sequence[object] = (),
+    validation: Mapping[str, Sequence[object]] | None = None,
 ) -> nn.Module | None:
     """
     Train all parameters of a model that require a gradient.
@@ -77,8 +77,8 @@ def train(
         begin_step (`Callable`, *optional*): Called with the number of updates so far before each forward pass.
         finish (`Callable`, *optional*): Called with the trained model, in evaluation mode, before it is saved.
         save (`Callable`, *optional*): Saves the trained model in a folder; default: its `save_pretrained`.
-        held_out (sequence of batches): Batches that are not trained on. Their mean loss goes to the metrics every
-            `evaluate_every_steps`, before the first step, and after the last.
+        validation (mapping, *optional*): Batches that are not trained on, by kind. Their mean loss, over all and of
+            each kind, goes to the metrics every `evaluate_every_steps`, before the first step, and after the last.
 
     Returns:
         `nn.Module` or `None`: The trained model (the moving average, if there is one), also saved in
@@ -101,7 +101,7 @@ def train(
         run = _Run(
             config, accelerator, processes, model, compute_loss, loss_weight, make_samples, adamw_names, begin_step
         )
-        run.held_out = held_out
+        run.validation = validation or {}
         found = run.resume()
         run.note("running")
         try:
@@ -140,7 +140,7 @@ class _Run:
         if accelerator.mixed_precision == "fp16":
             self.scale = LossScale(interval=config.loss_scale_interval, patience=config.loss_scale_patience)
         self.watch = FiniteWatch(processes)
-        self.held_out: Sequence[object] = ()
+        self.validation: Mapping[str, Sequence[object]] = {}
         self.last_checkpoint: Path | None = None
 
     @property
@@ -175,8 +175,8 @@ class _Run:
         log = MetricsLog(self.accelerator, self.processes, config, state.step)
         clock = Clock(config)
         self.model.train()
-        if state.step == 0 and self.held_out:
-            log.note(held_out_loss_before=self.held_out_loss())
+        if state.step == 0 and self.validation:
+            log.note(validation_loss_before=self.validation_losses()["validation_loss"])
         batches = prefetch(make_batch, self.draws(), config.data_workers, config.data_processes)
         with contextlib.closing(batches), contextlib.closing(log):
             while passes := list(islice(batches, config.gradient_accumulation_steps)):
@@ -185,7 +185,7 @@ class _Run:
                 self.update(step, passes, weight, log)
                 state.step, state.samples = step + 1, state.samples + self.samples_per_step
                 if self.evaluation_due(state.step):
-                    log.note(held_out_loss=self.held_out_loss())
+                    log.note(**self.validation_losses())
                 log.end_step(state.step, learning_rate(config, step))
                 self.show(state.step)
                 # what one process was asked for, all do
@@ -270,18 +270,25 @@ class _Run:
 
     def evaluation_due(self, step: int) -> bool:
         every = self.config.evaluate_every_steps
-        return bool(self.held_out) and (step == self.config.max_steps or bool(every and step % every == 0))
+        return bool(self.validation) and (step == self.config.max_steps or bool(every and step % every == 0))
 
-    def held_out_loss(self) -> float:
-        """The mean loss over the labels of the held-out batches, of the weights as they would be saved now."""
-        total = weight = 0.0
+    def validation_losses(self) -> dict[str, float]:
+        """
+        Mean losses over the labels of the validation batches, of all and of each kind, of the weights as they would be
+        saved now. Every process computes all of them, so that none waits for another.
+        """
+        sums: dict[str, tuple[float, float]] = {}
         with self._as_saved():
-            for batch in self.held_out:
-                batch = batch.to(self.processes.device)
-                with self.distributed.autocast():
-                    loss, _ = self.compute_loss(self.distributed.forward, batch)
-                total, weight = total + float(loss), weight + self.loss_weight(batch)
-        return total / max(weight, 1e-30)
+            for kind, batches in self.validation.items():
+                total = weight = 0.0
+                for batch in batches:
+                    batch = batch.to(self.processes.device)
+                    with self.distributed.autocast():
+                        loss, _ = self.compute_loss(self.distributed.forward, batch)
+                    total, weight = total + float(loss), weight + self.loss_weight(batch)
+                sums[f"validation_loss/{kind}"] = total, weight
+        sums = {"validation_loss": tuple(map(sum, zip(*sums.values(), strict=True))), **sums}
+        return {name: total / max(weight, 1e-30) for name, (total, weight) in sums.items()}
 
     @contextlib.contextmanager
     def _as_saved(self) -> Iterator[None]:

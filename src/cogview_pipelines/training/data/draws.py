@@ -8,7 +8,7 @@ and however many processes and forward passes share a step, together they see th
 import hashlib
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,11 +22,11 @@ class Draw:
 
     Args:
         step (`int`): Updates before this one; what all samples of a step share (a resolution, say) is drawn from it.
-        samples (`range`): Numbers of the samples, counted through the whole run and over all processes.
+        samples (sequence of `int`): Numbers of the samples, counted through the whole run and over all processes.
     """
 
     step: int
-    samples: range
+    samples: Sequence[int]
 
     def generators(self, seed: int) -> Iterator[torch.Generator]:
         """For each sample the generator of all its random choices, on the CPU."""

@@ -299,17 +299,29 @@ class TokenData:
 
     def draw_caption(self, index: int, generator: torch.Generator, to_write: bool = False) -> list[int]:
         """
-        Token ids of a random caption of a picture: first a language, then one of its captions.
+        Token ids of a random caption of a picture.
 
         Args:
             index (`int`): Which picture.
             generator (`torch.Generator`): Source of chance.
             to_write (`bool`): One that captioning writes, not one that pictures are drawn from.
         """
+        return self.draw_language_and_caption(index, generator, to_write)[1]
+
+    def draw_language_and_caption(
+        self, index: int, generator: torch.Generator, to_write: bool = False
+    ) -> tuple[str, list[int]]:
+        """As [`TokenData.draw_caption`]: a language, and the token ids of one of its captions."""
         captions = self.targets if to_write and self.targets is not None else self.captions
-        by_language = list(captions[index].values())
+        languages, by_language = zip(*captions[index].items(), strict=True)
         language, caption = draw_two_indices(len(by_language), lambda which: len(by_language[which]), generator)
-        return self.encode(by_language[language][caption])
+        return languages[language], self.encode(by_language[language][caption])
+
+
+def draw_language(data: TokenData, draw: Draw, generator: torch.Generator) -> str:
+    """The language of the one sample of a draw, where a caption is the first thing that is drawn of a picture."""
+    (index,) = data.draw_all(draw.samples, [generator])
+    return data.draw_language_and_caption(index, generator)[0]
 
 
 class _OneAfterAnother(Sequence):
@@ -417,15 +429,16 @@ class TokenTrainConfig(LoraOptions, TrainConfig):
         default=DEFAULT_CACHE_GB,
         metadata={"help": "What shards may take in `data_cache`, in GB (10^9 bytes).", "resume": UNNOTICED},
     )
-    held_out_data: str | None = field(
+    validation_data: str | None = field(
         default=None,
         metadata={
-            "help": "Token folder of pictures that are not trained on; the loss of some goes to metrics.jsonl.",
+            "help": "Token folder of pictures that are not trained on; the loss of some goes to metrics.jsonl, of all "
+            "and by task and language.",
             "resume": UNNOTICED,
         },
     )
-    held_out_samples: int = field(
-        default=128, metadata={"help": "How many samples of `held_out_data`.", "resume": UNNOTICED}
+    validation_samples: int = field(
+        default=128, metadata={"help": "How many samples of `validation_data`.", "resume": UNNOTICED}
     )
 
     def load_data(self, tokenizer: CodesAndPiecesTokenizer) -> TokenData:
@@ -460,18 +473,33 @@ class TokenTrainConfig(LoraOptions, TrainConfig):
         if start_processes().is_main_process:
             tell_text_losses(data.captions, tokenizer, max_text_tokens)
 
-    def held_out_batches(
-        self, tokenizer: CodesAndPiecesTokenizer, make_batch: Callable[[TokenData, Draw], object]
-    ) -> list:
+    def validation_batches(
+        self,
+        tokenizer: CodesAndPiecesTokenizer,
+        make_batch: Callable[[TokenData, Draw], object],
+        draw_kind: Callable[[TokenData, Draw, torch.Generator], str],
+    ) -> dict[str, list]:
         """
-        Batches of the held-out pictures, the same in every run with this seed; none without `held_out_data`.
+        Batches of pictures that are not trained on, the same in every run with this seed; none without
+        `validation_data`.
 
         Args:
             tokenizer ([`CodesAndPiecesTokenizer`]): Of the captions.
             make_batch (`Callable`): What makes a batch of some data and a draw, as for training.
+            draw_kind (`Callable`): Of what kind the one sample of some data and a draw is, such as
+                `"text_to_image/en"`, drawn from its generator as `make_batch` draws it.
+
+        Returns:
+            `dict[str, list]`: The batches by kind.
         """
-        if self.held_out_data is None:
-            return []
-        data, size = self._open(self.held_out_data, tokenizer), self.batch_size
-        starts = range(0, self.held_out_samples, size)
-        return [make_batch(data, Draw(0, range(start, min(start + size, self.held_out_samples)))) for start in starts]
+        if self.validation_data is None:
+            return {}
+        data, size = self._open(self.validation_data, tokenizer), self.batch_size
+        by_kind: dict[str, list[int]] = {}
+        for number in range(self.validation_samples):
+            draw = Draw(0, [number])
+            by_kind.setdefault(draw_kind(data, draw, *draw.generators(self.seed)), []).append(number)
+        return {
+            kind: [make_batch(data, Draw(0, numbers[start : start + size])) for start in range(0, len(numbers), size)]
+            for kind, numbers in sorted(by_kind.items())
+        }
