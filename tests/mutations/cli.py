@@ -178,4 +178,18 @@ MUTATIONS = [
         "",
         "cli/test_inpaint_and_upscale.py::test_what_the_model_cannot_read_of_a_text_is_told",
     ),
+    Mutation(
+        "--lora: pictures of a list that were made with adapters count for those without",
+        "cli/generate.py",
+        'for name in ("model", "model_fingerprint", "lora")}',
+        'for name in ("model", "model_fingerprint")}',
+        "cli/test_adapters.py::test_results_of_a_list_with_other_adapters_are_not_taken_for_done",
+    ),
+    Mutation(
+        "--lora: its weight is not used",
+        "cli/adapters.py",
+        "pipe.set_adapters(names, [adapter.weight for adapter in adapters])",
+        "pipe.set_adapters(names)",
+        "cli/test_adapters.py::test_pictures_are_those_of_the_pipeline_with_the_adapter_at_its_weight",
+    ),
 ]

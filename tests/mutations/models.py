@@ -269,4 +269,11 @@ MUTATIONS = [
         "pass",
         "models/image_tokenizers/test_modeling_cogview_vq.py::test_dead_codes_move_to_vectors_that_are_served_badly",
     ),
+    Mutation(
+        "LlamaGen: codes keep their lengths",
+        "models/image_tokenizers/llamagen.py",
+        'F.normalize(tensors["quantize.embedding.weight"].float(), dim=-1)',
+        'tensors["quantize.embedding.weight"].float()',
+        "models/image_tokenizers/test_llamagen.py::test_tokens_and_pixels_are_those_of_the_release",
+    ),
 ]

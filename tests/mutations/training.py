@@ -376,4 +376,11 @@ MUTATIONS = [
         "changed = []",
         "training_scripts/test_prepare_shards.py::test_shards_that_are_there_are_not_made_again_and_other_options_are_refused",
     ),
+    Mutation(
+        "validation: kinds are drawn with another seed than their samples",
+        "training/data/tokens.py",
+        "draw_kind(data, draw, *draw.generators(self.seed))",
+        "draw_kind(data, draw, *draw.generators(self.seed + 1))",
+        "training_scripts/test_train_coglm.py::test_the_loss_of_other_pictures_is_told_by_task_and_language_and_changes_nothing",
+    ),
 ]

@@ -139,15 +139,24 @@ def test_modules_that_are_watched_moved_or_changed_are_left_alone(monkeypatch):
     class Adapted(nn.Linear):
         pass
 
+    class Around(nn.Module):  # as PEFT puts its layers: the weight is that of the layer inside
+        def __init__(self):
+            super().__init__()
+            self.base_layer = nn.Linear(64, 32)
+
+        weight = property(lambda self: self.base_layer.weight)
+        bias = property(lambda self: self.base_layer.bias)
+
     values = make_rows(LEAST_ROWS, 64)
     with torch.no_grad():
-        assert not fuses(values, Adapted(64, 32))
+        assert not fuses(values, Adapted(64, 32)) and not fuses(values, Around())
         watched, container = make_parts(64, 32), nn.Sequential()
         watched["layer"].register_forward_hook(lambda *_: None)
         assert not fuses(values, watched["layer"])
-        assert fuses(values, container)
+        plain = make_parts(64, 32)["layer"]
+        assert fuses(values, plain, inside=[container])
         container.register_forward_pre_hook(lambda *_: None)
-        assert not fuses(values, container)
+        assert not fuses(values, plain, inside=[container])
         moved = make_parts(64, 32)["layer"]
         moved.forward = lambda values: values
         assert not fuses(values, moved)
@@ -179,7 +188,7 @@ def test_a_canvas_has_the_same_states_with_and_without_the_kernel(monkeypatch, s
     with torch.no_grad():
         fused = model(canvas, context).logits
         assert len(calls) == 4 * len(model.layers)
-        monkeypatch.setattr(layers, "fuses", lambda *_: False)
+        monkeypatch.setattr(layers, "fuses", lambda *_, **__: False)
         torch.testing.assert_close(fused, model(canvas, context).logits, rtol=1e-4, atol=1e-4)
 
 

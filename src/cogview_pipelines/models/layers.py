@@ -164,7 +164,7 @@ class SandwichLayer(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, nn.Module | None]:
         """What the attention is given: states, and the norm of them unless it has been applied."""
         norm = self.attention_layernorm
-        if fuses(hidden_states, norm, attention, attention.query_key_value):
+        if fuses(hidden_states, norm, attention.query_key_value, inside=[attention]):
             return hidden_states, norm
         return norm(hidden_states), None
 
@@ -180,7 +180,7 @@ class SandwichLayer(GradientCheckpointingLayer):
             hidden_states, attended = hidden_states[:, positions], attended[:, positions]
         hidden_states = self._add(attention.dense, attended.flatten(2), self.attention_output_layernorm, hidden_states)
         mlp = self.mlp
-        if type(mlp) is FeedForward and fuses(hidden_states, mlp, self.mlp_layernorm, mlp.dense_h_to_4h):
+        if type(mlp) is FeedForward and fuses(hidden_states, self.mlp_layernorm, mlp.dense_h_to_4h, inside=[mlp]):
             wide = fused_linear(hidden_states, mlp.dense_h_to_4h, input_norm=self.mlp_layernorm, gelu=True)
             return self._add(mlp.dense_4h_to_h, wide, self.mlp_output_layernorm, hidden_states)
         return hidden_states + self.mlp_output_layernorm(self.dropout(mlp(self.mlp_layernorm(hidden_states))))
@@ -189,7 +189,7 @@ class SandwichLayer(GradientCheckpointingLayer):
         self, layer: nn.Linear, inputs: torch.Tensor, norm: nn.Module, hidden_states: torch.Tensor
     ) -> torch.Tensor:
         """The states plus what a sub-layer's last linear layer makes of `inputs`, normed."""
-        if not self.dropout.training and fuses(inputs, layer, norm, self.dropout):
+        if not self.dropout.training and fuses(inputs, layer, norm, inside=[self.dropout]):
             return fused_linear(inputs, layer, output_norm=norm, residual=hidden_states)
         return hidden_states + norm(self.dropout(layer(inputs)))
 

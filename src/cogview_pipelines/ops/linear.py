@@ -7,6 +7,7 @@ that compute with whole numbers by the same kernel.
 
 import ctypes
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -143,14 +144,16 @@ def _is_faster_in(dtype: torch.dtype) -> bool:
     return not any(getattr(torch.cpu, name, lambda: False)() for name in native)
 
 
-def fuses(hidden_states: torch.Tensor, *modules: nn.Module) -> bool:
+def fuses(hidden_states: torch.Tensor, *modules: nn.Module, inside: Sequence[nn.Module] = ()) -> bool:
     """
     Whether modules can be computed by [`fused_linear`], and are faster so.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(..., inputs)`): What goes into them.
-        modules (`nn.Module`): `nn.Linear` and `nn.LayerNorm`, which must be plain: no adapter, no quantised weights,
-            nothing that watches or moves them. Others are only asked whether anything watches them.
+        modules (`nn.Module`): What is computed: `nn.Linear` and `nn.LayerNorm`, which must be plain: no adapter
+            around them, no quantised weights, nothing that watches or moves them.
+        inside (sequence of `nn.Module`): Modules that are passed over on the way, such as those that hold the others:
+            nothing may watch or move them.
     """
     if not takes(hidden_states):
         return False
@@ -162,15 +165,17 @@ def fuses(hidden_states: torch.Tensor, *modules: nn.Module) -> bool:
     hooks = torch.nn.modules.module
     if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
         return False
+    if any(_is_watched(module) for module in (*modules, *inside)):
+        return False
     return all(_is_plain(module, hidden_states.dtype) for module in modules)
 
 
-def _is_plain(module: nn.Module, dtype: torch.dtype) -> bool:
+def _is_watched(module: nn.Module) -> bool:
     # a `forward` of its own: offloading
-    if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
-        return False
-    if not isinstance(module, (nn.Linear, nn.LayerNorm)):
-        return True
+    return bool("forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks)
+
+
+def _is_plain(module: nn.Module, dtype: torch.dtype) -> bool:
     if type(module) not in (nn.Linear, nn.LayerNorm) and not getattr(module, "computes_whole", False):
         return False
     weight, bias = module.weight, module.bias
