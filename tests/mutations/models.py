@@ -90,22 +90,22 @@ MUTATIONS = [
     Mutation(
         "norms: after the residual addition",
         "models/layers.py",
-        "hidden_states + self.attention_output_layernorm(self.dropout(attended))",
-        "self.attention_output_layernorm(hidden_states + self.dropout(attended))",
+        "return hidden_states + norm(self.dropout(layer(inputs)))",
+        "return norm(hidden_states + self.dropout(layer(inputs)))",
         "parity/cogview2/test_text_to_image.py",
     ),
     Mutation(
         "norms: none before the feed-forward layer",
         "models/layers.py",
-        "self.mlp(self.mlp_layernorm(hidden_states))",
-        "self.mlp(hidden_states)",
+        "self.dropout(mlp(self.mlp_layernorm(hidden_states)))",
+        "self.dropout(mlp(hidden_states))",
         "parity/cogview2/test_text_to_image.py",
     ),
     Mutation(
         "norms: the fourth in the place of the third",
         "models/layers.py",
-        "self.attention_output_layernorm(self.dropout(attended))",
-        "self.mlp_output_layernorm(self.dropout(attended))",
+        "attended.flatten(2), self.attention_output_layernorm, hidden_states)",
+        "attended.flatten(2), self.mlp_output_layernorm, hidden_states)",
         "parity/cogview2/test_text_to_image.py",
     ),
     Mutation(
@@ -125,8 +125,8 @@ MUTATIONS = [
     Mutation(
         "projections: the canvas uses the layer's own",
         "models/cogview2/modeling_coglm_canvas.py",
-        'self.canvas_attention if self.config.super_resolution == "direct" else self.attention',
-        "self.attention",
+        "attention = self.canvas_attention if on_canvas else self.attention",
+        "attention = self.attention",
         "parity/cogview2/test_super_resolution.py",
     ),
     Mutation(
