@@ -33,6 +33,14 @@ def test_equal_sets_have_no_distance_and_a_shift_has_its_square():
     assert frechet_distance([a], [a + 3]) == pytest.approx(4 * 9, abs=1e-6)
 
 
+def test_distances_of_other_features_do_not_remain():
+    value = frechet_distance([features(0)], [features(1)])
+    frechet_distance([features(2, width=6)], [features(3, width=6) * 5])
+    with pytest.raises(ValueError, match="there are 60 and 1"):
+        frechet_distance([features(4)], [features(5)[:1]])
+    assert frechet_distance([features(0)], [features(1)]) == value
+
+
 def test_two_features_are_needed_on_each_side():
     with pytest.raises(ValueError, match="two pictures on each side, but there are 60 and 1"):
         frechet_distance([features(0)], [features(1)[:1]])

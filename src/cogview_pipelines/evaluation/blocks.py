@@ -69,7 +69,8 @@ class Blocks:
         for file in self.files:
             with _open(file) as opened:
                 if name in set(opened.keys()):
-                    yield opened.get_tensor(name)
+                    # a copy: the tensor as it comes keeps the whole file mapped for as long as it lives
+                    yield opened.get_tensor(name).clone()
 
     def values(self, name: str) -> torch.Tensor:
         """All values of a name."""

@@ -4,10 +4,12 @@ precision and recall, which are torch-fidelity's; here are features instead of p
 a figure is.
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -45,12 +47,22 @@ def frechet_distance(true: Iterable[torch.Tensor], made: Iterable[torch.Tensor])
     for is_true, chunks in ((True, true), (False, made)):
         for chunk in chunks:
             if metric is None:
-                metric = torchmetrics().image.fid.FrechetInceptionDistance(feature=_Given(chunk.shape[1]))
+                metric = _frechet_metric(chunk.shape[1])
+                metric.reset()
             metric.update(chunk.double(), real=is_true)
             counts[not is_true] += len(chunk)
     if metric is None or min(counts) < 2:
         raise ValueError(f"a distance needs two pictures on each side, but there are {counts[0]} and {counts[1]}.")
     return float(metric.compute())
+
+
+@functools.lru_cache(maxsize=1)
+def _frechet_metric(num_features: int) -> Any:
+    """
+    The library's metric, one for all distances: it refers to itself, so that its sums (`num_features ** 2` numbers)
+    would stay in memory until the garbage collector happens to come by.
+    """
+    return torchmetrics().image.fid.FrechetInceptionDistance(feature=_Given(num_features))
 
 
 def frechet_distance_with_error(true: Chunks, made: Chunks) -> tuple[float, float | None]:
