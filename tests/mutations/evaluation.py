@@ -66,4 +66,25 @@ MUTATIONS = [
         "self.seed + index + number",
         "evaluation/test_candidates.py::test_every_candidate_has_a_seed_of_its_own_and_is_drawn_once",
     ),
+    Mutation(
+        "requirements: too many of an object are no fault",
+        "evaluation/requirements.py",
+        "len(of(unwanted.label)) < unwanted.count",
+        "True",
+        "evaluation/test_requirements.py::test_numbers_are_at_least_what_is_included_and_less_than_what_is_excluded",
+    ),
+    Mutation(
+        "requirements: counting takes unsure detections",
+        "evaluation/requirements.py",
+        "COUNTING_THRESHOLD if requirements.task == _COUNTING else THRESHOLD",
+        "THRESHOLD",
+        "evaluation/test_requirements.py::test_detections_count_if_they_are_sure_and_surer_where_numbers_are_asked_for",
+    ),
+    Mutation(
+        "requirements: left is right",
+        "evaluation/requirements.py",
+        "found.add(names[distance > 0])",
+        "found.add(names[distance < 0])",
+        "evaluation/test_requirements.py::test_places_are_told_from_the_middles_beyond_a_tenth_of_the_sizes",
+    ),
 ]
