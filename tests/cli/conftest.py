@@ -77,7 +77,7 @@ def write_list(tmp_path):
 def no_model(monkeypatch):
     """Fail if a model is loaded: what can be found out without one must be."""
 
-    def load_pipeline(*arguments):
+    def load_pipeline(*arguments, **options):
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(loading, "load_pipeline", load_pipeline)

@@ -251,7 +251,7 @@ def test_the_output_of_a_list_must_be_a_folder(cogview2, write_list, no_model, t
 @pytest.fixture
 def loaded(monkeypatch, pipeline):
     """The model is in memory already."""
-    monkeypatch.setattr(loading, "load_pipeline", lambda *arguments: pipeline)
+    monkeypatch.setattr(loading, "load_pipeline", lambda *arguments, **options: pipeline)
 
 
 SMALL = {"height": LOW_SIZE, "seed": 1}

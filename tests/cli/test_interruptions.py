@@ -44,10 +44,10 @@ class Pipe:
 
 @pytest.fixture(autouse=True)
 def pipe(monkeypatch):
-    monkeypatch.setattr(loading, "load_pipeline", lambda *arguments: Pipe())
+    monkeypatch.setattr(loading, "load_pipeline", lambda *arguments, **options: Pipe())
     monkeypatch.setattr(texts, "_load", lambda *arguments: Pipe())
     for module in (generate, loading):
-        monkeypatch.setattr(module, "describe_model", lambda model: {"model": model})
+        monkeypatch.setattr(module, "describe_model", lambda model, adapters=(): {"model": model})
 
 
 def check_every_kill(prepare, command, folder, check):

@@ -50,7 +50,7 @@ def loads(monkeypatch, pipeline):
     """How often a model was loaded; it is in memory already, which `test_inpaint_and_upscale.py` does without."""
     calls = []
 
-    def load_pipeline(*arguments):
+    def load_pipeline(*arguments, **options):
         calls.append(arguments)
         return pipeline
 

@@ -59,7 +59,7 @@ def test_other_machines_are_not_let_in_without_a_token(cogview2, monkeypatch):
 
 def test_a_port_in_use_is_told_before_the_model_is_loaded(cogview2, monkeypatch):
     pytest.importorskip("gradio", reason="needs the extra `serve`")
-    monkeypatch.setattr(serve, "load_pipeline", lambda *arguments: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(serve, "load_pipeline", lambda *arguments, **options: pytest.fail("the model was loaded"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         result = cogview2("serve", "--port", port)

@@ -176,7 +176,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "model" / "model_index.json").write_text("[" * 100_000)
     monkeypatch.chdir(tmp_path)
 
-    def load_pipeline(*arguments):
+    def load_pipeline(*arguments, **options):
         raise ModelWanted
 
     for module in (loading, evaluate_captions, evaluate_scenes, bench, serve):
