@@ -68,19 +68,24 @@ def main(arguments: list[str] | None = None) -> dict:
     more = ["--height", options.height, "--batch-size", options.batch_size, "--radii", options.radii]
     more = [*map(str, more), *(["--detector", DETECTOR] if options.detector else [])]
     killed, whole = options.folder / "killed", options.folder / "whole"
-    kept: dict[str, int] = {}
-    made_again = kills = 0
+    notes = options.folder / "kills.json"
+    state = json.loads(notes.read_text()) if notes.is_file() else {"kills": 0, "made_again": 0, "written": {}}
+
+    def look() -> None:
+        """Count what was written anew since the last look, and note it, so that a later call of this goes on."""
+        there = written(killed)
+        state["made_again"] += sum(there.get(name) != moment for name, moment in state["written"].items())
+        state["written"] = there
+        notes.write_text(json.dumps(state))
+
     for number in range(1, options.kills + 1):
         stop_at = options.num * number // (options.kills + 1)
         if num_pictures(killed) >= stop_at:
             continue
-        kills += evaluate(listed, killed, more, stop_at) is None
-        there = written(killed)
-        made_again += sum(there.get(name) != moment for name, moment in kept.items())
-        kept = there
+        state["kills"] += evaluate(listed, killed, more, stop_at) is None
+        look()
     results = {"killed": evaluate(listed, killed, more)}
-    there = written(killed)
-    made_again += sum(there.get(name) != moment for name, moment in kept.items())
+    look()
     results["whole"] = evaluate(listed, whole, more)
     figures = {name: result["figures"] for name, result in results.items()}
     differences = [
@@ -97,8 +102,8 @@ def main(arguments: list[str] | None = None) -> dict:
         "measure": "killed evaluation",
         "n": results["whole"]["pictures"],
         "height": options.height,
-        "kills": kills,
-        "pictures_made_twice": made_again,
+        "kills": state["kills"],
+        "pictures_made_twice": state["made_again"],
         "pictures_alike": sum(a == b for a, b in zip(pictures["killed"], pictures["whole"], strict=True)),
         "largest_relative_difference": max(differences),
         "figures": figures["whole"],
