@@ -1,12 +1,13 @@
 """Settings and fixtures of all tests."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 
 from .hub.running import run_hub
-from .utils import make_clip, make_tokenizer
+from .utils import make_clip, make_tokenizer, skip_or_fail
 
 
 def pytest_addoption(parser):
@@ -50,6 +51,19 @@ def hub(tmp_path_factory):
     """A stand-in for the Hub on loopback, and a way to run processes that know no other: `tests/hub/running.py`."""
     with run_hub(tmp_path_factory.mktemp("hub")) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium without a window; a test of another module has another."""
+    from benchmarks import evaluate_browser
+
+    if importlib.util.find_spec("playwright") is None:
+        skip_or_fail("the tests of pages need playwright: it is in the extra `test`")
+    if evaluate_browser.CHROMIUM is None:
+        skip_or_fail("the tests of pages need Chromium, such as the Debian package `chromium`")
+    with evaluate_browser.chromium() as browser:
+        yield browser
 
 
 @pytest.fixture(autouse=True)

@@ -47,6 +47,11 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def num_cores() -> int | None:
+    """Processor cores that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def memory_gib() -> float | None:
     """Main memory in GiB, where the system tells."""
     try:
@@ -59,12 +64,11 @@ def devices() -> list[dict]:
     """The processor and every accelerator that torch can use, with memory in GiB."""
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = [
         {
             "device": "cpu",
             "name": processor_name(),
-            "cores": cores,
+            "cores": num_cores(),
             "threads": torch.get_num_threads(),
             "memory_gib": memory_gib(),
         }

@@ -17,10 +17,11 @@ from pathlib import Path
 from unittest import mock
 
 import typer
+from accelerate.state import AcceleratorState, GradientState
 from transformers import HfArgumentParser
 from typer.testing import CliRunner
 
-from cogview_pipelines.cli import app
+from cogview_pipelines.cli import app, finetune
 from cogview_pipelines.training import arguments
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,11 +103,38 @@ def split_commands(block: Block) -> Iterator[list[str]]:
 
 
 def run_command(words: list[str]) -> str:
-    """Run a command of ours; what it prints."""
+    """Run a command of ours, in this process; what it prints, if it is no script."""
+    if words[0] == "python":
+        run_script(words[1], words[2:])
+        return ""
     assert words[0] == "cogview2", f"Only commands of the package are run here: {shlex.join(words)}"
-    result = CliRunner().invoke(app, words[1:], catch_exceptions=False)
+    with mock.patch.object(finetune.Job, "_run", run_finetuning_script):
+        result = CliRunner().invoke(app, words[1:], catch_exceptions=False)
     assert result.exit_code == 0, f"{shlex.join(words)}\n{result.output}"
     return result.stdout
+
+
+def run_script(path: str, arguments: list[str]) -> None:
+    """Run a script of the repository to its end."""
+    script = ROOT / path
+    with (
+        mock.patch.object(sys, "argv", [str(script), *arguments]),
+        mock.patch.object(sys, "path", [str(script.parent), *sys.path]),
+        mock.patch.dict(sys.modules),
+    ):
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as end:
+            assert not end.code, f"{path} {shlex.join(arguments)} ended with {end.code}"
+        finally:  # each begins without what the one before told Accelerate
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+
+
+def run_finetuning_script(job: finetune.Job, launcher: list[str], script: str, options: dict) -> None:
+    """What `cogview2 finetune` starts."""
+    arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    run_script(f"training_scripts/{script}", arguments)
 
 
 class Parsed(BaseException):

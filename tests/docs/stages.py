@@ -16,12 +16,21 @@ from cogview_pipelines import CogView2Pipeline
 from cogview_pipelines.demo import Scene, render
 from cogview_pipelines.environment import SHIPPED_MODEL
 
-from .pages import run_command
+from .pages import run_command, run_script
 
 Stage = tuple[dict, dict[str, str]]
 STAGES: dict[str, Callable[[Path], Stage]] = {}
 # fewer of the same, on every page
 FEWER = {"--num 200": "--num 2", "--num-images 4": "--num-images 2"}
+FEW_STEPS = {
+    **{f"--max_steps {number}": "--max_steps 2" for number in (200, 300, 500, 2000, 20000)},
+    **{f"--warmup_steps {number}": "--warmup_steps 1" for number in (15, 20, 2000)},
+    "--decay_steps 150": "--decay_steps 1",
+    "--batch_size 16": "--batch_size 2",
+}
+FEW_STEPS = dict(
+    sorted(FEW_STEPS.items(), key=lambda one: -len(one[0]))
+)  # "--max_steps 20000" before "--max_steps 200"
 PROMPT = "a tiger on a blue background"
 
 
@@ -90,8 +99,86 @@ def cogview(folder: Path) -> Stage:
     return {}, {'"cuda"': '"cpu"', "torch.float16": "torch.float32"}
 
 
+def tiny_model(folder: Path) -> None:
+    """A pipeline of all stages with random weights."""
+    from ..pipelines.conftest import build
+    from ..utils import make_tokenizer
+
+    (folder / "words").mkdir()
+    build(make_tokenizer(folder / "words"), shares_backbone=True, whole_pictures=True).save_pretrained(
+        folder / "MODEL"
+    )
+
+
+def save_pictures(folder: Path, word: str = "car") -> None:
+    """Twelve of them, with captions."""
+    folder.mkdir()
+    colours = {"red": "红色", "green": "绿色", "blue": "蓝色"}
+    rows = []
+    for number in range(12):
+        colour, chinese = list(colours.items())[number % 3]
+        Image.new("RGB", (96, 96), colour).save(folder / f"{number}.png")
+        rows.append({"file": f"{number}.png", "en": f"a {word} on a {colour} background.", "zh": f"{chinese}背景。"})
+    save_lines(folder / "captions.jsonl", *rows)
+
+
+@stage("docs/training.md")
+def training(folder: Path) -> Stage:
+    from ..training_scripts.conftest import write_cogview_token_folder
+    from ..utils_cogview import make_cogview_tokenizer, make_cogview_vq
+
+    tiny_model(folder)
+    save_pictures(folder / "PICTURES")
+    (folder / "COGVIEW" / "pieces").mkdir(parents=True)
+    make_cogview_tokenizer(folder / "COGVIEW" / "pieces").save_pretrained(folder / "COGVIEW" / "tokenizer")
+    make_cogview_vq().save_pretrained(folder / "COGVIEW" / "vqvae")
+    write_cogview_token_folder(folder / "data" / "cogview")
+    few = "--model MODEL --steps 2 --batch-size 2"
+    of_cogview = (
+        "--tokenizer MODEL/tokenizer --data data/mine --text_loss_weight",
+        "--tokenizer MODEL/tokenizer \\\n    --data data/mine --super_resolution_probability",
+        "--tokenizer MODEL/tokenizer --vqvae MODEL/vqvae \\\n    --transformer runs/cogview",
+    )
+    large = '{"hidden_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 16}'
+    return {}, {
+        "finetune PICTURES --output my_model ": f"finetune PICTURES {few} --output my_finetuned_model ",
+        "finetune PICTURES --lora": f"finetune PICTURES {few} --lora",
+        # this family has tokenizers and tokens of its own
+        **{text: text.replace("MODEL", "COGVIEW").replace("data/mine", "data/cogview") for text in of_cogview},
+        f"'{large}'": "'" + json.dumps({"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}) + "'",
+        " --mixed_precision fp16 --loss_scale_patience 2": "",
+        "--learning_rate 1e-5 --output_dir runs/cogview_sr": "--max_steps 2 --output_dir runs/cogview_sr",
+        "--resolution 240": "--resolution 96",
+        "--resolutions 240": "--resolutions 96",
+        "runs/vq_decoder/final --output_dir my_model": "runs/vq_decoder/final --output_dir my_decoder",
+        **FEW_STEPS,
+    }
+
+
+@stage("docs/style_learning.md")
+def style_learning(folder: Path) -> Stage:
+    few = {"--style flat --output_dir": "--style flat --num 6 --output_dir", "--steps 120": "--steps 2"}
+    return {}, {**few, "--batch-size 8": "--batch-size 2", "--num_each 2": "--num_each 1"}
+
+
+@stage("docs/photographs.md")
+def photographs(folder: Path) -> Stage:
+    from ..training_scripts.test_stamps import save_stamps
+
+    save_stamps(folder / "package" / "animals")
+    return {}, {
+        "stamps.py make": "stamps.py make --stamps package --num_backgrounds 3",
+        "stamps.py measure": "stamps.py measure --stamps package --num 2",
+        "--steps 1500": "--steps 2 --batch-size 2",
+        "--resolutions 240": "--resolutions 240 --batch_size 2",
+        **FEW_STEPS,
+    }
+
+
 @stage("docs/command_line.md")
 def command_line(folder: Path) -> Stage:
+    tiny_model(folder)
+    save_pictures(folder / "PICTURES")
     run_command(["cogview2", "generate", PROMPT, "--seed", "7", "--output", "picture.png", "--quiet"])
     with Image.open(folder / "picture.png") as picture:
         picture.convert("RGB").save(folder / "other.jpg")
@@ -106,7 +193,11 @@ def command_line(folder: Path) -> Stage:
     save_lines(folder / "edits.jsonl", edit)
     save_lines(folder / "pictures.jsonl", {"id": "tiger", "image": "small.png"})
     save_lines(folder / "pairs.jsonl", {"id": "tiger", "image": "picture.png", "prompts": [PROMPT, "a red car"]})
-    return {}, {}
+    few = "--model MODEL --steps 2 --batch-size 2"
+    return {}, {
+        "finetune PICTURES --output my_model": f"finetune PICTURES {few} --output my_finetuned_model",
+        "finetune PICTURES --lora": f"finetune PICTURES {few} --lora",
+    }
 
 
 @stage("docs/conversion.md")
@@ -117,6 +208,15 @@ def conversion(folder: Path) -> Stage:
 
 @stage("docs/evaluation.md")
 def evaluation(folder: Path) -> Stage:
+    for name in ("a", "b"):
+        (folder / "runs" / name).mkdir(parents=True)
+        rows = [{"step": step, "loss": 1 / step, "learning_rate": 1e-3} for step in range(1, 40)]
+        save_lines(folder / "runs" / name / "metrics.jsonl", *rows)
+    for name in ("coco_before", "coco_after"):
+        (folder / name).mkdir()
+        figures = {"caption_loss": {"value": 2.0, "standard_error": 0.1}}
+        (folder / name / "evaluation.json").write_text(json.dumps({"figures": figures}), encoding="utf-8")
+    save_lines(folder / "benchmark.jsonl", *({"batch_size": size, "images_per_minute": 3.0} for size in (1, 4)))
     objects = ("1f42f", "1f34e", "1f438", "1f436", "1f431", "1f680")
     colours = ("blue", "green", "red", "white")
     scenes = [Scene("noto", colour, (thing,)) for thing in objects for colour in colours]
@@ -130,17 +230,11 @@ def evaluation(folder: Path) -> Stage:
 
 @stage("docs/lora.md")
 def lora(folder: Path) -> Stage:
-    from cogview_pipelines.loaders.textual_inversion import write_learned_token
-
-    from ..loaders.conftest import random_adapter
-
-    shipped_model(folder, "MODEL")
-    pipe = shipped_pipe()
-    for name, part in (("style", "transformer"), ("style_iterative", "iterative_sr_transformer")):
-        random_adapter({part: getattr(pipe, part)}, folder / "runs" / name / "final", scale=0.01)
-    row = pipe.transformer.get_input_embeddings().weight[pipe.tokenizer.encode("car")[0]]
-    write_learned_token(folder / "runs/my_car/final", "<my-car>", row, "a red car")
-    return {}, {}
+    tiny_model(folder)
+    save_pictures(folder / "PICTURES", "<my-car>")
+    arguments = ["--like", "MODEL", "--image_folder", "PICTURES", "--captions", "PICTURES/captions.jsonl"]
+    run_script("training_scripts/prepare_tokens.py", [*arguments, "--output_dir", "data/mine"])
+    return {}, {"--data data/mine": "--data data/mine --batch_size 2", **FEW_STEPS}
 
 
 @stage("docs/memory.md")

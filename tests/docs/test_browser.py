@@ -1,25 +1,24 @@
 """The page that draws in the browser: its tokenizer in Node.js, and all of it in Chromium (slow)."""
 
-import functools
-import http.server
 import json
 import random
 import shutil
 import subprocess
-import threading
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import evaluate_browser
 from cogview_pipelines import CogView2Pipeline, IcetkTokenizer
+from cogview_pipelines.demo import Scope
 from cogview_pipelines.environment import SHIPPED_MODEL
 from cogview_pipelines.export.tokenizer_tables import tokenizer_tables
 
+from ..utils import skip_or_fail
+
 ROOT = Path(__file__).parents[2]
-SITE = ROOT / "build" / "docs" / "draw"
 NODE = shutil.which("node")
-FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
 TEXTS = [
     *(
         "a tiger on a blue background",
@@ -79,46 +78,22 @@ def test_the_tokenizer_of_the_page_knows_added_tokens_and_known_words(tokenizer,
         assert one == expected(own, text), text
 
 
-class _Files(http.server.SimpleHTTPRequestHandler):
-    extensions_map = {**http.server.SimpleHTTPRequestHandler.extensions_map, ".mjs": "text/javascript"}  # noqa: RUF012
-
-    def log_message(self, *arguments):
-        pass
+@pytest.fixture(scope="module")
+def served():
+    """Address of the page, and the bytes of the files that were fetched."""
+    if not evaluate_browser.is_built():
+        skip_or_fail("the page is not built: `make browser`, which needs npm")
+    with evaluate_browser.serving(evaluate_browser.PAGE) as served:
+        yield served
 
 
 @pytest.fixture(scope="module")
-def address():
-    if not (SITE / "model" / "model.json").is_file() or not list(SITE.glob("*.wasm.gz")):
-        pytest.skip("the page is not built: `make browser`, which needs npm")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Files, directory=SITE))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def page(address):
-    playwright = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("the page needs Chromium")
-    with playwright.sync_playwright() as library:
-        browser = library.chromium.launch(executable_path=chromium, args=list(FLAGS))
-        page = browser.new_page(viewport={"width": 360, "height": 640})
-        page.goto(f"{address}/?lang=en")
-        page.wait_for_function("!document.getElementById('draw').disabled", timeout=300_000)
-        yield page
-        browser.close()
+def page(served, browser):
+    return evaluate_browser.visit(browser, served[0])
 
 
 def draw(page, prompt, greedy=True):
-    """Tokens and state of the page after a press of the button."""
-    page.fill("#prompt", prompt)
-    page.fill("#seed", "5")
-    page.set_checked("#greedy", greedy)
-    page.click("#draw")
-    page.wait_for_function("!document.getElementById('draw').disabled", timeout=600_000)
-    return page.inner_text("#state")
+    return evaluate_browser.draw(page, prompt, seed=5, greedy=greedy)
 
 
 @pytest.mark.slow
@@ -143,3 +118,14 @@ def test_the_page_fits_a_phone_and_tells_what_is_wrong_in_both_languages(page):
     page.click("#language")
     assert "Write what" in draw(page, "  ")
     assert page.evaluate("document.documentElement.scrollWidth") == 360
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_evaluation_says_what_was_drawn_how_fast_and_what_a_visit_loads(page, served):
+    cases = evaluate_browser.choose_prompts(Scope.load(SHIPPED_MODEL), 2, seed=0)
+    result = evaluate_browser.evaluate(page, cases)
+    assert result["all"] == 1 and not result["missed"]
+    assert 0 < result["median_seconds"] <= result["worst_seconds"] == max(result["seconds"])
+    model = json.loads((evaluate_browser.PAGE / "model" / "model.json").read_text(encoding="utf-8"))
+    assert sum(file["bytes"] for file in model["files"].values()) < sum(served[1]) < 40_000_000

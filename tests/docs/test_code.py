@@ -47,7 +47,7 @@ RUN = [
     if page != WITH_THE_HUB and any(one.language in RUNNABLE and one.reason is None for one in blocks)
 ]
 # those that take seconds run with every change, the others with `pytest -m slow tests/docs`
-QUICK = ("README.md", "docs/cogview.md", "docs/command_line.md")
+QUICK = ("README.md", "docs/cogview.md", "docs/command_line.md", "docs/lora.md")
 
 
 @pytest.mark.parametrize(

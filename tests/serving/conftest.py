@@ -2,8 +2,6 @@
 
 import contextlib
 import io
-import os
-import shutil
 import threading
 import time
 
@@ -22,38 +20,6 @@ from ..pipelines.conftest import FINE, LOW, build  # noqa: E402
 
 PROMPT = "a tiger on a blue background."
 __all__ = ["FINE", "LOW", "PROMPT"]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
-
-
-def skip(reason):
-    """Skip, unless this is where the page must be tested."""
-    if os.environ.get("COGVIEW_REQUIRE_BROWSER"):
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Chromium without a window."""
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        skip("the page tests need playwright: it is in the extra `test`")
-    if CHROMIUM is None:
-        skip("the page tests need Chromium, such as the Debian package `chromium`")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
-        yield browser
-        browser.close()
 
 
 class Serving:

@@ -21,6 +21,16 @@ TEXTS = {
 }
 
 
+def save_stamps(folder):
+    """Pictures and texts as the package has them."""
+    folder.mkdir(parents=True)
+    for index, (name, text) in enumerate(TEXTS.items()):
+        picture = Image.new("RGBA", (90, 60), (0, 0, 0, 0))
+        ImageDraw.Draw(picture).ellipse((20, 10, 60, 50), (40 * index, 200 - 30 * index, 90, 255))
+        picture.save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def script():
     spec = importlib.util.spec_from_file_location("stamps", SCRIPT)
@@ -33,12 +43,7 @@ def script():
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stamps")
-    (folder / "animals").mkdir()
-    for index, (name, text) in enumerate(TEXTS.items()):
-        picture = Image.new("RGBA", (90, 60), (0, 0, 0, 0))
-        ImageDraw.Draw(picture).ellipse((20, 10, 60, 50), (40 * index, 200 - 30 * index, 90, 255))
-        picture.save(folder / "animals" / f"{name}.png")
-        (folder / "animals" / f"{name}.txt").write_text(text, encoding="utf-8")
+    save_stamps(folder / "animals")
     Image.new("RGB", (9, 9)).save(folder / "without_text.png")
     return folder
 

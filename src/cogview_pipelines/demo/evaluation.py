@@ -131,7 +131,9 @@ def generate_pictures(pipe: Pipeline, cases: Sequence[Case], batch_size: int = 8
     """Pictures of the cases, each from its own seed; `call`: further arguments of the pipeline's call."""
     generators = [torch.Generator().manual_seed(case.seed) for case in cases]
     prompts = [case.caption for case in cases]
-    return pipe(prompts, generator=generators, max_batch_size=batch_size, **call).images
+    output = pipe(prompts, generator=generators, max_batch_size=batch_size, **call)
+    assert not isinstance(output, tuple) and isinstance(output.images, list)
+    return output.images
 
 
 def measure_pictures(
@@ -181,12 +183,12 @@ def measure_pictures(
         images = generate_pictures(pipe, cases, batch_size, **call)
     seconds = (time.perf_counter() - started) / len(cases)
     if baseline == "shuffled":
-        asked = cases[1:] + cases[:1]
+        asked = [*cases[1:], *cases[:1]]
     scores = [case.score(image) for image, case in zip(images, asked, strict=True)]
     for index, (case, image, score) in enumerate(zip(cases, images, scores)):
         if on_picture is not None:
             on_picture(index, case, image, score)
-    return {**_shares(scores), "seconds_per_image": round(seconds, 3)}
+    return {**shares(scores), "seconds_per_image": round(seconds, 3)}
 
 
 def measure_caption_loss(
@@ -278,7 +280,7 @@ def measure_post_selection(
     scores = {name: [case.score(made[place]) for place, case in enumerate(cases)] for name, made in images.items()}
     differences = (drafts[:, 1:] != drafts[:, :1]).float().mean().item()
     return {
-        **{name: _shares(found) for name, found in scores.items()},
+        **{name: shares(found) for name, found in scores.items()},
         **_gain("gain", scores["first"], scores["best"]),
         **(_gain("gain_over_preset", scores["preset_first"], scores["best"]) if sampling else {}),
         "token_difference": round(differences, 4),
@@ -299,13 +301,15 @@ def _choose_drafts(
     """
     size = {} if isinstance(pipe, CogViewPipeline) else dict(zip(("height", "width"), pipe.sizes[0]))
     prompts = [case.caption for case in cases]
-    drafts = pipe(
+    output = pipe(
         prompts,
         num_images_per_prompt=num_candidates,
         generator=[torch.Generator().manual_seed(seed + offset) for seed in seeds for offset in range(num_candidates)],
         max_batch_size=batch_size,
         **{**settings, **size, "output_type": "latent"},
-    ).tokens
+    )
+    assert not isinstance(output, tuple)
+    drafts = output.tokens
     repeated = [prompt for prompt in prompts for _ in range(num_candidates)]
     losses = _caption_losses(pipe, drafts, repeated, batch_size)
     best = losses.view(len(cases), num_candidates).argsort(dim=1, stable=True)[:, 0]
@@ -326,7 +330,7 @@ def _gain(name: str, before: Sequence[dict[str, bool]], after: Sequence[dict[str
     return {name: round(gains.mean(), 4), f"{name}_error": round(gains.std() / len(gains) ** 0.5, 4)}
 
 
-def _shares(scores: Sequence[dict[str, bool]]) -> dict[str, float]:
+def shares(scores: Sequence[dict[str, bool]]) -> dict[str, float]:
     """The share of each key, over the scores that have it."""
     names = dict.fromkeys(name for score in scores for name in score)
     return {name: share(score[name] for score in scores if name in score) for name in names}
