@@ -4,6 +4,8 @@ Training steps: samples a second, and the share of the machine's matrix-product 
 
     python benchmarks/bench_training.py --device cuda --json      # layers of the 6B model, and the emoji models
     python benchmarks/bench_training.py --device cpu --cases small_coglm
+    git worktree add /tmp/before COMMIT     # another state of this repository, with its kernels built, if it has any
+    python benchmarks/bench_training.py --device cpu --against /tmp/before --json
 
 A step is forward, backward and optimizer as the training scripts do it: float32 weights, bfloat16 autocast, the
 optimizer that the scripts make. `6b_*` have `--layers` layers of the released width, since all of them with their
@@ -11,12 +13,21 @@ optimizer do not fit on one GPU; `emoji_*` are the models of `training_scripts/e
 
 `model_flops_utilisation` is the floating-point operations that the model needs (recomputation, if any, is not counted)
 over the time, over the matrix-product rate measured in this run.
+
+`--against` compares the training of the shipped CogLM, as its config says, in two states of the repository:
+`train_coglm.py` of each, with all that belongs to a step (samples, forward and backward pass, clipping, optimizer,
+moving average), one step of this and one of that in turn, so that both meet the same machine. Computing time of the
+process is what counts where other programs run; on a machine at rest, samples a second do.
 """
 
 import argparse
 import contextlib
 import json
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,16 +36,18 @@ import torch
 import yaml
 
 from cogview_pipelines import CogLMCanvasConfig, CogLMCanvasModel, CogLMConfig, CogLMModel
-from cogview_pipelines.environment import stamp
+from cogview_pipelines.environment import SHIPPED_MODEL, stamp
 from cogview_pipelines.generation.token_sequence import stack
 from cogview_pipelines.models.cogview2.sequences import direct_super_resolution, iterative_super_resolution
 from cogview_pipelines.training.arguments import TrainConfig
-from cogview_pipelines.training.data.tokens import CanvasBatch
+from cogview_pipelines.training.data.tokens import CanvasBatch, TokenData
+from cogview_pipelines.training.distribution import computing_dtype
 from cogview_pipelines.training.losses import canvas_loss, count_labels
 from cogview_pipelines.training.optimizers import Optimizers
 from cogview_pipelines.training.samples_cogview2 import generation_sample
 
-EMOJI = Path(__file__).resolve().parents[1] / "training_scripts" / "emoji" / "gpu"
+ROOT = Path(__file__).resolve().parents[1]
+EMOJI = ROOT / "training_scripts" / "emoji" / "gpu"
 SMALL = {
     "vocab_size": 256,
     "num_image_tokens": 128,
@@ -211,9 +224,10 @@ def run_case(case: Case, options: argparse.Namespace, rate: float) -> dict:
     batch = make_batch(case, model.config).to(device)
     optimizer = Optimizers(model, TrainConfig(output_dir="", optimizer=case.optimizer))
     trained = torch.compile(model) if options.compile else model
+    dtype = computing_dtype("bf16", torch.device(device))
 
     def step():
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, dtype, enabled=dtype is not None):
             if case.stage is None:
                 ids = {
                     name: getattr(batch, name) for name in ("input_ids", "position_ids", "attention_mask", "labels")
@@ -234,6 +248,7 @@ def run_case(case: Case, options: argparse.Namespace, rate: float) -> dict:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "optimizer": case.optimizer,
         "compiled": options.compile,
+        "computes_in": str(dtype or torch.float32).removeprefix("torch."),
         "seconds_per_step": seconds,
         "samples_per_second": case.batch_size / seconds,
         "model_tflops": flops / seconds / 1e12,
@@ -243,6 +258,111 @@ def run_case(case: Case, options: argparse.Namespace, rate: float) -> dict:
     }
 
 
+class PausedTraining:
+    """
+    `train_coglm.py` of a checkout, which waits after every step until it is told to go on.
+
+    Args:
+        checkout (`Path`): The state of the repository.
+        config (`Path`): YAML file with the options.
+        output_dir (`Path`): Of the run.
+    """
+
+    def __init__(self, checkout: Path, config: Path, output_dir: Path):
+        script = [checkout / "training_scripts" / "train_coglm.py", "--config", config, "--output_dir", output_dir]
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
+        self.process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("paused_training.py"), *script],
+            env={**os.environ, "PYTHONPATH": str(checkout / "src")},
+            cwd=checkout,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+        )
+
+    def wait(self) -> dict | None:
+        """What the step took that is being computed; of the first one, nothing is known."""
+        line = self.process.stdout.readline()
+        if not line:
+            self.errors.seek(0)
+            sys.exit(f"{self.process.args[2]} ended:\n{self.errors.read()[-3000:]}")
+        return json.loads(line)
+
+    def step(self) -> dict:
+        """Another step; what it took."""
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self.wait()
+
+    def close(self) -> None:
+        """End it."""
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def shipped_training(folder: Path, mixed_precision: str, optimizer: str) -> tuple[Path, dict]:
+    """The config of the shipped CogLM's last run, on made-up tokens with captions of the demo: its file, and it."""
+    from cogview_pipelines.demo import Scope, captions, sample_scenes
+
+    options = yaml.safe_load((EMOJI.parent / "coglm_small.yaml").read_text(encoding="utf-8"))
+    for name in ("auxiliary_data", "auxiliary_probability", "vqvae"):
+        options.pop(name)
+    tokens = torch.randint(1024, (256, 10, 10), generator=torch.Generator().manual_seed(0))
+    scenes = sample_scenes(Scope.small(), 256, 0, split_name="train")
+    rows = [{language: captions(scene, language) for language in ("en", "zh")} for scene in scenes]
+    TokenData.save(folder / "tokens", {"low": tokens}, rows)
+    options |= {
+        "init_from": str(SHIPPED_MODEL / "transformer"),
+        "tokenizer": str(SHIPPED_MODEL / "tokenizer"),
+        "data": str(folder / "tokens"),
+        "mixed_precision": mixed_precision,
+        "optimizer": optimizer,
+        "max_steps": 10**6,
+        "checkpoint_every_minutes": 0,
+        "sample_every_steps": 0,
+        "data_workers": 0,  # batches are made when they are timed
+    }
+    (folder / "config.yaml").write_text(json.dumps(options), encoding="utf-8")  # which is YAML
+    return folder / "config.yaml", options
+
+
+def compare(options: argparse.Namespace) -> dict:
+    """Medians of the steps of two checkouts, made in turn."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        config, given = shipped_training(Path(folder), options.mixed_precision, options.optimizer)
+        runs = {}
+        for name, checkout in (("before", Path(options.against).resolve()), ("after", ROOT)):
+            runs[name] = PausedTraining(checkout, config, Path(folder) / name)
+            stack.callback(runs[name].close)
+            runs[name].wait()
+            runs[name].step()
+        taken: dict[str, list[dict]] = {name: [] for name in runs}
+        for _ in range(options.steps):
+            for name, run in runs.items():
+                taken[name].append(run.step())
+    line = {"case": "shipped_coglm", "steps": options.steps, "threads": torch.get_num_threads()}
+    line |= {name: given[name] for name in ("batch_size", "mixed_precision", "optimizer")}
+    line["compared_with"] = revision(Path(options.against))
+    for name, steps in taken.items():
+        seconds = {key: statistics.median(step[key] for step in steps) for key in ("seconds", "cpu_seconds")}
+        line[name] = {
+            "cpu_seconds_per_step": seconds["cpu_seconds"],
+            "seconds_per_step": seconds["seconds"],
+            "samples_per_second": given["batch_size"] / seconds["seconds"],
+        }
+    for key in ("cpu_seconds", "seconds"):
+        ratios = [before[key] / after[key] for before, after in zip(taken["before"], taken["after"])]
+        line[f"speedup_in_{key}"] = statistics.median(ratios)
+    return line
+
+
+def revision(checkout: Path) -> str | None:
+    """The commit of a checkout, where git knows it."""
+    found = subprocess.run(["git", "-C", checkout, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return found.stdout.strip() or None
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -250,10 +370,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cases", nargs="*", help="beginnings of names; default: 6b and emoji on cuda, small on cpu")
     parser.add_argument("--layers", type=int, default=4, help="layers of the 6b cases (default: 4)")
     parser.add_argument("--seconds", type=float, default=3.0, help="time for each case, after warming up")
+    parser.add_argument("--against", help="checkout to compare the training of the shipped CogLM with, on a CPU")
+    parser.add_argument("--steps", type=int, default=8, help="with --against: steps of each (default: 8)")
+    parser.add_argument("--mixed-precision", default="bf16", choices=("bf16", "no"), help="with --against")
+    parser.add_argument("--optimizer", default="muon", choices=("muon", "adamw"), help="with --against")
     parser.add_argument("--compile", action="store_true", help="run the models through torch.compile")
     options = parser.parse_args(arguments)
     chosen = tuple(options.cases or (("6b", "emoji") if options.device == "cuda" else ("small",)))
     about = stamp(options.device)
+    if options.against:
+        print(json.dumps(compare(options) | about), flush=True)
+        return
     rate = matmul_rate(options.device, torch.bfloat16, 8192 if options.device == "cuda" else 512)
     for case in all_cases(options.layers):
         if not case.name.startswith(chosen):

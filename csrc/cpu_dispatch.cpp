@@ -16,12 +16,13 @@ struct Isa {
     int (*local_attention)(const LocalAttentionProblem*, bool, Parallel);
     int (*decode_step)(const DecodeStep*, Parallel);
     int (*linear)(const Linear*, Parallel);
-    int (*gelu)(const void*, void*, int64_t, int, int, Parallel, void*);
+    int (*gelu)(const void*, const void*, void*, int64_t, int, int, Parallel, void*);
 };
 
 // From the most general to the most particular.
 const Isa isas[] = {
-#define X(isa) {#isa, CPU_JOIN(local_attention, isa), CPU_JOIN(decode_step, isa), CPU_JOIN(linear, isa), CPU_JOIN(gelu, isa)},
+#define X(isa) \
+    {#isa, CPU_JOIN(local_attention, isa), CPU_JOIN(decode_step, isa), CPU_JOIN(linear, isa), CPU_JOIN(gelu, isa)},
     CPU_ISAS
 #undef X
 };
@@ -113,13 +114,11 @@ bool has_all_data(const DecodeStep& s) {
 
 bool has_sound_sizes(const Linear& c) {
     constexpr int64_t most = 1 << 24;
-    return c.rows > 0 && c.rows < most * most / 64 && c.inputs > 0 && c.inputs <= LINEAR_MAX_INPUTS &&
-           c.outputs > 0 && c.outputs < most && c.threads > 0 && c.threads <= (1 << 16);
+    return c.rows > 0 && c.rows < most * most / 64 && c.inputs > 0 && c.inputs <= LINEAR_MAX_INPUTS && c.outputs > 0 &&
+           c.outputs < most && c.threads > 0 && c.threads <= (1 << 16);
 }
 
-int64_t in_panels(int64_t outputs) {
-    return (outputs + LINEAR_MULTIPLE - 1) / LINEAR_MULTIPLE * LINEAR_MULTIPLE;
-}
+int64_t in_panels(int64_t outputs) { return (outputs + LINEAR_MULTIPLE - 1) / LINEAR_MULTIPLE * LINEAR_MULTIPLE; }
 
 }  // namespace
 
@@ -155,12 +154,11 @@ int linear_pack(const int8_t* weight, int8_t* packed, int64_t inputs, int64_t ou
                     *packed++ = output < outputs && i < inputs ? weight[output * inputs + i] : 0;
     return LINEAR_OK;
 }
-int64_t linear_scratch_size(const Linear* c) {
-    return c && has_sound_sizes(*c) ? linear_scratch_baseline(c) : 0;
-}
+int64_t linear_scratch_size(const Linear* c) { return c && has_sound_sizes(*c) ? linear_scratch_baseline(c) : 0; }
 int linear_cpu(const Linear* c) {
     const Isa* isa = c && c->abi == LINEAR_ABI ? find_isa(c->isa) : nullptr;
-    if (!isa || !has_sound_sizes(*c) || !c->input || !c->output || !c->weight || !c->scratch) return LINEAR_UNSUPPORTED;
+    if (!isa || !has_sound_sizes(*c) || !c->input || !c->output || !c->weight || !c->scratch)
+        return LINEAR_UNSUPPORTED;
     for (const LinearNorm& norm : {c->input_norm, c->output_norm})
         if (!norm.weight != !norm.bias) return LINEAR_UNSUPPORTED;
     if (c->int8 && !c->scales) return LINEAR_UNSUPPORTED;
@@ -170,7 +168,16 @@ int linear_cpu(const Linear* c) {
 int gelu_cpu(
     const void* values, void* results, int64_t count, int32_t dtype, int32_t threads, int32_t isa, void* parallel) {
     const Isa* chosen = threads > 0 && count >= 0 && (!count || (values && results)) ? find_isa(isa) : nullptr;
-    return chosen ? chosen->gelu(values, results, count, dtype, threads, run_parallel, parallel) : GELU_UNSUPPORTED;
+    return chosen ? chosen->gelu(values, nullptr, results, count, dtype, threads, run_parallel, parallel)
+                  : GELU_UNSUPPORTED;
+}
+int gelu_backward_cpu(
+    const void* values, const void* gradients, void* results, int64_t count, int32_t dtype, int32_t threads,
+    int32_t isa, void* parallel) {
+    const bool is_whole = threads > 0 && count >= 0 && (!count || (values && gradients && results));
+    const Isa* chosen = is_whole ? find_isa(isa) : nullptr;
+    return chosen ? chosen->gelu(values, gradients, results, count, dtype, threads, run_parallel, parallel)
+                  : GELU_UNSUPPORTED;
 }
 
 const char* cpu_isa_name(int index) { return index >= 0 && index < num_isas ? isas[index].name : nullptr; }

@@ -28,7 +28,8 @@ typedef void (*Parallel)(Task, void* data, int threads, void* runtime);
     int64_t CPU_JOIN(decode_step_scratch, isa)(const DecodeStep*);                             \
     int CPU_JOIN(linear, isa)(const Linear*, Parallel);                                        \
     int64_t CPU_JOIN(linear_scratch, isa)(const Linear*);                                      \
-    int CPU_JOIN(gelu, isa)(const void*, void*, int64_t count, int dtype, int threads, Parallel, void* runtime);
+    int CPU_JOIN(gelu, isa)(                                                                   \
+        const void*, const void*, void*, int64_t count, int dtype, int threads, Parallel, void* runtime);
 CPU_ISAS
 #undef X
 

@@ -214,5 +214,13 @@ inline V gelu(V x) {
     return x * (t > 0 ? e : splat(1.0f)) / (1 + e);
 }
 
+// The derivative of it: with s the sigmoid, s + x * s * (1 - s) * 2 u'.
+inline V gelu_slope(V x) {
+    const float first = (float)(2 * 0.7978845608028654), third = (float)(2 * 0.7978845608028654 * 0.044715);
+    const V square = x * x, t = x * (-(float)LOG2_E * first + -(float)LOG2_E * third * square);
+    const V e = exp2<float>(t > 0 ? -t : t), inverse = 1 / (1 + e);
+    return ((t > 0 ? e : splat(1.0f)) + x * (first + 3 * third * square) * (e * inverse)) * inverse;
+}
+
 }  // namespace
 #endif

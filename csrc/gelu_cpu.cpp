@@ -9,7 +9,7 @@ namespace {
 constexpr int64_t PIECE = 1 << 14;  // numbers that a thread takes at once
 
 struct Call {
-    const void* values;
+    const void *values, *gradients;  // without gradients, GELU itself is wanted
     void* results;
     int64_t count, next;
 };
@@ -19,15 +19,19 @@ void run_gelu(void* data) {
     Call& call = *(Call*)data;
     for (int64_t from; (from = __atomic_fetch_add(&call.next, PIECE, __ATOMIC_RELAXED)) < call.count;) {
         const int64_t to = from + PIECE < call.count ? from + PIECE : call.count;
-        const S* values = (const S*)call.values;
+        const S *values = (const S*)call.values, *gradients = (const S*)call.gradients;
         S* results = (S*)call.results;
         int64_t i = from;
-        for (; i + W <= to; i += W) write(results + i, gelu(read(values + i)));
+        if (gradients)
+            for (; i + W <= to; i += W) write(results + i, read(gradients + i) * gelu_slope(read(values + i)));
+        else
+            for (; i + W <= to; i += W) write(results + i, gelu(read(values + i)));
         if (i < to) {
-            S rest[W] = {};
-            memcpy(rest, values + i, (to - i) * sizeof(S));
-            write(rest, gelu(read(rest)));
-            memcpy(results + i, rest, (to - i) * sizeof(S));
+            const int left = (int)(to - i);
+            const V value = read_some(values + i, left);
+            S rest[W];
+            write(rest, gradients ? read_some(gradients + i, left) * gelu_slope(value) : gelu(value));
+            memcpy(results + i, rest, left * sizeof(S));
         }
     }
 }
@@ -35,8 +39,9 @@ void run_gelu(void* data) {
 }  // namespace
 
 int CPU_KERNEL(gelu)(
-    const void* values, void* results, int64_t count, int dtype, int threads, Parallel parallel, void* runtime) {
-    Call call = {values, results, count, 0};
+    const void* values, const void* gradients, void* results, int64_t count, int dtype, int threads, Parallel parallel,
+    void* runtime) {
+    Call call = {values, gradients, results, count, 0};
     const Task task = dtype == GELU_FLOAT32    ? run_gelu<float>
                       : dtype == GELU_BFLOAT16 ? run_gelu<bfloat16>
                       : dtype == GELU_FLOAT16  ? run_gelu<float16>

@@ -17,6 +17,7 @@ or Parquet file of a folder; killed at any time, the same command goes on:
         --output_dir data/many
 """
 
+import contextlib
 import functools
 import logging
 import os
@@ -30,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -50,6 +52,7 @@ from cogview_pipelines.pictures.files import find_file, read_picture
 from cogview_pipelines.training.arguments import parse_config, run_script
 from cogview_pipelines.training.data.captions import parse_captions, tell_text_losses
 from cogview_pipelines.training.data.draws import derived_seed
+from cogview_pipelines.training.data.duplicates import drop_duplicates
 from cogview_pipelines.training.data.inputs import Part, PictureRow, find_parts, is_packed
 from cogview_pipelines.training.data.pictures import check_pictures, to_bytes
 from cogview_pipelines.training.data.prefetch import prefetch
@@ -153,7 +156,7 @@ class PrepareConfig:
     )
     drop_duplicates: bool = field(
         default=False,
-        metadata={"help": "With shards, by one worker: take of files with the same bytes the first."},
+        metadata={"help": "With shards: take of files with the same bytes the first."},
     )
     held_out_share: float = field(
         default=0.0,
@@ -336,8 +339,6 @@ def check_config(config: PrepareConfig, vqvae: PreTrainedModel) -> None:
                 raise ValueError(f"`{item}` is for token shards. Give `shard_size`, too.")
     elif not config.image_folder:
         raise ValueError("`shard_size` is for pictures of your own. Turn the token folder into shards afterwards.")
-    if config.drop_duplicates and parse_worker(config.worker)[1] > 1:
-        raise ValueError("`drop_duplicates` needs one `worker`, which knows the pictures of the shards before.")
     if config.compression_rate not in vqvae.config.compression_rates:
         raise ValueError(
             f"`compression_rate` must be one of {list(vqvae.config.compression_rates)}, which `vqvae` has, but is "
@@ -479,7 +480,12 @@ def prepare_shards(
                 remove_leftovers(folder)
         maker = ShardMaker(config, vqvae, sizes, parts, folders)
         maker.make(range(worker - 1, len(parts), num_workers))
-    reports = {name: write_index(folder, len(parts), name == "train") for name, folder in folders.items()}
+        # the last worker takes out what several have; those that end at the same time do so one after the other
+        with FileLock(lock.parent / "index.lock") if num_workers > 1 else contextlib.nullcontext():
+            if config.drop_duplicates and all(maker.is_made(number) for number in range(len(parts))):
+                for folder in folders.values():
+                    drop_duplicates(folder, len(parts))
+            reports = {name: write_index(folder, len(parts), name == "train") for name, folder in folders.items()}
     print(f"This worker made {maker.num_made} shards with {maker.rate()}; {maker.num_found} were there already.")
     if any(found is None for found in reports.values()):
         print(f"Other workers have not finished theirs: there is no index of all {len(parts)} shards yet.")
@@ -490,8 +496,9 @@ def prepare_shards(
         f"rows are in {config.output_dir}, {held_out.get('num_pictures', 0)} of them held out."
     )
     for reason, said in REASONS.items():
-        if reports["train"][reason]:
-            print(f"{reports['train'][reason]} left out: {said}.")
+        count = reports["train"][reason] + held_out.get(reason, 0)
+        if count:
+            print(f"{count} left out: {said}.")
     if reader is not None:
         tell_text_losses(ShardedCaptions(TokenShards(folders["train"])), *reader)
 
@@ -542,7 +549,7 @@ class ShardMaker:
     def batches(self, numbers: range) -> Iterator[tuple[int, list[PictureRow] | None]]:
         """The number of a shard and some of its rows; `None` after its last ones."""
         for number in numbers:
-            if all(is_written(folder, number, self.made_of(number)) for folder in self.folders.values()):
+            if self.is_made(number):
                 self.num_found += 1
                 if self.config.drop_duplicates:
                     yield number, []  # in its turn, so that what comes after knows its pictures
@@ -551,6 +558,10 @@ class ShardMaker:
             while batch := [row for _, row in zip(range(self.config.batch_size), rows)]:
                 yield number, batch
             yield number, None
+
+    def is_made(self, number: int) -> bool:
+        """Whether a shard is there, of whichever worker."""
+        return all(is_written(folder, number, self.made_of(number)) for folder in self.folders.values())
 
     def made_of(self, number: int) -> dict:
         """What a shard is made of, and how."""
@@ -579,7 +590,7 @@ class ShardMaker:
         """Encode those of some pictures that are taken, given with their bytes in each size."""
         if not chosen:  # it is there already
             for folder in self.folders.values():
-                self.seen.update(read_hashes(folder, number))
+                self.seen.update(read_hashes(folder, number).tolist())
             return
         kept = []
         for one, pixels in chosen:

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
@@ -248,10 +247,8 @@ def compute_loss(
         labels=batch.labels,
         full_vocabulary=True,
     )
-    output.loss = None  # what it holds for its gradient is as large as the logits, and another one is wanted
-    labels = batch.labels[batch.labels != IGNORED_LABEL]
+    losses, labels = output.label_losses, batch.labels[batch.labels != IGNORED_LABEL]
     is_image = labels < num_image_tokens
-    losses = F.cross_entropy(output.logits, labels, reduction="none")
     loss, losses = (losses * torch.where(is_image, 1.0, text_loss_weight)).sum(), losses.detach()
     metrics = {
         "image_loss": ((losses * is_image).sum(), is_image.sum()),

@@ -270,9 +270,7 @@ def compute_loss(
     output = model(
         input_ids=batch.input_ids, position_ids=batch.position_ids, labels=batch.labels, full_vocabulary=True
     )
-    output.loss = None  # what it holds for its gradient is as large as the logits, and another one is wanted
-    labelled = batch.labels != IGNORED_LABEL
-    losses = F.cross_entropy(output.logits, batch.labels[labelled], reduction="none")
+    losses, labelled = output.label_losses, batch.labels != IGNORED_LABEL
     loss, losses = (losses * batch.label_weights[labelled]).sum(), losses.detach()
     is_image = batch.input_ids[labelled] < num_image_tokens
     metrics = {

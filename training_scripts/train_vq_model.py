@@ -19,6 +19,7 @@ On eight GPUs:
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from cogview_pipelines.evaluation.reconstruction import psnr
 from cogview_pipelines.models.image_tokenizers.auto import IMAGE_TOKENIZERS
 from cogview_pipelines.models.image_tokenizers.modeling_cogview_vq import CODEBOOK_TRAINING
 from cogview_pipelines.training.adversary import SMALLEST_SIDE, PatchDiscriminator, WithAdversary
-from cogview_pipelines.training.arguments import TrainConfig, json_option, parse_config, run_script
+from cogview_pipelines.training.arguments import UNNOTICED, TrainConfig, json_option, parse_config, run_script
 from cogview_pipelines.training.data.chances import WeightedIndex
 from cogview_pipelines.training.data.draws import Draw, draw_index, seeded_generator
 from cogview_pipelines.training.data.pictures import PictureFolder, PicturePool, check_pictures, to_bytes
@@ -50,6 +51,17 @@ class VQTrainConfig(TrainConfig):
     skip_unreadable: bool = field(
         default=False,
         metadata={"help": "Leave out pictures that cannot be read, with a warning, instead of stopping at the start."},
+    )
+    validation_data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of pictures that are not trained on; the loss of some goes to metrics.jsonl, of all and "
+            "by resolution and compression rate.",
+            "resume": UNNOTICED,
+        },
+    )
+    validation_samples: int = field(
+        default=128, metadata={"help": "How many pictures of `validation_data`.", "resume": UNNOTICED}
     )
     scope: str | None = field(
         default=None, metadata={"help": "File with the scope of the emoji scenes; by default the small one."}
@@ -117,6 +129,8 @@ class VQTrainConfig(TrainConfig):
         if self.decoder_only and self.init_from is None:
             raise ValueError("`decoder_only` trains the decoder of a trained model. Name it by `init_from`.")
         side = min(self.crop_size or min(self.resolutions), *self.resolutions)
+        if self.validation_samples < 1:
+            raise ValueError(f"`validation_samples` must be at least 1, but is {self.validation_samples}.")
         if self.adversarial_weight and side < SMALLEST_SIDE:
             raise ValueError(
                 f"`adversarial_weight` needs pictures of at least {SMALLEST_SIDE} pixels, but the smallest have "
@@ -205,6 +219,49 @@ def make_sources(config: VQTrainConfig) -> list[PicturePool]:
         for drawn, more in zip(pictures, group):
             drawn.append(more.clone())  # out of the memory shared with the worker
     return [PicturePool(torch.cat(drawn)) for drawn in pictures]
+
+
+@dataclass
+class ValidationPictures(Sequence[PixelBatch]):
+    """
+    Batches of pictures, held as bytes.
+
+    Args:
+        pictures (`torch.Tensor` of shape `(num, 3, side, side)`): RGB bytes.
+        rate (`int`): The compression rate to look at.
+        batch_size (`int`): Pictures at a time.
+    """
+
+    pictures: torch.Tensor
+    rate: int
+    batch_size: int
+
+    def __len__(self) -> int:
+        return -(-len(self.pictures) // self.batch_size)
+
+    def __getitem__(self, index: int) -> PixelBatch:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{index} is outside of 0..{len(self) - 1}.")
+        pictures = self.pictures[index * self.batch_size : (index + 1) * self.batch_size]
+        return PixelBatch(pictures.float() / 255, self.rate)
+
+
+def validation_batches(config: VQTrainConfig, rates: tuple[int, ...]) -> dict[str, ValidationPictures]:
+    """
+    Whole pictures that are not trained on, evenly from their folder, by resolution and compression rate; none without
+    `validation_data`.
+    """
+    if config.validation_data is None:
+        return {}
+    paths = image_paths(config.validation_data)
+    paths = check_pictures(paths[:: max(1, len(paths) // config.validation_samples)], config.skip_unreadable)
+    batches = {}
+    for resolution in config.resolutions:
+        source = PictureFolder(paths[: config.validation_samples], resolution, config.skip_unreadable)
+        pictures = source.squares(range(len(source.paths)))
+        for rate in rates:
+            batches[f"{resolution}px/{rate}x"] = ValidationPictures(pictures, rate, config.batch_size)
+    return batches
 
 
 def draw_scenes(scenes: list, sizes: list[int], sprites) -> list[torch.Tensor]:
@@ -317,6 +374,7 @@ def main(arguments: list[str] | None = None) -> ImageTokenizer | None:
         begin_step=functools.partial(begin_step, config, model),
         finish=functools.partial(group_codes, config),
         save=lambda final, folder: getattr(final, "tokenizer", final).save_pretrained(folder),
+        validation=validation_batches(config, model.config.compression_rates),
     )
     return getattr(trained, "tokenizer", trained)
 

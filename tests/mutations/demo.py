@@ -34,7 +34,7 @@ MUTATIONS = [
     Mutation(
         "evaluation: shuffled pictures are their own",
         "demo/evaluation.py",
-        "asked = cases[1:] + cases[:1]",
+        "asked = [*cases[1:], *cases[:1]]",
         "pass",
         "cli/test_evaluate.py::test_true_pictures_have_full_marks_and_shuffled_ones_none",
     ),

@@ -4,6 +4,21 @@ from tests.mutations.mutation import Mutation
 
 MUTATIONS = [
     Mutation(
+        "attention: gradients of 16-bit numbers on a CPU are computed in 16 bits",
+        "models/layers.py",
+        "not (torch.is_grad_enabled() or not multiplies(query.dtype))",
+        "multiplies(query.dtype)",
+        "models/test_layers.py::test_gradients_of_16_bit_attention_on_a_cpu_are_computed_in_float32",
+    ),
+    Mutation(
+        "last layer: all positions are computed",
+        "models/cogview2/modeling_coglm.py",
+        "        return labelled\n",
+        "        return None\n",
+        "models/cogview2/test_modeling_coglm.py::"
+        "test_the_last_layer_goes_on_where_there_are_labels_alone_with_the_same_losses_and_gradients",
+    ),
+    Mutation(
         "position: image tokens start at that of <start_of_image>",
         "models/cogview2/sequences.py",
         "return self.image_position + 1 + torch.arange(self.image_length)",
@@ -104,8 +119,8 @@ MUTATIONS = [
     Mutation(
         "norms: the fourth in the place of the third",
         "models/layers.py",
-        "attended.flatten(2), self.attention_output_layernorm, hidden_states)",
-        "attended.flatten(2), self.mlp_output_layernorm, hidden_states)",
+        "attended.flatten(-2), self.attention_output_layernorm, hidden_states\n        )",
+        "attended.flatten(-2), self.mlp_output_layernorm, hidden_states\n        )",
         "parity/cogview2/test_text_to_image.py",
     ),
     Mutation(

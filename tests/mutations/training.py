@@ -62,6 +62,50 @@ MUTATIONS = [
         "training/test_loop.py::test_accumulated_small_batches_are_one_large_batch",
     ),
     Mutation(
+        "mixed precision: 16-bit products on processors without such arithmetic",
+        "training/distribution.py",
+        'return None if dtype is None or (device.type == "cpu" and not multiplies(dtype)) else dtype',
+        "return dtype",
+        "training/test_distribution.py::"
+        "test_a_processor_without_16_bit_arithmetic_computes_in_float32_whatever_is_asked_for",
+    ),
+    Mutation(
+        "Muon: bfloat16 on processors without such arithmetic",
+        "training/optimizers.py",
+        'in_float32 = matrix.device.type == "cpu" and not multiplies(torch.bfloat16)',
+        "in_float32 = False",
+        "training/test_optimizers.py::test_without_arithmetic_in_bfloat16_updates_are_orthogonalised_in_float32",
+    ),
+    Mutation(
+        "Muon: tall matrices are orthogonalised lying down",
+        "training/optimizers.py",
+        "(x.T.contiguous() if is_tall else x)",
+        "x.reshape(matrix.shape)",
+        "training/test_optimizers.py::test_without_arithmetic_in_bfloat16_updates_are_orthogonalised_in_float32",
+    ),
+    Mutation(
+        "duplicates: copies are looked for in groups that part them",
+        "training/data/duplicates.py",
+        "own % np.uint64(passes) == remainder",
+        "np.arange(len(own)) % passes == remainder",
+        "training_scripts/test_prepare_shards.py::test_copies_are_found_whatever_is_looked_at_together",
+    ),
+    Mutation(
+        "duplicates: pictures that stay lose their weights",
+        "training/data/shards.py",
+        '"weight": weights[each]} for each in kept]',
+        '"weight": 1.0} for each in kept]',
+        "training_scripts/test_prepare_shards.py::"
+        "test_of_pictures_that_several_workers_meet_the_first_stays_as_with_one",
+    ),
+    Mutation(
+        "text losses: of many captions in two languages, one is looked at",
+        "training/data/captions.py",
+        "texts = picture.get(language, ())",
+        "texts = picture.get(language, ()) if language in list(picture)[:1] else ()",
+        "training_scripts/test_prepare_tokens.py::test_of_many_captions_some_of_each_language_are_looked_at",
+    ),
+    Mutation(
         "clipping: small gradients grow",
         "training/optimizers.py",
         "(max_norm / (norm + 1e-6)).clamp(max=1.0)",

@@ -411,9 +411,20 @@ void gelu_case(Random& random) {
     require(results.all_finite(), "a result is not finite");
     require(gelu_cpu(values.at(0), again.at(0), count, dtype, 1, isa, nullptr) == GELU_OK, "was refused again");
     require(!memcmp(results.at(0), again.at(0), results.bytes()), "the results depend on the number of threads");
+    const Numbers gradients = Numbers::filled(random, dtype, count);
+    require(
+        gelu_backward_cpu(
+            values.at(0), gradients.at(0), results.at(0), count, dtype, threads, isa, any_pool(random)) == GELU_OK,
+        "the backward pass was refused");
+    require(results.all_finite(), "a gradient is not finite");
+    require(
+        gelu_backward_cpu(values.at(0), gradients.at(0), again.at(0), count, dtype, 1, isa, nullptr) == GELU_OK,
+        "the backward pass was refused again");
+    require(!memcmp(results.at(0), again.at(0), results.bytes()), "gradients depend on the number of threads");
 }
 
-// -------------------------------------------------------------------------------------------------------------- linear
+// --------------------------------------------------------------------------------------------------------------
+// linear
 
 void linear_case(Random& random) {
     Linear c = {};

@@ -1,4 +1,4 @@
-"""The GELU kernel: PyTorch's numbers, for any count, dtype, processor and number of threads."""
+"""The GELU kernels: PyTorch's numbers and gradients, for any count, dtype, processor and number of threads."""
 
 import pytest
 import torch
@@ -9,6 +9,9 @@ from cogview_pipelines.ops import native
 from cogview_pipelines.ops.gelu import SMALLEST, gelu
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="the kernels are not built")
+needs_gradients = pytest.mark.skipif(
+    native.library() is None or ops._kernel("gelu_backward_cpu") is None, reason="the kernels are not built, or older"
+)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -50,16 +53,46 @@ def test_the_kernel_is_as_accurate_as_pytorch_on_every_instruction_set(dtype, is
             assert_as_accurate_as_pytorch(result, values)
 
 
+def slopes_in_float64(values):
+    exact = values.double().requires_grad_()
+    F.gelu(exact, approximate="tanh").sum().backward()
+    return exact.grad
+
+
+@needs_gradients
+@pytest.mark.parametrize("isa", range(3))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_the_kernel_are_as_accurate_as_those_of_pytorch_on_every_instruction_set(dtype, isa):
+    info = native.build_info()
+    names = info["cpu_instruction_sets"]
+    if isa >= len(names) or isa > names.index(info["cpu_instruction_set"]):
+        pytest.skip("not compiled in, or not of this processor")
+    for count in (9, 16, 17, 40000):
+        for threads in (1, 3):
+            values = numbers(count, dtype)
+            values[7:9] = 60.0
+            gradients = torch.randn(count, generator=torch.Generator().manual_seed(1)).to(dtype)
+            result = torch.empty_like(values)
+            pointers = [tensor.data_ptr() for tensor in (values, gradients, result)]
+            arguments = (count, native.FLOAT32_AND_HALVES[dtype], threads, 1 + isa, native.openmp_parallel())
+            assert ops._kernel("gelu_backward_cpu")(*pointers, *arguments) == 0
+            exact = gradients.double() * slopes_in_float64(values)
+            theirs = torch.ops.aten.gelu_backward(gradients, values, approximate="tanh")
+            error, allowed = ((each.double() - exact).abs() for each in (result, theirs))
+            rounding = torch.finfo(dtype).eps * exact.abs() + 1e-6 * gradients.double().abs()
+            assert (error <= allowed + rounding).all()
+
+
 @pytest.fixture
 def calls(monkeypatch):
-    """Every call of the kernel."""
-    seen, kernel = [], ops._kernel()
+    """Every call of a kernel."""
+    seen, kernels = [], ops._kernel
 
-    def count(*arguments):
-        seen.append(arguments)
-        return kernel(*arguments)
+    def counted(name="gelu_cpu"):
+        kernel = kernels(name)
+        return kernel and (lambda *arguments: (seen.append(name), kernel(*arguments))[1])
 
-    monkeypatch.setattr(ops, "_kernel", lambda: kernel and count)
+    monkeypatch.setattr(ops, "_kernel", counted)
     return seen
 
 
@@ -81,13 +114,27 @@ def test_few_numbers_other_types_and_layouts_go_through_pytorch(calls):
     assert not calls
 
 
-def test_where_a_gradient_is_wanted_pytorch_computes_it(calls):
-    values = numbers(SMALLEST)[9:].repeat(2).requires_grad_()
-    gelu(values).sum().backward()
+@needs_gradients
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_go_through_a_kernel_too_and_are_those_of_pytorch(calls, dtype):
+    values = numbers(SMALLEST, dtype)[9:].repeat(2).unflatten(0, (2, -1)).requires_grad_()
+    weights = torch.randn(values.shape[::-1], generator=torch.Generator().manual_seed(1)).to(dtype).T
+    (gelu(values) * weights).sum().backward()  # gradients that are not contiguous
+    assert calls == ["gelu_cpu", "gelu_backward_cpu"]
     expected = values.detach().clone().requires_grad_()
-    F.gelu(expected, approximate="tanh").sum().backward()
+    (F.gelu(expected, approximate="tanh") * weights).sum().backward()
     torch.testing.assert_close(values.grad, expected.grad)
-    assert not calls
+
+
+@needs_gradients
+def test_gradients_of_gradients_are_those_of_pytorch():
+    values = numbers(SMALLEST)[9:].repeat(2).requires_grad_()
+    found = []
+    for function in (gelu, lambda given: F.gelu(given, approximate="tanh")):
+        (slope,) = torch.autograd.grad(function(values).square().sum(), values, create_graph=True)
+        (curve,) = torch.autograd.grad(slope.sum(), values)
+        found.append(curve)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 def test_where_a_derivative_goes_along_pytorch_computes_it(calls):
@@ -101,11 +148,14 @@ def test_where_a_derivative_goes_along_pytorch_computes_it(calls):
 
 
 def test_without_kernels_pytorch_does_it(monkeypatch):
-    monkeypatch.setattr(ops, "_kernel", lambda: None)
+    monkeypatch.setattr(ops, "_kernel", lambda name="gelu_cpu": None)
     values = numbers(SMALLEST)
     torch.testing.assert_close(gelu(values), F.gelu(values, approximate="tanh"), equal_nan=True)
 
 
-@needs_kernels
+@needs_gradients
 def test_the_operator_is_registered_as_pytorch_wants_it():
-    torch.library.opcheck(torch.ops.cogview_pipelines.gelu.default, (numbers(SMALLEST)[9:],))
+    values = numbers(SMALLEST)[9:]
+    torch.library.opcheck(torch.ops.cogview_pipelines.gelu.default, (values,))
+    torch.library.opcheck(torch.ops.cogview_pipelines.gelu.default, (values.clone().requires_grad_(),))
+    torch.library.opcheck(torch.ops.cogview_pipelines.gelu_backward.default, (values, values.flip(0)))

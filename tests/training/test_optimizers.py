@@ -4,9 +4,17 @@ import pytest
 import torch
 from torch import nn
 
+from cogview_pipelines.training import optimizers as module
 from cogview_pipelines.training.arguments import TrainConfig
 from cogview_pipelines.training.averaging import make_average
-from cogview_pipelines.training.optimizers import LossScale, Optimizers, clip_gradients, gradient_norm, learning_rate
+from cogview_pipelines.training.optimizers import (
+    LossScale,
+    Optimizers,
+    clip_gradients,
+    gradient_norm,
+    learning_rate,
+    orthogonalised,
+)
 
 needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch < 2.9")
 
@@ -39,7 +47,8 @@ def test_muon_takes_linear_weights_and_adamw_the_rest():
 
 
 @needs_muon
-def test_muon_is_that_of_torch():
+def test_muon_is_that_of_torch(monkeypatch):
+    monkeypatch.setattr(module, "multiplies", lambda dtype: True)  # in bfloat16
     networks = make_network(), make_network()
     ours = Optimizers(networks[0], make_config(optimizer="muon", weight_decay=0.1))
     linear = [module.weight for module in networks[1] if isinstance(module, nn.Linear)]
@@ -56,6 +65,25 @@ def test_muon_is_that_of_torch():
         networks[1].zero_grad()
     for one, other in zip(*(network.parameters() for network in networks)):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16)])
+def test_without_arithmetic_in_bfloat16_updates_are_orthogonalised_in_float32(monkeypatch, shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    given, options = matrix.clone(), ((3.4445, -4.7750, 2.0315), 5, 1e-7)
+    # what the polynomial makes of the singular values, in float64
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    values = values / values.norm()
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    exact, found = left @ values.diag() @ right, {}
+    for has in (False, True):
+        monkeypatch.setattr(module, "multiplies", lambda dtype, has=has: has)
+        found[has] = orthogonalised(matrix, *options)
+        assert found[has].dtype == torch.float32 and found[has].is_contiguous() and torch.equal(matrix, given)
+    torch.testing.assert_close(found[False].double(), exact, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found[True].double(), exact, rtol=0, atol=0.1)
+    assert not torch.equal(*found.values())
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=needs_muon)])

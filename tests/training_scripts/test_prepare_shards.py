@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from cogview_pipelines import IcetkVQModel
+from cogview_pipelines.training.data import duplicates
 from cogview_pipelines.training.data.tokens import TokenData
 
 from .. import child_processes as children
@@ -175,6 +176,84 @@ def test_what_is_left_out_is_counted_over_all_starts(run, pictures, tmp_path, to
     assert texts(TokenData.load(again, tokenizer)) == [f"a cat of 0{number}" for number in range(6)]
 
 
+@pytest.fixture
+def repeated(pictures, tmp_path):
+    """Nine lines in three shards of three, some with the bytes of earlier ones, in the same shard and in others."""
+    folder = tmp_path / "repeated"
+    folder.mkdir()
+    originals = [0, 1, 0, 2, 1, 3, 3, 0, 4]
+    rows = []
+    for number, original in enumerate(originals):
+        shutil.copy(pictures / f"{original:02d}.png", folder / f"{number}.png")
+        rows.append({"file": f"{number}.png", "en": f"number {number}", "weight": 1 + number % 3, "style": "ink"})
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "image_folder": folder,
+        "captions": folder / "captions.jsonl",
+        "shard_size": 3,
+        "drop_duplicates": True,
+        "fine_size": 0,
+        "held_out_share": 0.3,
+    }
+
+
+FIRST_COPIES = [0, 1, 3, 5, 8]
+
+
+def test_of_pictures_that_several_workers_meet_the_first_stays_as_with_one(run, repeated, tokenizer, capsys):
+    alone, shared = run("alone", **repeated), None
+    for worker in ("3/3", "1/3", "2/3"):
+        shared = run("shared", **repeated, worker=worker)
+    for name in ("", "held_out"):
+        one, other = (TokenData.load(folder / name, tokenizer) for folder in (alone, shared))
+        assert texts(one) == texts(other) and same_tokens(one.low, other.low)
+        assert [one.draw(torch.Generator().manual_seed(n)) for n in range(30)] == [
+            other.draw(torch.Generator().manual_seed(n)) for n in range(30)
+        ]
+        assert other.has_styles
+    kept = [text for name in ("", "held_out") for text in texts(TokenData.load(shared / name, tokenizer))]
+    assert sorted(kept) == [f"number {number}" for number in FIRST_COPIES] and len(texts(one))
+    assert capsys.readouterr().out.count("4 left out: pictures that are there already.") == 2
+    before = {path.name: path.stat().st_mtime_ns for path in shared.glob("*.safetensors")}
+    run("shared", **repeated, worker="1/3")  # nothing is left to do
+    assert {path.name: path.stat().st_mtime_ns for path in shared.glob("*.safetensors")} == before
+
+
+def test_a_worker_that_is_killed_while_it_takes_out_copies_goes_on_to_the_same_shards(run, repeated, tmp_path):
+    torch.set_num_threads(1)
+    options = {**repeated, "held_out_share": 0.0}
+    target = tmp_path / "tokens"
+    for worker in ("1/3", "2/3"):
+        run(**options, worker=worker)
+    before = tmp_path / "before"
+    shutil.copytree(target, before)
+
+    def call():
+        run(**options, worker="3/3")
+        return True
+
+    def contents():
+        return {path.name: path.read_bytes() for path in target.iterdir() if path.suffix in (".json", ".safetensors")}
+
+    number = children.count_changes(call, target, writes=(".json",))
+    whole = contents()
+    assert {"index.json", "00002.safetensors"} <= whole.keys() and number > 10
+    for at in range(1, number, 4):
+        shutil.rmtree(target)
+        shutil.copytree(before, target)
+        assert children.kill_before_change(call, target, at, writes=(".json",))
+        for worker in ("1/3", "2/3", "3/3"):
+            children.run(lambda worker=worker: bool(run(**options, worker=worker)))
+        assert contents() == whole, f"killed at change {at}"
+
+
+def test_copies_are_found_whatever_is_looked_at_together(run, repeated, tokenizer, monkeypatch):
+    monkeypatch.setattr(duplicates, "MOST_HASHES", 2)
+    for worker in ("1/3", "2/3", "3/3"):
+        folder = run(**{**repeated, "held_out_share": 0.0}, worker=worker)
+    assert texts(TokenData.load(folder, tokenizer)) == [f"number {number}" for number in FIRST_COPIES]
+
+
 def test_held_out_pictures_are_drawn_by_their_content_and_are_in_no_other_shard(run, tokenizer):
     folder = run(shard_size=4, held_out_share=0.4)
     kept, held_out = (TokenData.load(path, tokenizer) for path in (folder, folder / "held_out"))
@@ -190,7 +269,6 @@ def test_held_out_pictures_are_drawn_by_their_content_and_are_in_no_other_shard(
         ({"min_side": 5}, "`min_side` is for token shards. Give `shard_size`, too"),
         ({"drop_duplicates": True}, "`drop_duplicates` is for token shards"),
         ({"shard_size": 0}, "`shard_size` must be at least 1, but is 0"),
-        ({"shard_size": 3, "drop_duplicates": True, "worker": "1/2"}, "`drop_duplicates` needs one `worker`"),
         ({"shard_size": 3, "image_folder": None, "captions": None}, "`shard_size` is for pictures of your own"),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import unicodedata
 
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from cogview_pipelines import IcetkVQModel
 from cogview_pipelines.demo import Scope, captions, iterate_scenes, read_caption, render
+from cogview_pipelines.training.data.captions import MOST_LOOKED_AT, tell_text_losses
 from cogview_pipelines.training.data.tokens import TokenData
 
 from .conftest import as_arguments, load_script
@@ -280,8 +282,22 @@ def test_a_pipeline_says_sizes_and_image_tokenizer_and_what_it_cannot_read_is_to
     assert all(torch.equal(found[name], expected[name]) for name in found)
     assert "5 pictures are in" in capsys.readouterr().out
     told = " ".join(record.message for record in caplog.records)
-    assert "1 of 5 captions have more than 30 tokens" in told
-    assert "pieces" in told and "are unknown" in told and "What the tokenizer does not know" in told and "Z" in told
+    assert (
+        "Captions with more than 30 tokens" in told and ": 1 of 4 (25.0%) in English, 0 of 1 (0.0%) in Chinese" in told
+    )
+    shares = re.search(
+        r"Pieces that the tokenizer does not know: (\d+) of (\d+) \(\S+%\) in English, 0 of (\d+) \(0\.0%\) in", told
+    )
+    assert 0 < int(shares[1]) < int(shares[2]) and int(shares[3])
+    assert "What the tokenizer does not know of the captions" in told and "Z" in told
+
+
+def test_of_many_captions_some_of_each_language_are_looked_at(tokenizer):
+    many = [{"en": ["a cat"] * 3, "zh": ["一棵树Z"] * 2}] * (MOST_LOOKED_AT + 1)
+    losses = tell_text_losses(many, tokenizer, 30)
+    looked_at = MOST_LOOKED_AT // 2 + 1
+    assert losses.captions == {"en": looked_at, "zh": looked_at}
+    assert losses.unknown["zh"] >= looked_at and not losses.unknown["en"]
 
 
 def test_nothing_is_told_where_nothing_is_lost(run, pipeline_folder, caplog, pictures):

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from cogview_pipelines import CogViewVQModel, IcetkVQConfig, IcetkVQModel
+from cogview_pipelines.training import distribution
 
 SCRIPT = Path(__file__).parents[2] / "training_scripts" / "train_vq_model.py"
 MODEL = {
@@ -66,7 +67,8 @@ def metrics(folder: Path, *names: str) -> list[tuple]:
 
 
 @pytest.mark.parametrize("mixed_precision, ema_decay", [("no", 0.0), ("bf16", 0.5)])
-def test_an_interrupted_run_continues_exactly(run, tmp_path, mixed_precision, ema_decay):
+def test_an_interrupted_run_continues_exactly(run, tmp_path, mixed_precision, ema_decay, monkeypatch):
+    monkeypatch.setattr(distribution, "multiplies", lambda dtype: True)  # autocast in any case
     options = {"mixed_precision": mixed_precision, "ema_decay": ema_decay}
     whole = run("whole", **options)
     run("parts", max_minutes=1e-9, **options)  # stops after one step
@@ -174,9 +176,30 @@ def test_a_config_file_is_read_and_the_command_line_wins(script, tmp_path):
         parse_config(script.VQTrainConfig, ["--config", str(path), "--output_dir", "out"])
 
 
+def test_losses_of_other_pictures_are_told_by_resolution_and_rate_without_a_trace_in_the_run(run, tmp_path):
+    (tmp_path / "held_out").mkdir()
+    for index in range(3):
+        Image.new("RGB", (50, 40), (80 * index, 0, 200)).save(tmp_path / f"held_out/{index}.png")
+    options = {"decay_steps": 0, "sample_every_steps": 0, "learning_rate": 3e-3, "max_steps": 6}
+    plain = run("plain", **options)
+    watched = run("watched", **options, validation_data=tmp_path / "held_out", evaluate_every_steps=2)
+    assert all(torch.equal(value, watched.state_dict()[name]) for name, value in plain.state_dict().items())
+    lines = [json.loads(line) for line in (tmp_path / "watched/metrics.jsonl").read_text().splitlines()]
+    kinds = [f"validation_loss/{resolution}px/{rate}x" for resolution in (16, 32) for rate in (4, 8)]
+    found = [line for line in lines if "validation_loss" in line]
+    assert [line["step"] for line in found] == [2, 4, 6] and "validation_loss_before" in lines[0]
+    for line in found:
+        assert line["validation_loss"] == pytest.approx(sum(line[kind] for kind in kinds) / 4)
+    assert found[-1]["validation_loss"] < lines[0]["validation_loss_before"]
+    few = run("few", **options, validation_data=tmp_path / "held_out", validation_samples=1, evaluate_every_steps=0)
+    assert all(torch.equal(value, few.state_dict()[name]) for name, value in plain.state_dict().items())
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
+        ({"validation_data": "/nowhere"}, "`/nowhere` has no pictures"),
+        ({"validation_samples": 0}, "`validation_samples` must be at least 1, but is 0"),
         ({"image_folder": "/nowhere"}, "`/nowhere` has no pictures"),
         ({"perceptual_network": "no_such_module:make"}, "`perceptual_network` 'no_such_module:make'"),
         ({"codebook_training": "gumbel"}, "`codebook_training` must be left out for `family` cogview2"),

@@ -11,6 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..ops.gelu import gelu
 from ..ops.linear import fused_linear, fuses
+from ..ops.processor import multiplies
 
 
 class LayerCache(Protocol):
@@ -69,10 +70,39 @@ class DenseAttention(nn.Module):
             query = query.to(all_keys.dtype)  # the cache's: on a CPU, 16-bit attention is many times slower
         dropout = self.dropout if self.training else 0.0
         if self.pb_relaxation_alpha is None:
-            output = F.scaled_dot_product_attention(query, all_keys, all_values, bias, dropout)
+            output = dense_attention(query, all_keys, all_values, bias, dropout)
         else:
             output = pb_relaxed_attention(query, all_keys, all_values, bias, dropout, self.pb_relaxation_alpha)
         return output.transpose(1, 2).to(hidden_states.dtype), key.transpose(1, 2), value.transpose(1, 2)
+
+
+def dense_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    """
+    Attention of all queries to all keys, by PyTorch's function.
+
+    On a CPU, 16-bit numbers go through it in float32 while gradients are wanted, whose backward pass takes half the
+    time of theirs, also under autocast; and wherever the processor has no arithmetic for them.
+
+    Args:
+        query, key, value (`torch.Tensor` of shape `(batch_size, num_heads, positions, head_dim)`): As for SDPA.
+        bias (`torch.Tensor`, *optional*): Added to the scores.
+        dropout (`float`): Probability of dropping an attention weight.
+        is_causal (`bool`): Whether queries see no later keys; then there is no `bias`.
+    """
+    halves = query.is_cpu and query.dtype in (torch.bfloat16, torch.float16)
+    if not halves or not (torch.is_grad_enabled() or not multiplies(query.dtype)):
+        return F.scaled_dot_product_attention(query, key, value, bias, dropout, is_causal)
+    with torch.autocast("cpu", enabled=False):
+        bias = None if bias is None else bias.float()
+        whole = [tensor.float() for tensor in (query, key, value)]
+        return F.scaled_dot_product_attention(*whole, bias, dropout, is_causal).to(query.dtype)
 
 
 def pb_relaxed_attention(
@@ -152,9 +182,12 @@ class SandwichLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         bias: torch.Tensor | None = None,
         cache: LayerCache | None = None,
-        positions: torch.Tensor | None = None,
+        positions: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """The new states; with `positions`, an index tensor, of those only: the others serve as keys and values."""
+        """
+        The new states; with `positions`, of those only: the others serve as keys and values. They are an index, the
+        same for all sequences; or indices of sequences and of positions in them, and the states are `(number, width)`.
+        """
         states, norm = self.before_attention(self.attention, hidden_states)
         attended, _, _ = self.attention(states, bias, cache, self.index, norm)
         return self.after_attention(self.attention, hidden_states, attended, positions)
@@ -173,12 +206,15 @@ class SandwichLayer(GradientCheckpointingLayer):
         attention: DenseAttention,
         hidden_states: torch.Tensor,
         attended: torch.Tensor,
-        positions: torch.Tensor | None,
+        positions: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
         """Output projection of the attention, heads last, and the feed-forward layer, each with its residual."""
         if positions is not None:
-            hidden_states, attended = hidden_states[:, positions], attended[:, positions]
-        hidden_states = self._add(attention.dense, attended.flatten(2), self.attention_output_layernorm, hidden_states)
+            index = positions if isinstance(positions, tuple) else (slice(None), positions)
+            hidden_states, attended = hidden_states[index], attended[index]
+        hidden_states = self._add(
+            attention.dense, attended.flatten(-2), self.attention_output_layernorm, hidden_states
+        )
         mlp = self.mlp
         if type(mlp) is FeedForward and fuses(hidden_states, self.mlp_layernorm, mlp.dense_h_to_4h, inside=[mlp]):
             wide = fused_linear(hidden_states, mlp.dense_h_to_4h, input_norm=self.mlp_layernorm, gelu=True)

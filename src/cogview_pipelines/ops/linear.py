@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .native import FLOAT32_AND_HALVES, build_info, library, openmp_parallel
+from .processor import multiplies
 from .transforms import is_transformed
 
 _ABI = 1
@@ -136,12 +137,7 @@ def _is_faster_in(dtype: torch.dtype) -> bool:
     """
     if build_info()["cpu_instruction_set"] == "baseline":
         return False
-    if dtype == torch.float32:
-        return True
-    native = {torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported")}.get(
-        dtype, ("_is_amx_fp16_supported",)
-    )
-    return not any(getattr(torch.cpu, name, lambda: False)() for name in native)
+    return dtype == torch.float32 or not multiplies(dtype)
 
 
 def fuses(hidden_states: torch.Tensor, *modules: nn.Module, inside: Sequence[nn.Module] = ()) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import logging
 import os
 from collections.abc import Iterator
 
@@ -13,10 +14,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ..ops.processor import multiplies
 from .arguments import TrainConfig
 from .processes import Processes
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+logger = logging.getLogger(__name__)
 
 
 class DistributedModel:
@@ -40,7 +44,13 @@ class DistributedModel:
 
     def __init__(self, model: nn.Module, config: TrainConfig, accelerator: Accelerator, processes: Processes):
         self.device, self.processes = processes.device, processes
-        self.precision = PRECISIONS.get(accelerator.mixed_precision)
+        self.precision = computing_dtype(accelerator.mixed_precision, processes.device)
+        if self.precision is None and accelerator.mixed_precision in PRECISIONS and processes.is_main:
+            logger.warning(
+                "`mixed_precision` %s: this processor has no such arithmetic. It computes in float32, which is "
+                "several times as fast here.",
+                accelerator.mixed_precision,
+            )
         self.gradient_factor, self.skeleton = 1.0, None
         sharded = config.sharding != "none" and processes.count > 1
         if sharded and not layers_of(model):
@@ -132,6 +142,17 @@ class DistributedModel:
         if self.processes.is_main:
             self.skeleton.load_state_dict(whole, assign=True)
         return self.skeleton
+
+
+def computing_dtype(mixed_precision: str, device: torch.device) -> torch.dtype | None:
+    """
+    What a forward pass under `mixed_precision` computes in; `None` for float32, the dtype of the weights.
+
+    That is what a processor without 16-bit arithmetic is given in any case: PyTorch's products of 16-bit numbers take
+    many times as long there.
+    """
+    dtype = PRECISIONS.get(mixed_precision)
+    return None if dtype is None or (device.type == "cpu" and not multiplies(dtype)) else dtype
 
 
 def make_mesh(config: TrainConfig, processes: Processes) -> DeviceMesh:

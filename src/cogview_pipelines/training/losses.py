@@ -14,7 +14,7 @@ from .data.tokens import CanvasBatch
 def canvas_loss(model: nn.Module, batch: CanvasBatch) -> tuple[torch.Tensor, dict]:
     """Cross-entropy summed over the labelled cells of the canvas (there is at least one); no other scalars."""
     output = model(batch.canvas_ids, batch.context, labels=batch.labels)
-    return output.loss * (batch.labels != IGNORED_LABEL).sum(), {}
+    return output.label_losses.sum(), {}
 
 
 def count_labels(batch) -> int:

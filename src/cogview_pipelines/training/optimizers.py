@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..ops.processor import multiplies
 from .arguments import TrainConfig
 
 STATE_NAMES = {"adamw": ("exp_avg", "exp_avg_sq", "step"), "muon": ("momentum_buffer",)}
@@ -46,7 +47,11 @@ class Optimizers:
         groups = [group for group in groups if group["params"]]
         self.parts: dict[str, torch.optim.Optimizer] = {}
         if groups:
-            self.parts["adamw"] = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.adam_beta2))
+            # on a CPU in one pass; elsewhere torch chooses
+            fused = all(value.device.type == "cpu" for value in rest.values()) or None
+            self.parts["adamw"] = torch.optim.AdamW(
+                groups, lr=config.learning_rate, betas=(0.9, config.adam_beta2), fused=fused
+            )
         if muon:
             # both parts run at one learning rate: Muon's updates are scaled to the size of AdamW's
             self.parts["muon"] = sharded_muon(muon.values(), config.learning_rate, config.weight_decay)
@@ -131,7 +136,9 @@ def sharded_muon(parameters: Iterable[nn.Parameter], learning_rate: float, weigh
                 state["momentum_buffer"] = torch.zeros_like(gradient)
             momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
             update = gradient.lerp(momentum, group["momentum"])
-            change = _orthogonal_change(update.full_tensor() if isinstance(update, DTensor) else update, group["lr"])
+            whole = update.full_tensor() if isinstance(update, DTensor) else update
+            change = orthogonalised(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
+            change *= -group["lr"] * 0.2 * math.sqrt(max(change.shape))
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             if isinstance(parameter, DTensor):
                 change = distribute_tensor(change, parameter.device_mesh, parameter.placements, src_data_rank=None)
@@ -140,13 +147,33 @@ def sharded_muon(parameters: Iterable[nn.Parameter], learning_rate: float, weigh
     return ShardedMuon(list(parameters), lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
 
 
-def _orthogonal_change(update: torch.Tensor, learning_rate: float) -> torch.Tensor:
-    """What Muon without momentum adds to a matrix that has this gradient."""
-    change = nn.Parameter(torch.zeros_like(update))
-    change.grad = update
-    options = {"weight_decay": 0.0, "momentum": 0.0, "nesterov": False, "adjust_lr_fn": "match_rms_adamw"}
-    torch.optim.Muon([change], lr=learning_rate, **options).step()
-    return change.detach()
+def orthogonalised(
+    matrix: torch.Tensor, coefficients: tuple[float, float, float], num_steps: int, epsilon: float
+) -> torch.Tensor:
+    """
+    About the orthogonal matrix that is nearest, by Newton-Schulz iteration: singular values go to around 1.
+
+    It runs in bfloat16, as Muon's does, but in float32 on a processor that has no arithmetic for that.
+
+    Args:
+        matrix (`torch.Tensor` of shape `(rows, columns)`): Float32.
+        coefficients (`tuple[float, float, float]`): Of the polynomial `a x + b x^3 + c x^5`.
+        num_steps (`int`): How often it is applied.
+        epsilon (`float`): The smallest norm that the matrix is divided by.
+
+    Returns:
+        `torch.Tensor` of shape `(rows, columns)`: In the dtype of `matrix`.
+    """
+    in_float32 = matrix.device.type == "cpu" and not multiplies(torch.bfloat16)
+    first, third, fifth = coefficients
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if is_tall else matrix
+    x = x.to(torch.float32 if in_float32 else torch.bfloat16)
+    x = x / x.norm().clamp(min=epsilon)
+    for _ in range(num_steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=third, alpha=fifth), x, beta=first)
+    return (x.T.contiguous() if is_tall else x).to(matrix.dtype)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

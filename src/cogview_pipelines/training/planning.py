@@ -69,10 +69,14 @@ class Need:
 
 @dataclass(frozen=True)
 class Saved:
-    """Bytes that forward passes save: around the layers, in each layer, and the states that go from layer to layer."""
+    """
+    Bytes that forward passes save: around the layers, in each layer but the last, in the last, which may have less to
+    compute, and the states that go from layer to layer.
+    """
 
     around: int
     layer: int
+    last: int
     states: int
 
 
@@ -147,7 +151,7 @@ def plan(
     if layout.gradient_checkpointing:
         activations = saved.around + layers * saved.states + saved.layer
     else:
-        activations = saved.around + layers * saved.layer
+        activations = saved.around + (layers - 1) * saved.layer + saved.last
     tokens, logits, pairs = batch_sizes(config, batch_size)
     buffers = 2 * 4 * logits * config.vocab_size  # logits and their gradient; what is saved of them is counted above
     if count > 1:
@@ -159,6 +163,10 @@ def plan(
         buffers += gathered * compute_bytes + max(around, 2 * layer) * (compute_bytes + MASTER_BYTES)
     linear = sum(value.numel() for name, value in model.named_parameters() if _is_linear(model, name))
     in_layers = 2 * tokens * linear + 4 * pairs * config.hidden_size * layers
+    if config.model_type == "coglm":  # whose last layer goes on where there are labels
+        after = {name: value for name, value in layers_of(model)[-1].named_parameters() if name.endswith(".weight")}
+        after = sum(value.numel() for name, value in after.items() if value.ndim == 2 and "query_key" not in name)
+        in_layers -= 2 * (tokens - logits) * after
     head = 2 * logits * config.vocab_size * config.hidden_size
     return Need(
         weights=own * MASTER_BYTES,
@@ -205,16 +213,17 @@ def saved_bytes(config, batch_size: int, mixed_precision: str, sharded: bool, de
     """
     with FakeTensorMode():
         counts = []
-        for layers in (1, 2):
+        for layers, whole in ((1, False), (2, False), (1, True)):
             shallow = type(config)(**{**config.to_dict(), "num_hidden_layers": layers})
             with _default_dtype(PRECISIONS.get(mixed_precision) if sharded else None):
                 model = _model_class(config)(shallow).train()
             with saved_for_backward(model) as found, _Like(device), _autocast(mixed_precision):
-                loss, states = _forward(model, batch_size)
+                loss, states = _forward(model, batch_size, whole)
             counts.append(sum(found.values()))
             del loss
     layer = counts[1] - counts[0]
-    return Saved(around=counts[0] - layer, layer=layer, states=states)
+    around = counts[2] - layer
+    return Saved(around=around, layer=layer, last=counts[0] - around, states=states)
 
 
 @contextlib.contextmanager
@@ -247,6 +256,10 @@ class _Like(TorchFunctionMode):
         if function is torch.Tensor.__getitem__ and torch.is_tensor(args[1]) and args[1].dtype == torch.bool:
             values, mask = args
             return values.flatten(0, mask.ndim - 1)[: mask.num_labelled].clone()
+        if self.on_cuda and function is torch.Tensor.is_cpu.__get__:
+            return False
+        if function is torch.Tensor.nonzero and hasattr(args[0], "num_labelled"):
+            return tuple(torch.zeros(args[0].num_labelled, dtype=torch.long) for _ in range(args[0].ndim))
         if function is torch.Tensor.ne and hasattr(args[0], "num_labelled"):
             result = function(*args, **kwargs)
             result.num_labelled = args[0].num_labelled
@@ -262,8 +275,11 @@ class _Like(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _forward(model: nn.Module, batch_size: int) -> tuple[torch.Tensor, int]:
-    """The loss as the scripts compute it, and the bytes of the states that go into the last layer."""
+def _forward(model: nn.Module, batch_size: int, whole: bool) -> tuple[torch.Tensor, int]:
+    """
+    The loss as the scripts compute it, and the bytes of the states that go into the last layer; `whole` has that layer
+    compute all of them.
+    """
     tokens, labelled, _ = batch_sizes(model.config, batch_size)
     length = tokens // batch_size
     ids = torch.zeros(batch_size, length, dtype=torch.long)
@@ -278,10 +294,8 @@ def _forward(model: nn.Module, batch_size: int) -> tuple[torch.Tensor, int]:
         lambda module, args, kwargs: states.append(next(filter(torch.is_tensor, (*args, *kwargs.values())))),
         with_kwargs=True,
     )
-    output = model(**arguments)
+    loss = model(**arguments, output_hidden_states=whole).label_losses.sum()
     handle.remove()
-    output.loss = None
-    loss = F.cross_entropy(output.logits, torch.zeros(labelled, dtype=torch.long), reduction="none").sum()
     return loss, states[0].numel() * states[0].element_size()
 
 

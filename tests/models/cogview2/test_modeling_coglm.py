@@ -13,6 +13,7 @@ from cogview_pipelines.models.cogview2.modeling_coglm import CogLMConfig, CogLMM
 from cogview_pipelines.models.cogview2.sequences import (
     caption,
     direct_super_resolution,
+    iterative_super_resolution,
     text_to_image,
 )
 
@@ -203,7 +204,39 @@ def test_loss_is_the_mean_over_the_labelled_positions():
         for index, token in enumerate(text)
     ]
     torch.testing.assert_close(output.loss, torch.stack(losses).mean())
+    torch.testing.assert_close(output.label_losses, torch.stack(losses))
     torch.testing.assert_close(output.logits, logits[sequence.labels != IGNORED_LABEL])
+
+
+@pytest.mark.parametrize("kind", [None, "iterative"])
+def test_the_last_layer_goes_on_where_there_are_labels_alone_with_the_same_losses_and_gradients(kind):
+    model = make_coglm(kind)
+    if kind is None:
+        arguments = text_to_image_arguments(model, MIXED_LENGTHS)
+        shape = arguments["input_ids"].shape
+    else:
+        shape = (4, model.config.canvas_length)
+        context = iterative_super_resolution(make_texts([1, 0, 3, 2]), model.config.num_text_slots)
+        arguments = {"canvas_ids": torch.full(shape, model.config.boi_token_id), "context": context}
+    labels = make_image_tokens(*shape, seed=2)
+    labels[:, ::3], labels[1] = IGNORED_LABEL, IGNORED_LABEL
+    rows, found = [], []
+    model.layers[-1].mlp.register_forward_pre_hook(lambda _, given: rows.append(given[0].shape[:-1].numel()))
+    for whole in (False, True):
+        output = model(**arguments, labels=labels, output_hidden_states=whole)
+        model.zero_grad()
+        output.loss.backward()
+        found.append(
+            (output, [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+        )
+    rows = [count for count in rows if count]  # of the context of a canvas, the last layer gives keys and values
+    assert rows == [int((labels != IGNORED_LABEL).sum()), labels.numel()]
+    (some, its), (every, all_of_them) = found
+    for name in ("loss", "label_losses", "logits"):
+        torch.testing.assert_close(getattr(some, name), getattr(every, name))
+    assert len(its) == len(all_of_them) > 20
+    for one, other in zip(its, all_of_them):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 @torch.no_grad()

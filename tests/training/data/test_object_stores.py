@@ -1,10 +1,14 @@
 """Token shards on an object store: fetched whole or not at all, into a cache that keeps its bound."""
 
 import dataclasses
+import functools
+import http.server
 import io
 import logging
 import multiprocessing
 import os
+import pathlib
+import threading
 import time
 
 import fsspec
@@ -206,6 +210,88 @@ def test_a_file_that_a_dead_process_left_makes_room_and_one_that_is_being_fetche
         with pytest.raises(DamagedShard, match=r"`data_cache_gb` .* has no room"):
             TokenShards(url, cache=cache, cache_gb=bound).tokens("low", [7])
         assert (cache / "busy.partial").exists()
+
+
+class WebServer(http.server.ThreadingHTTPServer):
+    """
+    A web server on loopback that serves a folder, without ranges of bytes; what was asked for is in `asked`.
+
+    Of names in `cut` the first answer breaks off in the middle.
+    """
+
+    def __init__(self, folder):
+        self.asked, self.cut = [], set()
+        super().__init__(("127.0.0.1", 0), functools.partial(_Handler, directory=folder))
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}/"
+
+
+class _Handler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        name = self.path.rpartition("/")[2]
+        self.server.asked.append(name)
+        if name not in self.server.cut:
+            return super().do_GET()
+        self.server.cut.remove(name)
+        content = (pathlib.Path(self.directory) / name).read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2])
+        self.close_connection = True
+        return None
+
+
+@pytest.fixture
+def web(local):
+    pytest.importorskip("aiohttp")
+    server = WebServer(local)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join(10)
+
+
+def test_a_web_server_is_read_as_a_folder_is_and_the_cache_keeps_its_bound(web, local, cache, tokenizer, monkeypatch):
+    config = TokenTrainConfig(output_dir="none", data=web.url, tokenizer="none", data_cache=str(cache))
+    data, plain = config.load_data(tokenizer), TokenData.load(local, tokenizer)
+    assert set(web.asked) == {"index.json"}
+    assert torch.equal(data.low[:], plain.low[:]) and data.captions[:] == plain.captions[:]
+    names = sorted(path.name for path in local.glob("*.safetensors"))
+    assert sorted(name for name in web.asked if name != "index.json") == names
+    bound, most = int(2.5 * largest(local)), []
+    copy = module.ShardCache._copy
+    monkeypatch.setattr(
+        module.ShardCache, "_copy", lambda self, *args: (most.append(held(self.folder)), copy(self, *args))[1]
+    )
+    web.asked.clear()
+    small = cache.with_name("small")
+    read_all(TokenShards(web.url, cache=small, cache_gb=bound / 1e9))
+    assert len(most) == len(web.asked) - 1 > NUM_SHARDS and max(most) <= bound and held(small) <= bound
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again_and_what_a_web_server_lacks_is_named(
+    web, local, cache, tokenizer
+):
+    web.cut = {"00001.safetensors", "00004.safetensors"}
+    read_all(TokenShards(web.url, cache=cache))
+    assert not web.cut and web.asked.count("00004.safetensors") == 2 and web.asked.count("00000.safetensors") == 1
+    (local / "00002.safetensors").unlink()
+    for path in cache.glob("*.shard"):
+        path.unlink()
+    with pytest.raises(DamagedShard, match=r"00002\.safetensors cannot be fetched .*tried 3 times.*--excluded_shards"):
+        read_all(TokenShards(web.url, cache=cache))
+    web.shutdown()
+    web.server_close()
+    with pytest.raises(ValueError, match=r"`data` http://127\.0\.0\.1:\d+/ has no index\.json that can be read"):
+        TokenData.load(web.url, tokenizer)
 
 
 def _read_in_process(url, cache, gigabytes):

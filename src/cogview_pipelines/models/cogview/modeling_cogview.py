@@ -20,6 +20,7 @@ from ..layers import (
     LazyDropout,
     TokenEmbedding,
     attention_bias,
+    dense_attention,
     pb_relaxed_attention,
     select_positions,
 )
@@ -165,11 +166,14 @@ class CogViewModelOutput(ModelOutput):
             `(batch_size, positions, tokens)`. While `labels` are given, only of the positions that have one:
             `(labelled, tokens)`, in order.
         hidden_states (`tuple[torch.Tensor]`, *optional*): The input of the first layer and the states after each.
+        label_losses (`torch.Tensor` of shape `(labelled,)`, *optional*): Cross-entropy of each label, in order, before
+            weights.
     """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
+    label_losses: torch.Tensor | None = None
 
 
 class RelaxedLayerNorm(nn.LayerNorm):
@@ -238,11 +242,11 @@ class CogViewAttention(DenseAttention):
                 bias = causal_bias(query, key)
             output = pb_relaxed_attention(query, key, value, bias, dropout, self.pb_relaxation_alpha)
         elif bias is not None or query.shape[2] == 1:
-            output = F.scaled_dot_product_attention(query, key, value, bias, dropout)
+            output = dense_attention(query, key, value, bias, dropout)
         elif query.shape[2] == key.shape[2]:
-            output = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+            output = dense_attention(query, key, value, dropout=dropout, is_causal=True)
         else:
-            output = F.scaled_dot_product_attention(query, key, value, causal_bias(query, key), dropout)
+            output = dense_attention(query, key, value, causal_bias(query, key), dropout)
         return output.transpose(1, 2).to(hidden_states.dtype)
 
 
@@ -437,7 +441,7 @@ class CogViewModel(WholeModelMixin, PreTrainedModel):
             output.logits = self.score(hidden_states[labelled], full_vocabulary)
             losses = F.cross_entropy(output.logits, labels[labelled], reduction="none")
             weights = torch.ones_like(losses) if label_weights is None else label_weights[labelled]
-            output.loss = (losses * weights).sum() / weights.sum()
+            output.loss, output.label_losses = (losses * weights).sum() / weights.sum(), losses
             return output
         if logits_positions is not None:
             hidden_states = select_positions(hidden_states, logits_positions)

@@ -154,11 +154,13 @@ class CogLMModelOutput(ModelOutput):
             `(batch_size, positions, tokens)`. While `labels` are given, only of the positions that have one:
             `(labelled, tokens)`, in order.
         hidden_states (`tuple[torch.Tensor]`, *optional*): The states after each layer.
+        label_losses (`torch.Tensor` of shape `(labelled,)`, *optional*): Cross-entropy of each label, in order.
     """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
+    label_losses: torch.Tensor | None = None
 
 
 class CogLMPreTrainedModel(WholeModelMixin, PreTrainedModel):
@@ -214,11 +216,11 @@ class CogLMPreTrainedModel(WholeModelMixin, PreTrainedModel):
 
     def _labelled_logits(
         self, hidden_states: torch.Tensor, labels: torch.Tensor, full_vocabulary: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean cross-entropy of the positions that have a label, and their logits."""
-        labelled = labels != IGNORED_LABEL
-        logits = self.logits(hidden_states[labelled], full_vocabulary)
-        return F.cross_entropy(logits, labels[labelled]), logits
+    ) -> dict[str, torch.Tensor]:
+        """Cross-entropy of states that have these labels, its mean, and their logits, as outputs call them."""
+        logits = self.logits(hidden_states, full_vocabulary)
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        return {"loss": losses.mean(), "logits": logits, "label_losses": losses}
 
 
 class CogLMModel(CogLMPreTrainedModel):
@@ -271,7 +273,7 @@ class CogLMModel(CogLMPreTrainedModel):
             text_attention_bias (`float`): Added to the scores of text keys, in all layers and heads.
             cache ([`KeyValueCache`], *optional*): The sequences are appended to it and attend to what it holds.
             labels (`torch.Tensor` of shape `(batch_size, length)`, *optional*): Target of each position, not shifted
-                here, -100 = none.
+                here, -100 = none: there, the last layer serves as keys and values alone.
             logits_positions (`torch.Tensor` of shape `(positions,)` or `(batch_size, positions)`, *optional*):
                 Compute logits at these positions only. The last layer, too, is left out elsewhere if they are the same
                 for the whole batch.
@@ -288,29 +290,35 @@ class CogLMModel(CogLMPreTrainedModel):
         bias = attention_bias(
             attention_mask, text_mask, text_attention_bias, self.dtype if cache is None else cache.dtype
         )
-        last_positions = positions_of_last_layer(logits_positions, labels, output_hidden_states)
+        labelled = None if labels is None else (labels != IGNORED_LABEL).nonzero(as_tuple=True)
+        last_positions = positions_of_last_layer(logits_positions, labelled, output_hidden_states)
         hidden_states = self.dropout(self.word_embeddings(input_ids) + self.position_embeddings(position_ids))
         states = []
         for layer in self.layers:
             positions = last_positions if layer.index == self.config.num_hidden_layers - 1 else None
             hidden_states = layer(hidden_states, bias, cache, positions=positions)
             states.append(hidden_states)
-        output = CogLMModelOutput(hidden_states=tuple(states) if output_hidden_states else None)
+        states = tuple(states) if output_hidden_states else None
         if labels is not None:
-            output.loss, output.logits = self._labelled_logits(hidden_states, labels, full_vocabulary)
-            return output
+            hidden_states = hidden_states if last_positions is not None else hidden_states[labelled]
+            outputs = self._labelled_logits(hidden_states, labels[labelled], full_vocabulary)
+            return CogLMModelOutput(hidden_states=states, **outputs)
         if logits_positions is not None and last_positions is None:
             hidden_states = select_positions(hidden_states, logits_positions)
-        output.logits = self.logits(hidden_states, full_vocabulary)
-        return output
+        return CogLMModelOutput(logits=self.logits(hidden_states, full_vocabulary), hidden_states=states)
 
 
 def positions_of_last_layer(
-    logits_positions: torch.Tensor | None, labels: torch.Tensor | None, output_hidden_states: bool
-) -> torch.Tensor | None:
-    """What the last layer has to compute, where all that is asked for is the logits of some positions."""
-    shared = logits_positions is not None and logits_positions.ndim == 1
-    return logits_positions if shared and labels is None and not output_hidden_states else None
+    logits_positions: torch.Tensor | None,
+    labelled: tuple[torch.Tensor, torch.Tensor] | None,
+    output_hidden_states: bool,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None:
+    """What the last layer has to compute, where all that is asked for is the logits or losses of some positions."""
+    if output_hidden_states:
+        return None
+    if labelled is not None:
+        return labelled
+    return logits_positions if logits_positions is not None and logits_positions.ndim == 1 else None
 
 
 for _public in (CogLMConfig, CogLMModel):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
-from ...generation.token_sequence import TokenSequence
+from ...generation.token_sequence import IGNORED_LABEL, TokenSequence
 from ...ops.key_set import KeySet
 from ...ops.local_attention import local_attention
 from ..adapters import fused_adapters, lent_parameters, plain_parameters
@@ -139,6 +139,7 @@ class CogLMCanvasModelOutput(ModelOutput):
             [`CogLMCanvasModel.logits`] makes them of, `(batch_size, cells, hidden_size)`.
         hidden_states (`tuple[torch.Tensor]`, *optional*): The states of the canvas after each layer.
         context (`CogLMContext`): The encoded context, to be passed to the next pass.
+        label_losses (`torch.Tensor` of shape `(labelled,)`, *optional*): Cross-entropy of each label, in order.
     """
 
     loss: torch.Tensor | None = None
@@ -146,6 +147,7 @@ class CogLMCanvasModelOutput(ModelOutput):
     last_hidden_state: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     context: CogLMContext | None = None
+    label_losses: torch.Tensor | None = None
 
 
 class CogLMCanvasLayer(SandwichLayer):
@@ -164,12 +166,12 @@ class CogLMCanvasLayer(SandwichLayer):
         hidden_states: torch.Tensor,
         bias: torch.Tensor | None = None,
         context: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None,
-        positions: torch.Tensor | None = None,
+        positions: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """
         The new states and, without a `context`, whose rows these then are, their keys and values.
 
-        With `positions`, an index tensor, only those states are computed; the others serve as keys and values.
+        With `positions`, as of [`SandwichLayer`], only those states are computed.
         """
         on_canvas = context is not None and self.config.super_resolution == "direct"
         attention = self.canvas_attention if on_canvas else self.attention
@@ -280,7 +282,7 @@ class CogLMCanvasModel(CogLMPreTrainedModel):
             context ([`TokenSequence`] or `CogLMContext`): What the canvas sees: as `sequences.py` makes it, or encoded
                 by an earlier pass.
             labels (`torch.Tensor` of shape `(batch_size, canvas_length)`, *optional*): Target of each cell, -100 =
-                none.
+                none: there, the last layer serves as keys and values alone.
             logits_positions (`torch.Tensor` of shape `(cells,)` or `(batch_size, cells)`, *optional*):
                 Compute logits of these cells only. The last layer, too, is left out elsewhere if they are the same for
                 the whole batch.
@@ -300,19 +302,19 @@ class CogLMCanvasModel(CogLMPreTrainedModel):
             )
         if isinstance(context, TokenSequence):
             context = self.encode_context(context)
-        last_positions = positions_of_last_layer(logits_positions, labels, output_hidden_states)
+        labelled = None if labels is None else (labels != IGNORED_LABEL).nonzero(as_tuple=True)
+        last_positions = positions_of_last_layer(logits_positions, labelled, output_hidden_states)
         hidden_states, states = self._run_canvas(canvas_ids, context, last_positions)
-        output = CogLMCanvasModelOutput(hidden_states=tuple(states) if output_hidden_states else None, context=context)
+        kept = {"hidden_states": tuple(states) if output_hidden_states else None, "context": context}
         if labels is not None:
-            output.loss, output.logits = self._labelled_logits(hidden_states, labels, full_vocabulary)
-            return output
+            hidden_states = hidden_states if last_positions is not None else hidden_states[labelled]
+            outputs = self._labelled_logits(hidden_states, labels[labelled], full_vocabulary)
+            return CogLMCanvasModelOutput(**kept, **outputs)
         if logits_positions is not None and last_positions is None:
             hidden_states = select_positions(hidden_states, logits_positions)
         if output_logits:
-            output.logits = self.logits(hidden_states, full_vocabulary)
-        else:
-            output.last_hidden_state = hidden_states
-        return output
+            return CogLMCanvasModelOutput(logits=self.logits(hidden_states, full_vocabulary), **kept)
+        return CogLMCanvasModelOutput(last_hidden_state=hidden_states, **kept)
 
     def logits(self, hidden_states: torch.Tensor, full_vocabulary: bool = False) -> torch.Tensor:
         """As in [`CogLMModel`], but iterative super-resolution multiplies in the model's dtype, as in the release."""
@@ -320,7 +322,10 @@ class CogLMCanvasModel(CogLMPreTrainedModel):
         return self._score(hidden_states, full_vocabulary, dtype)
 
     def _run_canvas(
-        self, canvas_ids: torch.Tensor, context: CogLMContext, last_positions: torch.Tensor | None
+        self,
+        canvas_ids: torch.Tensor,
+        context: CogLMContext,
+        last_positions: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The states after the last layer, and those after each."""
         self._require_backbone()

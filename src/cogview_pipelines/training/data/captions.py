@@ -12,7 +12,8 @@ from ...json_lines import parse_object
 from ...models.tokenization import CodesAndPiecesTokenizer
 
 LANGUAGES = ("en", "zh")
-MOST_LOOKED_AT = 2000  # captions, to say what is lost of them
+_NAMES = {"en": "English", "zh": "Chinese"}
+MOST_LOOKED_AT = 2000  # captions of each language, to say what is lost of them
 
 logger = logging.getLogger(__name__)
 
@@ -68,41 +69,41 @@ class TextLosses:
     What of some captions a model does not get to read.
 
     Args:
-        captions (`int`): Captions that were looked at.
-        cut (`int`): Those with more tokens than it takes.
-        longest (`int`): Tokens of the longest.
-        pieces (`int`): Tokens of all.
-        unknown (`int`): Those that stand for characters without a piece.
+        captions (`dict[str, int]`): Captions that were looked at, by language, as all that follows.
+        cut (`dict[str, int]`): Those with more tokens than it takes.
+        pieces (`dict[str, int]`): Tokens of all.
+        unknown (`dict[str, int]`): Those that stand for characters without a piece.
+        longest (`int`): Tokens of the longest caption.
         words (`dict[str, int]`): Parts of the texts that it does not know, and in how many captions they are.
     """
 
-    captions: int = 0
-    cut: int = 0
+    captions: Counter = field(default_factory=Counter)
+    cut: Counter = field(default_factory=Counter)
+    pieces: Counter = field(default_factory=Counter)
+    unknown: Counter = field(default_factory=Counter)
     longest: int = 0
-    pieces: int = 0
-    unknown: int = 0
     words: Counter = field(default_factory=Counter)
 
-    def count(self, text: str, tokenizer: CodesAndPiecesTokenizer, max_text_tokens: int | None) -> None:
+    def count(self, text: str, language: str, tokenizer: CodesAndPiecesTokenizer, max_text_tokens: int | None) -> None:
         """Look at a caption, for a model that takes so many tokens."""
         ids = tokenizer.encode(text)
-        self.captions += 1
+        self.captions[language] += 1
         self.longest = max(self.longest, len(ids))
-        self.cut += max_text_tokens is not None and len(ids) > max_text_tokens
-        self.pieces += len(ids)
-        self.unknown += ids.count(tokenizer.unk_token_id)
+        self.cut[language] += max_text_tokens is not None and len(ids) > max_text_tokens
+        self.pieces[language] += len(ids)
+        self.unknown[language] += ids.count(tokenizer.unk_token_id)
         self.words.update(set(tokenizer.unknown_parts(text)))
 
     def sentences(self, max_text_tokens: int | None) -> list[str]:
         """What is lost, in words; empty if nothing is."""
         told = []
-        if self.cut:
+        if self.cut.total():
             told.append(
-                f"{self.cut} of {self.captions} captions have more than {max_text_tokens} tokens (the longest "
-                f"{self.longest}): their ends are cut off."
+                f"Captions with more than {max_text_tokens} tokens (the longest has {self.longest}) are cut off: "
+                f"{_shares(self.cut, self.captions)}."
             )
-        if self.unknown:
-            told.append(f"{self.unknown} of {self.pieces} pieces ({self.unknown / self.pieces:.1%}) are unknown.")
+        if self.unknown.total():
+            told.append(f"Pieces that the tokenizer does not know: {_shares(self.unknown, self.pieces)}.")
         if self.words:
             shown = ", ".join(word for word, _ in self.words.most_common(8))
             more = f" and {len(self.words) - 8} more" if len(self.words) > 8 else ""
@@ -110,11 +111,20 @@ class TextLosses:
         return told
 
 
+def _shares(some: Counter, all_of_them: Counter) -> str:
+    """How many of how many, by language."""
+    return ", ".join(
+        f"{some[language]} of {count} ({some[language] / count:.1%}) in {_NAMES.get(language, language)}"
+        for language, count in all_of_them.items()
+        if count
+    )
+
+
 def tell_text_losses(
     captions: Sequence[dict], tokenizer: CodesAndPiecesTokenizer, max_text_tokens: int | None
 ) -> TextLosses:
     """
-    Say, as warnings, what of the captions of some pictures is lost: cut off, or unknown.
+    Say, as warnings, what of the captions of some pictures is lost, by language: cut off, or unknown.
 
     Args:
         captions (sequence of `dict`): By language, as `TokenData` has them. Of many, some are looked at:
@@ -123,10 +133,12 @@ def tell_text_losses(
         max_text_tokens (`int`, *optional*): What the model takes.
     """
     losses, pictures = TextLosses(), captions[:: -(-len(captions) // MOST_LOOKED_AT) or 1]
+    most = max(1, MOST_LOOKED_AT // max(1, len(pictures)))  # of a picture and language
     for picture in pictures:
-        texts = [text for language in LANGUAGES for text in picture.get(language, ())]
-        for text in texts[:: -(-len(texts) // max(1, MOST_LOOKED_AT // len(pictures))) or 1]:
-            losses.count(text, tokenizer, max_text_tokens)
+        for language in LANGUAGES:
+            texts = picture.get(language, ())
+            for text in texts[:: -(-len(texts) // most) or 1]:
+                losses.count(text, language, tokenizer, max_text_tokens)
     for sentence in losses.sentences(max_text_tokens):
         logger.warning(sentence)
     return losses

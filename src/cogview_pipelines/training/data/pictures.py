@@ -79,7 +79,7 @@ class PictureFolder(PicturePool):
 
     def batch(self, count: int, crop_size: int | None, multiple: int, generator: torch.Generator) -> torch.Tensor:
         """As [`PicturePool.batch`]."""
-        pool = PicturePool(self._squares(draw_indices(len(self.paths), count, generator).tolist()))
+        pool = PicturePool(self.squares(draw_indices(len(self.paths), count, generator).tolist()))
         windows = [
             PicturePool(pool.pictures[i : i + 1]).batch(1, crop_size, multiple, generator) for i in range(count)
         ]
@@ -87,9 +87,10 @@ class PictureFolder(PicturePool):
 
     def read(self, indices: Sequence[int]) -> torch.Tensor:
         """Whole pictures of these files: `(num, 3, size, size)`, float32 in 0..1."""
-        return self._squares(indices).float() / 255
+        return self.squares(indices).float() / 255
 
-    def _squares(self, indices: Sequence[int]) -> torch.Tensor:
+    def squares(self, indices: Sequence[int]) -> torch.Tensor:
+        """Whole pictures of these files, as RGB bytes: `(num, 3, size, size)`."""
         sides = (self.size, self.size)
         images = [ImageOps.fit(on_white(self._read(index)), sides, Image.Resampling.BICUBIC) for index in indices]
         return torch.stack([to_bytes(image) for image in images])

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from ...json_lines import dump_line
 from ..run_folder import file_digest, partial_path, set_modes, write_json
@@ -134,6 +134,8 @@ def write_shard(
             "weight": float(ends[-1]) if ends is not None else float(len(rows) * rows[0].get("weight", 1.0)),
             "num_styles": sum("style" in row for row in rows),
         }
+    else:
+        path.unlink(missing_ok=True)
     write_json(receipt, note)
 
 
@@ -255,13 +257,46 @@ def write_index(folder: str | Path, num_shards: int, required: bool = True) -> C
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
-def read_hashes(folder: str | Path, number: int) -> list[int]:
-    """The hashes of the pictures of a shard, where they were noted."""
+def read_hashes(folder: str | Path, number: int) -> np.ndarray:
+    """The hashes of the pictures of a shard, where they were noted: `(num_pictures,)` uint64."""
     path = Path(folder) / f"{shard_name(number)}.safetensors"
-    if not path.is_file():
-        return []
-    with safe_open(path, "np") as file:
-        return file.get_tensor("picture_hashes").tolist() if "picture_hashes" in list(file.keys()) else []
+    if path.is_file():
+        with safe_open(path, "np") as file:
+            if "picture_hashes" in list(file.keys()):
+                return file.get_tensor("picture_hashes")
+    return np.empty(0, dtype=np.uint64)
+
+
+def drop_pictures(folder: str | Path, number: int, dropped: Sequence[int], reason: str) -> None:
+    """
+    Write a shard anew without some of its pictures.
+
+    Args:
+        folder (`str` or `Path`): The folder of shards.
+        number (`int`): Of the shard.
+        dropped (sequence of `int`): The numbers of these pictures in it.
+        reason (`str`): What they are counted as in its report.
+    """
+    path = Path(folder) / f"{shard_name(number)}.safetensors"
+    note, arrays = _read_receipt(path.with_suffix(".json")), load_file(path)
+    assert note is not None
+    text, starts = arrays["captions"].tobytes(), arrays["caption_starts"].tolist()
+    weights = [note["weight"] / note["num_pictures"]] * note["num_pictures"]
+    if not note["equal_weights"]:
+        weights = np.diff(arrays["weight_ends"], prepend=0.0).tolist()
+    gone = set(dropped)
+    kept = [each for each in range(note["num_pictures"]) if each not in gone]
+    write_shard(
+        folder,
+        number,
+        {name: arrays[name][kept] for name in TOKEN_ARRAYS if name in arrays},
+        [{**json.loads(text[starts[each] : starts[each + 1]]), "weight": weights[each]} for each in kept],
+        made_of=note["made_of"],
+        num_codes=note["num_codes"],
+        dtype=arrays["low"].dtype.type,
+        report={**note["report"], reason: note["report"].get(reason, 0) + len(gone)},
+        picture_hashes=arrays["picture_hashes"][kept],
+    )
 
 
 def is_shard_folder(folder: str | Path) -> bool:
