@@ -15,9 +15,10 @@ import functools
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
+    from importlib.abc import Loader
     from importlib.machinery import ModuleSpec
 
 PACKAGE = __name__.split(".")[0]
@@ -161,7 +162,7 @@ class _Finder:
             spec = None if finder is self else finder.find_spec(name, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = _Loader(spec.loader, add)
+                    spec.loader = cast("Loader", _Loader(spec.loader, add))  # in all that is asked of one
                 return spec
         return None
 

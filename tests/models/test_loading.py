@@ -110,3 +110,24 @@ def test_image_tokenizers_that_take_for_ever_to_build_are_refused(count):
         IcetkVQConfig(num_res_blocks=count)
     with pytest.raises(ValueError, match="`num_halvings` must be"):
         CogViewVQConfig(num_halvings=count)
+
+
+GRIDS = [
+    (CogLMConfig, "image_grid"),
+    (CogViewConfig, "image_grid"),
+    (CogLMCanvasConfig, "fine_grid"),
+    (CogLMCanvasConfig, "kernel_size"),
+    (CogLMCanvasConfig, "cross_kernel_size"),
+]
+
+
+@pytest.mark.parametrize(("config", "name"), GRIDS)
+@pytest.mark.parametrize("value", [(4,), (4, 4, 4), (4, 0), (-4, 4), (4.0, 4), 4, "ab", None])
+def test_what_is_no_grid_is_refused_by_its_name(config, name, value):
+    with pytest.raises(ValueError, match=rf"`{name}` must be two whole numbers from 1 on, but is "):
+        config(**{name: value})
+
+
+@pytest.mark.parametrize(("config", "name"), GRIDS)
+def test_a_grid_is_a_pair_however_it_came(config, name):
+    assert getattr(config(**{name: [20, 20]}), name) == (20, 20)

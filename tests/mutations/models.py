@@ -291,4 +291,11 @@ MUTATIONS = [
         'tensors["quantize.embedding.weight"].float()',
         "models/image_tokenizers/test_llamagen.py::test_tokens_and_pixels_are_those_of_the_release",
     ),
+    Mutation(
+        "configuration: a grid of nothing",
+        "models/loading.py",
+        "if rows < 1 or columns < 1:",
+        "if rows < 0 or columns < 0:",
+        "models/test_loading.py::test_what_is_no_grid_is_refused_by_its_name",
+    ),
 ]

@@ -383,7 +383,7 @@ def _captions(pipe, pictures: list, arguments: dict, seeds: list[int]) -> list[l
         drawn, arguments = _for_cogview(arguments)
     else:
         arguments = {"num_candidates": DEFAULT_CANDIDATES, **arguments}
-        drawn = {"sample": count, "best_of": arguments["num_candidates"]}.get(arguments.get("strategy"), 0)
+        drawn = {"sample": count, "best_of": arguments["num_candidates"]}.get(str(arguments.get("strategy")), 0)
     check_taken(pipe, arguments)
     generators = [torch.Generator().manual_seed(seed + index) for seed in seeds for index in range(drawn)]
     output = pipe(pictures, generator=generators or None, **arguments)

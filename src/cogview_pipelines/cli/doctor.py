@@ -2,6 +2,7 @@
 
 import json
 import platform
+from typing import Any
 
 import typer
 
@@ -16,7 +17,7 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="Print one line of
     from ..ops.decode_step import decode_step_refusals
     from ..ops.native import build_info
 
-    report = {
+    report: dict[str, Any] = {
         "versions": versions(),
         "optional": optional_versions(),
         "platform": platform.platform(),

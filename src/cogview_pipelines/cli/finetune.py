@@ -187,7 +187,7 @@ class Job:
             index = dict(CogView2Pipeline.load_config(self.model))
         except Exception as error:  # whatever a damaged file or the Hub makes the loaders raise
             fail(f"`--model`: {self.model} cannot be read: {first_line(error)}")
-        if SAVED_AS.get(index.get("_class_name")) != "cogview2":
+        if SAVED_AS.get(str(index.get("_class_name"))) != "cogview2":
             fail(f"`--model`: {self.model} holds a {index.get('_class_name')}; this command takes a CogView2Pipeline.")
         return index
 
@@ -336,7 +336,8 @@ class Job:
     def _join_adapters(self, asked: dict) -> None:
         from ..loaders.lora_files import read_lora, write_lora
 
-        weights, configs = {}, {}
+        weights: dict[str, dict] = {}
+        configs: dict[str, dict] = {}
         for stage in asked["stages"]:
             own, config = read_lora(self.work / stage / "final", [*COMPONENTS.values()])
             weights, configs = weights | own, configs | config

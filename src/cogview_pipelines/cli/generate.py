@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -78,7 +78,7 @@ class Job:
         return {"prompt": self.prompt, "seed": seed, "settings": self.settings, **chosen}
 
 
-def _split_numbers(text: str | None) -> int | list[int] | None:
+def _split_numbers(text: str | None) -> int | str | list[int | str] | None:
     """`"60"` to 60 and `"60,40,40"` to a list; what is no number is left to be reported."""
     if text is None:
         return None
@@ -261,7 +261,7 @@ def _choose_paths(output: Path, requests: list[Request], grid: bool) -> list[Pat
         return [_free(output, f"{slug(requests[0].prompt)}-{requests[0].seed}-grid", set())]
     taken: set[str] = set()
     return [
-        _free(output, f"{slug(request.prompt)}-{request.seed + index}", taken)
+        _free(output, f"{slug(request.prompt)}-{choose_seed(request.seed) + index}", taken)
         for request in requests
         for index in range(request.num_images)
     ]
@@ -345,7 +345,7 @@ class _List:
 
         def made_from(job: Job, metadata: dict) -> bool:
             selection = metadata.get("post_selection") or {}
-            wanted = {"prompt": job.prompt, "settings": job.settings}
+            wanted: dict[str, Any] = {"prompt": job.prompt, "settings": job.settings}
             wanted |= {name: common.get(name) for name in ("model", "model_fingerprint", "lora")}
             return (
                 selection.get("num_candidates") == job.num_candidates

@@ -314,6 +314,7 @@ class _Run:
         failed = LineFailures(len(jobs))
         with failures(), manifest_of(folder, jobs, kept) as add_line:
             for job in missing:
+                assert pipe is not None
                 warn_of_unknown(pipe.tokenizer, job.request.prompt, f"the prompt of {job.request.where}")
                 try:
                     for file, image, metadata in self._results(pipe, job, *_read(job.request)):

@@ -16,7 +16,7 @@ ONLY_COGVIEW = CogViewSamplingSettings.declared().keys() - SamplingSettings.decl
 def setting_option(name: str) -> Any:
     """The option for a setting of sampling. The pipelines check its bounds, too; a count shows them in the help."""
     setting = DECLARED[name]
-    bounds = {"min": int(setting.least), "max": int(setting.most)} if setting.is_whole else {}
+    bounds: dict[str, Any] = {"min": int(setting.least), "max": int(setting.most)} if setting.is_whole else {}
     help = f"CogView only: {setting.help}" if name in ONLY_COGVIEW else setting.help
     return typer.Option(None, help=help, **({} if setting.is_per_pass else bounds))
 

@@ -30,8 +30,11 @@ _ERRORS_OF_ONE_NAME = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.EIS
 class PictureJob(Protocol):
     """What makes some pictures: the id of its request, and where they are saved."""
 
-    id: str
     paths: list[Path]
+
+    @property
+    def id(self) -> str:
+        """Of the request."""
 
 
 Job = TypeVar("Job", bound=PictureJob)

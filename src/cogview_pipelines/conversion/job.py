@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -122,7 +123,7 @@ class Job:
             shutil.rmtree(folder)
         self.enter(component, {"source_id": source_id(component)}, self.save_small(component, save))
 
-    def load(self, component: str, component_class: type):
+    def load(self, component: str, component_class: Any):
         """A component, or its configuration, of the folder, which may have been damaged since it was written."""
         folder = self.output / component
         return load_component(folder, component_class, " Delete it, and convert it again.")
@@ -177,7 +178,7 @@ class Job:
                 sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
         if not sizes:
             raise ConversionError(f"{name} holds integers only, so it is no model.")
-        main_dtype = dtype or max(sizes, key=sizes.get)
+        main_dtype = dtype or max(sizes, key=lambda kind: sizes[kind])
         config.architectures = [model_class.__name__]
         config.dtype = main_dtype
         total = sum(tensor.nbytes for tensor in tensors.values())
@@ -234,7 +235,7 @@ def check_file(path: Path, argument: str) -> None:
         raise ConversionError(f"`{argument}` {path} {foreign}")
 
 
-def load_component(folder: Path, component_class: type, what_to_do: str = ""):
+def load_component(folder: Path, component_class: Any, what_to_do: str = ""):
     """
     What a class makes of a folder, whose files are not to be trusted.
 
@@ -319,7 +320,9 @@ def read_record(output: Path) -> dict:
 
 
 def _is_entry(name: str, entry: object) -> bool:
-    files = entry.get("files") if isinstance(entry, dict) else None
+    if not isinstance(entry, dict):
+        return False
+    files = entry.get("files")
     return (
         isinstance(files, dict)
         and isinstance(entry.get("source_id"), str)

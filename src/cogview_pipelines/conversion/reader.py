@@ -52,6 +52,28 @@ class Archive(Protocol):
 # Tensors on disk ----------------------------------------------------------------------------------------------------
 
 
+class ReadableTensor(Protocol):
+    """What [`StoredTensor`] and its like have in common: a tensor that is read when it is needed, or part by part."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the elements."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As in torch."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the elements in bytes."""
+
+    def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+        """The elements in row-major order, some bytes at a time; every chunk holds whole elements."""
+
+    def read(self) -> torch.Tensor:
+        """The tensor, in memory."""
+
+
 @dataclass
 class StoredTensor:
     """

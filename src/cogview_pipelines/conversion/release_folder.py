@@ -72,7 +72,7 @@ def write_checkpoint(target: Path, tensors: Mapping[str, torch.Tensor], step: st
     if partial.exists():
         shutil.rmtree(partial)
     (partial / step).mkdir(parents=True)
-    save_state_dict(tensors, partial / step / WEIGHTS_FILE)
+    save_state_dict(dict(tensors), partial / step / WEIGHTS_FILE)
     for name, text in texts.items():
         (partial / name).write_text(text)
     partial.replace(target)

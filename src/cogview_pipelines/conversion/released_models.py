@@ -13,13 +13,13 @@ import shutil
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from ..foreign_files import describe_foreign, describe_foreign_file
-from .reader import CHUNK_BYTES, ZIP_ERRORS, ConversionError, LoadedTensor, StoredTensor, read_module, zip_entries
+from .reader import CHUNK_BYTES, ZIP_ERRORS, ConversionError, ReadableTensor, read_module, zip_entries
 
 WEIGHTS_FILE = "mp_rank_00_model_states.pt"
 CONFIG_FILE = "model_config.json"
@@ -46,13 +46,13 @@ class ReleasedModel:
     path: Path
     iteration: str
     config: dict
-    ranks: list[dict[str, StoredTensor | LoadedTensor]]
+    ranks: list[dict[str, ReadableTensor]]
     others: list[str]
     fingerprint: object
     size: int
 
     @property
-    def tensors(self) -> dict[str, StoredTensor | LoadedTensor]:
+    def tensors(self) -> dict[str, ReadableTensor]:
         """The state dict of a checkpoint in one piece."""
         (tensors,) = self.ranks
         return tensors
@@ -106,13 +106,14 @@ class _Found:
     path: Path
     iteration: str
     config: dict
-    files: list[tuple[BinaryIO, str, int]]
+    files: Sequence[tuple[BinaryIO, str, int]]
 
     def read(self) -> ReleasedModel:
-        ranks, others, fingerprints = [], [], []
+        ranks: list[dict[str, ReadableTensor]] = []
+        others, fingerprints = [], []
         for file, name, _ in self.files:
             tensors, left_out, fingerprint = read_module(file, name)
-            ranks.append(tensors)
+            ranks.append({**tensors})
             others += [other for other in left_out if other not in others]
             fingerprints.append(fingerprint)
         fingerprint = fingerprints[0] if len(fingerprints) == 1 else fingerprints
@@ -143,10 +144,10 @@ def _open_files(path: Path, files: "_Folder | _Zip | _Tar") -> _Found:
     latest, config = _locate(files.names, path)
     iteration = files.read_small(latest).decode(errors="replace").strip()
     ranks = _rank_names(files.names, latest, iteration, path)
-    config = _read_config(files.read_small(config) if config else None, path)
+    settings = _read_config(files.read_small(config) if config else None, path)
     opened = [files.open(name) for name in ranks]
     names = [str(path)] if len(ranks) == 1 else [f"{path}: {name}" for name in ranks]
-    return _Found(path, iteration, config, [(file, name, size) for (file, size), name in zip(opened, names)])
+    return _Found(path, iteration, settings, [(file, name, size) for (file, size), name in zip(opened, names)])
 
 
 def _locate(names: list[str], path: Path) -> tuple[str, str | None]:
@@ -291,11 +292,13 @@ class _Tar:
         except Exception as error:  # tarfile lets many kinds through for damaged headers
             raise ConversionError(f"{self.path}: {name} cannot be unpacked ({error}). Fetch the tar again.") from error
 
-    def _read(self, name: str) -> BinaryIO:
-        return self.archive.extractfile(self.members[name])
+    def _read(self, name: str) -> IO[bytes]:
+        file = self.archive.extractfile(self.members[name])
+        assert file is not None  # the members are files
+        return file
 
 
-def _unpack(source: BinaryIO, size: int, name: str, archive: "_Zip | _Tar") -> tuple[BinaryIO, int]:
+def _unpack(source: IO[bytes], size: int, name: str, archive: "_Zip | _Tar") -> tuple[BinaryIO, int]:
     """A compressed entry as a file in the scratch folder, for as long as the archive is open."""
     folder = Path(archive.stack.enter_context(tempfile.TemporaryDirectory(prefix=".unpacked-", dir=archive.scratch)))
     if shutil.disk_usage(folder).free < size + 2**28:

@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 
 from ..foreign_files import describe_foreign_file
 from .errors import ConversionError
-from .reader import CHUNK_BYTES, LoadedTensor, StoredTensor
+from .reader import CHUNK_BYTES, ReadableTensor
 
-Tensors = Mapping[str, StoredTensor | LoadedTensor]
+Tensors = Mapping[str, ReadableTensor]
 PROGRESS_FILE = "conversion_progress.json"
 _DTYPE_NAMES = {
     torch.float64: "F64",
@@ -46,7 +46,7 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def hash_tensor(tensor: StoredTensor | LoadedTensor) -> str:
+def hash_tensor(tensor: ReadableTensor) -> str:
     """SHA-256 of dtype, shape and elements."""
     digest = _start_hash(tensor)
     for chunk in tensor.chunks():
@@ -76,7 +76,8 @@ def write_json(path: Path, content: object) -> None:
 
 def plan_shards(tensors: Tensors, max_shard_size: int, dtype: torch.dtype | None) -> list[list[str]]:
     """Names of the tensors of each shard, in order; a tensor larger than `max_shard_size` gets a shard of its own."""
-    shards, size = [[]], 0
+    shards: list[list[str]] = [[]]
+    size = 0
     for name, tensor in tensors.items():
         nbytes = _target_bytes(tensor, dtype)
         if shards[-1] and size + nbytes > max_shard_size:
@@ -87,11 +88,11 @@ def plan_shards(tensors: Tensors, max_shard_size: int, dtype: torch.dtype | None
     return shards
 
 
-def _target_dtype(tensor: StoredTensor | LoadedTensor, dtype: torch.dtype | None) -> torch.dtype:
+def _target_dtype(tensor: ReadableTensor, dtype: torch.dtype | None) -> torch.dtype:
     return dtype if dtype is not None and tensor.dtype.is_floating_point else tensor.dtype
 
 
-def _target_bytes(tensor: StoredTensor | LoadedTensor, dtype: torch.dtype | None) -> int:
+def _target_bytes(tensor: ReadableTensor, dtype: torch.dtype | None) -> int:
     return tensor.nbytes // tensor.dtype.itemsize * _target_dtype(tensor, dtype).itemsize
 
 
@@ -111,7 +112,8 @@ def write_shard(
     Returns:
         `tuple[str, dict[str, str]]`: SHA-256 of the file, and of each tensor as it was read.
     """
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for name, tensor in tensors.items():
         end = offset + _target_bytes(tensor, dtype)
         header[name] = {
@@ -259,7 +261,7 @@ def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
                 raise ValueError("it names files of other folders")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConversionError(f"{index} is damaged ({type(error).__name__}: {str(error)[:200]}).") from error
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name in names:
         path = folder / name
         if not path.is_file():

@@ -63,9 +63,11 @@ class CaptionReading:
         """What the caption asks for, or `None` if it does not name one or two different things."""
         if len(self.objects) not in (1, 2) or len(set(self.objects)) < len(self.objects):
             return None
-        relations = ()
-        if len(self.objects) == 2:
-            relations = {None: tuple(RELATIONS), "beside": BESIDE}.get(self.relation, (self.relation,))
+        relations: tuple[str, ...] = ()
+        if len(self.objects) == 2 and self.relation is None:
+            relations = tuple(RELATIONS)
+        elif len(self.objects) == 2 and self.relation is not None:
+            relations = BESIDE if self.relation == "beside" else (self.relation,)
         return Request(self.objects, relations, self.style, self.background)
 
 
@@ -95,10 +97,11 @@ def read_caption(text: str, language: str) -> CaptionReading:
         if match is None:
             readable = False
             match = _ANY_WORD[language].match(text, place)
-        kind, name = meanings.get(match[0], (None, None))
+            assert match is not None  # one character at least
+        kind, name = meanings.get(match[0], ("", ""))
         if kind in found:
             found[kind].append(name)
-        elif kind is not None:
+        elif kind:
             marks.append((kind, name))
         place = match.end()
         refers_back |= kind == "place" and _IT.match(text, place) is not None

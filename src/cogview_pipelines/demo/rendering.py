@@ -22,7 +22,8 @@ def slot_boxes(scene: Scene, size: int) -> list[tuple[float, float, float]]:
     """
     Left, top and side, in pixels, of the square that each object of the scene fills in a picture of `size` pixels.
     """
-    return [tuple(value * size / GRID for value in SLOTS[slot]) for slot in scene.slots]
+    boxes = (SLOTS[slot] for slot in scene.slots)
+    return [(left * size / GRID, top * size / GRID, side * size / GRID) for left, top, side in boxes]
 
 
 def resize_rgba(image: Image.Image, size: int) -> Image.Image:

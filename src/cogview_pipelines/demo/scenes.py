@@ -6,7 +6,7 @@ held-out splits.
 import json
 import random
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import permutations, product
@@ -308,6 +308,7 @@ def iterate_scenes(scope: Scope, layout: str | None = None, split_name: str | No
         split_name (`str`, *optional*): Only scenes of this split, with `"validation"` set apart from `"train"`.
     """
     _check_choice(scope, layout, split_name)
+    stories: Iterable[tuple[tuple[str, ...], str | None]]
     for chosen in scope.layouts if layout is None else (layout,):
         if chosen == "single":
             stories = (((hexcode,), None) for hexcode in scope.concepts)
@@ -369,7 +370,8 @@ def sample_scenes(
     Raises:
         ValueError: If there are not so many different pictures.
     """
-    rng, scenes, missed = random.Random(seed), {}, 0
+    rng, missed = random.Random(seed), 0
+    scenes: dict[Scene, Scene] = {}
     if layout is not None and _num_candidates(scope, layout) <= _POOL_LIMIT:
         _check_choice(scope, layout, split_name)
         pool = _pool(scope, layout, split_name)

@@ -175,8 +175,9 @@ class _Noise:
 
 def _padded(texts: list[list[int]], num_slots: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Right-aligned ids, positions, and where text is; `(texts, num_slots)` each."""
-    ids, positions = np.zeros((2, len(texts), num_slots), np.int64)
-    is_text = np.zeros((len(texts), num_slots), bool)
+    ids: np.ndarray = np.zeros((len(texts), num_slots), np.int64)
+    positions: np.ndarray = np.zeros_like(ids)
+    is_text: np.ndarray = np.zeros((len(texts), num_slots), bool)
     for row, text in enumerate(texts):
         start = num_slots - len(text)
         ids[row, start:], positions[row, start:], is_text[row, start:] = text, np.arange(len(text)), True
@@ -189,12 +190,12 @@ def text_to_image(texts: list[list[int]], known: dict, text_attention_bias: floa
     of it for what comes later, `(texts, length)`.
     """
     ids, positions, is_text = _padded(texts, max(map(len, texts)))
-    start = np.ones((len(texts), 1), np.int64)
+    start: np.ndarray = np.ones((len(texts), 1), np.int64)
     ids = np.concatenate([ids, known["boi_token_id"] * start], 1)
     positions = np.concatenate([positions, known["image_position"] * start], 1)
     is_text, is_padding = np.pad(is_text, ((0, 0), (0, 1))), np.pad(~is_text, ((0, 0), (0, 1)))
     length = ids.shape[1]
-    own = np.eye(length, dtype=bool)
+    own: np.ndarray = np.eye(length, dtype=bool)
     seen = (is_text[:, None] & ~is_padding[:, :, None]) | (is_padding[:, :, None] & own)
     seen[:, -1, -1] = True
     bias, masked = is_text * np.float32(text_attention_bias), np.float32(known["masked_score"])
@@ -258,7 +259,7 @@ def sample_cluster_tokens(
 ) -> np.ndarray:
     """First one of the heaviest clusters, then a code in it."""
     logits = logits / np.float32(temperature)
-    masses = np.zeros((len(logits), num_clusters), np.float32)
+    masses: np.ndarray = np.zeros((len(logits), num_clusters), np.float32)
     for row, probabilities in zip(masses, _softmax(logits)):
         np.add.at(row, labels, probabilities)
     top_k = min(top_k, num_clusters)

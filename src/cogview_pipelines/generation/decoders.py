@@ -11,6 +11,7 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import nn
@@ -440,6 +441,7 @@ def encode_context(
         full_vocabulary=full_vocabulary,
     ).logits[:, -1]
     bias = attention_bias(context.key_mask[:, None], context.text_mask, text_attention_bias, cache.dtype)
+    assert bias is not None  # a mask was given
     return cache, bias[:, 0], logits
 
 
@@ -553,7 +555,7 @@ class Decoding:
         )
         if self._static is None or self._static[0] != key:
             self._static = None
-            ways = {"compile": self.compile, "cuda_graph": self.cuda_graph, "width": width}
+            ways: dict[str, Any] = {"compile": self.compile, "cuda_graph": self.cuda_graph, "width": width}
             self._static = key, StaticDecoder(model, num_sequences, longest, full_vocabulary, device, **ways)
         return self._static[1]
 
@@ -566,8 +568,10 @@ def _tell_once(reason: str) -> None:
 
 
 # Of modules: what decoders rely on, besides their class and weights.
-_SETTINGS = ("eps", "p", "dropout", "index", "num_heads", "pb_relaxation_alpha", "training")
-_SETTINGS += ("_disable_adapters", "_active_adapter")
+_SETTINGS = (
+    *("eps", "p", "dropout", "index", "num_heads", "pb_relaxation_alpha", "training"),
+    *("_disable_adapters", "_active_adapter"),
+)
 
 
 def _state(model: nn.Module) -> tuple:

@@ -211,7 +211,8 @@ class _Beams:
         Returns:
             `tuple[list[int], list[int]]`: From which beam each goes on, and its token; zeros where none goes on.
         """
-        kept, rows, tokens = [], [], []
+        kept: list[tuple[float, tuple[list[int], list[float]]]] = []
+        rows, tokens = [], []
         for total, index, score in choices:
             if total == float("-inf"):
                 break

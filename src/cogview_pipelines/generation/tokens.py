@@ -184,6 +184,7 @@ def _write_at_own_pace(task: _Task, window: Window) -> torch.Tensor:
     decoder, logits = task.begin()
     entries, context_length = task.entries, decoder.cache.length
     rows = torch.arange(len(entries), device=entries.device)
+    assert task.is_known is not None
     is_wanted = ~task.is_known
     counts = is_wanted.sum(1)
     num_steps = int(counts.max())

@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.utils import logging
@@ -17,6 +17,11 @@ from ..models import adapters
 from .adapter_card import write_adapter_card
 from .lora_files import WEIGHT_NAME, read_lora, write_lora
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline as Mixed  # what the mixin is part of
+else:
+    Mixed = object
+
 logger = logging.get_logger(__name__)
 
 # In the folder of a saved pipeline: its adapters, one file each, and by how much they count.
@@ -25,7 +30,7 @@ LORA_FOLDER, LORA_INDEX = "lora", "adapters.json"
 AdapterWeights = float | Mapping[str, float] | Sequence[float | Mapping[str, float] | None] | None
 
 
-class LoraLoaderMixin:
+class LoraLoaderMixin(Mixed):
     """
     A pipeline whose stages take adapters, as those of diffusers do.
 

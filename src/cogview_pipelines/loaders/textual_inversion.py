@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,6 +12,11 @@ from torch import nn
 from ..models.learned_tokens import check_new_token, initial_row, set_token
 from ..pictures.png import write_whole
 from .lora_files import damaged, find_weights
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline as Mixed  # what the mixin is part of
+else:
+    Mixed = object
 
 EMBEDDING_NAME = "learned_embeds.safetensors"
 INITIALIZER_KEY = "initializer"
@@ -33,7 +39,7 @@ def write_learned_token(folder: str | os.PathLike, token: str, row: torch.Tensor
     return folder / EMBEDDING_NAME
 
 
-class TextualInversionLoaderMixin:
+class TextualInversionLoaderMixin(Mixed):
     """A pipeline that takes learned words, as those of diffusers do."""
 
     def load_textual_inversion(

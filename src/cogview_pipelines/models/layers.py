@@ -152,9 +152,10 @@ class LazyDropout(nn.Dropout):
         return super().forward(hidden_states) if self.training else hidden_states
 
 
-class SandwichLayer(GradientCheckpointingLayer):
+class SandwichParts(GradientCheckpointingLayer):
     """
-    One layer in Sandwich-LN order: a norm before each sub-layer, and another between it and the residual addition.
+    The parts of a layer in Sandwich-LN order: a norm before each sub-layer, and another between it and the residual
+    addition. What attends to what is up to the classes that are made of them.
 
     Args:
         config (`PreTrainedConfig`): Of the model: `hidden_size`, `intermediate_size`, `num_attention_heads`,
@@ -176,21 +177,6 @@ class SandwichLayer(GradientCheckpointingLayer):
         self.mlp = FeedForward(config)
         self.mlp_output_layernorm = norm_class(**norm)
         self.dropout = LazyDropout(config.hidden_dropout)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        cache: LayerCache | None = None,
-        positions: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        """
-        The new states; with `positions`, of those only: the others serve as keys and values. They are an index, the
-        same for all sequences; or indices of sequences and of positions in them, and the states are `(number, width)`.
-        """
-        states, norm = self.before_attention(self.attention, hidden_states)
-        attended, _, _ = self.attention(states, bias, cache, self.index, norm)
-        return self.after_attention(self.attention, hidden_states, attended, positions)
 
     def before_attention(
         self, attention: DenseAttention, hidden_states: torch.Tensor
@@ -228,6 +214,25 @@ class SandwichLayer(GradientCheckpointingLayer):
         if not self.dropout.training and fuses(inputs, layer, norm, inside=[self.dropout]):
             return fused_linear(inputs, layer, output_norm=norm, residual=hidden_states)
         return hidden_states + norm(self.dropout(layer(inputs)))
+
+
+class SandwichLayer(SandwichParts):
+    """A layer whose rows attend to those of the same sequence and to what a cache holds of it."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        cache: LayerCache | None = None,
+        positions: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """
+        The new states; with `positions`, of those only: the others serve as keys and values. They are an index, the
+        same for all sequences; or indices of sequences and of positions in them, and the states are `(number, width)`.
+        """
+        states, norm = self.before_attention(self.attention, hidden_states)
+        attended, _, _ = self.attention(states, bias, cache, self.index, norm)
+        return self.after_attention(self.attention, hidden_states, attended, positions)
 
 
 class TokenEmbedding(nn.Embedding):
@@ -272,6 +277,7 @@ def attention_bias(
     if text_mask is not None and text_attention_bias:
         bias = (text_mask * text_attention_bias)[:, None, None]
     else:
+        assert attention_mask is not None
         bias = torch.zeros((), device=attention_mask.device)
     if attention_mask is not None:
         bias = torch.where(attention_mask[:, None], bias, torch.finfo(dtype).min / 2)

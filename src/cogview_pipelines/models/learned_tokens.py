@@ -39,6 +39,7 @@ class LearnedTokens(nn.Module):
     ) -> torch.Tensor:
         """As [`TokenEmbedding`], with the new tokens."""
         if hidden_states is None:
+            assert input_ids is not None
             is_new = input_ids >= self.first_id
             old = self.table(input_ids.masked_fill(is_new, 0))
             new = F.embedding((input_ids - self.first_id).clamp(0, len(self.rows) - 1), self.rows)

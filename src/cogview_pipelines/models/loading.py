@@ -2,7 +2,7 @@
 
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -72,6 +72,22 @@ class WholeModelMixin:
 def _shortened(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")
+
+
+def check_grid(name: str, value: Sequence[int]) -> tuple[int, int]:
+    """
+    Rows and columns of a configuration, or height and width.
+
+    Raises:
+        ValueError: If the value is not two whole numbers from 1 on.
+    """
+    try:
+        rows, columns = map(operator.index, value)
+    except (TypeError, ValueError):
+        rows = columns = 0
+    if rows < 1 or columns < 1:
+        raise ValueError(f"`{name}` must be two whole numbers from 1 on, but is {value!r:.200}.")
+    return rows, columns
 
 
 def check_count(name: str, value: int, most: int = MAX_LAYERS) -> None:

@@ -219,7 +219,9 @@ class DecodeStep:
                 f"{tuple(input_ids.shape)} and {input_ids.dtype}."
             )
         step.news, step.scored = input_ids.shape[1], num_scored
-        size = _kernel().decode_step_scratch_size(ctypes.byref(step)) + _ALIGNMENT
+        kernels = _kernel()
+        assert kernels is not None
+        size = kernels.decode_step_scratch_size(ctypes.byref(step)) + _ALIGNMENT
         if len(self.scratch) < size:
             self.scratch = torch.empty(size, dtype=torch.uint8, device="cpu")
             step.scratch = -(-self.scratch.data_ptr() // _ALIGNMENT) * _ALIGNMENT
@@ -232,7 +234,7 @@ class DecodeStep:
         lengths = lengths.contiguous()
         step.input_ids, step.position_ids = input_ids.data_ptr(), position_ids.data_ptr()
         step.lengths = lengths.data_ptr()
-        failure = _kernel().decode_step_cpu(ctypes.byref(step))
+        failure = kernels.decode_step_cpu(ctypes.byref(step))
         if failure:
             error = IndexError if failure == 2 else RuntimeError
             raise error(f"The decode-step kernel failed: {_FAILURES.get(failure, f'code {failure}')}.")

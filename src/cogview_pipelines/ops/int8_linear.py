@@ -50,10 +50,11 @@ class PackedWeight:
         self.scales = scales[:, 0].contiguous()
         self.whole: torch.Tensor | None = whole
         self.packed: torch.Tensor | None = None
-        if _kernel() is not None:
-            size = _kernel().linear_packed_size(self.inputs, self.outputs)
+        kernels = _kernel()
+        if kernels is not None:
+            size = kernels.linear_packed_size(self.inputs, self.outputs)
             self.packed, self.whole = torch.empty(size, dtype=torch.int8, device="cpu"), None
-            _kernel().linear_pack(whole.data_ptr(), self.packed.data_ptr(), self.inputs, self.outputs)
+            kernels.linear_pack(whole.data_ptr(), self.packed.data_ptr(), self.inputs, self.outputs)
 
 
 def int8_linear(
@@ -80,7 +81,7 @@ def int8_linear(
     """
     if weight.packed is None:
         return _int8_linear_reference(hidden_states, weight, bias, gelu)
-    nothing = ([], 0.0)
+    nothing: tuple[list[torch.Tensor], float] = ([], 0.0)
     return linear_op(
         hidden_states.contiguous(), weight.packed, weight.scales, bias, *nothing, *nothing, None, gelu, isa
     )
@@ -89,6 +90,7 @@ def int8_linear(
 def _int8_linear_reference(
     hidden_states: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, gelu: bool
 ) -> torch.Tensor:
+    assert weight.whole is not None
     whole, scales = quantize_rows(hidden_states)
     # whole numbers up to 2^53 are exact in float64
     sums = whole.double() @ weight.whole.double().T

@@ -101,10 +101,12 @@ def linear_op(
         call.input_norm = _Norm(*[tensor.data_ptr() for tensor in input_norm], input_epsilon)
     if output_norm:
         call.output_norm = _Norm(*[tensor.data_ptr() for tensor in output_norm], output_epsilon)
-    size = kernel().linear_scratch_size(ctypes.byref(call))
+    kernels = kernel()
+    assert kernels is not None
+    size = kernels.linear_scratch_size(ctypes.byref(call))
     scratch = torch.empty(size + _ALIGNMENT, dtype=torch.uint8, device="cpu")
     call.scratch = -(-scratch.data_ptr() // _ALIGNMENT) * _ALIGNMENT
-    if kernel().linear_cpu(ctypes.byref(call)):
+    if kernels.linear_cpu(ctypes.byref(call)):
         raise RuntimeError(f"The kernel of linear layers refused {call.rows} rows of {call.inputs} numbers.")
     return output
 

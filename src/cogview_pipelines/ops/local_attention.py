@@ -191,7 +191,8 @@ class _Tiles:
     """
 
     def __init__(self, query_grid, keys: KeySet):
-        self.query_grid, self.key_grid = query_grid, keys.grid
+        assert keys.grid is not None and keys.kernel_size is not None
+        self.query_grid, self.key_grid, self.kernel_size = query_grid, keys.grid, keys.kernel_size
         ratio = [size // coarse for size, coarse in zip(query_grid, keys.grid, strict=True)]
         self.key_tile = [min(-(-_REFERENCE_TILE // r), coarse) for r, coarse in zip(ratio, keys.grid, strict=True)]
         self.tile = [r * size for r, size in zip(ratio, self.key_tile, strict=True)]
@@ -236,8 +237,8 @@ class _Tiles:
             key_rows[:, None, None, None, :, None],
             key_columns[None, :, None, None, None, :],
             self.query_grid,
-            keys.grid,
-            keys.kernel_size,
+            self.key_grid,
+            self.kernel_size,
             keys.causal,
         )
 

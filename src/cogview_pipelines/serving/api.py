@@ -131,7 +131,9 @@ class _Api:
             warnings = self.studio.warnings(prompt=" ".join(wanted.prompt))
             return JSONResponse({"object": "list", "model": self.studio.name, "data": data, "warnings": warnings})
 
-    async def _pictures(self, kind: str, wanted: schemas.MakesPictures, made: list[Made]) -> Response:
+    async def _pictures(
+        self, kind: str, wanted: schemas.DrawsTokens | schemas.UpscaleRequest, made: list[Made]
+    ) -> Response:
         self.metrics.pictures.labels(kind).inc(len(made))
         form = (wanted.output_format, wanted.output_compression)
         contents = await anyio.to_thread.run_sync(lambda: [self.studio.encode(one, *form) for one in made])
@@ -199,5 +201,5 @@ def _or_null(field: dict[str, Any]) -> dict[str, Any]:
     """A field that may be null, which stands for its default."""
     if {"type": "null"} in field.get("anyOf", ()):
         return field
-    about = {name: field[name] for name in ("title", "description", "default") if name in field}
+    about: dict[str, Any] = {name: field[name] for name in ("title", "description", "default") if name in field}
     return {"anyOf": [{name: value for name, value in field.items() if name not in about}, {"type": "null"}], **about}

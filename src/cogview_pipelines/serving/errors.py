@@ -62,11 +62,13 @@ def answer_errors(app: Starlette) -> None:
     app.add_exception_handler(HTTPException, _answer_http)
 
 
-async def _answer(request: Request, error: ApiError) -> Response:
+async def _answer(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
     return error.response()
 
 
-async def _answer_http(request: Request, error: HTTPException) -> Response:
+async def _answer_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
     known = {404: ("There is no such path.", "not_found"), 405: ("This path has other methods.", "method_not_allowed")}
     message, code = known.get(error.status_code, ("The request cannot be answered.", "invalid_request"))
     response = ApiError(error.status_code, message, code).response()

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import Response
@@ -76,7 +77,7 @@ def mount_page(app: FastAPI, studio: Studio, worker: Worker, metrics: Metrics, s
             css=(here / "page.css").read_text(encoding="utf-8"),
             head=f'<script src=".{SCRIPT}" defer></script>',
         )
-    mounted = app.routes[-1]
+    mounted: Any = app.routes[-1]
     inputs = {index: len(function.inputs) for index, function in blocks.fns.items()}
     mounted.app = PageGuard(mounted.app, methods, inputs, worker, settings.max_connections // 2)
 

@@ -1,6 +1,6 @@
 """The fields of each request, and what they may hold. Unknown ones are refused."""
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
@@ -104,12 +104,15 @@ class _MakesPictures(Request, TakenForOthers):
         return {name: value for name, value in given.items() if value is not None}
 
 
-MakesPictures = create_model(
-    "MakesPictures",
-    __base__=_MakesPictures,
-    __doc__="What every request for pictures may have.",
-    **_fields("CogView2UpscalePipeline"),
-)
+if TYPE_CHECKING:  # which sees no fields but those of the base
+    MakesPictures = _MakesPictures
+else:
+    MakesPictures = create_model(
+        "MakesPictures",
+        __base__=_MakesPictures,
+        __doc__="What every request for pictures may have.",
+        **_fields("CogView2UpscalePipeline"),
+    )
 
 
 class _DrawsTokens(MakesPictures):
@@ -118,12 +121,15 @@ class _DrawsTokens(MakesPictures):
     negative_prompt: Text | None = None
 
 
-DrawsTokens = create_model(
-    "DrawsTokens",
-    __base__=_DrawsTokens,
-    __doc__="What a request may have whose low-resolution tokens are drawn.",
-    **_fields("CogView2Pipeline"),
-)
+if TYPE_CHECKING:
+    DrawsTokens = _DrawsTokens
+else:
+    DrawsTokens = create_model(
+        "DrawsTokens",
+        __base__=_DrawsTokens,
+        __doc__="What a request may have whose low-resolution tokens are drawn.",
+        **_fields("CogView2Pipeline"),
+    )
 
 
 class GenerationRequest(DrawsTokens):
@@ -160,12 +166,18 @@ class _WritesCaptions(Request):
     seed: int | None = Field(None, ge=-1, le=LARGEST_SEED)
 
 
-CaptionRequest = create_model(
-    "CaptionRequest",
-    __base__=_WritesCaptions,
-    __doc__="`POST /v1/images/captions`, a form with one or more files `image`.",
-    temperature=_field(CaptionSettings.declared()["temperature"], CaptionSettings.temperature),
-)
+if TYPE_CHECKING:
+
+    class CaptionRequest(_WritesCaptions):
+        temperature: float
+
+else:
+    CaptionRequest = create_model(
+        "CaptionRequest",
+        __base__=_WritesCaptions,
+        __doc__="`POST /v1/images/captions`, a form with one or more files `image`.",
+        temperature=_field(CaptionSettings.declared()["temperature"], CaptionSettings.temperature),
+    )
 
 
 class ScoreRequest(Request):
@@ -206,7 +218,7 @@ def parse(kind: type[BaseModel], values: dict, strict: bool) -> Any:
 def _explain(error: ValidationError, kind: type[BaseModel]) -> ApiError:
     first = error.errors(include_input=False, include_url=False, include_context=False)[0]
     param = str(first["loc"][0]) if first["loc"] else None
-    if first["type"] == "extra_forbidden":
+    if param is not None and first["type"] == "extra_forbidden":
         known = ", ".join(sorted(kind.model_fields))
         return bad_request(f"There is no field `{param[:60]}`. Known: {known}.", param[:60], "unknown_parameter")
     if first["type"] == "missing":

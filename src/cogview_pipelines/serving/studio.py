@@ -100,11 +100,12 @@ class Studio:
 
     def __init__(self, pipe: CogView2Pipeline, name: str, settings: ServerSettings):
         self.name, self.bounds = name, settings
-        self.text_to_image = pipe
-        self.staged = StagedPipeline(pipe)
-        self.inpainting = CogView2InpaintPipeline.from_pipe(pipe)
-        self.captioning = CogView2CaptionPipeline.from_pipe(pipe)
-        self.upscaling = None
+        self.text_to_image: Any = pipe
+        self.staged: Any = StagedPipeline(pipe)
+        # what a model has no parts for is None, and is refused before there is a job
+        self.inpainting: Any = CogView2InpaintPipeline.from_pipe(pipe)
+        self.captioning: Any = CogView2CaptionPipeline.from_pipe(pipe)
+        self.upscaling: Any = None
         if pipe.direct_sr_transformer is not None:
             self.upscaling = CogView2UpscalePipeline.from_pipe(pipe)
         for each in (self.text_to_image, self.inpainting, self.captioning, self.upscaling):

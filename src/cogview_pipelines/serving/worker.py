@@ -158,11 +158,12 @@ class Worker:
 
     def _evict(self) -> bool:
         """Take the place of the slowest body, if there is one that has had its time."""
-        slow = [place for place in self._places if place.is_reading and place.upload.may_be_evicted]
+        reading = [(place, place.upload) for place in self._places if place.is_reading and place.upload is not None]
+        slow = [(place, upload) for place, upload in reading if upload.may_be_evicted]
         if not slow:
             return False
-        place = min(slow, key=lambda place: place.upload.rate)
-        place.upload.evict()
+        place, upload = min(slow, key=lambda one: one[1].rate)
+        upload.evict()
         self._places.remove(place)
         return True
 
@@ -217,7 +218,8 @@ class Worker:
     def _next_batch(self) -> list[Job]:
         """The oldest job, and those that can be computed together with it."""
         stages = {job: stage for job in self._queue if (stage := job.stage) is not None}
-        size, batch = 0, []
+        size = 0
+        batch: list[Job] = []
         for job, stage in stages.items():
             is_alike = not batch or stage.key == stages[batch[0]].key
             if is_alike and (not batch or size + job.size <= self.batch_size):
@@ -244,10 +246,10 @@ class Worker:
         except JobCancelled:
             pass  # nobody waits for any of them
         except BaseException as raised:  # the thread must outlive whatever a model raises
-            failed, error = [job for job in jobs if not job.has_ended], raised
+            failed = [job for job in jobs if not job.has_ended]
             if len(failed) == 1:
-                self._fail(failed[0], error)
-            error = raised = None  # with its traceback, which holds the tensors of its step
+                self._fail(failed[0], raised)
+            del raised  # with its traceback, which holds the tensors of its step
             if len(failed) > 1:
                 for job in failed:  # the others must not suffer from the one that is at fault
                     self._run([job])

@@ -72,7 +72,8 @@ class PeakMemory:
     """
 
     def __init__(self, device: torch.device | str, before: int | None = None):
-        self.device, self.before, self.bytes = torch.device(device), before, None
+        self.device, self.before = torch.device(device), before
+        self.bytes: int | None = None
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -81,7 +82,9 @@ class PeakMemory:
             self._look()
 
     def _look(self) -> None:
-        self.bytes = max(self.bytes, resident_bytes() - self.before)
+        now = resident_bytes()
+        if now is not None and self.before is not None:
+            self.bytes = max(self.bytes or 0, now - self.before)
 
     def __enter__(self) -> "PeakMemory":
         if self.device.type == "cuda":

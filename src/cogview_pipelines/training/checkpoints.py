@@ -107,7 +107,12 @@ def save_checkpoint(processes: Processes, config: TrainConfig, state: TrainingSt
     partial = partial_path(folder)
     tensors = state.tensors()
     needed = int(processes.sum([_local_bytes(tensors, processes)])[0])
-    processes.main_first(lambda: (remove(partial), require_room(root, folder.name, needed)))
+
+    def make_room() -> None:
+        remove(partial)
+        require_room(root, folder.name, needed)
+
+    processes.main_first(make_room)
     try:
         with disk_errors(root, folder.name, needed), _plain_exceptions():
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial))

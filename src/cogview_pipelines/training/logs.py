@@ -4,6 +4,7 @@ import math
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +17,7 @@ from .arguments import TrainConfig
 from .processes import Processes
 from .run_folder import replacing
 
-Number = torch.Tensor | float
+Number: TypeAlias = torch.Tensor | float
 
 
 class MetricsLog:
@@ -50,9 +51,9 @@ class MetricsLog:
         """Report one forward pass: its samples on this process, and sum and count of each scalar that is averaged."""
         self.num_samples += num_samples
         for name, pair in values.items():
-            pair = [each.detach().double() if torch.is_tensor(each) else each for each in pair]
+            total, count = (each.detach().double() if isinstance(each, torch.Tensor) else each for each in pair)
             before = self.sums.get(name, (0.0, 0.0))
-            self.sums[name] = (before[0] + pair[0], before[1] + pair[1])
+            self.sums[name] = (before[0] + total, before[1] + count)
 
     def skip(self):
         """Report a step whose update was left out."""
@@ -70,7 +71,7 @@ class MetricsLog:
         seconds = max(time.monotonic() - self.time, 1e-9)
         local = [float(each) for pair in self.sums.values() for each in pair]
         *totals, samples = self.processes.sum([*local, self.num_samples])
-        line = {"step": step}
+        line: dict[str, float] = {"step": step}
         for name, total, count in zip(self.sums, totals[::2], totals[1::2]):
             if count:  # what no sample had, such as a caption, has no mean
                 line[name] = total / count

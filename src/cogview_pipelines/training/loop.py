@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator
@@ -41,22 +42,22 @@ from .run_folder import locked, read_run, remove_leftovers, save_final, write_ru
 
 logger = logging.getLogger(__name__)
 
-Pictures = torch.Tensor | list[Image.Image]
+Pictures: TypeAlias = torch.Tensor | list[Image.Image]
 Metrics = Mapping[str, tuple[torch.Tensor | float, torch.Tensor | float]]
 
 
 def train(
     config: TrainConfig,
     model: nn.Module,
-    make_batch: Callable[[Draw], object],
-    compute_loss: Callable[[nn.Module, object], tuple[torch.Tensor, Metrics]],
-    loss_weight: Callable[[object], float],
+    make_batch: Callable[[Draw], Any],
+    compute_loss: Callable[[nn.Module, Any], tuple[torch.Tensor, Metrics]],
+    loss_weight: Callable[[Any], float],
     make_samples: Callable[[nn.Module], Pictures | dict[str, Pictures]] | None = None,
     adamw_names: tuple[str, ...] = (),
     begin_step: Callable[[int], None] | None = None,
     finish: Callable[[nn.Module], None] | None = None,
     save: Callable[[nn.Module, Path], object] | None = None,
-    validation: Mapping[str, Sequence[object]] | None = None,
+    validation: Mapping[str, Sequence[Any]] | None = None,
 ) -> nn.Module | None:
     """
     Train all parameters of a model that require a gradient.
@@ -140,7 +141,7 @@ class _Run:
         if accelerator.mixed_precision == "fp16":
             self.scale = LossScale(interval=config.loss_scale_interval, patience=config.loss_scale_patience)
         self.watch = FiniteWatch(processes)
-        self.validation: Mapping[str, Sequence[object]] = {}
+        self.validation: Mapping[str, Sequence[Any]] = {}
         self.last_checkpoint: Path | None = None
 
     @property
@@ -169,7 +170,7 @@ class _Run:
 
     # Steps -----------------------------------------------------------------------------------------------------------
 
-    def train(self, make_batch: Callable[[Draw], object], interruption: Interruption) -> bool:
+    def train(self, make_batch: Callable[[Draw], Any], interruption: Interruption) -> bool:
         """All steps that are left; False if the run was interrupted before the last one."""
         config, state = self.config, self.state
         log = MetricsLog(self.accelerator, self.processes, config, state.step)
@@ -211,11 +212,11 @@ class _Run:
         config, processes = self.config, self.processes
         for step in range(self.state.step, config.max_steps):
             first = self.state.samples + (step - self.state.step) * self.samples_per_step
-            for micro_step in range(config.gradient_accumulation_steps):
+            for micro_step in range(config.gradient_accumulation_steps or 1):
                 start = first + (micro_step * processes.count + processes.index) * config.batch_size
                 yield Draw(step, range(start, start + config.batch_size))
 
-    def update(self, step: int, passes: list[tuple[Draw, object]], total_weight: float, log: MetricsLog) -> None:
+    def update(self, step: int, passes: list[tuple[Draw, Any]], total_weight: float, log: MetricsLog) -> None:
         """Forward and backward passes of a step, and the update of the weights."""
         config, optimizers = self.config, self.state.optimizers
         optimizers.set_learning_rate(learning_rate(config, step))
@@ -225,7 +226,7 @@ class _Run:
             batch = batch.to(self.processes.device)
             if self.begin_step is not None:
                 self.begin_step(step)
-            torch.manual_seed(derived_seed(config.seed, "forward", draw.samples.start))  # dropout
+            torch.manual_seed(derived_seed(config.seed, "forward", draw.samples[0]))  # dropout
             with self.distributed.synchronizing(number == len(passes) - 1):
                 with self.distributed.autocast():
                     loss, metrics = self.compute_loss(self.distributed.forward, batch)
@@ -287,7 +288,8 @@ class _Run:
                         loss, _ = self.compute_loss(self.distributed.forward, batch)
                     total, weight = total + float(loss), weight + self.loss_weight(batch)
                 sums[f"validation_loss/{kind}"] = total, weight
-        sums = {"validation_loss": tuple(map(sum, zip(*sums.values(), strict=True))), **sums}
+        totals = (sum(total for total, _ in sums.values()), sum(weight for _, weight in sums.values()))
+        sums = {"validation_loss": totals, **sums}
         return {name: total / max(weight, 1e-30) for name, (total, weight) in sums.items()}
 
     @contextlib.contextmanager

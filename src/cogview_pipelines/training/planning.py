@@ -324,7 +324,7 @@ def batch_sizes(config, batch_size: int) -> tuple[int, int, int]:
 
 
 def _model_class(config) -> type[nn.Module]:
-    classes = {"coglm": CogLMModel, "cogview": CogViewModel}
+    classes: dict[str, type[nn.Module]] = {"coglm": CogLMModel, "cogview": CogViewModel}
     if config.model_type not in classes:
         raise ValueError(f"`config` must be one of {' or '.join(classes)}, but is {config.model_type!r}.")
     if getattr(config, "sparse_attention", None) is not None:

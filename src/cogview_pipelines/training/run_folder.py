@@ -209,7 +209,7 @@ def read_run(folder: str | Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def save_final(folder: str | Path, step: int, save: Callable[[Path], None]) -> None:
+def save_final(folder: str | Path, step: int, save: Callable[[Path], object]) -> None:
     """
     Write `final/` by `save(path)`; one of fewer updates that is there already is kept, as `final-<step>`.
 

@@ -1,7 +1,7 @@
 """Names, shapes and configurations: how the CogView release writes them, and how this package does."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from ...models.cogview.modeling_cogview import CogViewConfig
 from ...models.cogview.tokenization_cogview import COMMAND_TOKENS
 from ...models.image_tokenizers.modeling_cogview_vq import CogViewVQConfig
-from ..reader import CHUNK_BYTES, ConversionError, LoadedTensor, StoredTensor
+from ..reader import CHUNK_BYTES, ConversionError, LoadedTensor, ReadableTensor
 from ..shapes import count_layers, sizes_of
 from ..writer import hash_tensor
 
@@ -108,7 +108,7 @@ class JoinedTensor:
         cut (`str`): As [`cut_of`] says.
     """
 
-    parts: list[StoredTensor | LoadedTensor]
+    parts: list[ReadableTensor]
     cut: str
 
     def __post_init__(self):
@@ -136,8 +136,8 @@ class JoinedTensor:
 
 
 def join_ranks(
-    ranks: list[Mapping[str, StoredTensor | LoadedTensor]], name: str
-) -> tuple[dict[str, StoredTensor | LoadedTensor | JoinedTensor], list[str]]:
+    ranks: Sequence[Mapping[str, ReadableTensor]], name: str
+) -> tuple[dict[str, ReadableTensor], list[str]]:
     """
     The tensors of a model, by our names, out of those of its ranks by the release's.
 
@@ -151,10 +151,12 @@ def join_ranks(
     named = [{transformer_key(key): tensor for key, tensor in rank.items()} for rank in ranks]
     if len(named) == 1:
         return dict(named[0]), []
-    different = sorted(set().union(*named) - set.intersection(*(set(rank) for rank in named)))
+    keys = [set(rank) for rank in named]
+    different = sorted(set().union(*keys) - keys[0].intersection(*keys))
     if different:
         raise ConversionError(f"{name}: its {len(named)} ranks do not hold the same tensors: {', '.join(different)}.")
-    tensors, unequal = {}, []
+    tensors: dict[str, ReadableTensor] = {}
+    unequal = []
     for key, first in named[0].items():
         parts = [rank[key] for rank in named]
         if any(part.dtype != first.dtype or part.shape != first.shape for part in parts):

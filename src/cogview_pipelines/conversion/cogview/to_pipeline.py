@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -9,7 +10,7 @@ from ...models.cogview.modeling_cogview import CogViewModel
 from ...models.cogview.tokenization_cogview import CogViewTokenizer
 from ...models.image_tokenizers.modeling_cogview_vq import CogViewVQModel
 from ..job import Job, check_file, source_id
-from ..reader import ConversionError, LoadedTensor, read_module
+from ..reader import ConversionError, LoadedTensor, ReadableTensor, read_module
 from ..released_models import ReleasedModel, open_released_model
 from ..shapes import expected_shapes
 from . import layout
@@ -84,7 +85,9 @@ def _convert_image_tokenizer(job: Job, path: Path) -> None:
         source = source_id("cogview vqvae", fingerprint, path.stat().st_size, job.max_shard_size)
         if job.is_done("vqvae", source):
             return
-        tensors = {layout.image_tokenizer_key(key): tensor for key, tensor in released.items()}
+        tensors: dict[str, ReadableTensor] = {
+            layout.image_tokenizer_key(key): tensor for key, tensor in released.items()
+        }
         for key in layout.TRANSPOSED:
             if key in tensors:
                 tensors[key] = LoadedTensor(tensors[key].read().T.contiguous())
@@ -144,7 +147,7 @@ def _write_index(job: Job) -> None:
     if missing or not there:
         job.say(f"The folder is no pipeline yet: {', '.join(missing or ['a transformer'])} must be converted too.")
         return
-    parts: dict[str, object] = {"tokenizer": job.load("tokenizer", CogViewTokenizer)}
+    parts: dict[str, Any] = {"tokenizer": job.load("tokenizer", CogViewTokenizer)}
     for name in ("vqvae", *there):
         model_class = CogViewVQModel if name == "vqvae" else CogViewModel
         config = job.load(name, model_class.config_class)

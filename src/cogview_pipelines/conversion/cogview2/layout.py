@@ -157,7 +157,8 @@ def transformer_config(
             "embeddings. Give the text "
             "tokenizer that belongs to this checkpoint."
         )
-    config_class, own = CogLMConfig, {}
+    config_class: type[CogLMConfig] = CogLMConfig
+    own: dict[str, Any] = {}
     if stage.super_resolution is not None:
         config_class, own = CogLMCanvasConfig, {"super_resolution": stage.super_resolution}
     try:
@@ -187,12 +188,13 @@ def _check_released_config(released_config: Mapping[str, Any], found: Mapping[st
                 f"{name}: `model_config.json` says `{key}` = {_told(released_config[key])}, but the tensors say "
                 f"{value}. One of the files is of another model."
             )
-    for key, value in {
+    expected: dict[str, Any] = {
         "layernorm_order": "sandwich",
         "model_parallel_size": 1,
         "kernel_size": 5,
         "kernel_size2": 5,
-    }.items():
+    }
+    for key, value in expected.items():
         if released_config.get(key, value) != value:
             raise ConversionError(
                 f"{name}: `model_config.json` has `{key}` = {_told(released_config[key])}; only {value!r} is CogView2."
@@ -290,7 +292,7 @@ def released_config(config: CogLMConfig, stage: Stage) -> dict[str, Any]:
     return result | {"max_sequence_length": config.max_position_embeddings}
 
 
-def model_class_of(component: str) -> type:
+def model_class_of(component: str) -> type[CogLMModel | CogLMCanvasModel | IcetkVQModel]:
     """The class that loads a component folder."""
     if component == "vqvae":
         return IcetkVQModel

@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from ...models.cogview2.tokenization_icetk import IcetkTokenizer
 from ...schedulers.scheduling_lopar import LoPARScheduler
 from ..errors import ConversionError
 from ..job import RECORD_FILE, Job, check_file, source_id
-from ..reader import LoadedTensor, read_module
+from ..reader import LoadedTensor, ReadableTensor, read_module
 from ..released_models import ReleasedModel, open_released_model
 from ..writer import Tensors, hash_file, hash_tensor
 from . import layout
@@ -79,12 +80,13 @@ def convert_to_pipeline(
     with Job.start(output, dtype, max_shard_size, strict, say) as job:
         if text_tokenizer is not None:
             job.convert_text_tokenizer(Path(text_tokenizer), IcetkTokenizer, num_image_tokens)
-        if image_tokenizer is not None:
+        if image_tokenizer is not None and cluster_labels is not None:
             _convert_image_tokenizer(job, Path(image_tokenizer), cluster_labels)
         boi_token_id = _boi_token_id(job)
         for stage in STAGES:
-            if paths[stage.component] is not None:
-                with open_released_model(paths[stage.component], scratch=job.output) as model:
+            path = paths[stage.component]
+            if path is not None:
+                with open_released_model(path, scratch=job.output) as model:
                     _convert_transformer(job, stage, model, boi_token_id, num_image_tokens, share_backbone)
                 if stage.scheduler is not None:
                     save = released_scheduler(stage).save_pretrained
@@ -108,10 +110,11 @@ def _read_integers(path: Path, count: int) -> np.ndarray:
     check_file(path, "cluster_labels")
     try:
         with path.open("rb") as file:
-            file = io.BytesIO(file.read(8 * count + 2**16))  # a header that promises more finds no more
-        version = np.lib.format.read_magic(file)
+            # a header that promises more finds no more
+            content = io.BytesIO(file.read(8 * count + 2**16))
+        version = np.lib.format.read_magic(content)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, _, dtype = read_header[version](file)
+        shape, _, dtype = read_header[version](content)
         if dtype.hasobject:
             raise ValueError("a pickle")
     except Exception:  # of the system, and whatever NumPy's reader of headers stumbles over
@@ -121,7 +124,7 @@ def _read_integers(path: Path, count: int) -> np.ndarray:
             f"`cluster_labels` must be {count} integers, one for each image code, but is {str(dtype)[:40]} of shape "
             f"{str(shape)[:80]}."
         )
-    data = file.read(count * dtype.itemsize)
+    data = content.read(count * dtype.itemsize)
     if len(data) < count * dtype.itemsize:
         raise ConversionError(f"`cluster_labels` {path} is cut off. Fetch it again.")
     return np.frombuffer(data, dtype)
@@ -131,7 +134,9 @@ def _convert_image_tokenizer(job: Job, path: Path, cluster_labels: str | Path) -
     check_file(path, "image_tokenizer")
     with path.open("rb") as file:
         released, others, fingerprint = read_module(file, str(path))
-        tensors: Tensors = {layout.image_tokenizer_key(key): tensor for key, tensor in released.items()}
+        tensors: dict[str, ReadableTensor] = {
+            layout.image_tokenizer_key(key): tensor for key, tensor in released.items()
+        }
         computed = str(cluster_labels) == "compute"
         labels_id = (
             "compute" if computed else hash_file(Path(cluster_labels)) if Path(cluster_labels).is_file() else None
@@ -207,7 +212,7 @@ def _convert_transformer(
     shared = False
     if lender is not None and lender["dtype_option"] == str(job.dtype):
         shared = _equal_backbone(tensors, lender["tensors"], job.say)
-    if shared:
+    if lender is not None and shared:
         config.shares_backbone = True
         tensors = {key: tensor for key, tensor in tensors.items() if key not in lender["tensors"]}
     entry = job.write_model(
@@ -217,7 +222,7 @@ def _convert_transformer(
         "source": model.path.name,
         "iteration": model.iteration,
         "dtype_option": str(job.dtype),
-        "shares_backbone_of": lender["content_hash"] if shared else None,
+        "shares_backbone_of": lender["content_hash"] if lender is not None and shared else None,
         "left_out": [layout.released_transformer_key(key) for key in surplus],
     }
     job.enter(stage.component, entry, entry.pop("files"))
@@ -269,7 +274,7 @@ def _write_index(job: Job) -> None:
     if missing:
         job.say(f"The folder is no pipeline yet: {', '.join(missing)} must be converted too.")
         return
-    parts: dict[str, object] = {"tokenizer": job.load("tokenizer", IcetkTokenizer)}
+    parts: dict[str, Any] = {"tokenizer": job.load("tokenizer", IcetkTokenizer)}
     for name in ("vqvae", *(stage.component for stage in STAGES)):
         if name in components:
             model_class = layout.model_class_of(name)
@@ -277,7 +282,7 @@ def _write_index(job: Job) -> None:
             with torch.device("meta"):
                 parts[name] = model_class(config)
     for stage in STAGES:
-        if stage.scheduler in components:
+        if stage.scheduler is not None and stage.scheduler in components:
             parts[stage.scheduler] = job.load(stage.scheduler, LoPARScheduler)
     codes, wanted = parts["vqvae"].config.num_embeddings, parts["transformer"].config.num_image_tokens
     if codes != wanted:

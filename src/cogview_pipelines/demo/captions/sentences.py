@@ -70,7 +70,9 @@ def _draw_pattern(language: str, told: str, story_kind: str, rng: random.Random)
     skeleton = rng.choice(grammar["sentence"][told])
     frame, story = draw("frame"), draw(story_kind)
     filled = _SLOT.sub(lambda slot: story if slot[1] == "story" else draw(slot[1]), skeleton)
-    before, inside, after = re.fullmatch(r"(.*)\[(.*)\](.*)", filled).groups()
+    parts = re.fullmatch(r"(.*)\[(.*)\](.*)", filled)
+    assert parts is not None  # every skeleton has brackets
+    before, inside, after = parts.groups()
     pattern = before + frame.replace("{}", inside) + after
     pattern = pattern.replace(" ,", ",")
     return pattern, "test" if held_out or _chosen(language, pattern) else "train"
@@ -100,7 +102,8 @@ def sample_sentence(
     if wording not in WORDINGS:
         raise ValueError(f"`wording` must be one of {list(WORDINGS)}, but is {wording!r}.")
     told = _weighted(KINDS, rng)
-    story_kind, relations = "single", ()
+    story_kind = "single"
+    relations: tuple[str, ...] = ()
     if scene.relation is not None:
         story_kind = _weighted(PLACES, rng)
         if story_kind == "beside" and scene.relation not in BESIDE:
@@ -113,7 +116,8 @@ def sample_sentence(
         names_b_first = pattern.index("{b}") < pattern.index("{a}")
         is_reversed = rng.random() < reversed_share
         scene = scene.canonical() if is_reversed == names_b_first else scene.canonical().other_reading()
-        relations = {"beside": BESIDE, "any": tuple(RELATIONS)}.get(story_kind, (scene.relation,))
+        told_as = {"beside": BESIDE, "any": tuple(RELATIONS)}
+        relations = told_as[story_kind] if story_kind in told_as else (str(scene.relation),)
     text = _fill(pattern, story_kind, scene, language, rng)
     request = Request(
         scene.objects,

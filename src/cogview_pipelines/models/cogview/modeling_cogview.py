@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from ..layers import (
     pb_relaxed_attention,
     select_positions,
 )
-from ..loading import WholeModelMixin, check_count
+from ..loading import WholeModelMixin, check_count, check_grid
 from .sequences import SequenceLayout
 from .tokenization_cogview import COMMAND_TOKENS
 
@@ -106,8 +107,9 @@ class CogViewConfig(PreTrainedConfig):
                 f"`command_token_id` must leave room for {len(COMMAND_TOKENS)} commands between `num_image_tokens` "
                 f"{num_image_tokens} and `vocab_size` {vocab_size}, but is {command_token_id}."
             )
-        if image_grid[0] % 2 or image_grid[1] % 2:
-            raise ValueError(f"`image_grid` must have even sides, but is {tuple(image_grid)}.")
+        rows, columns = check_grid("image_grid", image_grid)
+        if rows % 2 or columns % 2:
+            raise ValueError(f"`image_grid` must have even sides, but is {(rows, columns)}.")
         if sparse_attention is not None and set(sparse_attention) != set(SPARSE_ATTENTION):
             raise ValueError(
                 f"`sparse_attention` must have {', '.join(SPARSE_ATTENTION)}, but has "
@@ -122,7 +124,7 @@ class CogViewConfig(PreTrainedConfig):
         self.intermediate_size = 4 * hidden_size if intermediate_size is None else intermediate_size
         self.max_position_embeddings = max_position_embeddings
         self.max_super_resolution_length = max_super_resolution_length
-        self.image_grid = tuple(image_grid)
+        self.image_grid = (rows, columns)
         self.layer_norm_order = layer_norm_order
         self.norm_scale = norm_scale
         self.layer_norm_eps = layer_norm_eps
@@ -217,7 +219,7 @@ class CogViewAttention(DenseAttention):
     def __init__(self, config: CogViewConfig):
         super().__init__(config)
         sparse = config.sparse_attention or {}
-        self.window = {name: value for name, value in sparse.items() if name != "num_pivots"}
+        self.window: dict[str, Any] = {name: value for name, value in sparse.items() if name != "num_pivots"}
 
     def forward(
         self,
@@ -460,6 +462,7 @@ class CogViewModel(WholeModelMixin, PreTrainedModel):
         Raises:
             ValueError: If there is more text than pivots.
         """
+        assert self.config.sparse_attention is not None
         is_real = input_ids != self.config.pad_token_id
         is_text = is_real & (input_ids >= self.config.num_image_tokens)
         if labels is not None:

@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 from ...generation.token_sequence import IGNORED_LABEL
 from ..conventions import every_row, refuse_unused
 from ..layers import LayerCache, LazyDropout, SandwichLayer, TokenEmbedding, attention_bias, select_positions
-from ..loading import WholeModelMixin, check_count
+from ..loading import WholeModelMixin, check_count, check_grid
 from .sequences import SequenceLayout
 
 
@@ -78,7 +78,8 @@ class CogLMConfig(PreTrainedConfig):
             raise ValueError(
                 f"`hidden_size` must be a multiple of the {num_attention_heads} heads, but is {hidden_size}."
             )
-        last_position = image_position + image_grid[0] * image_grid[1]
+        rows, columns = check_grid("image_grid", image_grid)
+        last_position = image_position + rows * columns
         if last_position >= max_position_embeddings:
             raise ValueError(
                 f"`max_position_embeddings` must be above {last_position} here, but is {max_position_embeddings}."
@@ -91,7 +92,7 @@ class CogLMConfig(PreTrainedConfig):
         self.intermediate_size = 4 * hidden_size if intermediate_size is None else intermediate_size
         self.max_position_embeddings = max_position_embeddings
         self.image_position = image_position
-        self.image_grid = tuple(image_grid)
+        self.image_grid = (rows, columns)
         self.max_text_tokens = max_text_tokens
         self.hidden_dropout = hidden_dropout
         self.attention_dropout = attention_dropout
@@ -166,7 +167,7 @@ class CogLMModelOutput(ModelOutput):
 class CogLMPreTrainedModel(WholeModelMixin, PreTrainedModel):
     """What CogLM and its super-resolution stages share: token and position embeddings, and the scores of tokens."""
 
-    config_class = CogLMConfig
+    config_class: type[PreTrainedConfig] = CogLMConfig
     base_model_prefix = ""
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False

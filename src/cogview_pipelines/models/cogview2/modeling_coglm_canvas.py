@@ -14,7 +14,8 @@ from ...ops.key_set import KeySet
 from ...ops.local_attention import local_attention
 from ..adapters import fused_adapters, lent_parameters, plain_parameters
 from ..conventions import refuse_unused
-from ..layers import DenseAttention, LazyDropout, SandwichLayer, TokenEmbedding, attention_bias, select_positions
+from ..layers import DenseAttention, LazyDropout, SandwichParts, TokenEmbedding, attention_bias, select_positions
+from ..loading import check_grid
 from .modeling_coglm import (
     CogLMConfig,
     CogLMModel,
@@ -75,10 +76,10 @@ class CogLMCanvasConfig(CogLMConfig):
                 "`shares_backbone` is for `super_resolution='direct'`, the only stage whose backbone stays as it was."
             )
         self.super_resolution = super_resolution
-        self.fine_grid = tuple(fine_grid)
+        self.fine_grid = check_grid("fine_grid", fine_grid)
         self.num_text_slots = DEFAULT_TEXT_SLOTS[super_resolution] if num_text_slots is None else num_text_slots
-        self.kernel_size = tuple(kernel_size)
-        self.cross_kernel_size = tuple(cross_kernel_size)
+        self.kernel_size = check_grid("kernel_size", kernel_size)
+        self.cross_kernel_size = check_grid("cross_kernel_size", cross_kernel_size)
         self.shares_backbone = shares_backbone
         super().__init__(**kwargs)
         if any(fine % low for fine, low in zip(self.fine_grid, self.image_grid)):
@@ -150,7 +151,7 @@ class CogLMCanvasModelOutput(ModelOutput):
     label_losses: torch.Tensor | None = None
 
 
-class CogLMCanvasLayer(SandwichLayer):
+class CogLMCanvasLayer(SandwichParts):
     """
     A layer of CogLM whose rows are those of the context, which attend densely, or canvas cells, which attend locally.
     """
@@ -216,6 +217,7 @@ class CogLMCanvasModel(CogLMPreTrainedModel):
     config_class = CogLMCanvasConfig
     main_input_name = "canvas_ids"
     _no_split_modules = ("CogLMCanvasLayer",)
+    _keys_to_ignore_on_load_missing: list[str] | None
     config: CogLMCanvasConfig
 
     def __init__(self, config: CogLMCanvasConfig):

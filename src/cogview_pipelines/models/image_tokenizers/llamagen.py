@@ -126,6 +126,7 @@ def _name_in_diffusers(name: str) -> str:
     if part not in ("encoder", "decoder"):
         return name
     pieces = rest.split(".")
+    names: Mapping[str, str]
     if pieces[0] == "conv_blocks" and len(pieces) > 3:
         blocks, sampler = ("down_blocks", "downsample") if part == "encoder" else ("up_blocks", "upsample")
         if pieces[2] == sampler:

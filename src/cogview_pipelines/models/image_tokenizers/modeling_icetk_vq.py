@@ -122,7 +122,7 @@ class IcetkVQConfig(PreTrainedConfig):
                 f"`compression_rates` must be the encoder's stride {self.encoder_stride} (`encoder_patch_size` and a "
                 f"halving between `encoder_channel_multipliers`) times a power of two, but one is {rate}."
             )
-        levels = self.decoder_channel_multipliers.get(rate)
+        levels = (self.decoder_channel_multipliers or {}).get(rate)
         if levels is None or self.decoder_patch_size * 2 ** (len(levels) - 1) != rate:
             raise ValueError(
                 f"`decoder_channel_multipliers[{rate}]` must have a doubling between levels so that, times "
@@ -290,8 +290,9 @@ class Decoder(nn.Module):
     def __init__(self, config: IcetkVQConfig, rate: int):
         super().__init__()
         layers = VQLayers(config)
-        widths = [config.base_channels * multiplier for multiplier in config.decoder_channel_multipliers[rate]]
-        attention_levels = config.decoder_attention_levels.get(rate, ())
+        multipliers = (config.decoder_channel_multipliers or {})[rate]
+        widths = [config.base_channels * multiplier for multiplier in multipliers]
+        attention_levels = (config.decoder_attention_levels or {}).get(rate, ())
         self.conv_in = layers.conv(config.embedding_dim, widths[-1])
         self.mid = MidBlock(layers, widths[-1], config.mid_attention)
         self.up = nn.ModuleList(

@@ -16,7 +16,6 @@ from ...pictures.pixels import Images, Picture, read_pictures
 from ...pictures.sizes import center_crop, resize_shorter_side
 from ..common.arguments import quote
 from ..common.base import PipelineBase
-from ..common.settings import Settings
 from .outputs import CogViewPreviewOutput
 from .settings import CaptionSettings, SamplingSettings, UpscaleSettings
 
@@ -130,7 +129,7 @@ class CogViewPipelineBase(PipelineBase):
         """The settings that this model wants in the calls of this pipeline, in place of the released ones."""
         return dict(self.config.settings.get(type(self).__name__, {}))
 
-    def _sampler(self, settings: Settings) -> Sampler:
+    def _sampler(self, settings: SamplingSettings | CaptionSettings | UpscaleSettings) -> Sampler:
         return functools.partial(
             sample_tokens, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p
         )
@@ -179,16 +178,17 @@ class CogViewPipelineBase(PipelineBase):
             pairs = order[batch]
             sequence = sequences.caption(tokens[pairs].cpu().flatten(1), layout, [texts[pair] for pair in pairs])
             sequence = sequence.to(device)
-            first = int((sequence.labels >= 0).any(0).nonzero()[0, 0])
-            labels = sequence.labels[:, first:]
+            labels = sequence.labels
+            assert labels is not None
+            first = int((labels >= 0).any(0).nonzero()[0, 0])
             logits = model(
                 sequence.input_ids,
                 sequence.position_ids,
                 sequence.attention_mask,
-                logits_positions=torch.arange(first, sequence.labels.shape[1], device=device),
+                logits_positions=torch.arange(first, labels.shape[1], device=device),
                 full_vocabulary=True,
             ).logits
-            logits = logits[..., layout.num_image_tokens :].log_softmax(-1)
+            logits, labels = logits[..., layout.num_image_tokens :].log_softmax(-1), labels[:, first:]
             chosen = logits.gather(-1, (labels - layout.num_image_tokens).clamp(min=0)[..., None])[..., 0]
             total = (chosen * (labels >= 0)).sum(1)
             scores[pairs] = (total / (labels >= 0).sum(1) if reduction == "mean" else total).cpu()

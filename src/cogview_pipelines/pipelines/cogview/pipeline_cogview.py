@@ -187,13 +187,16 @@ class CogViewPipeline(PreviewMixin, AttentionMixin, CogViewPipelineBase):
         return asdict(used)
 
     def _check_inputs(
-        self, prompt, num_images_per_prompt, num_candidates, max_batch_size
+        self,
+        prompt: str | Sequence[str],
+        num_images_per_prompt: int,
+        num_candidates: int | None,
+        max_batch_size: int | None,
     ) -> tuple[list[str], int, int | None, int | None]:
         """Prompts and numbers, checked."""
         prompts = check_prompts(prompt)
-        num_kept, num_candidates = check_numbers_drawn(
-            len(prompts), num_images_per_prompt=num_images_per_prompt, num_candidates=num_candidates
-        )
+        (num_kept,) = check_numbers_drawn(len(prompts), num_images_per_prompt=num_images_per_prompt)
+        (num_candidates,) = check_numbers_drawn(len(prompts), num_candidates=num_candidates)
         (max_batch_size,) = check_counts(max_batch_size=max_batch_size)
         if num_candidates is not None and num_candidates < num_kept:
             raise ValueError(

@@ -223,7 +223,7 @@ class CogViewUpscalePipeline(PreviewMixin, CogViewPipelineBase):
             own = [windows[index] for index in indices]
             # picture by picture, so that each draws for its windows in their order, whatever the batch
             entries = _interleave([sequences.window_entries(fine, window, layout) for window in own])
-            coarse = _interleave([tokens[(slice(None), *window.coarse(layout))].flatten(1) for window in own])
+            coarse = _interleave([tokens[_of_all(window.coarse(layout))].flatten(1) for window in own])
             repeated = [text for text in texts for _ in own]
             sources = [generator for generator in generators for _ in own]
             report = functools.partial(self._report_windows, notify, fine, own)
@@ -253,7 +253,7 @@ class CogViewUpscalePipeline(PreviewMixin, CogViewPipelineBase):
             entries = [sequences.window_entries(fine, windows[index], layout) for index in indices]
             num_steps += max(int((one == TO_GENERATE).sum()) for one in entries)
             for index in indices:
-                fine[(slice(None), *windows[index].fine(layout))] = 0
+                fine[_of_all(windows[index].fine(layout))] = 0
         return num_steps
 
     def _write(
@@ -312,6 +312,11 @@ class CogViewUpscalePipeline(PreviewMixin, CogViewPipelineBase):
                 f"{tokens.min().item()}..{tokens.max().item()}."
             )
         return tokens.long()
+
+
+def _of_all(cells: tuple[slice, slice]) -> tuple[slice, slice, slice]:
+    """These rows and columns of every picture, as an index."""
+    return (slice(None), *cells)
 
 
 def _interleave(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -65,7 +65,7 @@ class CogView2PipelineBase(PipelineBase):
 
     _preview_output = CogView2PreviewOutput
     model_cpu_offload_seq = "transformer->direct_sr_transformer->iterative_sr_transformer"
-    _optional_components = [  # noqa: RUF012 - diffusers adds lists to it
+    _optional_components: Sequence[str] = [
         "direct_sr_transformer",
         "iterative_sr_transformer",
         "direct_sr_scheduler",
@@ -211,7 +211,7 @@ class CogView2PipelineBase(PipelineBase):
                     device=device,
                     callback=functools.partial(batch.notify, stage.name),
                 )
-            if direct and known is not None:  # direct super-resolution reads no fine tokens
+            if direct and known is not None and cell_mask is not None:  # direct super-resolution reads no fine tokens
                 tokens = torch.where(cell_mask.to(tokens.device), tokens, known.to(tokens.device))
         return tokens
 

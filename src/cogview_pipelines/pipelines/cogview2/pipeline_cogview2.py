@@ -376,9 +376,8 @@ class CogView2Pipeline(PreviewMixin, AttentionMixin, CogView2PipelineBase):
     ) -> tuple[list[str], int, int | None, int | None]:
         """These arguments, the prompts as a list and the numbers as plain ones, if they can be used."""
         prompts = check_prompts(prompt)
-        num_images_per_prompt, num_candidates = check_numbers_drawn(
-            len(prompts), num_images_per_prompt=num_images_per_prompt, num_candidates=num_candidates
-        )
+        (num_images_per_prompt,) = check_numbers_drawn(len(prompts), num_images_per_prompt=num_images_per_prompt)
+        (num_candidates,) = check_numbers_drawn(len(prompts), num_candidates=num_candidates)
         (max_batch_size,) = check_counts(max_batch_size=max_batch_size)
         if num_candidates is not None and num_candidates < num_images_per_prompt:
             raise ValueError(

@@ -212,7 +212,7 @@ class CogView2CaptionPipeline(PipelineBase):
             captions=[caption.text for caption in captions],
             scores=[caption.score for caption in captions],
             token_ids=[caption.token_ids for caption in captions],
-            seeds=[caption.seed for caption in captions] if request.num_drawn else None,
+            seeds=[one.seed for one in captions if one.seed is not None] if request.num_drawn else None,
             statistics=call.statistics,
         )
         return output if return_dict else output.to_tuple()

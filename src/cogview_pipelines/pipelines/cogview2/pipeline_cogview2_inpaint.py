@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -222,7 +223,7 @@ class CogView2InpaintPipeline(PreviewMixin, CogView2PipelineBase):
         manner = _Manner(settings, stages, has_fine and super_resolve, mask_share, max_crop_size, mask_rule)
         tasks = [
             _Task(picture, mask, text, negative, self._min_side(picture, min_crop_size), manner)
-            for picture, mask, text, negative in zip(pictures, masks, texts, negatives or [None] * len(texts))
+            for picture, mask, text, negative in zip(pictures, masks, texts, negatives or repeat(None))
         ]
         for task in tasks:
             task.next_crop(task.mask, self.layout.image_grid)  # or its error, before anything is computed

@@ -194,7 +194,8 @@ class CogView2UpscalePipeline(PreviewMixin, CogView2PipelineBase):
         settings = self._settings(style, locals())
         check_choice("output_type", output_type, (*OUTPUT_TYPES, "latent"))
         self._check_tensor_inputs(callback_on_step_end_tensor_inputs)
-        num_levels, max_batch_size = check_counts(num_levels=num_levels, max_batch_size=max_batch_size)
+        (num_levels,) = check_counts(num_levels=num_levels)
+        (max_batch_size,) = check_counts(max_batch_size=max_batch_size)
         if not 0 <= tile_overlap <= 0.75:
             raise ValueError(f"`tile_overlap` must be from 0 to 0.75, but is {tile_overlap}.")
         inputs = self._read_inputs(image, tokens)
@@ -213,7 +214,7 @@ class CogView2UpscalePipeline(PreviewMixin, CogView2PipelineBase):
             faithful=faithful,
         )
         batch_size = min(self._batch_size(max_batch_size, getattr(self, stage.name)) for stage in stages)
-        results: list[_Result | None] = [None] * len(inputs)
+        results: dict[int, _Result] = {}
         with self._running(
             total=0,
             return_statistics=return_statistics,
@@ -231,11 +232,12 @@ class CogView2UpscalePipeline(PreviewMixin, CogView2PipelineBase):
                 run_in_batches(
                     enlarge, len(group), batch_size, generators=[request.generators[index] for index in group]
                 )
-        fine_tokens = [result.tokens for result in results]
+        in_order = [results[index] for index in range(len(inputs))]
+        fine_tokens = [result.tokens for result in in_order]
         output = CogView2PipelineOutput(
             images=fine_tokens
             if output_type == "latent"
-            else write_pictures([result.picture for result in results], output_type),
+            else write_pictures([result.picture for result in in_order], output_type),
             tokens=fine_tokens,
             seeds=[generator.initial_seed() for generator in request.generators],
             prompts=prompts,
@@ -269,6 +271,7 @@ class CogView2UpscalePipeline(PreviewMixin, CogView2PipelineBase):
                 if request.faithful:
                     enlarged = agree_with(enlarged.cpu(), pixels.cpu())
             pixels, low = enlarged, None
+        assert pixels is not None  # there is at least one level
         return [_Result(Picture(one), own) for one, own in zip(pixels.cpu(), fine.cpu())]
 
     def _fill_tiles(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -353,7 +356,7 @@ class CogView2UpscalePipeline(PreviewMixin, CogView2PipelineBase):
 
 def _same_size(inputs: list[Picture] | list[torch.Tensor]) -> list[list[int]]:
     """Indices of the pictures of each size; tokens come in one."""
-    groups: dict[tuple[int, int], list[int]] = {}
+    groups: dict[tuple[int, ...], list[int]] = {}
     for index, one in enumerate(inputs):
         groups.setdefault(one.size if isinstance(one, Picture) else (), []).append(index)
     return list(groups.values())

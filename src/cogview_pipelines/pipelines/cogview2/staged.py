@@ -53,8 +53,9 @@ class Order:
     def keys(self) -> list[Hashable]:
         """One for each stage still to come, the last for pixels: orders with equal ones may be computed together."""
         settings = self.settings
-        draft = ("transformer", self.pictures.negatives is None, settings.guidance_scale, settings.text_attention_bias)
-        draft += (settings.temperature, settings.top_k_clusters, settings.cluster_temperature)
+        guidance = (self.pictures.negatives is None, settings.guidance_scale, settings.text_attention_bias)
+        sampling = (settings.temperature, settings.top_k_clusters, settings.cluster_temperature)
+        draft = ("transformer", *guidance, *sampling)
         keys: list[Hashable] = [] if self.tokens is not None else [draft]
         keys += [(stage.name, repr(sorted(stage.scheduler.config.items()))) for stage in self.stages]
         return [*keys, DECODE]
@@ -174,7 +175,7 @@ class StagedPipeline:
         all_of_them = [order.pictures for order in orders]
         negatives = None
         if all_of_them[0].negatives is not None:
-            negatives = [text for each in all_of_them for text in each.negatives]
+            negatives = [text for each in all_of_them for text in each.negatives or ()]
         return Pictures(
             [text for each in all_of_them for text in each.texts],
             negatives,

@@ -3,7 +3,7 @@
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -12,6 +12,7 @@ from ...generation.sampling import Generators
 from .settings import MOST_COUNT, MOST_PER_CALL, whole_number
 
 Value = TypeVar("Value")
+Count = TypeVar("Count", bound=int | None)  # `None` comes back where it may be given
 PromptTranslator = Callable[[str], str]
 
 
@@ -76,15 +77,17 @@ def check_taken(pipe: DiffusionPipeline, names: Iterable[str]) -> None:
             )
 
 
-def check_counts(**counts: int | None) -> tuple[int | None, ...]:
+def check_counts(**counts: Count) -> tuple[Count, ...]:
     """The named arguments as plain numbers, if each is `None` or a whole number of at least 1."""
-    return tuple(None if value is None else whole_number(name, value) for name, value in counts.items())
+    checked = (None if value is None else whole_number(name, value) for name, value in counts.items())
+    return tuple(cast("Count", value) for value in checked)
 
 
-def check_numbers_drawn(num_prompts: int, **counts: int | None) -> tuple[int | None, ...]:
+def check_numbers_drawn(num_prompts: int, **counts: Count) -> tuple[Count, ...]:
     """As [`check_counts`], of what is drawn for each prompt or picture: no more than memory has room for."""
     checked = tuple(
-        None if value is None else whole_number(name, value, most=MOST_COUNT) for name, value in counts.items()
+        cast("Count", None if value is None else whole_number(name, value, most=MOST_COUNT))
+        for name, value in counts.items()
     )
     for name, value in zip(counts, checked):
         if value is not None and num_prompts * value > MOST_PER_CALL:

@@ -1,5 +1,7 @@
 """What pipelines that write pictures have for looking inside."""
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from ...evaluation.attention_maps import AttentionMaps, read_attention, words_of
@@ -7,8 +9,13 @@ from ...generation.token_sequence import TokenSequence
 from .arguments import check_prompts
 from .calls import inference
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline as Mixed  # what the mixin is part of
+else:
+    Mixed = object
 
-class AttentionMixin:
+
+class AttentionMixin(Mixed):
     """
     `attention_maps`, for pipelines with a `_written_sequence` that gives the sequence of a finished picture, the ids
     of its text, and the bias that it was written with.

@@ -33,7 +33,7 @@ class PipelineBase(LoraLoaderMixin, TextualInversionLoaderMixin, DiffusionPipeli
     components.
     """
 
-    _optional_components = ()
+    _optional_components: Sequence[str] = ()
     _callback_tensor_inputs = ("tokens",)
     # What folders may hold for other pipelines of the family.
     _passed_over: Collection[str] = ()

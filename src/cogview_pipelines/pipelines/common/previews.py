@@ -6,7 +6,7 @@ import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 import torch
@@ -20,6 +20,11 @@ from .notifier import Callback
 from .outputs import PreviewOutput
 from .preview_budget import PreviewBudget, check_share
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline as Mixed  # what the mixin is part of
+else:
+    Mixed = object
+
 NEUTRAL = 0.5  # grey
 
 
@@ -31,7 +36,7 @@ class _End:
     error: BaseException | None = None
 
 
-class PreviewMixin:
+class PreviewMixin(Mixed):
     """`preview` and `stream` for pipelines whose call reports tokens to `callback_on_step_end`."""
 
     _preview_output: type[PreviewOutput]  # of the family

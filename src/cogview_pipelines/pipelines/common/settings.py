@@ -10,11 +10,12 @@ import math
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 # More pictures or texts of one prompt, and of one call, would not fit into any memory.
 MOST_COUNT = 10_000
 MOST_PER_CALL = 100_000
+Chosen = TypeVar("Chosen", bound="Settings")
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Settings:
         return {name: one for name, one in found.items() if pipeline is None or pipeline in one.pipelines}
 
     @classmethod
-    def choose(cls, preset: Mapping[str, Any], given: Mapping[str, Any]) -> "Settings":
+    def choose(cls: type[Chosen], preset: Mapping[str, Any], given: Mapping[str, Any]) -> Chosen:
         """
         Settings of a call: what is given and not `None`, else the preset's, else the defaults.
 

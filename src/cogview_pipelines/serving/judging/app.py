@@ -179,10 +179,11 @@ class Desk:
         order, done = self._orders[token], self.answers.of(token)
         open_places = [place for place, caption in enumerate(order) if caption not in done]
         later = [place for place in open_places if place >= after]
-        return {"answered": len(done), "next": (later or open_places or [None])[0]}
+        return {"answered": len(done), "next": next(iter(later or open_places), None)}
 
 
-async def _answer_invalid(request: Request, error: RequestValidationError) -> Response:
+async def _answer_invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"][1:]) or "body"
     return bad_request(f"`{name}`: {first['msg']}.", name).response()

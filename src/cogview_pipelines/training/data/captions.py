@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ...json_lines import parse_object
 from ...models.tokenization import CodesAndPiecesTokenizer
@@ -18,7 +19,7 @@ MOST_LOOKED_AT = 2000  # captions of each language, to say what is lost of them
 logger = logging.getLogger(__name__)
 
 
-def parse_captions(line: str, place: object) -> tuple[dict[str, list[str]], float]:
+def parse_captions(line: str, place: object) -> tuple[dict[str, Any], float]:
     """
     Captions by language, and the weight, of a line of JSON; a caption alone counts as a list of one.
 
@@ -36,7 +37,7 @@ def parse_captions(line: str, place: object) -> tuple[dict[str, list[str]], floa
         row = parse_object(line)
     except ValueError as error:
         raise ValueError(f"{place} {error}") from error
-    texts = _captions_by_language(row, place, line)
+    texts: dict[str, Any] = {**_captions_by_language(row, place, line)}
     if "targets" in row:
         texts["targets"] = _captions_by_language(row["targets"], f"`targets` of {place}", line)
     style = row.get("style")

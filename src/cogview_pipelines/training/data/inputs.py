@@ -239,7 +239,8 @@ class TarPart:
 
     def rows(self) -> Iterator[PictureRow]:
         """See [`Part`]."""
-        key, files = None, {}
+        key: tuple[str, str] | None = None
+        files: dict[str, bytes] = {}
         try:
             with tarfile.open(self.path, "r:") as tar:
                 for member in tar:
@@ -248,18 +249,19 @@ class TarPart:
                     folder, _, name = member.name.rpartition("/")
                     stem, _, suffix = name.partition(".")
                     if (folder, stem) != key:
-                        if files:
+                        if key is not None and files:
                             yield self._row(key, files)
                         key, files = (folder, stem), {}
                     wanted = f".{suffix.lower()}" in PICTURE_SUFFIXES or suffix in ("txt", "json")
                     limit = LARGEST_TEXT if suffix in ("txt", "json") else LARGEST_FILE
                     if wanted:
-                        files[suffix.lower()] = tar.extractfile(member).read() if member.size <= limit else b""
+                        file = tar.extractfile(member) if member.size <= limit else None
+                        files[suffix.lower()] = b"" if file is None else file.read()
         except (OSError, tarfile.TarError) as error:
             # a sample whose files may be cut off is not used
             yield PictureRow(str(self.path), problem=f"is damaged or cut off: {error}")
             return
-        if files:
+        if key is not None and files:
             yield self._row(key, files)
 
     def _row(self, key: tuple[str, str], files: Mapping[str, bytes]) -> PictureRow:
@@ -316,8 +318,9 @@ class ParquetPart:
             content = picture.get("bytes")
             if content is None and isinstance(picture.get("path"), str):
                 folder = self.path.parent.resolve()
-                content = (folder / picture["path"]).resolve()
-                if not content.is_relative_to(folder):
+                path = (folder / picture["path"]).resolve()
+                content = path
+                if not path.is_relative_to(folder):
                     return PictureRow(place, problem=f"names a picture outside of its folder: {picture['path']!r}")
         if content is None:
             return PictureRow(place, problem="has no picture")

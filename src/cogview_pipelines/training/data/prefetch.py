@@ -3,10 +3,10 @@
 import itertools
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -22,7 +22,7 @@ def draw_indices(dataset_size: int, count: int, generator: torch.Generator) -> t
 
 def prefetch(
     make: Callable[[Item], Batch], items: Iterable[Item], num_workers: int = 1, processes: bool = False
-) -> Iterator[tuple[Item, Batch]]:
+) -> Generator[tuple[Item, Batch], None, None]:
     """
     Yield `(item, make(item))` in order while threads or processes prepare the next ones.
 
@@ -51,7 +51,7 @@ def prefetch(
         )
         yield from zip(items, batches)
         return
-    pending = deque()
+    pending: deque[tuple[Item, Future[Batch]]] = deque()
     with ThreadPoolExecutor(num_workers) as pool:
         try:
             for item in items:
@@ -72,7 +72,7 @@ def _leave_signals_to_the_loop(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-class _Made(Dataset):
+class _Made(Dataset, Generic[Item, Batch]):
     """What `make` makes of an item, for a `DataLoader`."""
 
     def __init__(self, make: Callable[[Item], Batch]):

@@ -95,6 +95,7 @@ def select(row: PictureRow, filters: Filters, sizes: Sequence[int], fit: str, se
     texts = filters.captions(row.texts)
     if not any(language in texts for language in LANGUAGES):
         return Selected({}, [], reason="caption_length")
+    assert row.content is not None  # or there would be a problem
     try:
         content = read_bytes(row.content) if isinstance(row.content, Path) else row.content
         image = open_picture(content, formats=FORMATS)

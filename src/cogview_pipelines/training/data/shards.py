@@ -372,7 +372,11 @@ def find_damaged(folder: str | Path, verify: bool = False, part: int = 0, num_pa
         elif size != entry["bytes"]:
             damaged[name] = f"it has {size} bytes instead of {entry['bytes']}"
         elif verify and number % num_parts == part:
-            digest = store.digest(name) if path is None else file_digest(path)["sha256"]
+            if path is not None:
+                digest = file_digest(path)["sha256"]
+            else:
+                assert store is not None
+                digest = store.digest(name)
             if digest != entry["sha256"]:
                 damaged[name] = "it has the right size, but not what was written"
     return damaged
@@ -488,7 +492,7 @@ class TokenShards:
         self.weights = [float(entry["weight"]) for entry in entries]
         self.equal_weights = [bool(entry["equal_weights"]) for entry in entries]
         # where each array begins in each file, once its header was read
-        self._starts = np.full((len(entries), len(_ARRAYS)), -1, dtype=np.int64)
+        self._starts: np.ndarray = np.full((len(entries), len(_ARRAYS)), -1, dtype=np.int64)
         self._first = np.array(self.first)
         self._open: OrderedDict[int, _File] = OrderedDict()
         self._add_caches()

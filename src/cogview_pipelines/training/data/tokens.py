@@ -295,6 +295,7 @@ class TokenData:
 
     @functools.cached_property
     def _epochs(self) -> EpochOrder:
+        assert self.epoch_seed is not None
         return EpochOrder(self.chances, self.epoch_seed)
 
     def draw_caption(self, index: int, generator: torch.Generator, to_write: bool = False) -> list[int]:
