@@ -69,8 +69,8 @@ MUTATIONS = [
     Mutation(
         "lists: pictures of other settings are taken for theirs",
         "cli/generate.py",
-        'wanted = {"prompt": job.prompt, "settings": job.settings}',
-        'wanted = {"prompt": job.prompt}',
+        'wanted: dict[str, Any] = {"prompt": job.prompt, "settings": job.settings}',
+        'wanted: dict[str, Any] = {"prompt": job.prompt}',
         "cli/test_generate_list.py::test_a_picture_of_another_request_is_replaced_only_if_asked",
     ),
     Mutation(

@@ -34,8 +34,8 @@ MUTATIONS = [
     Mutation(
         "checkpoints: written without a look at the disk",
         "training/checkpoints.py",
-        "(remove(partial), require_room(root, folder.name, needed))",
-        "remove(partial)",
+        "        require_room(root, folder.name, needed)\n",
+        "",
         "training/test_loop.py::test_a_disk_without_room_is_known_before_a_checkpoint_is_begun",
     ),
     Mutation(
@@ -395,7 +395,7 @@ MUTATIONS = [
     Mutation(
         "Parquet: pictures from anywhere on the disk",
         "training/data/inputs.py",
-        "if not content.is_relative_to(folder):",
+        "if not path.is_relative_to(folder):",
         "if False:",
         "training/data/test_inputs.py::test_parquet_of_datasets_is_read_row_by_row",
     ),

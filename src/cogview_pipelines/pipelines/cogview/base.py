@@ -188,7 +188,8 @@ class CogViewPipelineBase(PipelineBase):
                 logits_positions=torch.arange(first, labels.shape[1], device=device),
                 full_vocabulary=True,
             ).logits
-            logits, labels = logits[..., layout.num_image_tokens :].log_softmax(-1), labels[:, first:]
+            logits = logits[..., layout.num_image_tokens :].log_softmax(-1)
+            labels = labels[:, first:]
             chosen = logits.gather(-1, (labels - layout.num_image_tokens).clamp(min=0)[..., None])[..., 0]
             total = (chosen * (labels >= 0)).sum(1)
             scores[pairs] = (total / (labels >= 0).sum(1) if reduction == "mean" else total).cpu()
