@@ -101,8 +101,8 @@ def dense_attention(
         return F.scaled_dot_product_attention(query, key, value, bias, dropout, is_causal)
     with torch.autocast("cpu", enabled=False):
         bias = None if bias is None else bias.float()
-        whole = [tensor.float() for tensor in (query, key, value)]
-        return F.scaled_dot_product_attention(*whole, bias, dropout, is_causal).to(query.dtype)
+        attended = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), bias, dropout, is_causal)
+        return attended.to(query.dtype)
 
 
 def pb_relaxed_attention(

@@ -299,14 +299,14 @@ class CogLMModel(CogLMPreTrainedModel):
             positions = last_positions if layer.index == self.config.num_hidden_layers - 1 else None
             hidden_states = layer(hidden_states, bias, cache, positions=positions)
             states.append(hidden_states)
-        states = tuple(states) if output_hidden_states else None
+        kept = tuple(states) if output_hidden_states else None
         if labels is not None:
             hidden_states = hidden_states if last_positions is not None else hidden_states[labelled]
             outputs = self._labelled_logits(hidden_states, labels[labelled], full_vocabulary)
-            return CogLMModelOutput(hidden_states=states, **outputs)
+            return CogLMModelOutput(hidden_states=kept, **outputs)
         if logits_positions is not None and last_positions is None:
             hidden_states = select_positions(hidden_states, logits_positions)
-        return CogLMModelOutput(logits=self.logits(hidden_states, full_vocabulary), hidden_states=states)
+        return CogLMModelOutput(logits=self.logits(hidden_states, full_vocabulary), hidden_states=kept)
 
 
 def positions_of_last_layer(

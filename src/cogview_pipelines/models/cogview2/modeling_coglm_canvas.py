@@ -307,7 +307,7 @@ class CogLMCanvasModel(CogLMPreTrainedModel):
         labelled = None if labels is None else (labels != IGNORED_LABEL).nonzero(as_tuple=True)
         last_positions = positions_of_last_layer(logits_positions, labelled, output_hidden_states)
         hidden_states, states = self._run_canvas(canvas_ids, context, last_positions)
-        kept = {"hidden_states": tuple(states) if output_hidden_states else None, "context": context}
+        kept: dict[str, Any] = {"hidden_states": tuple(states) if output_hidden_states else None, "context": context}
         if labels is not None:
             hidden_states = hidden_states if last_positions is not None else hidden_states[labelled]
             outputs = self._labelled_logits(hidden_states, labels[labelled], full_vocabulary)

@@ -23,7 +23,8 @@ def find_duplicates(folder: str | Path, num_shards: int) -> Iterator[tuple[int, 
     """
     counts = [len(read_hashes(folder, number)) for number in range(num_shards)]
     first = np.cumsum([0, *counts])
-    passes, found = -(-int(first[-1]) // MOST_HASHES), []
+    passes = -(-int(first[-1]) // MOST_HASHES)
+    found: list[np.ndarray] = []
     for remainder in range(passes):  # all pictures with one hash are in the same pass
         hashes, places = [], []
         for number in range(num_shards):

@@ -80,7 +80,7 @@ def write_shard(
     num_codes: int | None = None,
     dtype: type | None = None,
     report: Mapping[str, int] | None = None,
-    picture_hashes: Sequence[int] | None = None,
+    picture_hashes: Sequence[int] | np.ndarray | None = None,
 ) -> None:
     """
     Write a shard, which is there when it is whole, and not before: as far as `NAME.json` is, the last of its files.
