@@ -20,6 +20,7 @@ EXTRAS = {
     "plots/": ("plots",),
     "export/": ("onnx",),
     "training/data/inputs.py": ("parquet",),
+    "training/moments.py": ("quantization",),
     "training/": ("training",),
     "loaders/": ("lora",),
     "models/adapters.py": ("lora",),

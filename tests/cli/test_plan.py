@@ -46,6 +46,7 @@ def test_the_released_model_is_planned_without_its_weights():
 def test_what_cannot_be_planned_is_said_in_a_line(tmp_path):
     CogLMCanvasConfig(**SMALL).save_pretrained(tmp_path)
     for arguments, message in (
+        (("cogview2-6b", "--optimizer", "muon", "--moments", "int8"), "`moments` 'int8' is for `optimizer` adamw"),
         ((tmp_path,), "`MODEL` must be a CogLM or a CogView"),
         ((tmp_path / "none",), "`MODEL` must be one of cogview2-6b, cogview-4b or a folder"),
         (("cogview2-6b", "--devices", 4, "--shard-size", 3), "`shard_size` must divide the 4 devices"),

@@ -104,6 +104,12 @@ def run_script(name: str, arguments: list[str]) -> bool:
     return load_script(name).main(arguments) is not None
 
 
+def run_uncompiled(name: str, arguments: list[str]) -> bool:
+    """Run a training script that would compile something, without that: the numbers are nearly the same."""
+    torch.compiler.set_stance("force_eager")
+    return run_script(name, arguments)
+
+
 def first_gradients(name: str, arguments: list[str], mean_of_means: bool = False) -> dict[str, torch.Tensor]:
     """
     The gradient of every parameter in the first step, whole.

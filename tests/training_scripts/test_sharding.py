@@ -4,6 +4,7 @@ Training on several processes is training on one: gradients, losses, checkpoints
 Tiny models over gloo on a CPU, without dropout, whose masks differ between processes.
 """
 
+import importlib.util
 import json
 
 import numpy as np
@@ -17,7 +18,15 @@ from cogview_pipelines.training.checkpoints import list_checkpoints
 from cogview_pipelines.training.run_folder import read_run
 
 from .conftest import COGLM, COGVIEW, WINDOWS, as_arguments
-from .launching import first_gradients, killed_in_second_save, launch, run_script, shares, told_to_stop
+from .launching import (
+    first_gradients,
+    killed_in_second_save,
+    launch,
+    run_script,
+    run_uncompiled,
+    shares,
+    told_to_stop,
+)
 
 NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
 TOLERANCE = 1e-5  # of the largest element of each gradient, in float32
@@ -107,7 +116,7 @@ def test_a_mean_of_the_means_of_processes_would_be_seen(options):
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch < 2.9")
 def test_a_run_goes_on_on_any_number_of_processes_with_the_losses_of_one(options, tmp_path):
     """
-    Ten steps on two processes, sharded, the rest on one and on four; and all of it on one.
+    From two processes to one, to four, and to two again, sharded, in one folder; and all of it on one.
 
     Muon for linear layers, whose updates are orthogonalised in bfloat16, AdamW for the rest, and an average of both.
     """
@@ -118,21 +127,56 @@ def test_a_run_goes_on_on_any_number_of_processes_with_the_losses_of_one(options
         assert all(launch(count, run_script, "train_coglm", options("train_coglm", name, **more)))
 
     run(1, "alone", 4, 30)
-    run(2, "parts", 2, 10, sharding="full")
-    for name, count, batch_size, more in (("one", 1, 4, {}), ("four", 4, 1, {"sharding": "full"})):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.jsonl").write_bytes((tmp_path / "parts/metrics.jsonl").read_bytes())
-        more |= {"resume_from_checkpoint": tmp_path / "parts/checkpoint-10", "keep_checkpoints": 1}
-        run(count, name, batch_size, 30, **more)
-        found, expected = metrics(tmp_path / name), metrics(tmp_path / "alone")
-        assert [line["step"] for line in found] == list(range(1, 31))
-        for key in ("loss", "image_loss", "text_loss"):
-            assert [line[key] for line in found if key in line] == pytest.approx(
-                [line[key] for line in expected if key in line], rel=5e-3
-            )
-        average, whole = (CogLMModel.from_pretrained(tmp_path / each / "final") for each in (name, "alone"))
-        for key, value in whole.state_dict().items():
-            torch.testing.assert_close(average.state_dict()[key], value, rtol=0, atol=2e-3, msg=key)
+    for count, max_steps, more in (
+        (2, 8, {"sharding": "full"}),
+        (1, 14, {}),
+        (4, 20, {"sharding": "hybrid", "shard_size": 2, "async_checkpoints": True}),
+        (2, 30, {"sharding": "full"}),
+    ):
+        run(count, "parts", 4 // count, max_steps, resume_from_checkpoint="latest", **more)
+    found, expected = metrics(tmp_path / "parts"), metrics(tmp_path / "alone")
+    assert [line["step"] for line in found] == list(range(1, 31))
+    for key in ("loss", "image_loss", "text_loss"):
+        assert [line[key] for line in found if key in line] == pytest.approx(
+            [line[key] for line in expected if key in line], rel=5e-3
+        )
+    average, whole = (CogLMModel.from_pretrained(tmp_path / each / "final") for each in ("parts", "alone"))
+    for key, value in whole.state_dict().items():
+        torch.testing.assert_close(average.state_dict()[key], value, rtol=0, atol=2e-3, msg=key)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")
+@pytest.mark.parametrize("moments, within", [("bfloat16", 5e-3), ("int8", 2e-2)])
+def test_moments_of_fewer_bits_go_on_on_another_number_of_processes(options, tmp_path, moments, within):
+    """From two processes, sharded, to one, to two copies; blocks of 8 bits are others each time."""
+    common = {"moments": moments, "learning_rate": 1e-3, "model": {**COGLM, **NO_DROPOUT, "hidden_size": 64}}
+
+    def run(count, name, max_steps, **more):
+        arguments = options("train_coglm", name, batch_size=4 // count, max_steps=max_steps, **{**common, **more})
+        assert all(launch(count, run_uncompiled, "train_coglm", arguments))
+
+    run(1, "alone", 9, moments="float32")
+    for count, max_steps, sharding in ((2, 3, "full"), (1, 6, "none"), (2, 9, "none")):
+        run(count, "parts", max_steps, sharding=sharding, resume_from_checkpoint="latest")
+    losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("parts", "alone")]
+    assert len(losses[0]) == 9 and losses[0] == pytest.approx(losses[1], rel=within)
+    assert losses[0] != losses[1]
+
+
+def test_a_model_as_deep_as_the_released_trains_on_four_processes_as_on_one(options, tmp_path):
+    """Forty-eight layers, which all but the main process make without weights; each holds a quarter of each matrix."""
+    more = {"model": {**COGLM, **NO_DROPOUT, "hidden_size": 16, "num_hidden_layers": 48}, "learning_rate": 1e-3}
+    (alone,) = launch(1, first_gradients, "train_coglm", options("train_coglm", "one", batch_size=4, **more))
+    sharded = {"batch_size": 1, "sharding": "full", "gradient_checkpointing": True, **more}
+    together = launch(4, first_gradients, "train_coglm", options("train_coglm", "four", **sharded))
+    assert len(alone) > 48 * 10 and max(worst(alone, gradients) for gradients in together) <= TOLERANCE
+    launch(1, run_script, "train_coglm", options("train_coglm", "alone", batch_size=4, max_steps=3, **more))
+    found = launch(4, shares, "train_coglm", options("train_coglm", "sharded", max_steps=3, **sharded))
+    assert [had_weights for had_weights, _ in found] == [True, False, False, False]
+    for _, held in found:
+        assert all(share == whole // 4 for name, (share, whole) in held.items() if "layers." in name)
+    losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("sharded", "alone")]
+    assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_sample_pictures_and_validation_of_sharded_weights_are_of_the_average_and_leave_no_trace(
@@ -178,8 +222,12 @@ def test_only_one_process_reads_the_weights_and_each_holds_its_share(options):
     assert abs(totals[0] - totals[1]) < 0.1 * sum(totals)
 
 
-def test_a_process_that_is_killed_in_the_middle_of_a_save_ends_the_others_and_loses_no_checkpoint(options, tmp_path):
+@pytest.mark.parametrize("beside", [False, True], ids=["in turn", "beside the training"])
+def test_a_process_that_is_killed_in_the_middle_of_a_save_ends_the_others_and_loses_no_checkpoint(
+    options, tmp_path, beside
+):
     more = {"batch_size": 1, "sharding": "full", "checkpoint_every_steps": 2, "keep_checkpoints": 1, "max_steps": 6}
+    more["async_checkpoints"] = beside
     with pytest.raises(RuntimeError, match="process 1 ended without a result") as caught:
         launch(2, killed_in_second_save, "train_coglm", options("train_coglm", "run", **more), timeout=300)
     assert "process 0:" in str(
@@ -194,8 +242,10 @@ def test_a_process_that_is_killed_in_the_middle_of_a_save_ends_the_others_and_lo
     assert not list((tmp_path / "run").glob(".partial*")) and (tmp_path / "run/final/config.json").is_file()
 
 
-def test_a_signal_to_one_process_stops_all_with_one_checkpoint(options, tmp_path):
-    arguments = options("train_coglm", "run", batch_size=1, max_steps=50, sharding="full")
+@pytest.mark.parametrize("beside", [False, True], ids=["in turn", "beside the training"])
+def test_a_signal_to_one_process_stops_all_with_one_checkpoint(options, tmp_path, beside):
+    more = {"batch_size": 1, "max_steps": 50, "sharding": "full", "async_checkpoints": beside}
+    arguments = options("train_coglm", "run", **more)
     assert launch(2, told_to_stop, "train_coglm", arguments, 2) == [False, False]
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-3"]
     assert read_run(tmp_path / "run")["state"] == "interrupted"

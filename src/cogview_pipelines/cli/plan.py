@@ -23,6 +23,14 @@ class Optimizer(str, Enum):
     muon = "muon"
 
 
+class Moments(str, Enum):
+    """What `--moments` of the training scripts takes."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    int8 = "int8"
+
+
 class Precision(str, Enum):
     """What `--mixed_precision` of the training scripts takes."""
 
@@ -47,6 +55,7 @@ def plan(
     batch_size: int = typer.Option(16, "--batch-size", "-b", min=1, help="Samples on a device in a forward pass."),
     memory: float | None = typer.Option(None, min=0, callback=finite, help="Memory of a device in GB (10^9 bytes)."),
     optimizer: Optimizer = typer.Option(Optimizer.adamw, help="Of the training scripts."),
+    moments: Moments = typer.Option(Moments.float32, help="Of the training scripts."),
     ema: bool = typer.Option(False, "--ema", help="Keep a moving average of the weights."),
     mixed_precision: Precision = typer.Option(Precision.bf16, help="Of the training scripts."),
     tflops: float | None = typer.Option(
@@ -75,7 +84,16 @@ def plan(
         layouts = layouts_of(devices, shard_size)
         rows = []
         for layout in layouts:
-            need = plan_layout(config, layout, batch_size, optimizer.value, ema, mixed_precision.value, device.value)
+            need = plan_layout(
+                config,
+                layout,
+                batch_size,
+                optimizer.value,
+                ema,
+                mixed_precision.value,
+                device.value,
+                moments.value,
+            )
             rows.append(
                 {"model": model, "devices": devices, "batch_size": batch_size, "tflops": rate and rate / 1e12}
                 | report(

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import importlib.util
 import json
 import math
 import os
@@ -23,6 +24,11 @@ INTERRUPTED = 75  # exit status of a run that saved a checkpoint and stopped: EX
 
 # What `metadata["resume"]` says of an option that may change when a run is resumed.
 UNNOTICED = ""  # it changes nothing that is learned
+
+MOST_BETA2 = 0.996  # bfloat16 has numbers 2^-7 apart, relatively: a smaller change than half of that is lost
+NO_INT8_MUON = (
+    "`moments` 'int8' is for `optimizer` adamw: no library has Muon with a momentum of 8 bits. Choose bfloat16."
+)
 
 
 @dataclass
@@ -65,6 +71,15 @@ class TrainConfig:
             "help": "adamw, or muon: Muon for the weights of linear layers, AdamW for the rest.",
             "choices": ["adamw", "muon"],
             "resume": "its moments begin at zero where the checkpoint has none of its kind",
+        },
+    )
+    moments: str = field(
+        default="float32",
+        metadata={
+            "help": "How the moments of adamw and the momentum of muon are held: float32; bfloat16, half as large; "
+            "int8 (adamw alone), a quarter. Others than float32 need torchao.",
+            "choices": ["float32", "bfloat16", "int8"],
+            "resume": "those of the checkpoint are rounded to it",
         },
     )
     weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay of matrices and kernels."})
@@ -144,6 +159,14 @@ class TrainConfig:
     checkpoint_every_minutes: float = field(
         default=10.0, metadata={"help": "Minutes between checkpoints; 0: never by time.", "resume": UNNOTICED}
     )
+    async_checkpoints: bool = field(
+        default=False,
+        metadata={
+            "help": "Write checkpoints while the training goes on, which takes memory of the CPU for a copy of each "
+            "process's weights, moments and average.",
+            "resume": UNNOTICED,
+        },
+    )
     keep_checkpoints: int = field(
         default=2, metadata={"help": "How many checkpoints to keep; 0: all.", "resume": UNNOTICED}
     )
@@ -211,6 +234,23 @@ class TrainConfig:
         for name in ("ema_decay", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 0 and below 1, but is {getattr(self, name)}.")
+        self.check_moments()
+
+    def check_moments(self) -> None:
+        """Raise `ValueError` if the moments cannot be held as `moments` says."""
+        if self.moments == "float32":
+            return
+        if self.moments == "int8" and self.optimizer == "muon":
+            raise ValueError(NO_INT8_MUON)
+        if self.moments == "bfloat16" and self.adam_beta2 > MOST_BETA2:
+            raise ValueError(
+                f"`adam_beta2` must be at most {MOST_BETA2} with `moments` bfloat16, but is {self.adam_beta2}: a "
+                "second moment that shrinks by less in a step is rounded back to what it was. Choose float32 or int8."
+            )
+        if importlib.util.find_spec("torchao") is None:
+            raise ValueError(
+                f"`moments` {self.moments!r} needs the package torchao: pip install 'cogview_pipelines[quantization]'."
+            )
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

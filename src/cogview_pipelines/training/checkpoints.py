@@ -5,13 +5,14 @@ A folder holds the tensors as torch.distributed.checkpoint writes them, each pro
 `trainer_state.json`: the step, the samples seen, the options of the run, and size and SHA-256 of every other file.
 """
 
+import contextlib
 import json
 import logging
 import re
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -70,7 +71,7 @@ class TrainingState:
     numbers: dict[str, float] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor by a name of its own, sharing memory with what is trained."""
+        """Every tensor by a name of its own, sharing memory with what is trained; moments of 8 bits are copies."""
         tensors = {f"model.{name}": value for name, value in model_tensors(self.model).items()}
         tensors.update({f"optimizer.{name}": value for name, value in self.optimizers.tensors().items()})
         if self.average is not None:
@@ -90,11 +91,35 @@ def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 # Saving --------------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Save:
+    """
+    A checkpoint that is being written, under another name until it is whole.
+
+    Args:
+        config ([`TrainConfig`]): Of the run.
+        folder (`Path`): What it will be called.
+        needed (`int`): Bytes on the disk.
+        content (`dict`): What its state file says beside the files.
+    """
+
+    config: TrainConfig
+    folder: Path
+    needed: int
+    content: dict
+
+    @property
+    def partial(self) -> Path:
+        """What it is called meanwhile."""
+        return partial_path(self.folder)
+
+
 def save_checkpoint(processes: Processes, config: TrainConfig, state: TrainingState) -> Path:
     """
     Save the state of a run, all processes together.
 
-    Written under another name and renamed at the end; then old checkpoints are removed.
+    Written under another name and renamed at the end; then old checkpoints are removed. What does the same beside the
+    training is [`BackgroundSaves`].
 
     Returns:
         `Path`: The folder `checkpoint-<step>` in `config.output_dir`.
@@ -102,41 +127,69 @@ def save_checkpoint(processes: Processes, config: TrainConfig, state: TrainingSt
     Raises:
         OSError: If the disk has no room; checkpoints that were there before still are.
     """
-    root = Path(config.output_dir)
-    folder = root / f"checkpoint-{state.step}"
-    partial = partial_path(folder)
-    tensors = state.tensors()
+    save, tensors = prepare_save(processes, config, state)
+    with _quiet():
+        return finish_save(
+            save, processes, lambda: dcp.save(tensors, storage_writer=dcp.FileSystemWriter(save.partial))
+        )
+
+
+def prepare_save(
+    processes: Processes, config: TrainConfig, state: TrainingState
+) -> tuple[Save, dict[str, torch.Tensor]]:
+    """
+    What a checkpoint of a run, as it is now, will be, and its tensors.
+
+    Raises:
+        OSError: If the disk has no room.
+    """
+    root, tensors = Path(config.output_dir), state.tensors()
     needed = int(processes.sum([_local_bytes(tensors, processes)])[0])
-
-    def make_room() -> None:
-        remove(partial)
-        require_room(root, folder.name, needed)
-
-    processes.main_first(make_room)
-    try:
-        with disk_errors(root, folder.name, needed), _plain_exceptions():
-            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial))
-        files = _digests(processes, partial)
-    except BaseException:
-        if processes.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
     content = {
         "format": FORMAT,
         "step": state.step,
         "samples": state.samples,
-        "numbers": state.numbers,
+        "numbers": dict(state.numbers),
         "options": asdict(config),
-        "files": files,
     }
-    processes.main_first(lambda: _complete(config, content, partial, folder))
-    return folder
+    save = Save(config, root / f"checkpoint-{state.step}", needed, content)
+
+    def make_room() -> None:
+        remove(save.partial)
+        require_room(root, save.folder.name, needed)
+
+    processes.main_first(make_room)
+    return save, tensors
 
 
-def _complete(config: TrainConfig, content: dict, partial: Path, folder: Path) -> None:
-    write_json(partial / STATE_FILE, content)
-    take_place(partial, folder)
-    remove_old_checkpoints(config, folder)
+def finish_save(save: Save, processes: Processes, write: Callable[[], object]) -> Path:
+    """
+    Write a checkpoint, note its checksums and give it its name; its folder.
+
+    Args:
+        save ([`Save`]): The checkpoint.
+        processes ([`Processes`]): Who save it together.
+        write (`Callable`): Writes what this process has of the tensors.
+
+    Raises:
+        OSError: If the disk has no room.
+    """
+    try:
+        with disk_errors(save.folder.parent, save.folder.name, save.needed), _plain_exceptions():
+            write()
+        files = _digests(processes, save.partial)
+    except BaseException:
+        if processes.is_main:
+            shutil.rmtree(save.partial, ignore_errors=True)
+        raise
+    processes.main_first(lambda: _complete(save, files))
+    return save.folder
+
+
+def _complete(save: Save, files: dict[str, dict]) -> None:
+    write_json(save.partial / STATE_FILE, save.content | {"files": files})
+    take_place(save.partial, save.folder)
+    remove_old_checkpoints(save.config, save.folder)
 
 
 def remove_old_checkpoints(config: TrainConfig, newest: Path) -> None:
@@ -160,25 +213,31 @@ def _local_bytes(tensors: Mapping[str, torch.Tensor], processes: Processes) -> i
     return total
 
 
-class _plain_exceptions:
+@contextlib.contextmanager
+def _plain_exceptions() -> Iterator[None]:
     """What a process raised in torch.distributed.checkpoint, instead of a report of all of them."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
 
-    def __enter__(self):
-        self.quiet = warnings.catch_warnings()
-        self.quiet.__enter__()
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing is said of there being one process; for the main thread alone, as all that changes filters."""
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")
-
-    def __exit__(self, kind, error, trace):
-        self.quiet.__exit__(kind, error, trace)
-        if isinstance(error, CheckpointException):
-            raise next(iter(error.failures.values()))[0] from error
+        yield
 
 
 def _digests(processes: Processes, folder: Path) -> dict[str, dict]:
     """Size and SHA-256 of the files in a folder, each read by one process."""
-    paths = sorted(path for path in folder.iterdir() if path.is_file())
-    mine = {path.name: file_digest(path) for path in paths[processes.index :: processes.count]}
-    return {name: digest for part in processes.gather(mine) for name, digest in part.items()}
+
+    def own() -> dict[str, dict]:
+        paths = sorted(path for path in folder.iterdir() if path.is_file())
+        return {path.name: file_digest(path) for path in paths[processes.index :: processes.count]}
+
+    return {name: digest for part in processes.each(own) for name, digest in part.items()}
 
 
 # Finding and checking ------------------------------------------------------------------------------------------------
@@ -335,7 +394,8 @@ def load_checkpoint(folder: Path, content: dict, state: TrainingState) -> list[s
                 f"{tuple(value.shape)} here. Resume with the model options of the run."
             )
     missing = state.optimizers.prepare([name.partition(".")[2] for name in saved if name.startswith("optimizer.")])
-    wanted.update({f"optimizer.{name}": value for name, value in state.optimizers.tensors().items()})
+    moments = state.optimizers.tensors()
+    wanted.update({f"optimizer.{name}": value for name, value in moments.items()})
     if missing:
         notes.append(f"The checkpoint has no moments of {missing} of the weights; theirs begin at zero.")
     if state.average is not None:
@@ -344,8 +404,9 @@ def load_checkpoint(folder: Path, content: dict, state: TrainingState) -> list[s
             wanted.update(averages)
         else:
             notes.append("The checkpoint has no average of the weights; it begins with the weights of now.")
-    with _plain_exceptions(), torch.no_grad():
+    with _quiet(), _plain_exceptions(), torch.no_grad():
         dcp.load(wanted, storage_reader=reader)
+        state.optimizers.take(moments)
     if state.average is not None:
         if averages.keys() <= saved.keys():
             state.average.started = True

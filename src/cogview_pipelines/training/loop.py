@@ -21,6 +21,7 @@ from torch import nn
 
 from .arguments import TrainConfig
 from .averaging import make_average
+from .background_saves import BackgroundSaves
 from .checkpoints import (
     Clock,
     TrainingState,
@@ -102,6 +103,7 @@ def train(
         run = _Run(
             config, accelerator, processes, model, compute_loss, loss_weight, make_samples, adamw_names, begin_step
         )
+        stack.callback(run.close)  # before the lock is given up
         run.validation = validation or {}
         found = run.resume()
         run.note("running")
@@ -143,6 +145,7 @@ class _Run:
         self.watch = FiniteWatch(processes)
         self.validation: Mapping[str, Sequence[Any]] = {}
         self.last_checkpoint: Path | None = None
+        self.background = BackgroundSaves(processes, config) if config.async_checkpoints else None
 
     @property
     def samples_per_step(self) -> int:
@@ -191,12 +194,15 @@ class _Run:
                 self.show(state.step)
                 # what one process was asked for, all do
                 asked = (interruption.signal is not None, clock.time_is_over(), clock.checkpoint_due())
-                flags = self.processes.sum([float(flag) for flag in asked])
+                flags = self.processes.sum([float(flag) for flag in (*asked, self.save_failed())])
+                if flags[3]:
+                    self.finish_save()
                 ends = any(flags[:2]) and state.step < config.max_steps
                 if ends or flags[2] or self.checkpoint_due(state.step):
                     self.save()
                     clock.saved()
                 if ends:
+                    self.finish_save()
                     if self.processes.is_main:
                         reason = "a signal" if flags[0] else "`max_minutes`"
                         logger.warning(
@@ -205,6 +211,7 @@ class _Run:
                             interruption.signal or reason,
                         )
                     return False
+        self.finish_save()
         return True
 
     def draws(self) -> Iterator[Draw]:
@@ -305,12 +312,30 @@ class _Run:
             yield
 
     def save(self) -> None:
-        """Save a checkpoint, if all losses since the last one were finite."""
+        """Save a checkpoint, or begin to, if all losses since the last one were finite."""
+        self.finish_save()
         self.watch.require_finite(self.last_checkpoint)
         if self.scale is not None:
             self.state.numbers.update(self.scale.state())
-        self.last_checkpoint = save_checkpoint(self.processes, self.config, self.state)
+        if self.background is not None:
+            self.background.begin(self.state)
+        else:
+            self.last_checkpoint = save_checkpoint(self.processes, self.config, self.state)
         self.note("running")
+
+    def save_failed(self) -> bool:
+        """Whether a save beside the training has failed, as [`finish_save`] will raise."""
+        return self.background is not None and self.background.failed()
+
+    def finish_save(self) -> None:
+        """Wait for the save beside the training, if one is under way."""
+        if self.background is not None:
+            self.last_checkpoint = self.background.wait() or self.last_checkpoint
+
+    def close(self) -> None:
+        """Leave nothing at work."""
+        if self.background is not None:
+            self.background.close()
 
     def show(self, step: int) -> None:
         """Sample pictures, where they are due, made by all processes together, without a trace in the run."""

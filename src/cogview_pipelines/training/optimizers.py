@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..ops.processor import multiplies
 from .arguments import TrainConfig
+from .moments import as_saved, make_adamw, new_moment, take
 
 STATE_NAMES = {"adamw": ("exp_avg", "exp_avg_sq", "step"), "muon": ("momentum_buffer",)}
 
@@ -19,15 +20,16 @@ class Optimizers:
 
     Args:
         model (`nn.Module`): The model.
-        config ([`TrainConfig`]): Its `optimizer`, `weight_decay` and `adam_beta2` count.
+        config ([`TrainConfig`]): Its `optimizer`, `moments`, `weight_decay` and `adam_beta2` count.
         adamw_names (`tuple[str, ...]`):
             With Muon, parts of names of linear layers that AdamW keeps, such as an output head.
 
     Raises:
-        ValueError: If no parameter requires a gradient, or torch has no Muon.
+        ValueError: If no parameter requires a gradient, torch has no Muon, or `moments` cannot be what it is.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, adamw_names: tuple[str, ...] = ()):
+        config.check_moments()
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         if not self.parameters:
             raise ValueError("No parameter of `model` requires a gradient.")
@@ -47,14 +49,12 @@ class Optimizers:
         groups = [group for group in groups if group["params"]]
         self.parts: dict[str, torch.optim.Optimizer] = {}
         if groups:
-            # on a CPU in one pass; elsewhere torch chooses
-            fused = all(value.device.type == "cpu" for value in rest.values()) or None
-            self.parts["adamw"] = torch.optim.AdamW(
-                groups, lr=config.learning_rate, betas=(0.9, config.adam_beta2), fused=fused
-            )
+            self.parts["adamw"] = make_adamw(groups, config)
         if muon:
             # both parts run at one learning rate: Muon's updates are scaled to the size of AdamW's
-            self.parts["muon"] = sharded_muon(muon.values(), config.learning_rate, config.weight_decay)
+            self.parts["muon"] = sharded_muon(
+                muon.values(), config.learning_rate, config.weight_decay, getattr(torch, config.moments)
+            )
 
     def step(self) -> None:
         """Update the weights by their gradients."""
@@ -70,14 +70,29 @@ class Optimizers:
         """The rate of the next step, the same for all parameters."""
         for part in self.parts.values():
             for group in part.param_groups:
-                group["lr"] = rate
+                if torch.is_tensor(group["lr"]):
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
 
     def gradients(self) -> list[torch.Tensor]:
         """The gradients that are there."""
         return [value.grad for value in self.parameters.values() if value.grad is not None]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The moments that there are, by `<moment>.<parameter>`, sharded as the parameters are."""
+        """
+        The moments that there are, by `<moment>.<parameter>`, sharded as the parameters are.
+
+        Those of 8 bits are copies in float32, which [`Optimizers.take`] puts back.
+        """
+        return {name: as_saved(value) for name, value in self._moments().items()}
+
+    def take(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Go on from what [`Optimizers.tensors`] gave, after a checkpoint was loaded into it."""
+        for name, value in self._moments().items():
+            take(value, tensors[name])
+
+    def _moments(self) -> dict[str, torch.Tensor]:
         return {
             f"{key}.{name}": value
             for name, parameter in self.parameters.items()
@@ -106,12 +121,19 @@ class Optimizers:
                         continue
                     for key in keys:
                         part.state[parameter][key] = (
-                            torch.zeros(()) if key == "step" else torch.zeros_like(parameter.detach())
+                            torch.zeros(())
+                            if key == "step"
+                            else new_moment(part, parameter, signed=key != "exp_avg_sq")
                         )
         return missing
 
 
-def sharded_muon(parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float):
+def sharded_muon(
+    parameters: Iterable[nn.Parameter],
+    learning_rate: float,
+    weight_decay: float,
+    momentum_type: torch.dtype = torch.float32,
+):
     """
     Muon for matrices that may be sharded: `torch.optim.Muon`, with the update of each gathered to be orthogonalised.
 
@@ -130,11 +152,15 @@ def sharded_muon(parameters: Iterable[nn.Parameter], learning_rate: float, weigh
                     if parameter.grad is not None:
                         self._update(parameter, group)
 
+        def _new_buffer(self, parameter, signed=True):  # named as in torchao's optimizers
+            return torch.zeros_like(parameter.detach(), dtype=momentum_type)
+
         def _update(self, parameter, group):
             state, gradient = self.state[parameter], parameter.grad
             if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(gradient)
-            momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+                state["momentum_buffer"] = self._new_buffer(parameter)
+            momentum = state["momentum_buffer"].float().lerp_(gradient, 1 - group["momentum"])
+            state["momentum_buffer"].copy_(momentum)
             update = gradient.lerp(momentum, group["momentum"])
             whole = update.full_tensor() if isinstance(update, DTensor) else update
             change = orthogonalised(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])

@@ -17,9 +17,11 @@ from torch.overrides import TorchFunctionMode
 
 from ..models.cogview.modeling_cogview import CogViewModel
 from ..models.cogview2.modeling_coglm import CogLMModel
+from .arguments import NO_INT8_MUON
 from .distribution import PRECISIONS, layers_of
+from .moments import moment_bytes
 
-MASTER_BYTES = 4  # weights, gradients, moments and the average are held in float32
+MASTER_BYTES = 4  # weights, gradients and the average are held in float32, and moments as a rule
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,12 @@ def layouts_of(devices: int, shard_size: int | None = None) -> list[Layout]:
     ]
 
 
-def share(parameter: torch.Tensor, count: int) -> int:
-    """Elements of a parameter that the first of `count` devices holds: rows are dealt out evenly, rounded up."""
-    return -(-parameter.shape[0] // count) * parameter[0].numel() if parameter.ndim else 1
+def share(parameter: torch.Tensor, count: int, index: int = 0) -> int:
+    """Elements of a parameter that one of `count` devices holds: rows are dealt out evenly, rounded up."""
+    if not parameter.ndim:
+        return 1
+    rows = -(-parameter.shape[0] // count)
+    return min(rows, max(0, parameter.shape[0] - index * rows)) * parameter[0].numel()
 
 
 def plan(
@@ -118,6 +123,7 @@ def plan(
     average: bool = False,
     mixed_precision: str = "no",
     device: str = "cuda",
+    moments: str = "float32",
 ) -> Need:
     """
     What one training step of a CogLM or a CogView needs on each device.
@@ -130,22 +136,22 @@ def plan(
         average (`bool`): Whether a moving average of the weights is kept.
         mixed_precision (`str`): `"no"`, `"bf16"` or `"fp16"`.
         device (`str`): `"cuda"`, whose autocast normalises in float32, or `"cpu"`.
+        moments (`str`): `"float32"`, `"bfloat16"` or `"int8"`.
 
     Returns:
         [`Need`]: Of the fullest device. Allocators need somewhat more: their blocks are not full.
 
     Raises:
-        ValueError: If `config` is of another model.
+        ValueError: If `config` is of another model, or Muon is to have moments of 8 bits.
     """
+    if moments == "int8" and optimizer == "muon":
+        raise ValueError(NO_INT8_MUON)
     with torch.device("meta"):
         model = _model_class(config)(config)
     count, compute_bytes = layout.shard_size, 2 if mixed_precision in PRECISIONS else MASTER_BYTES
     own = sum(share(value, count) for value in model.parameters())
-    moments = sum(
-        share(value, count) * MASTER_BYTES * (1 if optimizer == "muon" and _is_linear(model, name) else 2)
-        + (0 if optimizer == "muon" and _is_linear(model, name) else MASTER_BYTES)  # AdamW counts steps by parameter
-        for name, value in model.named_parameters()
-    )
+    # which shares have 8 bits depends on their sizes: the first device need not be the fullest
+    held = [_moments(model, count, index, optimizer, moments) for index in range(count if moments == "int8" else 1)]
     saved = saved_bytes(config, batch_size, mixed_precision, count > 1, device)
     layers = config.num_hidden_layers
     if layout.gradient_checkpointing:
@@ -171,12 +177,21 @@ def plan(
     return Need(
         weights=own * MASTER_BYTES,
         gradients=own * MASTER_BYTES,
-        moments=moments,
+        moments=max(held),
         average=own * MASTER_BYTES if average else 0,
         activations=activations,
         buffers=buffers,
         operations=float((4 if layout.gradient_checkpointing else 3) * in_layers + 3 * head),
     )
+
+
+def _moments(model: nn.Module, count: int, index: int, optimizer: str, moments: str) -> int:
+    total = 0
+    for name, value in model.named_parameters():
+        one = moment_bytes(share(value, count, index), moments)
+        # AdamW counts steps by parameter
+        total += one if optimizer == "muon" and _is_linear(model, name) else 2 * one + MASTER_BYTES
+    return total
 
 
 def report(need: Need, layout: Layout, memory: float | None, rate: float | None) -> dict:

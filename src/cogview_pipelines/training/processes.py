@@ -1,5 +1,6 @@
 """The processes that train together: who they are, what they agree on, and how `accelerate config` set them up."""
 
+import copy
 import dataclasses
 import importlib.util
 import os
@@ -185,9 +186,43 @@ class Processes:
         distributed.all_gather_object(values, value, group=self.group)
         return values
 
+    def beside(self) -> "Processes":
+        """
+        The same processes over a gloo group of their own, for threads that work beside the training.
+
+        All processes must call this together.
+
+        Raises:
+            ValueError: If torch has no gloo.
+        """
+        other = copy.copy(self)
+        if distributed.is_initialized():
+            if not distributed.is_gloo_available():
+                raise ValueError("`async_checkpoints` needs gloo, which this torch was built without. Switch it off.")
+            other.group = distributed.new_group(backend="gloo", timeout=TIMEOUT)
+            other.group_device = torch.device("cpu")
+        return other
+
     def wait(self) -> None:
         """Go on when all processes are here."""
         self.sum([0.0])
+
+    def each(self, work: Callable[[], object]) -> list:
+        """
+        Do something on every process, and give what each made of it to all, in order.
+
+        Raises:
+            Exception: What the first process that failed raised, on all.
+        """
+        try:
+            result = (True, work())
+        except Exception as error:
+            result = (False, error)
+        results = self.gather(result)
+        for succeeded, value in results:
+            if not succeeded:
+                raise value
+        return [value for _, value in results]
 
     def main_first(self, work: Callable[[], object]):
         """
@@ -196,13 +231,4 @@ class Processes:
         Raises:
             Exception: What the main process raised, on all.
         """
-        result = None
-        if self.is_main:
-            try:
-                result = (True, work())
-            except Exception as error:
-                result = (False, error)
-        succeeded, value = self.gather(result)[0]
-        if not succeeded:
-            raise value
-        return value
+        return self.each(lambda: work() if self.is_main else None)[0]

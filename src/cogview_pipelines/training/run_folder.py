@@ -148,7 +148,11 @@ def remove(path: Path) -> None:
 
 def umask() -> int:
     """The bits that this process takes from the mode of new files."""
-    mask = os.umask(0)
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    mask = os.umask(0)  # other systems tell by setting it, for all threads
     os.umask(mask)
     return mask
 
