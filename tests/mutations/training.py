@@ -104,7 +104,7 @@ MUTATIONS = [
     Mutation(
         "checkpoints: written without a look at the disk",
         "training/checkpoints.py",
-        "        require_room(root, folder.name, needed)\n",
+        "        require_room(root, save.folder.name, needed)\n",
         "",
         "training/test_loop.py::test_a_disk_without_room_is_known_before_a_checkpoint_is_begun",
     ),
