@@ -29,7 +29,7 @@ MUTATIONS = [
         "training/optimizers.py",
         'state["momentum_buffer"].copy_(momentum)',
         "pass",
-        "training/test_moments.py::test_muons_steps_in_bfloat16_are_those_of_torch_whose_momentum_is_rounded_after_each",
+        "training/test_moments.py::test_muons_steps_in_bfloat16_are_those_of_float32_whose_momentum_is_rounded_after_each",
     ),
     Mutation(
         "moments: bfloat16 with a second moment that cannot fall",
