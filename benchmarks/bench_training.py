@@ -6,10 +6,15 @@ Training steps: samples a second, and the share of the machine's matrix-product 
     python benchmarks/bench_training.py --device cpu --cases small_coglm
     git worktree add /tmp/before COMMIT     # another state of this repository, with its kernels built, if it has any
     python benchmarks/bench_training.py --device cpu --against /tmp/before --json
+    python benchmarks/bench_training.py --device cuda --cases 6b --layers 12 --sharded --json
+    torchrun --nproc_per_node 8 benchmarks/bench_training.py --device cuda --cases 6b --layers 48 --sharded --json
 
 A step is forward, backward and optimizer as the training scripts do it: float32 weights, bfloat16 autocast, the
 optimizer that the scripts make. `6b_*` have `--layers` layers of the released width, since all of them with their
-optimizer do not fit on one GPU; `emoji_*` are the models of `training_scripts/emoji/gpu`, `small_*` tiny ones.
+optimizer do not fit on one GPU; `emoji_*` are the models of `training_scripts/emoji/gpu`, `small_*` tiny ones. With
+`--sharded`, weights, gradients and optimizer are shared out over the processes that torchrun started (FSDP2), as the
+training scripts do it; one process alone then shows what that costs besides the exchange. Each process has a batch of
+its own, and figures are of one of them.
 
 `model_flops_utilisation` is the floating-point operations that the model needs (recomputation, if any, is not counted)
 over the time, over the matrix-product rate measured in this run.
@@ -34,6 +39,8 @@ from pathlib import Path
 
 import torch
 import yaml
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
 
 from cogview_pipelines import CogLMCanvasConfig, CogLMCanvasModel, CogLMConfig, CogLMModel
 from cogview_pipelines.environment import SHIPPED_MODEL, stamp
@@ -41,7 +48,7 @@ from cogview_pipelines.generation.token_sequence import stack
 from cogview_pipelines.models.cogview2.sequences import direct_super_resolution, iterative_super_resolution
 from cogview_pipelines.training.arguments import TrainConfig
 from cogview_pipelines.training.data.tokens import CanvasBatch, TokenData
-from cogview_pipelines.training.distribution import computing_dtype
+from cogview_pipelines.training.distribution import computing_dtype, shard_layers
 from cogview_pipelines.training.losses import canvas_loss, count_labels
 from cogview_pipelines.training.optimizers import Optimizers
 from cogview_pipelines.training.samples_cogview2 import generation_sample
@@ -141,6 +148,17 @@ def make_model(case: Case, device: str) -> CogLMModel | CogLMCanvasModel:
     return model
 
 
+def start_processes(device: str) -> None:
+    """This process among those of torchrun, or alone."""
+    backend = "nccl" if device == "cuda" else "gloo"
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if "WORLD_SIZE" in os.environ:
+        distributed.init_process_group(backend)
+    else:
+        distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+
+
 def make_batch(case: Case, config: CogLMConfig):
     """Random samples of the shapes that training has, with texts of half the length that fits."""
     generator = torch.Generator().manual_seed(0)
@@ -214,6 +232,13 @@ def measure(function, device: str, repeats: int | None = None, seconds: float = 
     return times
 
 
+def agreed_repeats(function, device: str, seconds: float) -> int:
+    """As many calls as fit, the same number on all processes, which wait for one another in each of them."""
+    longest = torch.tensor(max(measure(function, device, repeats=1)), device=device)
+    distributed.all_reduce(longest, distributed.ReduceOp.MAX)
+    return max(3, int(seconds / longest.item()))
+
+
 def run_case(case: Case, options: argparse.Namespace, rate: float) -> dict:
     device = options.device
     if device == "cuda":
@@ -222,9 +247,13 @@ def run_case(case: Case, options: argparse.Namespace, rate: float) -> dict:
     torch.manual_seed(0)
     model = make_model(case, device)
     batch = make_batch(case, model.config).to(device)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    dtype = computing_dtype("bf16", torch.device(device))
+    if options.sharded:
+        mesh = init_device_mesh(device, (distributed.get_world_size(),), mesh_dim_names=("shard",))
+        shard_layers(model, mesh, dtype)
     optimizer = Optimizers(model, TrainConfig(output_dir="", optimizer=case.optimizer))
     trained = torch.compile(model) if options.compile else model
-    dtype = computing_dtype("bf16", torch.device(device))
 
     def step():
         with torch.autocast(device, dtype, enabled=dtype is not None):
@@ -239,14 +268,16 @@ def run_case(case: Case, options: argparse.Namespace, rate: float) -> dict:
         optimizer.step()
         optimizer.zero_grad()
 
-    seconds = statistics.median(measure(step, device, seconds=options.seconds))
+    repeats = agreed_repeats(step, device, options.seconds) if options.sharded else None
+    seconds = statistics.median(measure(step, device, repeats, options.seconds))
     flops = model_flops(case, model.config, batch)
     return {
         "case": case.name,
         "batch_size": case.batch_size,
         "layers": model.config.num_hidden_layers,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": parameters,
         "optimizer": case.optimizer,
+        "sharded_over": distributed.get_world_size() if options.sharded else None,
         "compiled": options.compile,
         "computes_in": str(dtype or torch.float32).removeprefix("torch."),
         "seconds_per_step": seconds,
@@ -375,7 +406,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--mixed-precision", default="bf16", choices=("bf16", "no"), help="with --against")
     parser.add_argument("--optimizer", default="muon", choices=("muon", "adamw"), help="with --against")
     parser.add_argument("--compile", action="store_true", help="run the models through torch.compile")
+    parser.add_argument("--sharded", action="store_true", help="share out the weights over the processes (FSDP2)")
     options = parser.parse_args(arguments)
+    is_main = True
+    if options.sharded:
+        start_processes(options.device)
+        is_main = distributed.get_rank() == 0
     chosen = tuple(options.cases or (("6b", "emoji") if options.device == "cuda" else ("small",)))
     about = stamp(options.device)
     if options.against:
@@ -389,6 +425,8 @@ def main(arguments: list[str] | None = None) -> None:
         with contextlib.suppress(torch.OutOfMemoryError):
             line = run_case(case, options, rate)
         line = line or {"case": case.name, "batch_size": case.batch_size, "failed": "out of memory"}
+        if not is_main:
+            continue
         if options.json:
             print(json.dumps(line | about), flush=True)
         elif "failed" in line:
@@ -399,6 +437,8 @@ def main(arguments: list[str] | None = None) -> None:
                 f" {line['model_flops_utilisation']:6.1%} of {line['matmul_tflops']:.1f} TFLOP/s",
                 flush=True,
             )
+    if options.sharded:
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ end=$((SECONDS + ${QUEUE_SECONDS:-$([ "$device" = cpu ] && echo 36000 || echo 58
 
 correctness=(kernel_build kernel_tests kernel_opcheck parity gpu_tests memcheck racecheck train_vq prepare_tokens
     kernel_benchmark)
-speed=(generation_benchmark generation_baseline parallel_width generation_profile training_benchmark generation_capped train_coglm)
+speed=(generation_benchmark generation_baseline parallel_width sharded_training training_benchmark generation_profile
+    generation_capped train_coglm)
 training=(finish_coglm train_direct_sr train_iterative_sr assemble_model evaluate_model pack_model)
 studies=(parallel_passes sparse_benchmark cogview_benchmark overflow_study)
 
@@ -59,7 +60,7 @@ else
             kernel_benchmark) options+=(--cases shipped_direct_b1_float32 --seconds 0.1) ;;
             generation_benchmark | generation_baseline | generation_capped) options+=(--cases tiny_b1 --seconds 1) ;;
             generation_profile) options+=(--small) ;;
-            training_benchmark) options+=(--cases small --seconds 0.1) ;;
+            training_benchmark | sharded_training) options+=(--cases small --seconds 0.1) ;;
             parallel_width) options+=(--hidden-size 64 --num-layers 2 --windows 4) ;;
             parallel_passes) options+=(--num 2 --windows 32) ;;
             sparse_benchmark) options+=(--lengths 2048 --dtype float32 --num_heads 1 --batch_size 1 --seconds 0.1) ;;
@@ -201,6 +202,8 @@ parallel_width() {
     json parallel_width 60 benchmarks/bench_parallel_decoding.py "${options[@]}"
 }
 training_benchmark() { benchmark training_benchmark 70 bench_training; }
+# Shared out by FSDP over the one GPU that there is; twelve layers of the released width and their optimizer take 30 GB.
+sharded_training() { benchmark sharded_training 80 bench_training --cases 6b --layers 12 --sharded; }
 generation_profile() {
     local options=(--device "$device")
     tiny generation_profile
@@ -316,7 +319,7 @@ group_correctness() {
     lane kernel_benchmark
 }
 group_speed() {
-    lane generation_benchmark generation_baseline parallel_width generation_profile training_benchmark
+    lane generation_benchmark generation_baseline parallel_width sharded_training training_benchmark generation_profile
     # with capped memory, transfers take most of the time: CogLM trains beside them
     lane generation_capped &
     lane train_coglm

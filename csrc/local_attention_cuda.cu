@@ -248,20 +248,21 @@ struct Columns {
 // A cell as one number: row and column in 15 bits each, with a set guard bit above either. Subtracting another cell
 // without guard bits leaves a guard bit set exactly where the coordinate is not smaller. Whole numbers compare as the
 // cells do in raster order.
-constexpr uint32_t GUARDS = 0x80008000u, NO_CELL = 0xffffffffu;  // the latter lies in no window
+constexpr uint32_t GUARDS = 0x80008000u, NO_CELL = 0xffffffffu;  // the latter lies in no window, behind all others
 constexpr int LAST = 0x7ffe;                                     // the largest coordinate but for that of NO_CELL
 
 __device__ __forceinline__ uint32_t pack_cell(int row, int column) { return (uint32_t)row << 16 | (uint32_t)column; }
 
-// The cells within reach of one, as a rectangle of packed cells; and the cell itself, where causal windows end.
+// The cells within reach of one, as a rectangle of packed cells; and the cell itself, where causal windows end. Others
+// end at `edge`, so that the test is the same for both.
 struct Window {
     uint32_t low, high, center;
 
-    __device__ __forceinline__ Window(int row, int column, const LocalAttentionSource& s, bool exists) {
+    __device__ __forceinline__ Window(int row, int column, const LocalAttentionSource& s, bool exists, uint32_t edge) {
         const int down = minimum(row + s.reach_rows, LAST), right = minimum(column + s.reach_columns, LAST);
         low = exists ? pack_cell(maximum(row - s.reach_rows, 0), maximum(column - s.reach_columns, 0)) : ~GUARDS;
         high = (exists ? pack_cell(down, right) : 0) + 2 * GUARDS;  // once for its own, once for the other's
-        center = pack_cell(row, column) | GUARDS;
+        center = s.causal ? pack_cell(row, column) | GUARDS : edge;
     }
     __device__ __forceinline__ bool holds(uint32_t cell) const {
         return ((cell - low) & (high - cell) & GUARDS) == GUARDS;
@@ -578,12 +579,11 @@ struct Softmax {
 // and a positive scale; scores are then left as they are, to be multiplied when their exponentials are taken.
 template <class E, int D, bool PLAIN, class Engine, class Windows>
 __device__ __forceinline__ void mask_scores(
-    typename Engine::Scores& scores, const Columns<E, D>& columns, int block, const Windows& windows, float scale,
-    bool causal, bool has_bias) {
+    typename Engine::Scores& scores, const Columns<E, D>& columns, int block, const Windows& windows, float scale) {
     uint32_t cells[Engine::COLUMNS];
     float bias[Engine::COLUMNS];
     Engine::of_columns(cells, columns.coordinates, block);
-    if (!PLAIN && has_bias) Engine::of_columns(bias, columns.number, block);
+    if (!PLAIN) Engine::of_columns(bias, columns.number, block);
 #pragma unroll
     for (int n = 0; n < Engine::NUMBERS; n++) {
         float& x = Engine::number(scores, n);
@@ -591,8 +591,8 @@ __device__ __forceinline__ void mask_scores(
         const uint32_t cell = cells[Engine::own_column(n)];
         bool seen = window.holds(cell);
         if (!PLAIN) {
-            seen = seen && (!causal || cell <= window.center);
-            x = has_bias ? fmaf(x, scale, bias[Engine::own_column(n)]) : x * scale;
+            seen = seen && cell <= window.center;
+            x = fmaf(x, scale, bias[Engine::own_column(n)]);
         }
         x = seen ? x : -INFINITY;
     }
@@ -609,11 +609,11 @@ __device__ __forceinline__ float relative(float x, float scale, float most) {
 template <class E, int D, bool PLAIN, class Engine, class Windows>
 __device__ __forceinline__ void forward_block(
     const Columns<E, D>& columns, int block, const typename Engine::Rows& query, const Windows& windows, float scale,
-    bool causal, bool has_bias, Softmax<Engine::OWN>& softmax, typename Engine::Sum& sum) {
+    Softmax<Engine::OWN>& softmax, typename Engine::Sum& sum) {
     constexpr int OWN = Engine::OWN;
     typename Engine::Scores scores;
     Engine::score(scores, query, columns.first, block);
-    mask_scores<E, D, PLAIN, Engine>(scores, columns, block, windows, scale, causal, has_bias);
+    mask_scores<E, D, PLAIN, Engine>(scores, columns, block, windows, scale);
     float now[OWN];
     bool grown = false;
 #pragma unroll
@@ -650,11 +650,11 @@ __device__ __forceinline__ void forward_block(
 template <class E, int D, bool PLAIN, class Engine, class Windows>
 __device__ __forceinline__ void grad_query_block(
     const Columns<E, D>& columns, int block, const typename Engine::Rows& query,
-    const typename Engine::Rows& grad_output, const Windows& windows, float scale, bool causal, bool has_bias,
+    const typename Engine::Rows& grad_output, const Windows& windows, float scale,
     const Softmax<Engine::OWN>& softmax, typename Engine::Sum& sum) {
     typename Engine::Scores scores, grads;
     Engine::score(scores, query, columns.first, block);
-    mask_scores<E, D, PLAIN, Engine>(scores, columns, block, windows, scale, causal, has_bias);
+    mask_scores<E, D, PLAIN, Engine>(scores, columns, block, windows, scale);
     Engine::score(grads, grad_output, columns.second, block);
 #pragma unroll
     for (int n = 0; n < Engine::NUMBERS; n++) {
@@ -672,7 +672,7 @@ __device__ __forceinline__ void grad_query_block(
 template <class E, int D, bool PLAIN, class Engine, class Windows>
 __device__ __forceinline__ void grad_key_block(
     const Columns<E, D>& columns, int block, const typename Engine::Rows& key, const typename Engine::Rows& value,
-    const Windows& windows, float scale, bool causal, const float (&bias)[Engine::OWN], typename Engine::Sum& grad_key,
+    const Windows& windows, float scale, const float (&bias)[Engine::OWN], typename Engine::Sum& grad_key,
     typename Engine::Sum& grad_value) {
     constexpr int COLUMNS = Engine::COLUMNS;
     typename Engine::Scores weights, grads;
@@ -688,7 +688,7 @@ __device__ __forceinline__ void grad_key_block(
         float& x = Engine::number(weights, n);
         bool seen = windows[k].holds(cells[c]);
         if (!PLAIN) {
-            seen = seen && (!causal || cells[c] >= windows[k].center);
+            seen = seen && cells[c] >= windows[k].center;
             x = fmaf(x, scale, bias[k]);
         }
         x = exponential<E>(relative<PLAIN>(x, scale, most[c]) - log_sum[c]);
@@ -790,7 +790,8 @@ __device__ __forceinline__ void attend(const Launch& launch, unsigned char* memo
                 const LocalAttentionSource& s = p.source[segment.source];
                 columns.position[c] = valid ? row * s.columns + column : -1;
                 columns.coordinates[c] = valid ? pack_cell(row, column) | GUARDS : NO_CELL;
-                if (s.bias) columns.number[c] = valid ? bias_of(s, tile.batch, (int64_t)row * s.columns + column) : 0;
+                columns.number[c] =
+                    s.bias && valid ? bias_of(s, tile.batch, (int64_t)row * s.columns + column) : 0;
             }
             __syncthreads();
 #pragma unroll 1
@@ -820,10 +821,9 @@ __device__ __forceinline__ void attend(const Launch& launch, unsigned char* memo
                     const int cell = Engine::row_of(k, pass);
                     return Window(
                         group.row_of(cell) / s.ratio_rows, group.column_of(cell) / s.ratio_columns, s,
-                        position[k] >= 0);
+                        position[k] >= 0, NO_CELL);
                 };
                 const Window windows[2] = {around(0), around(OWN - 1)};
-                const bool causal = s.causal, has_bias = s.bias;
                 const int last = minimum(end, chunk + count);
                 const auto walk = [&](auto plain) {
                     constexpr bool PLAIN = decltype(plain)::value;
@@ -831,14 +831,13 @@ __device__ __forceinline__ void attend(const Launch& launch, unsigned char* memo
                     for (int at = maximum(begin, chunk); at < last; at += BLOCK) {
                         if constexpr (BACKWARD)
                             grad_query_block<E, D, PLAIN, Engine>(
-                                columns, at - chunk, query, grad_output, windows, scale, causal, has_bias, softmax,
-                                sum);
+                                columns, at - chunk, query, grad_output, windows, scale, softmax, sum);
                         else
                             forward_block<E, D, PLAIN, Engine>(
-                                columns, at - chunk, query, windows, scale, causal, has_bias, softmax, sum);
+                                columns, at - chunk, query, windows, scale, softmax, sum);
                     }
                 };
-                if (causal || has_bias || !(scale > 0))
+                if (s.causal || s.bias || !(scale > 0))
                     walk(Constant<false>());
                 else
                     walk(Constant<true>());
@@ -884,17 +883,16 @@ __device__ __forceinline__ void attend_keys(const Launch& launch, unsigned char*
     const Group group(tiling, tile, group_index);
     const Columns<E, D> columns(memory, launch.capacity);
     const float scale = (float)(p.scale * (double)LOG2_E);
-    const bool causal = s.causal, has_bias = s.bias;
 
     Segment segment;
     const int last_row = minimum(s.rows, tile.row + tiling.groups_down * tiling.cell_rows) - 1;
     const int last_column = minimum(s.columns, tile.column + (tiling.groups_across << tiling.cell_columns_log2)) - 1;
     finish_segment(
-        segment, queries_seeing(p.rows, s.reach_rows, s.ratio_rows, causal, tile.row, last_row),
+        segment, queries_seeing(p.rows, s.reach_rows, s.ratio_rows, s.causal, tile.row, last_row),
         queries_seeing(p.columns, s.reach_columns, s.ratio_columns, false, tile.column, last_column), 0);
     int begin = 0, end = 0;
     if (group.row < group.end_row) {
-        const Range rows = queries_seeing(p.rows, s.reach_rows, s.ratio_rows, causal, group.row, group.end_row - 1);
+        const Range rows = queries_seeing(p.rows, s.reach_rows, s.ratio_rows, s.causal, group.row, group.end_row - 1);
         begin = (rows.from - segment.row) * segment.width / BLOCK * BLOCK;
         end = (rows.to - segment.row) * segment.width;
     }
@@ -908,11 +906,11 @@ __device__ __forceinline__ void attend_keys(const Launch& launch, unsigned char*
 #pragma unroll
         for (int k = 0; k < OWN; k++) {
             position[k] = group.position_of(Engine::row_of(k, pass), tile);
-            bias[k] = has_bias && position[k] >= 0 ? bias_of(s, tile.batch, position[k]) : 0;
+            bias[k] = s.bias && position[k] >= 0 ? bias_of(s, tile.batch, position[k]) : 0;
         }
         const auto around = [&](int k) {
             const int cell = Engine::row_of(k, pass);
-            return Window(group.row_of(cell), group.column_of(cell), s, position[k] >= 0);
+            return Window(group.row_of(cell), group.column_of(cell), s, position[k] >= 0, 0);
         };
         const Window windows[2] = {around(0), around(OWN - 1)};
         Engine::load_rows(key, head_of<E>(s.key, tile), s.key.position_stride, position, p.head_dim);
@@ -949,9 +947,9 @@ __device__ __forceinline__ void attend_keys(const Launch& launch, unsigned char*
 #pragma unroll 1
                 for (int at = start + split * BLOCK; at < last; at += splits * BLOCK)
                     grad_key_block<E, D, PLAIN, Engine>(
-                        columns, at - chunk, key, value, windows, scale, causal, bias, grad_key, grad_value);
+                        columns, at - chunk, key, value, windows, scale, bias, grad_key, grad_value);
             };
-            if (causal || has_bias || !(scale > 0))
+            if (s.causal || s.bias || !(scale > 0))
                 walk(Constant<false>());
             else
                 walk(Constant<true>());

@@ -104,7 +104,7 @@ def test_a_training_that_was_cut_off_goes_on_with_the_part_that_is_missing(queue
 
 def test_no_step_starts_when_the_time_is_over(queue):
     result = queue("speed", QUEUE_SECONDS="0")
-    assert result.stdout.count("no time left") == 7 and queue.calls == []
+    assert result.stdout.count("no time left") == 8 and queue.calls == []
 
 
 def test_an_unknown_step_is_named(queue):

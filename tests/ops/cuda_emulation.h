@@ -5,8 +5,9 @@
  *
  * Every thread of a block is a coroutine; barriers and the instructions in which a warp works together (shuffles,
  * votes, ldmatrix, mma) switch to the next one until all have arrived. The layouts of ldmatrix and mma.m16n8k16 are
- * those of the PTX manual. Shared memory starts as NaN, so that reading what was not written shows. Speed and races
- * are not emulated.
+ * those of the PTX manual. Shared memory starts as NaN, so that reading what was not written shows. Threads take turns
+ * in their order or, after `emulation_set_order`, in another one each time, so that a missing barrier shows. Speed is
+ * not emulated, and of races only what such orders bring about.
  */
 #include <assert.h>
 #include <math.h>
@@ -77,6 +78,8 @@ static Barrier block_barrier;
 static jmp_buf scheduler;
 static ucontext_t scheduler_start;
 static int current;
+static uint32_t order_state = 0;  // 0: one thread after the other
+static std::vector<int> order;
 static std::function<void()> body;
 
 inline void yield() {
@@ -111,12 +114,22 @@ inline void enter() {
     _longjmp(scheduler, 1);
 }
 
+inline void next_order() {
+    if (!order_state) return;
+    for (size_t i = order.size() - 1; i > 0; i--) {
+        order_state = order_state * 1664525u + 1013904223u;
+        std::swap(order[i], order[(order_state >> 8) % (i + 1)]);
+    }
+}
+
 inline void launch(unsigned blocks, unsigned count, size_t shared_bytes, std::function<void()> kernel) {
     body = kernel;
     for (unsigned block = 0; block < blocks; block++) {
         blockIdx.x = block;
         shared.assign(shared_bytes, 0xff);
         threads.resize(count);
+        order.resize(count);
+        for (unsigned i = 0; i < count; i++) order[i] = (int)i;
         warps.assign(count / WARP, Warp());
         block_barrier = Barrier();
         for (Thread& thread : threads) {
@@ -132,12 +145,13 @@ inline void launch(unsigned blocks, unsigned count, size_t shared_bytes, std::fu
         volatile unsigned left = count;
         while (left) {
             left = 0;
+            next_order();
             for (volatile unsigned i = 0; i < count; i++) {
-                Thread& thread = threads[i];
+                Thread& thread = threads[order[i]];
                 if (thread.done) continue;
                 left = left + 1;
-                current = (int)i;
-                threadIdx.x = i;
+                current = order[i];
+                threadIdx.x = order[i];
                 if (_setjmp(scheduler)) continue;
                 if (thread.started) _longjmp(thread.state, 1);
                 thread.started = true;
@@ -168,6 +182,9 @@ static int emulated_shared_memory = 112 * 1024;
 inline int shared_memory_limit(int) { return emulated_shared_memory; }
 extern "C" __attribute__((visibility("default"))) void emulation_set_shared_memory(int bytes) {
     emulated_shared_memory = bytes;
+}
+extern "C" __attribute__((visibility("default"))) void emulation_set_order(unsigned seed) {
+    emulation::order_state = seed;
 }
 
 namespace {

@@ -88,6 +88,7 @@ def emulation(emulated_kernels, monkeypatch):
 
     monkeypatch.setattr(native, "_launch", launch)
     emulated_kernels.emulation_set_shared_memory(112 * 1024)
+    emulated_kernels.emulation_set_order(0)
     return emulated_kernels.emulation_set_shared_memory
 
 
@@ -116,11 +117,23 @@ def test_emulated_kernels_take_columns_in_chunks(emulation, dtype):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_emulated_kernels_on_random_shapes_strides_and_biases(emulation, seed):
+def test_emulated_kernels_on_random_shapes_strides_and_biases(emulation, emulated_kernels, seed):
     emulation((16, 112)[seed % 2] * 1024)
+    emulated_kernels.emulation_set_order(seed)
     arguments = on_head_dim_of_cuda(random_case(torch.Generator().manual_seed(100 + seed)))
     dtype = (torch.bfloat16, torch.float32, torch.float16)[seed % 3]
     assert_as_accurate_as_pytorch(to_dtype(arguments, dtype), factor=2 if dtype == torch.float32 else 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_emulated_results_do_not_depend_on_the_order_of_threads(emulation, emulated_kernels, dtype):
+    emulation(16 * 1024)  # several chunks, one after the other in the same memory
+    inputs = make_inputs("all", dtype, batch_size=1, num_heads=1, head_dim=32)
+    expected = run_with_gradients(inputs, "fused")
+    for seed in (1, 2, 3):
+        emulated_kernels.emulation_set_order(seed)
+        for name, value in run_with_gradients(inputs, "fused").items():
+            assert torch.equal(value, expected[name]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

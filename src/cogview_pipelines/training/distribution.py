@@ -67,7 +67,7 @@ class DistributedModel:
         if config.compile:
             compile_layers(model)
         if sharded:
-            self._shard(model, mesh, config.reshard_after_forward)
+            shard_layers(model, mesh, self.precision, config.reshard_after_forward)
         if any(value.is_meta for _, value in _tensors(model)):
             model.to_empty(device=self.device)
         self.model = self.forward = model.to(self.device)
@@ -77,22 +77,6 @@ class DistributedModel:
             devices = None if self.device.type == "cpu" else [self.device]
             self.forward = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
             self.gradient_factor = float(processes.count)  # it averages
-
-    def _shard(self, model: nn.Module, mesh: DeviceMesh, reshard: bool) -> None:
-        """
-        Each layer is gathered when it computes; what surrounds the layers is gathered once a step: the embedding of
-        the tokens, which is also their scores, is the largest matrix.
-
-        States keep the dtype that autocast gives them; gradients are added in float32.
-        """
-        policy = MixedPrecisionPolicy(self.precision, torch.float32, cast_forward_inputs=False)
-        for layer in layers_of(model):
-            fully_shard(layer, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
-        fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)  # gloo averages wrongly in some versions
 
     @contextlib.contextmanager
     def synchronizing(self, last: bool) -> Iterator[None]:
@@ -153,6 +137,30 @@ def computing_dtype(mixed_precision: str, device: torch.device) -> torch.dtype |
     """
     dtype = PRECISIONS.get(mixed_precision)
     return None if dtype is None or (device.type == "cpu" and not multiplies(dtype)) else dtype
+
+
+def shard_layers(model: nn.Module, mesh: DeviceMesh, precision: torch.dtype | None, reshard: bool = True) -> None:
+    """
+    Share out the weights of a model over the processes of a mesh (FSDP2).
+
+    Each layer is gathered when it computes; what surrounds the layers is gathered once a step: the embedding of the
+    tokens, which is also their scores, is the largest matrix. States keep the dtype that autocast gives them;
+    gradients are added up in float32, and are sums over the processes.
+
+    Args:
+        model (`nn.Module`): Changed in place.
+        mesh (`DeviceMesh`): Of one dimension, or of two: copies, and shares of each.
+        precision (`torch.dtype`, *optional*): What gathered weights are rounded to; by default they stay as they are.
+        reshard (`bool`): Give up the gathered weights of a layer after its forward pass.
+    """
+    policy = MixedPrecisionPolicy(precision, torch.float32, cast_forward_inputs=False)
+    for layer in layers_of(model):
+        fully_shard(layer, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo averages wrongly in some versions
 
 
 def make_mesh(config: TrainConfig, processes: Processes) -> DeviceMesh:
