@@ -298,4 +298,11 @@ MUTATIONS = [
         "if rows < 0 or columns < 0:",
         "models/test_loading.py::test_what_is_no_grid_is_refused_by_its_name",
     ),
+    Mutation(
+        "image tokenizers: emulated numbers stay float32",
+        "models/image_tokenizers/convolutions.py",
+        "return super()._conv_forward(input.float(), weight.float(), bias).to(input.dtype)",
+        "return super()._conv_forward(input.float(), weight.float(), bias)",
+        "models/image_tokenizers/test_convolutions.py::test_emulated_numbers_are_summed_in_float32_and_rounded_once",
+    ),
 ]

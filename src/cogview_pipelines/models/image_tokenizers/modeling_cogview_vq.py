@@ -21,6 +21,7 @@ from .codebook import (
     nearest_codes,
     same_on_all_processes,
 )
+from .convolutions import Conv2d, ConvTranspose2d
 from .outputs import VQDecoderOutput, VQEncoderOutput, VQModelOutput
 
 CODEBOOK_TRAINING = ("moving_average", "nearest", "gumbel", "fixed")
@@ -197,14 +198,14 @@ class CogViewVQModel(WholeModelMixin, PreTrainedModel):
         width, num_halvings = config.hidden_channels, config.num_halvings
         inputs = [3] + [width] * (num_halvings - 1)
         self.encoder = self._stack(
-            *(nn.Conv2d(channels, width, 4, stride=2, padding=1) for channels in inputs),
-            nn.Conv2d(width, config.embedding_dim, 1),
+            *(Conv2d(channels, width, 4, stride=2, padding=1) for channels in inputs),
+            Conv2d(width, config.embedding_dim, 1),
         )
         self.quantize = Codebook(config)
         inputs = [config.embedding_dim] + [width] * (num_halvings - 1)
         self.decoder = self._stack(
-            *(nn.ConvTranspose2d(channels, width, 4, stride=2, padding=1) for channels in inputs),
-            nn.Conv2d(width, 3, 1),
+            *(ConvTranspose2d(channels, width, 4, stride=2, padding=1) for channels in inputs),
+            Conv2d(width, 3, 1),
         )
         self.post_init()
 

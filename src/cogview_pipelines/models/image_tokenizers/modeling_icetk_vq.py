@@ -25,6 +25,7 @@ from .codebook import (
     nearest_codes,
     same_on_all_processes,
 )
+from .convolutions import Conv2d
 from .outputs import VQDecoderOutput, VQEncoderOutput, VQModelOutput
 
 
@@ -152,11 +153,7 @@ class VQLayers:
         self.num_groups = None if local or config.norm_type == "position" else config.norm_num_groups
 
     def conv(self, in_channels: int, out_channels: int) -> nn.Conv2d:
-        return (
-            nn.Conv2d(in_channels, out_channels, 1)
-            if self.local
-            else nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        )
+        return Conv2d(in_channels, out_channels, 1) if self.local else Conv2d(in_channels, out_channels, 3, padding=1)
 
     def norm(self, channels: int) -> nn.Module:
         if self.num_groups is None:
@@ -172,7 +169,7 @@ class ResidualBlock(nn.Module):
         self.norm2 = layers.norm(out_channels)
         self.conv2 = layers.conv(out_channels, out_channels)
         if in_channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+            self.nin_shortcut = Conv2d(in_channels, out_channels, 1)
 
     def forward(self, hidden_states):
         residual = self.nin_shortcut(hidden_states) if hasattr(self, "nin_shortcut") else hidden_states
@@ -186,7 +183,7 @@ class AttentionBlock(nn.Module):
     def __init__(self, layers: VQLayers, channels: int):
         super().__init__()
         self.norm = layers.norm(channels)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+        self.q, self.k, self.v, self.proj_out = (Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, hidden_states):
         normed = self.norm(hidden_states)
@@ -200,7 +197,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, hidden_states):
         return self.conv(F.pad(hidden_states, (0, 1, 0, 1)))
@@ -331,7 +328,7 @@ class VectorQuantizer(nn.Module):
     def __init__(self, config: IcetkVQConfig):
         super().__init__()
         self.decay, self.dead_code_threshold = config.codebook_decay, config.dead_code_threshold
-        self.proj = nn.Conv2d(config.embedding_dim, config.embedding_dim, 1)
+        self.proj = Conv2d(config.embedding_dim, config.embedding_dim, 1)
         self.embed = nn.Embedding(config.num_embeddings, config.embedding_dim)
         self.embed.weight.requires_grad_(False)  # follows moving averages, not a gradient
         self.register_buffer("cluster_size", torch.zeros(config.num_embeddings))
