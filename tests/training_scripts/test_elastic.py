@@ -16,6 +16,7 @@ from .conftest import COGLM, as_arguments
 from .launching import launch, run_script
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),
@@ -55,7 +56,7 @@ def torchrun(launcher, step, arguments) -> subprocess.Popen:
     return subprocess.Popen(
         [*command, "train_coglm", str(step), *arguments],
         cwd=ROOT,
-        env={**environment, "OMP_NUM_THREADS": "1"},
+        env={**environment, **ENVIRONMENT, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -73,7 +74,11 @@ def test_a_run_whose_process_is_killed_starts_again_from_its_checkpoint_and_ends
     more = {"batch_size": 1, "sharding": "full", "optimizer": "adamw", "ema_decay": 0.5}
     launcher = ["--standalone", "--nproc_per_node", "2", "--max_restarts", "1"]
     process = torchrun(launcher, 3, options("killed", **more))  # a step after the checkpoint
-    _, said = process.communicate(timeout=500)
+    try:
+        _, said = process.communicate(timeout=500)
+    finally:
+        process.terminate()  # its processes end with it
+        process.wait(60)
     assert process.returncode == 0, said[-3000:]
     assert "SIGKILL" in said or "-9" in said, said[-3000:]
     assert "Resuming" not in said and read_run(tmp_path / "killed")["state"] == "finished"
@@ -98,8 +103,16 @@ def test_launchers_of_two_machines_train_together_as_one_process_does(options, t
             assert machine.returncode == 0, said[-3000:]
     finally:
         for machine in machines:
-            machine.kill()
+            machine.terminate()
+            machine.wait(60)
     assert all(launch(1, run_script, "train_coglm", options("one", batch_size=4)))
     for (step, loss), expected in zip(losses(tmp_path / "two"), losses(tmp_path / "one"), strict=True):
         assert (step, loss) == (expected[0], pytest.approx(expected[1], rel=1e-4))
     assert (tmp_path / "two/final/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["one_machine.sh", "slurm.sbatch"])
+def test_launch_files_set_what_a_second_start_needs(name):
+    text = (ROOT / "training_scripts/launch" / name).read_text()
+    for variable, value in ENVIRONMENT.items():
+        assert text.index(f"\nexport {variable}={value}\n") < text.index("torchrun --")

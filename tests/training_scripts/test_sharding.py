@@ -163,6 +163,7 @@ def test_moments_of_fewer_bits_go_on_on_another_number_of_processes(options, tmp
     assert losses[0] != losses[1]
 
 
+@pytest.mark.slow
 def test_a_model_as_deep_as_the_released_trains_on_four_processes_as_on_one(options, tmp_path):
     """Forty-eight layers, which all but the main process make without weights; each holds a quarter of each matrix."""
     more = {"model": {**COGLM, **NO_DROPOUT, "hidden_size": 16, "num_hidden_layers": 48}, "learning_rate": 1e-3}

@@ -14,6 +14,8 @@ for ((i = 1; i < $#; i++)); do
 done
 [ -n "$folder" ] || { echo "--output_dir is missing" >&2; exit 2; }
 
+# else processes that are started again read the addresses of those that died, and wait for them
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 torchrun --standalone --nproc_per_node "${PROCESSES:-gpu}" --max_restarts "${RESTARTS:-3}" \
     "$(dirname "$0")/../$script.py" --sharding full --resume_from_checkpoint latest "$@"
 status=$?
