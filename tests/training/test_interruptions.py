@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 
+import pytest
 import torch
 
 from .. import child_processes as children
@@ -22,12 +23,13 @@ def contents(folder):
     return metrics, models, sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
-def test_an_extended_run_that_is_killed_anywhere_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
+@pytest.mark.parametrize("beside, every", [(False, 1), (True, 4)], ids=["saves in turn", "saves beside the training"])
+def test_an_extended_run_that_is_killed_anywhere_ends_as_if_it_had_not_been(tmp_path, monkeypatch, beside, every):
     monkeypatch.setattr(os, "fsync", lambda number: None)  # processes are killed here, not machines
     runner, folder, before = Runner(tmp_path), tmp_path / "run", tmp_path / "before"
 
     def call():
-        runner("run", max_steps=2, **OPTIONS)
+        runner("run", max_steps=2, async_checkpoints=beside, **OPTIONS)
         return True
 
     def prepare():
@@ -39,7 +41,7 @@ def test_an_extended_run_that_is_killed_anywhere_ends_as_if_it_had_not_been(tmp_
     number = children.count_changes(call, folder, writes=(".json", ".jsonl"))
     whole = contents(folder)
     assert number > 20 and set(whole[1]) == {"final", "final-1"}
-    for at in range(number):
+    for at in range(0, number, every):
         prepare()
         assert children.kill_before_change(call, folder, at, writes=(".json", ".jsonl"))
         children.run(call)
