@@ -16,6 +16,7 @@ SOURCES = ROOT / "src" / "cogview_pipelines"
 # Which extra a file may count on, by the beginning of its path; all others have the dependencies alone.
 EXTRAS = {
     "serving/page": ("page", "serve"),
+    "serving/ray_serve.py": ("ray", "serve"),
     "serving/": ("serve",),
     "plots/": ("plots",),
     "export/": ("onnx",),

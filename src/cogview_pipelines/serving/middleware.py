@@ -50,8 +50,7 @@ class RequestLog:
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return  # nothing here speaks WebSocket
-        request_id = uuid.uuid4().hex[:16]
-        scope.setdefault("state", {})["request_id"] = request_id
+        request_id = scope.setdefault("state", {}).setdefault("request_id", uuid.uuid4().hex[:16])
         started, status = time.monotonic(), 0
 
         async def send_with_headers(message: Message) -> None:
