@@ -6,6 +6,7 @@ import io
 import os
 import re
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -246,3 +247,22 @@ def test_a_client_that_leaves_frees_its_place(client):
             leaving.sendall(head.encode() + body)
     until(lambda: all(numbers["cogview2_places_taken", ""] == 0 for numbers in metrics(client).values()))
     assert ask(client).status_code == 200
+
+
+def test_a_replica_that_dies_is_replaced_and_the_other_goes_on(client, cluster):
+    before, names = cluster.replicas(), set(metrics(client))
+    expected = picture(ask(client, 3))
+    os.kill(min(before), signal.SIGKILL)
+    # a request on its way to the dead replica is lost; the next ones reach the other
+    survived = until(lambda: (answer := ask(client, 3)).status_code == 200 and answer)
+    assert survived.headers["x-replica"] in names
+    until(lambda: len(cluster.replicas() - {min(before)}) == 2 and set(metrics(client)) - names)
+    made = {}
+
+    def both():
+        for answer in ask_together(client, [(3,)] * 4):
+            assert ImageChops.difference(picture(answer), expected).getbbox() is None
+            made[answer.headers["x-replica"]] = True
+        return len(made) == 2
+
+    until(both)
