@@ -105,10 +105,12 @@ def test_new_weights_are_read():
     layer, values = nn.Linear(16, 8), torch.randn(3, 16)
     set_int8(layer, True)
     with torch.no_grad():
-        first = layer(values)
+        first, packed = layer(values), layer.packed_weight()
+        assert layer.packed_weight() is packed
         layer.weight.mul_(-1)
         layer.bias.mul_(-1)
         torch.testing.assert_close(layer(values), -first)
+    assert layer.packed_weight() is not packed  # also where there are no kernels that read them
 
 
 def test_gradients_and_other_dtypes_go_through_the_weights_themselves():
