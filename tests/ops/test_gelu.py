@@ -36,14 +36,19 @@ def assert_as_accurate_as_pytorch(result, values):
     assert (error <= allowed + rounding).all()
 
 
-@needs_kernels
-@pytest.mark.parametrize("isa", range(3))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_kernel_is_as_accurate_as_pytorch_on_every_instruction_set(dtype, isa):
+def need_instruction_set(isa):
+    """Skip the test where these instructions are not compiled in, or not of this processor."""
     info = native.build_info()
     names = info["cpu_instruction_sets"]
     if isa >= len(names) or isa > names.index(info["cpu_instruction_set"]):
         pytest.skip("not compiled in, or not of this processor")
+
+
+@needs_kernels
+@pytest.mark.parametrize("isa", range(3))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_kernel_is_as_accurate_as_pytorch_on_every_instruction_set(dtype, isa):
+    need_instruction_set(isa)
     for count in (9, 16, 17, 40000):
         for threads in (1, 3):
             values = numbers(count, dtype)
@@ -63,10 +68,7 @@ def slopes_in_float64(values):
 @pytest.mark.parametrize("isa", range(3))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_of_the_kernel_are_as_accurate_as_those_of_pytorch_on_every_instruction_set(dtype, isa):
-    info = native.build_info()
-    names = info["cpu_instruction_sets"]
-    if isa >= len(names) or isa > names.index(info["cpu_instruction_set"]):
-        pytest.skip("not compiled in, or not of this processor")
+    need_instruction_set(isa)
     for count in (9, 16, 17, 40000):
         for threads in (1, 3):
             values = numbers(count, dtype)
