@@ -5,9 +5,9 @@ figures of both, how far they differ, and how many pictures were made more than 
 
     python benchmarks/evaluate_killed.py --num 500 --kills 2 --folder outputs/killed
 
-All measures that need no download are taken: FID and the Inception score by EfficientNet-Lite0 (whose weights are in a
-package), the caption loss, and, with `--detector`, what the demo scorer sees. What is there already is not made again,
-so that this may itself be stopped.
+All measures that need no download can be taken: FID and the Inception score by EfficientNet-Lite0 (whose weights are
+in a package), the caption loss, what the demo scorer sees (`--detector`), and precision and recall (`--precision`, by
+torch-fidelity). What is there already is not made again, so that this may itself be stopped.
 """
 
 import argparse
@@ -61,12 +61,14 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--radii", default="0,1,2,4,8", help="of the blur, a FID for each")
     parser.add_argument("--detector", action="store_true", help="check the objects that the captions ask for, too")
+    parser.add_argument("--precision", action="store_true", help="precision and recall, too")
     options = parser.parse_args(arguments)
     listed = options.folder / "captions"
     export = ["--num", options.num, "--height", options.height, "--export", listed]
     subprocess.run([*COMMAND, *map(str, export)], check=True, stdout=subprocess.DEVNULL)
     more = ["--height", options.height, "--batch-size", options.batch_size, "--radii", options.radii]
     more = [*map(str, more), *(["--detector", DETECTOR] if options.detector else [])]
+    more += ["--precision"] if options.precision else []
     killed, whole = options.folder / "killed", options.folder / "whole"
     notes = options.folder / "kills.json"
     state = json.loads(notes.read_text()) if notes.is_file() else {"kills": 0, "made_again": 0, "written": {}}
