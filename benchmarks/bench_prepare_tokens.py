@@ -4,6 +4,7 @@ How near making token shards comes to the speed of the image tokenizer alone: bo
 
     python benchmarks/bench_prepare_tokens.py --vqvae MODEL/vqvae --low-size 160 --fine-size 480 --device cuda
     python benchmarks/bench_prepare_tokens.py                             # the shipped model, on a CPU
+    python benchmarks/bench_prepare_tokens.py --released --num-pictures 32 --batch-size 4
 
 Pictures are made up: JPEG files of smooth random colours, with a sentence each, in WebDataset tars. The tokenizer
 alone encodes batches of the same size that lie on the device, of both sizes, as often as there are pictures; what
@@ -61,6 +62,9 @@ def encode_alone(vqvae, sizes: list[int], batch_size: int, num_pictures: int, ra
 
 def main(
     vqvae: str = typer.Option(None, help="Image tokenizer; by default that of the shipped model."),
+    released: bool = typer.Option(
+        False, help="One of the released size instead, at 160 and 480 pixels; random weights."
+    ),
     low_size: int = typer.Option(80, help="As of prepare_tokens.py."),
     fine_size: int = typer.Option(240, help="As of prepare_tokens.py."),
     compression_rate: int = typer.Option(8, help="As of prepare_tokens.py."),
@@ -74,6 +78,7 @@ def main(
     """Measure making token shards against the tokenizer alone; prints one JSON line."""
     import torch
 
+    from cogview_pipelines import IcetkVQConfig, IcetkVQModel
     from cogview_pipelines.environment import SHIPPED_MODEL, stamp
     from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
 
@@ -82,7 +87,11 @@ def main(
     script = importlib.util.module_from_spec(spec)
     sys.modules["prepare_tokens"] = script
     spec.loader.exec_module(script)
-    model = load_image_tokenizer(vqvae, dtype=torch.float32).to(device).eval()
+    if released:
+        low_size, fine_size = 160, 480
+        model = IcetkVQModel(IcetkVQConfig()).to(device).eval()
+    else:
+        model = load_image_tokenizer(vqvae, dtype=torch.float32).to(device).eval()
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         source, sizes = Path(folder) / "tars", [low_size, fine_size]
         source.mkdir()
@@ -99,6 +108,7 @@ def main(
     mean = sum(alone) / 2
     report = {"encoded_per_second": round(mean, 2), "made_per_second": round(made, 2), "share": round(made / mean, 3)}
     report["resident_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
+    report["released_size"] = released
     options = {"sizes": sizes, "num_pictures": num_pictures, "batch_size": batch_size, "data_workers": data_workers}
     print(json.dumps({"benchmark": "prepare_tokens", "device": device, **options, **report, **stamp(device)}))
 

@@ -13,7 +13,7 @@ from ...ops.processor import multiplies
 
 
 def _is_emulated(tensor: torch.Tensor) -> bool:
-    return tensor.is_cpu and tensor.dtype in (torch.bfloat16, torch.float16) and not multiplies(tensor.dtype)
+    return tensor.is_cpu and not multiplies(tensor.dtype)
 
 
 class Conv2d(nn.Conv2d):
