@@ -15,6 +15,8 @@ from ..utils_cogview import make_cogview, make_cogview_tokenizer, make_cogview_v
 from .conftest import SCOPE, assert_bad_input
 
 CAT = "a cat"
+TEXTS = [CAT, "a tree on a blue", "一只猫"]
+NETWORK = "cogview_pipelines.evaluation.networks:efficientnet_lite0"
 
 
 @pytest.fixture(scope="module")
@@ -120,12 +122,41 @@ def test_captions_of_a_list_go_into_a_file(cogview2, cogview, picture, write_lis
 
 
 def test_scores_are_losses_best_first(cogview2, cogview, picture):
-    texts = [CAT, "a tree on a blue", "一只猫"]
-    result = cogview2("score", picture, *texts, "--json", "--model", cogview)
+    result = cogview2("score", picture, *TEXTS, "--json", "--model", cogview)
     rows = [json.loads(line) for line in result.stdout.splitlines()]
-    scores = load(CogViewCaptionPipeline, cogview).score(Image.open(picture), texts).tolist()
-    expected = sorted((round(-score, 4), text) for score, text in zip(scores, texts))
+    scores = load(CogViewCaptionPipeline, cogview).score(Image.open(picture), TEXTS).tolist()
+    expected = sorted((round(-score, 4), text) for score, text in zip(scores, TEXTS))
     assert [(row["caption_loss"], row["prompt"]) for row in rows] == expected
+
+
+@pytest.mark.parametrize("candidates", [(), ("--candidates", 2)], ids=["one", "best of two"])
+def test_the_caption_loss_of_an_evaluation_is_that_of_score(
+    cogview2, cogview, picture, write_list, tmp_path, candidates
+):
+    for number in range(len(TEXTS)):
+        shutil.copy(picture, tmp_path / f"{number}.png")
+    lines = write_list(*({"id": f"{number}", "caption": text} for number, text in enumerate(TEXTS)))
+    arguments = (
+        "--captions",
+        lines,
+        "--references",
+        tmp_path,
+        "--radii",
+        "0",
+        "--model",
+        cogview,
+        "--network",
+        NETWORK,
+    )
+    result = cogview2("evaluate", *arguments, *candidates, "--json", "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout)["figures"]
+    assert set(figures) == {"fid_0", "inception_score", "caption_loss"}
+    losses = []
+    for path, text in zip(sorted((tmp_path / "out/pictures").rglob("*.png")), TEXTS, strict=True):
+        (row,) = cogview2("score", path, text, "--json", "--model", cogview).stdout.splitlines()
+        losses.append(json.loads(row)["caption_loss"])
+    assert figures["caption_loss"]["value"] == pytest.approx(np.mean(losses), abs=1e-4) and min(losses) > 0
 
 
 def test_bench_measures_it(cogview2, cogview):

@@ -144,11 +144,11 @@ MUTATIONS = [
         "cli/test_names.py::test_the_length_of_a_name_is_counted_in_bytes",
     ),
     Mutation(
-        "CogView's losses: the likeliest text is last",
-        "cli/caption_and_score.py",
-        "(-losses if is_cogview(pipe) else losses)",
-        "(losses)",
-        "cli/test_cogview_models.py::test_scores_are_losses_best_first",
+        "evaluation: the caption loss is the score of the family",
+        "cli/evaluate_captions.py",
+        "captioner.caption_loss(list(images)",
+        "captioner.score(list(images)",
+        "cli/test_cogview_models.py::test_the_caption_loss_of_an_evaluation_is_that_of_score",
     ),
     Mutation(
         "settings of the other family are passed over",

@@ -4,6 +4,13 @@ from tests.mutations.mutation import Mutation
 
 MUTATIONS = [
     Mutation(
+        "CogView: the caption loss is a log-probability",
+        "pipelines/cogview/pipeline_cogview_caption.py",
+        "return -self.score(",
+        "return self.score(",
+        "cli/test_cogview_models.py::test_the_caption_loss_of_an_evaluation_is_that_of_score",
+    ),
+    Mutation(
         "completion: crops with less around the mask",
         "pipelines/cogview2/completion_geometry.py",
         "MASK_SHARE = 14 / 20",

@@ -408,8 +408,7 @@ def _for_cogview(arguments: dict) -> tuple[int, dict]:
 
 def _scores(pipe, picture, prompts: list[str], max_batch_size: int | None) -> list[dict]:
     """The caption loss of each prompt, best first."""
-    losses = pipe.score(picture, prompts, max_batch_size=max_batch_size)
-    losses = (-losses if is_cogview(pipe) else losses).tolist()  # CogView's are log-probabilities
+    losses = pipe.caption_loss(picture, prompts, max_batch_size=max_batch_size).tolist()
     rows = [{"prompt": text, "caption_loss": round(loss, 4)} for text, loss in zip(prompts, losses, strict=True)]
     return sorted(rows, key=lambda row: row["caption_loss"])
 

@@ -242,7 +242,7 @@ def _maker(pipe, call: dict, batch_size: int):
 
 
 def _caption_loss(captioner):
-    return lambda images, rows: captioner.score(list(images), [row.caption for row in rows]).tolist()
+    return lambda images, rows: captioner.caption_loss(list(images), [row.caption for row in rows]).tolist()
 
 
 def _clip_score(folder: str, device: str, scorer_class):

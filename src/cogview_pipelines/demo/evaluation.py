@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..evaluation.likelihood import caption_losses
 from ..pipelines.cogview.pipeline_cogview import CogViewPipeline
 from ..pipelines.cogview.pipeline_cogview_caption import CogViewCaptionPipeline
 from ..pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
+from ..pipelines.cogview2.pipeline_cogview2_caption import CogView2CaptionPipeline
 from .captions import LANGUAGES, Request, captions, sample_sentence
 from .rendering import SpriteSet, render
 from .scenes import SPLITS, Scene, Scope, iterate_scenes, sample_scenes
@@ -318,10 +318,8 @@ def _choose_drafts(
 
 def _caption_losses(pipe: Pipeline, tokens: torch.Tensor, texts: Sequence[str], batch_size: int) -> torch.Tensor:
     """The caption loss of each text given the tokens of its picture, by the model that the family judges with."""
-    if isinstance(pipe, CogViewPipeline):
-        captioner = CogViewCaptionPipeline.from_pipe(pipe)
-        return -captioner.score(None, texts, tokens=tokens, max_batch_size=batch_size)
-    return caption_losses(pipe.transformer, pipe.tokenizer, tokens, texts, max_batch_size=batch_size)
+    kind = CogViewCaptionPipeline if isinstance(pipe, CogViewPipeline) else CogView2CaptionPipeline
+    return kind.from_pipe(pipe).caption_loss(None, texts, tokens=tokens, max_batch_size=batch_size)
 
 
 def _gain(name: str, before: Sequence[dict[str, bool]], after: Sequence[dict[str, bool]]) -> dict[str, float]:

@@ -305,7 +305,7 @@ class Studio:
     def score(self, request: ScoreRequest, image: Image.Image, job: Job) -> list[dict]:
         """Each text with its caption loss, best first."""
         with self._stoppable([job]), explained():
-            losses = self.captioning.score(image, request.prompt).tolist()
+            losses = self.captioning.caption_loss(image, request.prompt).tolist()
         ranked = sorted(zip(losses, range(len(losses))))
         return [{"prompt": request.prompt[index], "index": index, "caption_loss": loss} for loss, index in ranked]
 

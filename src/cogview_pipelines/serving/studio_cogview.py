@@ -133,13 +133,6 @@ class CogViewStudio(Studio):
             captions.append([{"text": text, "score": score} for text, score in zip(output.captions, output.scores)])
         return captions
 
-    def score(self, request: ScoreRequest, image: Image.Image, job: Job) -> list[dict]:
-        """Each text with its caption loss, best first."""
-        with self._stoppable([job]), explained():
-            losses = (-self.captioning.score(image, request.prompt)).tolist()
-        ranked = sorted(zip(losses, range(len(losses))))
-        return [{"prompt": request.prompt[index], "index": index, "caption_loss": loss} for loss, index in ranked]
-
     # Parts -----------------------------------------------------------------------------------------------------------
 
     def _size(self, size: str) -> dict[str, int]:

@@ -195,6 +195,8 @@ def test_scores_are_per_token_or_in_sum_and_the_same_in_any_batch(captioner):
     torch.testing.assert_close(alone, mean[1:2], atol=1e-4, rtol=1e-4)
     picture = PIL.Image.new("RGB", (50, 40), (10, 200, 90))
     assert captioner.score(picture, PROMPTS).shape == (3,)
+    losses = captioner.caption_loss(None, PROMPTS, tokens=tokens, max_batch_size=2)  # lower is better
+    torch.testing.assert_close(losses, -mean, atol=1e-4, rtol=1e-4)
 
 
 # Components ----------------------------------------------------------------------------------------------------------

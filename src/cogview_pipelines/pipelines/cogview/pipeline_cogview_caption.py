@@ -174,6 +174,29 @@ class CogViewCaptionPipeline(CogViewPipelineBase):
             texts = texts * (count // len(texts))
             return self._caption_scores(self._model, tokens.expand(count, -1, -1), texts, batch_size, reduction)
 
+    def caption_loss(
+        self,
+        image: Images | None,
+        prompt: str | Sequence[str],
+        *,
+        tokens: torch.Tensor | None = None,
+        max_batch_size: int | None = None,
+    ) -> torch.Tensor:
+        """
+        Caption loss of pairs of a picture and a text, in nats per text token: the lower, the better they fit. This is
+        `score` with the other sign, and means the same with every family.
+
+        Args:
+            image, prompt, tokens, max_batch_size: As for `score`.
+
+        Returns:
+            `torch.Tensor` of shape `(num_pairs,)`: float32 on the CPU.
+
+        Raises:
+            TypeError, ValueError: If an argument cannot be used; the message says which and why.
+        """
+        return -self.score(image, prompt, tokens=tokens, max_batch_size=max_batch_size)
+
     def check_texts(self, prompt: str | Sequence[str]) -> None:
         """
         Raise the error that `score` would raise for these texts, without computing anything.
