@@ -5,6 +5,7 @@ They are forked from a server that has imported what they need, so that a run of
 """
 
 import contextlib
+import functools
 import importlib.util
 import io
 import multiprocessing
@@ -16,12 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from cogview_pipelines import CogLMCanvasModel, CogLMModel, IcetkTokenizer, IcetkVQModel  # noqa: F401
-from cogview_pipelines.training import checkpoints, distribution, loop  # noqa: F401
-from cogview_pipelines.training.optimizers import Optimizers
+from cogview_pipelines.models.image_tokenizers import auto  # noqa: F401
+from cogview_pipelines.training import checkpoints, distribution, loop
+from cogview_pipelines.training.optimizers import LossScale, Optimizers
 from cogview_pipelines.training.processes import Processes
 
 SCRIPTS = Path(__file__).parents[2] / "training_scripts"
@@ -110,9 +113,27 @@ def run_uncompiled(name: str, arguments: list[str]) -> bool:
     return run_script(name, arguments)
 
 
+def with_16_bits(work: Callable, *arguments):
+    """
+    Do some work as on a processor that has arithmetic for 16-bit numbers, without which training computes in float32.
+
+    Losses are scaled by as much as a tiny model's gradients can take in the first step.
+    """
+    distribution.multiplies = lambda dtype: True
+    loop.LossScale = functools.partial(LossScale, scale=2.0**8)
+    return work(*arguments)
+
+
+def traced(work: Callable, *arguments) -> tuple[int, object]:
+    """Do some work through `torch.compile` without its slow last part; how many graphs it made, and the result."""
+    nn.Module.compile = functools.partialmethod(nn.Module.compile, backend="aot_eager")
+    result = work(*arguments)
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"], result
+
+
 def first_gradients(name: str, arguments: list[str], mean_of_means: bool = False) -> dict[str, torch.Tensor]:
     """
-    The gradient of every parameter in the first step, whole.
+    The gradient of every parameter in the first step, whole, as the optimizer gets it; not clipped unless asked for.
 
     Args:
         mean_of_means (`bool`): Divide on each process by its own labels, which is wrong: the control of the test.
@@ -133,12 +154,54 @@ def first_gradients(name: str, arguments: list[str], mean_of_means: bool = False
     if mean_of_means:
         Processes.sum = lambda self, values: [value * self.count for value in values]
     try:
-        load_script(name).main([*arguments, "--max_grad_norm", "0", "--max_steps", "1"])
+        load_script(name).main(["--max_grad_norm", "0", *arguments, "--max_steps", "1"])
     except Enough:
         pass
     finally:
         Optimizers.step, Processes.sum = before
     return found
+
+
+def types_of_weights(name: str, arguments: list[str]) -> tuple[set[str], set[str]]:
+    """Run a training script; types of the weights of linear layers while they compute, and of all that stays."""
+    computing, kept, before = set(), set(), Optimizers.step
+
+    def note(module, inputs):
+        if isinstance(module, nn.Linear) and torch.is_grad_enabled():
+            computing.add(str(module.weight.dtype))
+
+    def step(optimizers: Optimizers) -> None:
+        before(optimizers)
+        held = [*optimizers.parameters.values(), *optimizers.gradients(), *optimizers.tensors().values()]
+        kept.update(str(value.dtype) for value in held)
+
+    Optimizers.step = step
+    with register_module_forward_pre_hook(note):
+        load_script(name).main(arguments)
+    return computing, kept
+
+
+def spoiled(name: str, arguments: list[str], step: int, how: str) -> bool:
+    """
+    Run a training script, of which the last process has a loss that is not finite in a step, from 0; whether it came
+    to its end.
+
+    Args:
+        how (`str`): `"nan"`, gradients and all; or `"inf"`, of the loss alone.
+    """
+    script = load_script(name)
+    compute_loss, calls = script.compute_loss, []
+
+    def compute(*rest):
+        loss, metrics = compute_loss(*rest)
+        calls.append(None)
+        is_last = not distributed.is_initialized() or distributed.get_rank() == distributed.get_world_size() - 1
+        if is_last and len(calls) == step + 1:
+            loss = loss * float("nan") if how == "nan" else loss + float("inf")
+        return loss, metrics
+
+    script.compute_loss = compute
+    return script.main(arguments) is not None
 
 
 def killed_in_second_save(name: str, arguments: list[str]) -> None:

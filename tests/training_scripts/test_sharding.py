@@ -25,7 +25,11 @@ from .launching import (
     run_script,
     run_uncompiled,
     shares,
+    spoiled,
     told_to_stop,
+    traced,
+    types_of_weights,
+    with_16_bits,
 )
 
 NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
@@ -111,6 +115,109 @@ def test_a_mean_of_the_means_of_processes_would_be_seen(options):
     arguments = options("train_coglm", "wrong", batch_size=2, sharding="full")
     wrong = launch(2, first_gradients, "train_coglm", arguments, True)
     assert worst(alone, wrong[0]) > 1000 * TOLERANCE
+
+
+def error_of(gradients, exact):
+    """The largest error of a parameter's gradient, relative to its norm."""
+    assert gradients.keys() == exact.keys() and exact
+    return max(
+        float(np.linalg.norm(gradients[name] - value) / max(np.linalg.norm(value), 1e-12))
+        for name, value in exact.items()
+    )
+
+
+@pytest.mark.parametrize("script", ["train_coglm", "train_direct_sr", "train_iterative_sr", "train_cogview"])
+def test_in_16_bits_gradients_over_processes_are_as_exact_as_those_of_one(options, script):
+    """None is twice as far from that in float32 as the worst of one process, and all are of 16 bits indeed."""
+    (exact,) = launch(1, first_gradients, script, options(script, "exact", batch_size=4))
+    layouts = ("copies", "sharded", "gathered once") if script == "train_coglm" else ("sharded",)
+    for precision, least, most in (("bf16", 1e-3, 5e-2), ("fp16", 1e-4, 1e-2)):
+        arguments = options(script, f"one {precision}", batch_size=4, mixed_precision=precision)
+        (alone,) = launch(1, with_16_bits, first_gradients, script, arguments)
+        expected = error_of(alone, exact)
+        assert least < expected < most, precision
+        for name in layouts:
+            count, more = LAYOUTS[name]
+            arguments = options(script, f"{name} {precision}", mixed_precision=precision, **more)
+            first, second = launch(count, with_16_bits, first_gradients, script, arguments)
+            assert least < error_of(first, exact) < 2 * expected, (name, precision)
+            assert worst(first, second) == 0, (name, precision)
+
+
+@pytest.mark.parametrize("precision, dtype", [("bf16", "torch.bfloat16"), ("fp16", "torch.float16")])
+def test_layers_are_gathered_in_16_bits_and_kept_in_32(options, precision, dtype):
+    arguments = options("train_coglm", "run", batch_size=1, max_steps=1, mixed_precision=precision, sharding="full")
+    for computing, kept in launch(2, with_16_bits, types_of_weights, "train_coglm", arguments):
+        assert computing == {dtype} and kept == {"torch.float32"}
+
+
+@pytest.mark.parametrize("precision, within", [("bf16", 5e-3), ("fp16", 2e-3)])
+def test_a_run_in_16_bits_goes_on_on_another_number_of_processes(options, tmp_path, precision, within):
+    """Weights, moments and, in float16, the scale of the loss are those of one process."""
+    common = {"mixed_precision": precision, "learning_rate": 1e-3, "loss_scale_interval": 2}
+
+    def run(count, name, max_steps, **more):
+        arguments = options("train_coglm", name, batch_size=4 // count, max_steps=max_steps, **common, **more)
+        assert all(launch(count, with_16_bits, run_script, "train_coglm", arguments))
+
+    run(1, "alone", 9)
+    for count, max_steps, sharding in ((2, 3, "full"), (1, 6, "none"), (2, 9, "none")):
+        run(count, "parts", max_steps, sharding=sharding, resume_from_checkpoint="latest")
+    found, expected = metrics(tmp_path / "parts"), metrics(tmp_path / "alone")
+    assert [line["step"] for line in found] == list(range(1, 10))
+    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=within)
+    numbers = [
+        json.loads((list_checkpoints(tmp_path / name)[-1] / "trainer_state.json").read_text())["numbers"]
+        for name in ("parts", "alone")
+    ]
+    assert numbers[0] == numbers[1] and ("loss_scale" in numbers[0]) is (precision == "fp16")
+
+
+@pytest.mark.parametrize("name, precision", [("copies", "no"), ("sharded", "no"), ("sharded", "bf16")])
+def test_compiled_layers_have_the_gradients_of_one_process(options, name, precision):
+    """Layers are traced by themselves, whatever gathers their weights."""
+    arguments = options("train_coglm", "one", batch_size=4, mixed_precision=precision)
+    (alone,) = launch(1, with_16_bits, first_gradients, "train_coglm", arguments)
+    count, more = LAYOUTS[name]
+    arguments = options("train_coglm", name, mixed_precision=precision, compile=True, **more)
+    for graphs, gradients in launch(count, with_16_bits, traced, first_gradients, "train_coglm", arguments):
+        assert graphs >= 1
+        if precision == "no":
+            assert worst(alone, gradients) <= TOLERANCE
+        else:
+            assert error_of(gradients, alone) < 5e-2
+
+
+def test_gradients_are_clipped_at_their_norm_over_all_shards(options):
+    (whole,) = launch(1, first_gradients, "train_coglm", options("train_coglm", "one", batch_size=4))
+    norm = float(np.sqrt(sum(np.square(value, dtype=np.float64).sum() for value in whole.values())))
+    for name in ("copies", "sharded", "two groups of two"):
+        count, more = LAYOUTS[name]
+        for limit, scale in ((norm / 10, 0.1), (10 * norm, 1.0)):
+            arguments = options("train_coglm", f"{name} {limit}", max_grad_norm=limit, **more)
+            for clipped in launch(count, first_gradients, "train_coglm", arguments):
+                assert worst({key: scale * value for key, value in whole.items()}, clipped) <= TOLERANCE, name
+
+
+@pytest.mark.parametrize("sharding", ["none", "full"])
+@pytest.mark.parametrize("how", ["nan", "inf"])
+def test_a_loss_that_is_not_finite_on_one_process_stops_all_or_is_skipped_by_all(options, tmp_path, sharding, how):
+    more = {"batch_size": 2, "max_steps": 5, "sharding": sharding, "checkpoint_every_steps": 2, "learning_rate": 1e-3}
+    with pytest.raises(RuntimeError) as caught:
+        launch(2, spoiled, "train_coglm", options("train_coglm", "stopped", **more), 2, how)
+    for rank in (0, 1):
+        assert f"process {rank}:\n" in str(caught.value)
+    assert str(caught.value).count("is not finite (NaN or infinite) at step 3") == 2
+    assert [path.name for path in list_checkpoints(tmp_path / "stopped")] == ["checkpoint-2"]
+    assert read_run(tmp_path / "stopped")["state"] == "failed"
+    more["non_finite"] = "skip"
+    assert launch(2, spoiled, "train_coglm", options("train_coglm", "skipped", **more), 2, how) == [True, True]
+    alone = options("train_coglm", "alone", **{**more, "batch_size": 4})
+    assert launch(1, spoiled, "train_coglm", alone, 2, how) == [True]
+    found, expected = metrics(tmp_path / "skipped"), metrics(tmp_path / "alone")
+    assert [line.get("skipped_steps", 0) for line in found] == [0, 0, 1, 0, 0]
+    for line, other in zip(found, expected, strict=True):
+        assert line.get("loss") == (None if "loss" not in other else pytest.approx(other["loss"], rel=1e-4))
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch < 2.9")
