@@ -4,6 +4,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cogview_pipelines.demo import Scope, Scorer, evaluation
 from cogview_pipelines.demo.captions import captions
@@ -96,6 +97,23 @@ def test_the_report_is_one_line_of_json_with_what_is_needed_to_repeat_it(cogview
         assert (found["prompt"], found["seed"]) == (case.caption, case.seed)
         assert found["scene"] == case.scene.to_dict()
         assert set(found["scores"]) == set(SHARES)
+
+
+def test_scenes_are_drawn_with_the_settings_of_generate(cogview2, pipeline, tmp_path):
+    arguments = ("evaluate", "--num", 2, "--height", LOW_SIZE, "--seed", 5, "--json", "--save", tmp_path)
+    result = cogview2(*arguments, "--temperature", 0.6, "--top-k-clusters", 2)
+    assert result.exit_code == 0, result.output
+    call = {"height": LOW_SIZE, "temperature": 0.6, "top_k_clusters": 2}
+    assert json.loads(result.stdout)["call"] == call
+    for path in tmp_path.iterdir():
+        made = read_metadata(path)
+        expected = pipeline(made["prompt"], generator=torch.Generator().manual_seed(made["seed"]), **call)
+        assert Image.open(path).tobytes() == expected.images[0].tobytes()
+        assert call.items() <= made["settings"].items()
+    for more in (("--measure", "caption-loss"), ("--baseline", "ceiling")):
+        assert_bad_input(
+            cogview2("evaluate", *more, "--temperature", 0.6), "--temperature is for pictures that are drawn"
+        )
 
 
 @pytest.mark.parametrize("baseline", ["ceiling", "shuffled"])

@@ -2,11 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from cogview_pipelines import CogView2CaptionPipeline
+from cogview_pipelines.evaluation.embedding_scores import EmbeddingScorer
 from cogview_pipelines.json_lines import parse_object, read_lines
 from cogview_pipelines.pictures.png import read_metadata
 
@@ -88,14 +90,16 @@ def test_true_pictures_have_no_distance_from_themselves(cogview2, listed, tmp_pa
 
 
 def test_a_detector_checks_what_the_captions_ask_for(cogview2, listed, tmp_path):
-    detector = ("--detector", "cogview_pipelines.demo.detector:demo_detector", "--height", FULL_SIZE)
+    detector = ("--detector", "cogview_pipelines.demo.detector:demo_detector")
     report = evaluated(cogview2, listed, tmp_path / "true", "--pictures", listed, *detector)
     assert report["figures"]["geneval"] == {"value": 1.0, "standard_error": 0.0}  # the true pictures
     tasks = {name for name in report["figures"] if name.startswith("geneval/")}
     assert tasks <= {"geneval/single_object", "geneval/position"} and tasks
     assert sum(report["figures"][task]["pictures"] for task in tasks) == 10
     assert report["settings"]["detector"] == detector[1]
-    made = evaluated(cogview2, listed, tmp_path / "made", *detector)  # of a model that has learnt nothing
+    made = evaluated(
+        cogview2, listed, tmp_path / "made", *detector, "--height", FULL_SIZE
+    )  # of a model that has learnt nothing
     assert made["figures"]["geneval"]["value"] < 1
 
 
@@ -108,6 +112,56 @@ def test_candidates_are_drawn_and_the_best_is_kept(cogview2, listed, tmp_path, p
         0
     ]
     assert Image.open(first).tobytes() == best.tobytes()
+
+
+SETTINGS = {"temperature": 0.7, "top_k_clusters": 3, "guidance_scale": 1.5, "negative_prompt": "a cat"}
+SETTINGS |= {"iterative_sr_top_k": [9, 5, 3], "num_lopar_steps": 3, "width": FULL_SIZE, "style": "cool"}
+
+
+def test_settings_are_those_of_generate_and_another_value_is_another_run(cogview2, listed, tmp_path, pipeline):
+    given = [str(part) for name, value in SETTINGS.items() for part in (f"--{name.replace('_', '-')}", value)]
+    given[given.index("[9, 5, 3]")] = "9,5,3"
+    report = evaluated(cogview2, listed, tmp_path / "out", "--num", 2, "--seed", 5, *given)
+    assert report["settings"]["call"] == SETTINGS
+    used = {**SETTINGS, "height": FULL_SIZE, "text_attention_bias": 1.4, "cluster_temperature": 1.0}
+    assert report["sampling"] == used  # with what the model adds
+    for path in sorted((tmp_path / "out" / "pictures").rglob("*.png")):
+        metadata = read_metadata(path)
+        expected = pipeline(
+            metadata["prompt"], generator=torch.Generator().manual_seed(metadata["seed"]), **SETTINGS
+        ).images[0]
+        assert Image.open(path).tobytes() == expected.tobytes()
+    arguments = ("--captions", listed / "captions.jsonl", "--references", listed, "--radii", "0,2", "--num", 2)
+    arguments += ("--seed", 5, "--network", NETWORK, "-o", tmp_path / "out")
+    other = cogview2("evaluate", *arguments, *given, "--temperature", 0.8)
+    assert other.exit_code == 2  # the network says a line of its own, too
+    assert "holds an evaluation with other settings (call {" in other.stderr and "'temperature': 0.8" in other.stderr
+
+
+def by_brightness(device):
+    """A scorer: dark pictures are better."""
+    return lambda images, prompts: [-float(np.asarray(image).mean()) for image in images]
+
+
+@pytest.mark.parametrize("select", ["clip", f"{__name__}:by_brightness"])
+def test_another_scorer_may_decide_on_the_best_candidate(cogview2, listed, tmp_path, clip, pipeline, select):
+    for part in clip:
+        part.save_pretrained(tmp_path / "clip")
+    more = ("--candidates", 3, "--num", 3, "--seed", 5, "--clip", tmp_path / "clip")
+    report = evaluated(cogview2, listed, tmp_path / "out", *more, "--select", select)
+    assert report["settings"]["select"] == select and report["pictures"] == 3
+    scorer = EmbeddingScorer(*clip) if select == "clip" else by_brightness("cpu")
+    chosen = []
+    for path in sorted((tmp_path / "out" / "pictures").rglob("*.png")):
+        metadata = read_metadata(path)
+        drawn = [torch.Generator().manual_seed(metadata["seed"] + number) for number in range(3)]
+        call = {"generator": drawn, "num_candidates": 3}
+        best = pipeline(metadata["prompt"], scorer=scorer, **call)
+        assert Image.open(path).tobytes() == best.images[0].tobytes()
+        chosen.append(best.seeds == pipeline(metadata["prompt"], **call).seeds)
+    assert not all(chosen)  # by the caption loss, it would be others
+    same = evaluated(cogview2, listed, tmp_path / "loss", *more, "--select", "caption-loss")
+    assert "select" not in same["settings"]  # what is meant where nothing is said
 
 
 def test_a_protocol_sets_what_the_paper_did_and_options_override(cogview2, listed, tmp_path):
@@ -143,6 +197,23 @@ def test_a_protocol_sets_what_the_paper_did_and_options_override(cogview2, liste
         (["--captions", "PLAIN", "-o", "out", "--detector", "a:b"], "captions that say what is to be seen"),
         (["--captions", "LIST", "-o", "out", "--precision"], "--precision needs --references"),
         (["--detector", "a:b"], "--detector is for --captions"),
+        (["--select", "clip"], "--select is for --captions"),
+        (["--captions", "LIST", "-o", "out", "--select", "clip"], "--select needs candidates to choose from"),
+        (
+            ["--captions", "LIST", "-o", "out", "--select", "clip", "--candidates", "2"],
+            "--select clip needs the model",
+        ),
+        (["--captions", "LIST", "-o", "out", "--select", "no", "--candidates", "2"], "the scorer of --select must be"),
+        (["--captions", "LIST", "-o", "out", "--select", "clip", "--candidate-counts", "1,2"], "compare the scorers"),
+        (["--captions", "LIST", "-o", "out", "--pictures", "REFERENCES", "--top-p", "0.5"], "leave it out with --pic"),
+        (["--captions", "LIST", "-o", "out", "--pictures", "REFERENCES", "--candidates", "2"], "--candidates is for"),
+        (["--captions", "LIST", "-o", "out", "--top-p", "0.5"], "`top_p` has no meaning for this model"),
+        (["--captions", "LIST", "-o", "out", "--temperature", "0"], "`temperature` must be a number from"),
+        (["--captions", "LIST", "-o", "out", "--iterative-sr-top-k", "9,x"], "`iterative_sr_top_k` must be"),
+        (
+            ["--captions", "LIST", "-o", "out", "--iterative-sr-top-k", "9,8"],
+            "one number or one per step (5), but has 2",
+        ),
         (["--captions", "LIST", "-o", "out", "--clip", "no-such-folder"], "no model of pictures and texts"),
         (["--captions", "missing.jsonl", "-o", "out"], "missing.jsonl"),
         (["--captions", "x" * 300 + ".tsv", "-o", "out"], "File name too long"),
@@ -230,7 +301,11 @@ def test_figures_by_the_number_of_candidates_are_a_table_and_a_plot(cogview2, li
     arguments += ("--network", NETWORK, "--clip", tmp_path / "clip", "--candidate-counts", "1,2", "--seed", 5)
     result = cogview2("evaluate", *arguments, "--json", "-o", tmp_path / "out")
     assert result.exit_code == 0, result.stderr
-    curves = json.loads(result.stdout)["curves"]
+    content = json.loads(result.stdout)
+    curves, expected = content["curves"], content["estimate"]
+    assert (expected["pictures_to_make"], expected["pictures_to_compare"]) == (2 * 2, 3 * 3)  # after the first caption
+    assert expected["seconds"] > 0 and expected["bytes"] > 0
+    assert " are needed, by the first caption." in result.stderr
     assert {scorer: list(own) for scorer, own in curves.items()} == {
         name: ["1", "2"] for name in ("caption_loss", "clip")
     }

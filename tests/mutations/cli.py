@@ -4,6 +4,27 @@ from tests.mutations.mutation import Mutation
 
 MUTATIONS = [
     Mutation(
+        "evaluation: the scorer that was asked for does not decide",
+        "cli/evaluate_captions.py",
+        'call if scorer is None else {**call, "scorer": scorer}',
+        "call",
+        "cli/test_evaluate_captions.py::test_another_scorer_may_decide_on_the_best_candidate",
+    ),
+    Mutation(
+        "evaluation: the scorer is no part of what a run is",
+        "cli/evaluate_captions.py",
+        '**({} if options.select in (None, "caption-loss") else {"select": options.select}),',
+        "",
+        "cli/test_evaluate_captions.py::test_another_scorer_may_decide_on_the_best_candidate",
+    ),
+    Mutation(
+        "evaluation: the settings of sampling are left out",
+        "cli/evaluate_captions.py",
+        "call = dict(options.call)",
+        'call = {k: v for k, v in options.call.items() if k == "height"}',
+        "cli/test_evaluate_captions.py::test_settings_are_those_of_generate_and_another_value_is_another_run",
+    ),
+    Mutation(
         "manifest: keeps pictures that were deleted",
         "cli/results.py",
         "and name not in files and os.path.exists(folder / name)",

@@ -4,6 +4,20 @@ from tests.mutations.mutation import Mutation
 
 MUTATIONS = [
     Mutation(
+        "estimate of candidates: of captions instead of pictures",
+        "evaluation/estimates.py",
+        '"pictures_to_make": to_make * pool.count',
+        '"pictures_to_make": to_make',
+        "evaluation/test_estimates.py::test_of_candidates_the_first_caption_is_drawn_kept_and_told_from",
+    ),
+    Mutation(
+        "estimate of candidates: a shard compares everything",
+        "evaluation/estimates.py",
+        "num_compared if shard == (0, 1) else 0",
+        "num_compared",
+        "evaluation/test_estimates.py::test_of_candidates_the_first_caption_is_drawn_kept_and_told_from",
+    ),
+    Mutation(
         "caption loss: a sum over tokens",
         "evaluation/likelihood.py",
         "(token_losses.sum(1) / labelled.sum(1))",

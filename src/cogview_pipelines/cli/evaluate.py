@@ -7,8 +7,10 @@ from pathlib import Path
 import typer
 
 from .adapters import LORA_OPTION
-from .console import fail, finite
+from .console import bad_input, fail, finite
 from .loading import DEVICE_OPTION, DTYPE_OPTION, MODEL_OPTION, DType
+from .options import DECLARED, setting_option, split_numbers
+from .requests import check_arguments
 
 
 class Split(str, enum.Enum):
@@ -63,12 +65,14 @@ class Measure(str, enum.Enum):
 
 @dataclass
 class CommonOptions:
-    """The options that count for the demo scenes and for captions alike, as given."""
+    """
+    The options that count for the demo scenes and for captions alike, as given; `call` are arguments of the pipeline's
+    call.
+    """
 
     seed: int
     batch_size: int
-    height: int | None
-    style: str | None
+    call: dict
     model: str
     lora: list[str] | None
     device: str | None
@@ -80,8 +84,10 @@ class CommonOptions:
 _DEMO = ("split", "language", "layout", "measure", "baseline", "sprites", "save", "export")
 _CAPTIONS = (
     *("references", "pictures", "output", "protocol", "contrast", "radii", "size", "inception", "network", "clip"),
-    *("shard", "candidate_counts", "detector", "precision"),
+    *("shard", "candidate_counts", "select", "detector", "precision"),
 )
+# Arguments of the pipeline's call, as those of `cogview2 generate`
+_CALL = ("height", "width", "style", "negative_prompt", *DECLARED)
 
 
 def evaluate(
@@ -115,7 +121,22 @@ def evaluate(
     seed: int = typer.Option(0, min=0, max=2**40, help="Of scenes, prompts and pictures."),
     batch_size: int = typer.Option(8, min=1, help="Pictures computed at a time."),
     height: int = typer.Option(None, min=1, help="Of the pictures, in pixels.  [default: the largest]"),
+    width: int = typer.Option(None, min=1, help="In pixels, as for --height."),
     style: str = typer.Option(None, help="A style preset of the model, on top of what the prompts say."),
+    guidance_scale: float = setting_option("guidance_scale"),
+    negative_prompt: str = typer.Option(None, help="What guidance leads away from."),
+    text_attention_bias: float = setting_option("text_attention_bias"),
+    temperature: float = setting_option("temperature"),
+    top_k_clusters: int = setting_option("top_k_clusters"),
+    cluster_temperature: float = setting_option("cluster_temperature"),
+    direct_sr_temperature: float = setting_option("direct_sr_temperature"),
+    direct_sr_top_k_clusters: int = setting_option("direct_sr_top_k_clusters"),
+    direct_sr_cluster_temperature: float = setting_option("direct_sr_cluster_temperature"),
+    iterative_sr_temperature: float = setting_option("iterative_sr_temperature"),
+    iterative_sr_top_k: str = setting_option("iterative_sr_top_k"),
+    num_lopar_steps: int = setting_option("num_lopar_steps"),
+    top_k: int = setting_option("top_k"),
+    top_p: float = setting_option("top_p"),
     model: str = MODEL_OPTION,
     lora: list[str] = LORA_OPTION,
     device: str = DEVICE_OPTION,
@@ -155,6 +176,11 @@ def evaluate(
         help="What finds objects in pictures, as MODULE:FUNCTION, for captions that say what is to be seen as GenEval"
         " does.",
     ),
+    select: str = typer.Option(
+        None,
+        help="What decides on the best of --candidates: caption-loss, clip (as --clip), or a scorer of yours, as"
+        " MODULE:FUNCTION.  [default: caption-loss]",
+    ),
     shard: str = typer.Option(None, help="Like 1/4: only this part, of as many processes or machines."),
     candidate_counts: str = typer.Option(
         None,
@@ -183,6 +209,9 @@ def evaluate(
     choices = (Split, Language, Layout, Measure, Baseline, Protocol)  # the names are what the rest is written for
     own = {name: value.value if isinstance(value, choices) else value for name, value in given.items()}
     _check_combination(context, captions is not None)
+    with bad_input():
+        call = {name: own[name] for name in _CALL}
+        own["call"] = check_arguments({**call, "iterative_sr_top_k": split_numbers(iterative_sr_top_k)})
     if captions is not None:
         from .evaluate_captions import CaptionsOptions, evaluate_captions
 

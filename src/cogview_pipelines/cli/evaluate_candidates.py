@@ -40,6 +40,7 @@ def evaluate_candidates(
     from tqdm.auto import tqdm
 
     from ..evaluation.candidates import CandidatePool, candidate_curves, table
+    from ..evaluation.estimates import estimate_candidates, tell
 
     if run.network is None:
         fail("--candidate-counts need a network that compares: --inception FILE or --network MODULE:FUNCTION.")
@@ -60,12 +61,16 @@ def evaluate_candidates(
         f"{own * counts[-1]} candidates of {own} captions are drawn. A stop loses those of one caption at most.",
         err=True,
     )
+    num = len(run.rows) * (len(counts) * len(scorers) - (len(scorers) - 1) * (counts[0] == 1))
+    expected = estimate_candidates(run, pool, num, shard)
+    if expected is not None:
+        say(tell(expected, "caption"), err=True)
     with tqdm(total=own, desc="captions", disable=hidden) as progress:
         pool.fill(shard, progress.update)
     if not pool.is_full:
         say("This shard is done. Once the others are, the same command without --shard gives the figures.", err=True)
         return
-    num = len(run.rows) * (len(counts) * len(scorers) - (len(scorers) - 1) * (counts[0] == 1))
+    run.stamp = {**run.stamp, **({} if expected is None else {"estimate": expected})}
     with tqdm(total=num, desc="pictures compared", disable=hidden) as progress:
         content = candidate_curves(run, pool, counts, scorers, progress.update)
     for note in content["notes"]:

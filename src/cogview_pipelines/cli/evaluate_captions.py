@@ -25,6 +25,7 @@ from .families import pipeline_for
 from .loading import describe_model, load_pipeline
 
 if TYPE_CHECKING:
+    from ..evaluation.embedding_scores import EmbeddingScorer
     from ..evaluation.picture_runs import PictureRun
 
 # what the papers did: CogView2, section 5.2; CogView, section 4.1
@@ -55,6 +56,7 @@ class CaptionsOptions(CommonOptions):
     detector: str | None
     shard: str | None
     candidate_counts: str | None
+    select: str | None
 
 
 def evaluate_captions(options: CaptionsOptions) -> None:
@@ -76,6 +78,7 @@ def evaluate_captions(options: CaptionsOptions) -> None:
                 "--candidates and --pictures out."
             )
         chosen["candidates"] = counts[-1]
+    _check_drawing(options, chosen["candidates"])
     from tqdm.auto import tqdm
 
     from ..evaluation.captioned import open_references, read_captions
@@ -111,10 +114,25 @@ def evaluate_captions(options: CaptionsOptions) -> None:
     _report(results, options.as_json)
 
 
+def _check_drawing(options: CaptionsOptions, candidates: int | None) -> None:
+    """Refuse what says nothing: of pictures that are there already, and of candidates where there are none."""
+    given = [*options.call, *(["candidates"] if options.candidates is not None else [])]
+    if options.pictures is not None and given:
+        name = given[0].replace("_", "-")
+        fail(f"--{name} is for pictures that are made here: leave it out with --pictures.")
+    if options.select is None:
+        return
+    if options.candidate_counts is not None:
+        fail("--select is for one number of candidates; --candidate-counts compare the scorers.")
+    if options.pictures is not None or not candidates:
+        fail("--select needs candidates to choose from: --candidates, or a --protocol.")
+    if options.select == "clip" and options.clip is None:
+        fail("--select clip needs the model: --clip FOLDER.")
+
+
 def _build_run(options, chosen, radii, rows, references, made, folder: Path) -> tuple["PictureRun", Any, dict]:
     """Load what is needed, and check everything before the first picture; also gives the pipeline and its call."""
     from ..environment import stamp
-    from ..evaluation.embedding_scores import EmbeddingScorer
     from ..evaluation.picture_runs import PictureRun
     from ..evaluation.preparation import Preparation
     from ..pipelines.common.arguments import check_taken
@@ -130,16 +148,20 @@ def _build_run(options, chosen, radii, rows, references, made, folder: Path) -> 
     captioner = pipeline_for(pipe, "caption")
     captioner.set_progress_bar_config(disable=True)
     _check_captions(rows, captioner.check_texts)
-    make, call = None, {}
+    make, call, used = None, {}, {}
     if made is None:
-        call = {"height": options.height, "style": options.style, "num_candidates": chosen["candidates"]}
-        call = {name: value for name, value in call.items() if value is not None}
+        call = dict(options.call)
+        if chosen["candidates"] is not None:
+            call["num_candidates"] = chosen["candidates"]
         check_taken(pipe, call)
+        used = pipe.check_inputs("a", **call)  # what is wrong with all captions is said once
         _check_captions(rows, lambda caption: pipe.check_inputs(caption, **call))
-        make = _maker(pipe, call, options.batch_size)
     scores = {"caption_loss": _caption_loss(captioner)}
-    if options.clip is not None:
-        scores["clip_score"] = _clip_score(options.clip, device, EmbeddingScorer)
+    clip = None if options.clip is None else _load_clip(options.clip, device)
+    if clip is not None:
+        scores["clip_score"] = _clip_score(clip)
+    if made is None:
+        make = _maker(pipe, call, options.batch_size, _load_scorer(options.select, clip, device))
     run = PictureRun(
         folder,
         rows,
@@ -155,7 +177,7 @@ def _build_run(options, chosen, radii, rows, references, made, folder: Path) -> 
         seed=options.seed,
         seeds_of_each=chosen["candidates"] or 1,
         batch_size=options.batch_size,
-        stamp=stamp(str(pipe.device)),
+        stamp={**_used_settings(used), **stamp(str(pipe.device))},
     )
     return run, pipe, call
 
@@ -212,6 +234,7 @@ def _settings(options: CaptionsOptions, chosen: dict, radii, num: int, call: dic
         "clip": options.clip,
         **({"precision": True} if options.precision else {}),
         **({} if options.detector is None else {"detector": options.detector}),
+        **({} if options.select in (None, "caption-loss") else {"select": options.select}),
         **describe_model(options.model, read_adapters(options.lora)),
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
     }
@@ -228,10 +251,25 @@ def _check_captions(rows, check: Callable[[str], object]) -> None:
         fail_all(errors)
 
 
-def _maker(pipe, call: dict, batch_size: int):
+def _used_settings(used: dict) -> dict:
+    """All settings of the pictures, for the results: those given, else the model's, else the defaults."""
+    return {"sampling": {name: value for name, value in used.items() if value not in (None, "")}} if used else {}
+
+
+def _load_scorer(name: str | None, clip: "EmbeddingScorer | None", device: str):
+    """What decides on the best of several candidates; `None` is the caption loss."""
+    from ..evaluation.networks import load_network
+
+    if name in (None, "caption-loss"):
+        return None
+    return clip if name == "clip" else load_network(name, device, "scorer of --select")
+
+
+def _maker(pipe, call: dict, batch_size: int, scorer=None):
     import torch
 
     count = call.get("num_candidates") or 1
+    call = call if scorer is None else {**call, "scorer": scorer}
 
     def make(rows, seeds):
         generators = [torch.Generator().manual_seed(seed + index) for seed in seeds for index in range(count)]
@@ -245,9 +283,15 @@ def _caption_loss(captioner):
     return lambda images, rows: captioner.caption_loss(list(images), [row.caption for row in rows]).tolist()
 
 
-def _clip_score(folder: str, device: str, scorer_class):
+def _clip_score(clip: "EmbeddingScorer"):
+    return lambda images, rows: clip(images, [row.caption for row in rows])
+
+
+def _load_clip(folder: str, device: str) -> "EmbeddingScorer":
     from transformers import AutoModel, AutoProcessor
     from transformers.utils import logging
+
+    from ..evaluation.embedding_scores import EmbeddingScorer
 
     source = os.fspath(expand(Path(folder), "--clip"))
     logging.disable_progress_bar()
@@ -256,12 +300,11 @@ def _clip_score(folder: str, device: str, scorer_class):
         model, info = AutoModel.from_pretrained(source, output_loading_info=True, **options)
         if info["missing_keys"]:
             raise ValueError(f"it lacks weights: {', '.join(sorted(info['missing_keys'])[:3])}, ...")
-        scorer = scorer_class(model.eval().to(device), AutoProcessor.from_pretrained(source, **options))
+        return EmbeddingScorer(model.eval().to(device), AutoProcessor.from_pretrained(source, **options))
     except Exception as error:  # whatever a damaged file or the Hub makes the loaders raise
         fail(f"`--clip`: {folder} is no model of pictures and texts: {first_line(error)}")
     finally:
         logging.enable_progress_bar()
-    return lambda images, rows: scorer(images, [row.caption for row in rows])
 
 
 def _read_radii(text: str | None) -> tuple[float, ...]:

@@ -36,6 +36,9 @@ def evaluate_scenes(options: ScenesOptions) -> None:
     """Do what [`ScenesOptions`] ask for."""
     if options.measure != "pictures" and (options.baseline != "none" or options.save is not None):
         fail(f"--baseline and --save are for --measure pictures, not {options.measure}.")
+    sampling = [name for name in options.call if name not in ("height", "style")]
+    if sampling and (options.measure == "caption-loss" or options.baseline == "ceiling"):
+        fail(f"--{sampling[0].replace('_', '-')} is for pictures that are drawn; none are here. Leave it out.")
     scope = _load_scope(options.model)
     from ..demo import SpriteSet, evaluation
 
@@ -45,20 +48,19 @@ def evaluate_scenes(options: ScenesOptions) -> None:
         )
         sprites = None if options.sprites is None else SpriteSet(expand(options.sprites, "--sprites"))
     if options.export is not None:
-        _export(expand(options.export, "--export"), cases, options.height or 240)
+        _export(expand(options.export, "--export"), cases, options.call.get("height", 240))
         return
     save = None if options.save is None else expand(options.save, "--save")
     if save is not None:
         make_writable_folder(save, "--save")
     pipe = load_pipeline(options.model, options.device, options.dtype, adapters=read_adapters(options.lora))
     pipe.set_progress_bar_config(disable=None, leave=False)
-    call = {name: value for name in ("height", "style") if (value := getattr(options, name)) is not None}
-    settings = _check_call(pipe, cases, call)
+    settings = _check_call(pipe, cases, options.call)
     if len(cases) < options.num:
         say(f"There are {len(cases)} such scenes; all of them are used.", err=True)
     saver = None if save is None else _saver(save, settings, options)
     with bad_input(), failures():
-        result = _measure(pipe, cases, options, call, sprites, saver)
+        result = _measure(pipe, cases, options, sprites, saver)
     _print(_report(options, pipe, cases, result), options.as_json)
 
 
@@ -86,10 +88,10 @@ def _check_call(pipe: "CogView2PipelineBase", cases: list["Case"], call: dict) -
     return settings
 
 
-def _measure(pipe, cases: list["Case"], options: ScenesOptions, call: dict, sprites, saver) -> dict:
+def _measure(pipe, cases: list["Case"], options: ScenesOptions, sprites, saver) -> dict:
     from ..demo import evaluation
 
-    size = options.batch_size
+    size, call = options.batch_size, options.call
     if options.measure == "caption-loss":
         return evaluation.measure_caption_loss(pipe, cases, sprites=sprites, batch_size=size)
     if options.measure == "post-selection":
@@ -117,6 +119,7 @@ def _report(options: ScenesOptions, pipe, cases: list["Case"], result: dict) -> 
         **of_measure.get(options.measure, {}),
         "layout": options.layout,
         "seed": options.seed,
+        **({"call": options.call} if options.call else {}),
         "model": options.model,
         **({"lora": options.lora} if options.lora else {}),
         "layouts": {name: sum(case.scene.layout == name for case in cases) for name in ("single", "pair")},

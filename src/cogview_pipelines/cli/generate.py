@@ -22,7 +22,7 @@ from .loading import (
     describe_model,
 )
 from .names import problem_of_name, same_file_key, slug
-from .options import count_option, setting_option
+from .options import count_option, setting_option, split_numbers
 from .requests import (
     ARGUMENTS,
     GENERATE,
@@ -76,14 +76,6 @@ class Job:
         if self.num_candidates is not None:
             chosen["post_selection"] = {"num_candidates": self.num_candidates, "seed": self.seed, "score": score}
         return {"prompt": self.prompt, "seed": seed, "settings": self.settings, **chosen}
-
-
-def _split_numbers(text: str | None) -> int | str | list[int | str] | None:
-    """`"60"` to 60 and `"60,40,40"` to a list; what is no number is left to be reported."""
-    if text is None:
-        return None
-    parts = [int(part) if part.strip().isdecimal() else part for part in text.split(",")]
-    return parts[0] if len(parts) == 1 else parts
 
 
 def generate(
@@ -155,7 +147,7 @@ def generate(
     given = {name: value for name, value in locals().items() if name in ARGUMENTS}
     given["num_images_per_prompt"] = num_images
     with bad_input():
-        given["iterative_sr_top_k"] = _split_numbers(iterative_sr_top_k)
+        given["iterative_sr_top_k"] = split_numbers(iterative_sr_top_k)
         given = check_arguments(given)
     sources = {"PROMPT": bool(prompt), "--prompts": prompts is not None, "--remake": remake is not None}
     if sum(sources.values()) != 1:

@@ -21,6 +21,14 @@ def setting_option(name: str) -> Any:
     return typer.Option(None, help=help, **({} if setting.is_per_pass else bounds))
 
 
+def split_numbers(text: str | None) -> int | str | list[int | str] | None:
+    """`"60"` to 60 and `"60,40,40"` to a list; what is no number is left to be reported."""
+    if text is None:
+        return None
+    parts = [int(part) if part.strip().isdecimal() else part for part in text.split(",")]
+    return parts[0] if len(parts) == 1 else parts
+
+
 def count_option(*names: str, help: str) -> Any:
     """The option for how many are drawn."""
     return typer.Option(None, *names, min=1, max=MOST_COUNT, help=help)

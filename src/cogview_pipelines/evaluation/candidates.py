@@ -49,11 +49,16 @@ class CandidatePool:
         """Draw what is missing of a shard: every so many captions."""
         for index in range(shard[0], len(self.rows), shard[1]):
             if self.scores(index) is None:
-                self._fill_one(index)
+                self.fill_one(index)
             if on_captions is not None:
                 on_captions(1)
 
-    def _fill_one(self, index: int) -> None:
+    def left(self, shard: tuple[int, int] = (0, 1)) -> list[int]:
+        """The captions of a shard that are not done."""
+        return [index for index in range(shard[0], len(self.rows), shard[1]) if self.scores(index) is None]
+
+    def fill_one(self, index: int) -> Path:
+        """Draw the candidates of one caption; their folder."""
         seeds = [self.seed + index * self.count + number for number in range(self.count)]
         images, scores = self.draw(self.rows[index], seeds)
         folder = self._of(index)
@@ -62,6 +67,7 @@ class CandidatePool:
             save_png(image, folder / f"{number:03d}.png", {"prompt": self.rows[index].caption, "seed": seed})
         content = {"key": self.key, "scores": {name: list(map(float, values)) for name, values in scores.items()}}
         write_whole(folder / "scores.json", json.dumps(content).encode())  # the last: now the caption is done
+        return folder
 
     def scores(self, index: int) -> dict[str, list[float]] | None:
         """Scores of the candidates of a caption; `None` if they are not there."""
@@ -74,7 +80,7 @@ class CandidatePool:
     @property
     def is_full(self) -> bool:
         """Whether all captions are done."""
-        return all(self.scores(index) is not None for index in range(len(self.rows)))
+        return not self.left()
 
     def chosen(self, index: int, number: int, scorer: str) -> Path:
         """The best of the first so many candidates of a caption."""
