@@ -22,7 +22,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"base": ["diffusers", "importlib_metadata", "lazy-importer"], "speed": ["torchao"]}
-GROUPS = {"correctness": ("base", "training"), "speed": ("base", "speed"), "training": ("base",)}
+GROUPS = {
+    "first": ("base",),
+    "correctness": ("base", "training"),
+    "speed": ("base", "speed"),
+    "training": ("base",),
+    "studies": ("base",),
+}
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (17, 24, 27, 28, 31, 34, 35)] + ["manylinux2014_x86_64"]
 SPRITES = ROOT / "data" / "sprites"
 

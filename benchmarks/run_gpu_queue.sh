@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in the order of what it tells. benchmarks/README.md says what to prepare on a machine with
-# a network, and how the steps fit into thirty minutes.
+# a network, and how the steps fit into a first quarter of an hour and the calls after it.
 #
-#   benchmarks/run_gpu_queue.sh correctness              # a group: also speed, training, studies
+#   benchmarks/run_gpu_queue.sh first                    # a group: also correctness, speed, training, studies
 #   benchmarks/run_gpu_queue.sh kernel_build kernel_tests  # single steps
-#   benchmarks/run_gpu_queue.sh --list
+#   benchmarks/run_gpu_queue.sh --list                   # all steps; --groups: all groups
 #   STEPS_DEVICE=cpu benchmarks/run_gpu_queue.sh         # rehearsal of all groups on a CPU, with tiny models and sizes
 #
 # Each step is bounded in time, does not stop the others when it fails, and is left out of a group once it has passed;
@@ -17,14 +17,17 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 device=${STEPS_DEVICE:-cuda}
 python=${PYTHON:-python3}
 inputs=${GPU_INPUTS:-gpu_inputs}
-end=$((SECONDS + ${QUEUE_SECONDS:-$([ "$device" = cpu ] && echo 36000 || echo 580)}))
+seconds=${QUEUE_SECONDS:-$([ "$device" = cpu ] && echo 36000 || echo 580)}
+end=$((SECONDS + seconds))
+kept=0 # of these seconds, how many in a hundred a step leaves to those after it
 
-correctness=(kernel_build kernel_tests kernel_opcheck parity gpu_tests memcheck racecheck train_vq prepare_tokens
-    kernel_benchmark)
-speed=(generation_benchmark generation_baseline parallel_width sharded_training training_benchmark generation_profile
-    generation_capped train_coglm)
+first=(kernel_build kernel_tests kernel_opcheck memcheck parity kernel_times generation_times sharded_training)
+correctness=(gpu_tests racecheck train_vq prepare_tokens kernel_benchmark)
+speed=(generation_benchmark generation_baseline parallel_width training_benchmark generation_profile generation_capped
+    train_coglm)
 training=(finish_coglm train_direct_sr train_iterative_sr assemble_model evaluate_model pack_model)
 studies=(parallel_passes sparse_benchmark cogview_benchmark overflow_study)
+groups="first correctness speed training studies"
 
 name=gpu
 [ "$device" = cpu ] && name=rehearsal
@@ -57,8 +60,9 @@ else
             kernel_opcheck) options+=(-k opcheck -m "not gpu") ;;
             parity) options+=(-k "text or sampling") ;;
             gpu_tests) options+=(-k sampling -m "not gpu and not slow") ;;
-            kernel_benchmark) options+=(--cases shipped_direct_b1_float32 --seconds 0.1) ;;
-            generation_benchmark | generation_baseline | generation_capped) options+=(--cases tiny_b1 --seconds 1) ;;
+            kernel_benchmark | kernel_times) options+=(--cases shipped_direct_b1_float32 --seconds 0.1) ;;
+            generation_benchmark | generation_baseline | generation_capped | generation_times)
+                options+=(--cases tiny_b1 --seconds 1) ;;
             generation_profile) options+=(--small) ;;
             training_benchmark | sharded_training) options+=(--cases small --seconds 0.1) ;;
             parallel_width) options+=(--hidden-size 64 --num-layers 2 --windows 4) ;;
@@ -76,10 +80,11 @@ say() { printf '%s\n' "$*" | tee -a "$work/summary.txt"; }
 
 # step NAME SECONDS COMMAND...: run it, bounded, into a log of its own
 step() {
-    local name=$1 limit=$2 start=$SECONDS code
+    local name=$1 limit=$2 start=$SECONDS left code
     shift 2
+    left=$((end - start - seconds * kept / 100))
     [ "$device" = cpu ] && limit=$((10 * limit)) # the limits are for a fast machine
-    [ $((end - start)) -lt "$limit" ] && limit=$((end - start))
+    [ "$left" -lt "$limit" ] && limit=$left
     if [ "$limit" -lt 5 ]; then
         say "$(printf '%-22s no time left' "$name")"
         return 1
@@ -191,6 +196,12 @@ benchmark() {
     json "$name" "$limit" "benchmarks/$script.py" "${options[@]}"
 }
 kernel_benchmark() { benchmark kernel_benchmark 150 bench_local_attention; }
+# Of the first group: what is most wanted of the two that are longer.
+kernel_times() {
+    benchmark kernel_times 70 bench_local_attention --seconds 0.3 \
+        --cases 60x60_9x5_b1 60x60_9x5_cross_b1 60x60_9x5_context_b1 64x64_9x9_b1
+}
+generation_times() { benchmark generation_times 80 bench_generation --seconds 3 --cases released_b1; }
 generation_benchmark() { benchmark generation_benchmark 150 bench_generation --seconds 6; }
 generation_baseline() { benchmark generation_baseline 110 bench_generation --baseline --seconds 6 --cases released_b1; }
 generation_capped() { benchmark generation_capped 220 bench_generation --seconds 6 --cases capped --folder "$work/random6b"; }
@@ -309,6 +320,16 @@ lane() {
         [ -e "$work/done/$name" ] || "$name"
     done
 }
+# A step that takes long leaves their time to those after it: what a GPU is lent for first comes to its turn.
+group_first() {
+    kept=55 lane kernel_build
+    kept=38 lane memcheck &
+    kept=38 lane kernel_tests kernel_opcheck parity
+    wait
+    kept=26 lane kernel_times
+    kept=13 lane generation_times
+    lane sharded_training
+}
 group_correctness() {
     # The tests leave most of the GPU free: the image tokenizer trains beside them. Times are measured alone.
     lane train_vq prepare_tokens &
@@ -335,25 +356,29 @@ group_training() {
 
 group_studies() { lane "${studies[@]}"; }
 
-steps=("${correctness[@]}" "${speed[@]}" "${training[@]}" "${studies[@]}")
-if [ "${1:-}" = --list ]; then
-    printf '%s\n' "${steps[@]}"
-    exit
-fi
+steps=("${first[@]}" "${correctness[@]}" "${speed[@]}" "${training[@]}" "${studies[@]}")
+case ${1:-} in
+    --list)
+        printf '%s\n' "${steps[@]}"
+        exit ;;
+    --groups)
+        printf '%s\n' $groups
+        exit ;;
+esac
 for name in "$@"; do
-    case " correctness speed training studies ${steps[*]} " in
+    case " $groups ${steps[*]} " in
         *" $name "*) ;;
         *)
-            echo "no step \`$name\`; there are the groups correctness, speed, training, studies and the steps ${steps[*]}" >&2
+            echo "no step \`$name\`; there are the groups ${groups// /, } and the steps ${steps[*]}" >&2
             exit 2
             ;;
     esac
 done
-[ $# -gt 0 ] || set -- correctness speed training studies
+[ $# -gt 0 ] || set -- $groups
 prepare
 for name in "$@"; do
-    case $name in
-        correctness | speed | training | studies) "group_$name" ;;
+    case " $groups " in
+        *" $name "*) "group_$name" ;;
         *) "$name" ;;
     esac
 done

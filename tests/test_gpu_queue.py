@@ -22,10 +22,12 @@ CONFIGS = {
     "assemble_pipeline": "AssembleConfig",
 }
 INTERPRETER = """#!{python}
-import json, os, sys
+import json, os, sys, time
 if "-c" not in sys.argv[1:2]:
     with open({calls!r}, "a") as file:
         file.write(json.dumps(sys.argv[1:]) + "\\n")
+if os.environ.get("HANG", "nothing") in " ".join(sys.argv):
+    time.sleep(1000)
 sys.exit(3 if os.environ.get("FAIL", "nothing") in " ".join(sys.argv) else 0)
 """
 
@@ -63,15 +65,44 @@ def queue(tmp_path):
     return Queue(tmp_path)
 
 
-def steps() -> list[str]:
+def listed(what: str) -> list[str]:
     script = ROOT / "benchmarks" / "run_gpu_queue.sh"
-    return subprocess.run(["bash", str(script), "--list"], capture_output=True, text=True).stdout.split()
+    return subprocess.run(["bash", str(script), what], capture_output=True, text=True).stdout.split()
+
+
+def steps() -> list[str]:
+    return listed("--list")
+
+
+def prepare():
+    spec = importlib.util.spec_from_file_location("prepare_gpu_queue", ROOT / "benchmarks" / "prepare_gpu_queue.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_every_step_is_described():
     described = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     assert len(steps()) > 10
     assert [name for name in steps() if f"`{name}`" not in described] == []
+
+
+def test_every_step_stands_once_and_every_group_has_a_call_with_what_it_takes_along():
+    assert len(set(steps())) == len(steps())
+    assert list(prepare().GROUPS) == listed("--groups")
+    described = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    for group, parts in prepare().GROUPS.items():
+        (call,) = [line for line in described.splitlines() if f"run_gpu_queue.sh {group}` |" in line]
+        assert all((f"`gpu_inputs/{part}`" in call) is (part in parts) for part in ("base", "speed", "training")), call
+
+
+@pytest.mark.slow  # it waits for half a minute, without computing
+def test_in_the_first_group_a_step_that_hangs_leaves_time_for_all_that_is_most_wanted(queue):
+    lines = queue("first", HANG="build_ext", QUEUE_SECONDS="80").stdout.splitlines()
+    (failed,) = [line for line in lines if " failed " in line]
+    assert failed.startswith("kernel_build") and "time was over" in failed
+    for name in ("kernel_tests", "kernel_opcheck", "parity", "kernel_times", "generation_times", "sharded_training"):
+        assert any(line.startswith(f"{name} ") and " passed " in line for line in lines), (name, lines)
 
 
 def test_all_steps_run_and_none_again_once_it_passed(queue):
@@ -89,10 +120,11 @@ def test_all_steps_run_and_none_again_once_it_passed(queue):
 
 def test_a_step_that_fails_does_not_stop_the_others_and_runs_again(queue):
     lines = queue(FAIL="bench_local_attention").stdout.splitlines()
-    (failed,) = [line for line in lines if " failed " in line]
-    assert failed.startswith("kernel_benchmark") and "exit status 3" in failed
+    failed = [line for line in lines if " failed " in line]
+    assert [line.split()[0] for line in failed] == ["kernel_times", "kernel_benchmark"]
+    assert all("exit status 3" in line for line in failed)
     queue()
-    assert [call[0] for call in queue.calls] == ["benchmarks/bench_local_attention.py"]
+    assert [call[0] for call in queue.calls] == 2 * ["benchmarks/bench_local_attention.py"]
 
 
 def test_a_training_that_was_cut_off_goes_on_with_the_part_that_is_missing(queue):
