@@ -3,12 +3,14 @@
 import pytest
 import torch
 
-from cogview_pipelines.generation.decoders import Decoding, FusedDecoder
-from cogview_pipelines.generation.parallel import ParallelLoop
+from cogview_pipelines.generation.decoders import Decoder, Decoding, FusedDecoder
+from cogview_pipelines.generation.parallel import Budget, ParallelLoop, Window
 from cogview_pipelines.generation.tokens import TO_GENERATE, generate
+from cogview_pipelines.models.cogview import sequences as cogview_sequences
 from cogview_pipelines.models.cogview2.sequences import completion, text_to_image
 from cogview_pipelines.ops import native
 
+from .. import utils_cogview
 from ..utils import IMAGE_GRID, make_coglm, make_image_tokens, make_texts
 from .utils import HOLES, LENGTH, MIXED_LENGTHS, cluster_sampler, generators, write_guided, write_images
 
@@ -114,7 +116,7 @@ def test_guesses_come_from_the_row_above():
     """Of a picture whose rows are alike, the second row is guessed right before it was predicted."""
     model = make_coglm()
     loop = object.__new__(ParallelLoop)
-    loop.window = type("Window", (), {"row_length": 4})
+    loop.window = Window(8, row_length=4)
     loop.rows, loop.is_wanted = torch.arange(2), torch.ones(LENGTH, dtype=torch.bool)
     loop.entries = torch.full((2, LENGTH), TO_GENERATE)
     loop.entries[0, :5] = torch.tensor([1, 2, 3, 4, 9])
@@ -192,3 +194,94 @@ def test_the_window_is_chosen_by_device_and_batch():
     assert Decoding().num_parallel(model, 64, "cuda") == 32
     assert Decoding(cuda_graph=True).num_parallel(model, 1, "cuda") == 32
     assert Decoding(parallel=7).num_parallel(model, 64, "cpu") == 7
+
+
+def test_the_window_is_narrowed_on_a_cpu_alone_and_never_against_a_number_that_was_given():
+    assert Decoding().fixed_cost("cpu") > 0 and Decoding().fixed_cost("cuda") is None
+    assert Decoding(parallel=32).fixed_cost("cpu") is None and Decoding(compile=True).fixed_cost("cpu") is None
+
+
+class Widths:
+    """The widths of the windows that are read, of a decoder that reads as it always does."""
+
+    def __init__(self, monkeypatch):
+        self.widths, read = [], Decoder.append_all
+
+        def append_all(decoder, input_ids, position_ids):
+            self.widths.append(input_ids.shape[1])
+            return read(decoder, input_ids, position_ids)
+
+        monkeypatch.setattr(Decoder, "append_all", append_all)
+
+
+def worst_guesses(logits, noise):
+    """Tokens that follow from all before them, so that hardly a guess holds."""
+    return (1e4 * logits).sum(-1).long().remainder(logits.shape[-1])
+
+
+def test_where_no_guess_holds_the_window_narrows_and_all_passes_take_hardly_longer_than_one_by_one(monkeypatch):
+    """By default; with a number given it stays as wide. The tokens are the same."""
+    model, texts, seen = make_coglm(), make_texts([3]), Widths(monkeypatch)
+    expected = write_images(model, texts, worst_guesses, decoding=ONE_BY_ONE)
+    seen.widths.clear()
+    assert torch.equal(write_images(model, texts, worst_guesses, decoding=Decoding()), expected)
+    narrowed = list(seen.widths)
+    assert narrowed[0] > 2 and min(narrowed) <= 2 and narrowed == sorted(narrowed, reverse=True)
+    seen.widths.clear()
+    assert torch.equal(write_images(model, texts, worst_guesses, decoding=Decoding(parallel=8)), expected)
+    assert seen.widths[: LENGTH // 2] == [8] * (LENGTH // 2)
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 6])
+@pytest.mark.parametrize("size", [8, 32])
+@pytest.mark.parametrize("hold_from", [0, 150, 400])
+def test_a_budget_is_kept_whatever_settles_and_the_window_widens_again(sequences, size, hold_from):
+    """Of 400 tokens, from one on all guesses hold, and before it none."""
+    window = Window(size, fixed_cost=7.0)
+    budget, settled, spent, widths = Budget(window, sequences), 0, 0.0, []
+    while settled < 400:
+        width = min(budget.width(sequences), 400 - settled)
+        now = width if settled >= hold_from else 1
+        budget.note(width, sequences, now)
+        settled, spent = settled + now, spent + 7 + width * sequences
+        widths.append(width)
+    one_by_one, loan = 400 * (7 + sequences), 2 * (7 + size * sequences)
+    assert spent <= 1.125 * one_by_one + loan
+    assert hold_from == 400 or max(widths[-10:]) == size
+    assert hold_from or widths[:-1] == [size] * (len(widths) - 1)
+
+
+def write_cogview(decoding, **config):
+    """A picture of a small CogView, and how many passes it took."""
+    model, layout = utils_cogview.make_cogview(**config), utils_cogview.make_layout()
+    context = cogview_sequences.text_to_image(utils_cogview.make_texts([5, 5]), layout)
+    positions, passes = cogview_sequences.image_positions(context, layout.image_length)[0], []
+    tokens = generate(
+        model,
+        context,
+        lambda logits, noise: (logits + noise[..., :1]).argmax(-1),
+        torch.full((2, layout.image_length), TO_GENERATE),
+        positions,
+        generator=generators(1, 2),
+        decoding=decoding,
+        row_length=layout.image_grid[1],
+        on_pass=lambda: passes.append(1),
+    )
+    return tokens, len(passes)
+
+
+@pytest.mark.parametrize("norm_scale", ["token", None])
+@pytest.mark.parametrize("decoding", [{}, {"parallel": 2}, {"parallel": 7}, {"parallel": 99}], ids=str)
+def test_cogview_writes_the_tokens_of_one_by_one_where_its_norms_look_at_tokens_alone(norm_scale, decoding):
+    expected, most = write_cogview(ONE_BY_ONE, norm_scale=norm_scale)
+    tokens, passes = write_cogview(Decoding(**decoding), norm_scale=norm_scale)
+    assert torch.equal(tokens, expected) and most == len(expected[0]) - 1 and passes < most
+
+
+@pytest.mark.parametrize("norm_scale", ["sequence", "tensor"])
+def test_cogview_writes_one_by_one_where_its_norms_look_at_what_shares_a_pass_unless_told_otherwise(norm_scale):
+    """The released norms: a window changes their numbers very slightly, so that it is for the user to ask for it."""
+    expected, most = write_cogview(ONE_BY_ONE, norm_scale=norm_scale)
+    tokens, passes = write_cogview(Decoding(), norm_scale=norm_scale)
+    assert torch.equal(tokens, expected) and passes == most == len(expected[0]) - 1
+    assert write_cogview(Decoding(parallel=7), norm_scale=norm_scale)[1] < most

@@ -29,8 +29,9 @@ logger = logging.getLogger(__name__)
 # A fixed step reads a whole number of blocks of the cache: few variants, and little that is masked.
 BLOCK = 128
 # Positions that a pass predicts at once, unless told otherwise (`benchmarks/bench_parallel_decoding.py`). On a CPU, a
-# pass takes longer in proportion to its tokens, of all sequences, from about so many on.
-PARALLEL, LEAST_PARALLEL_ON_CPU, TOKENS_ON_CPU = 32, 8, 64
+# pass takes longer in proportion to its tokens, of all sequences, from about so many on; what it takes beside them is
+# the time of about so many tokens, with the width of the shipped model as with 1,024.
+PARALLEL, LEAST_PARALLEL_ON_CPU, TOKENS_ON_CPU, FIXED_COST_ON_CPU = 32, 8, 64, 7.0
 # All that a CogLM consists of, as the fused step knows it.
 _PLAIN_MODULES = {CogLMModel, SandwichLayer, DenseAttention, FeedForward, LazyDropout, TokenEmbedding}
 _PLAIN_MODULES |= {nn.Embedding, nn.LayerNorm, nn.Linear, nn.ModuleList}
@@ -465,8 +466,10 @@ class Decoding:
             so that 16-bit models may draw another token where two are nearly tied.
         parallel (`int`, *optional*): How many positions a pass predicts at once. Those that are certain to be what
             writing one by one gives are kept: see [`generate`]. 1 writes them one by one. Default: 32; on a CPU fewer
-            in batches, so that a pass reads about 64 tokens, but at least 8. With `compile` and `cuda_graph` there is
-            a step for one position and another for all of these, compiled or captured once.
+            in batches, so that a pass reads about 64 tokens, but at least 8, and fewer again where hardly a guess
+            holds (never, if a number is given). With `compile` and `cuda_graph` there is a step for one position and
+            another for all of these, compiled or captured once. A model whose numbers depend on what shares a pass,
+            such as a CogView with `norm_scale` `"sequence"`, is written one by one unless a number is given.
     """
 
     def __init__(
@@ -488,6 +491,11 @@ class Decoding:
         if torch.device(device).type != "cpu":
             return PARALLEL
         return min(PARALLEL, max(LEAST_PARALLEL_ON_CPU, TOKENS_ON_CPU // max(num_sequences, 1)))
+
+    def fixed_cost(self, device: torch.device | str) -> float | None:
+        """What a pass takes beside its tokens, in tokens, where a [`Window`] may be narrowed; `None` elsewhere."""
+        narrows = self.parallel is None and not (self.compile or self.cuda_graph)  # those have steps of two widths
+        return FIXED_COST_ON_CPU if narrows and torch.device(device).type == "cpu" else None
 
     def decoder(
         self,

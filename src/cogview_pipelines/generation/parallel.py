@@ -7,8 +7,9 @@ same numbers". A pass predicts a window of positions at once. The first of them 
 settled now; so is each one after it as long as those before it came out as they had been guessed. What has not been
 settled is the guess of the next pass.
 
-Predictable pictures settle many positions a pass. At worst one is settled, as in the sequential loop. Unlike
-speculative sampling, which keeps the distribution, this keeps the picture.
+Predictable pictures settle many positions a pass. At worst one is settled, as in the sequential loop; where a pass
+takes longer in proportion to its tokens, [`Budget`] then narrows the window. Unlike speculative sampling, which keeps
+the distribution, this keeps the picture.
 """
 
 from collections.abc import Callable
@@ -28,10 +29,47 @@ class Window:
         size (`int`): Positions a pass, at most.
         row_length (`int`): A position that was never predicted is guessed to equal the one `row_length` before it.
             With the columns of a grid, that is the cell above; if that was never predicted either, the one above that.
+        fixed_cost (`float`, *optional*): What a pass takes beside its tokens, in tokens of one sequence. Where few
+            positions settle, the window is then narrowed by a [`Budget`]. Default: it stays as wide.
     """
 
     size: int
     row_length: int = 1
+    fixed_cost: float | None = None
+
+
+class Budget:
+    """
+    Keeps passes over a window from taking longer than writing one by one, where hardly a guess holds.
+
+    Time is counted in tokens, as `fixed_cost` and those that a pass reads. Each settled token earns an eighth more
+    than what it takes one by one, and there is a loan of two passes over the whole window to begin with: all of it
+    takes at most that much longer than one by one. It depends on what settles and on no clock, so that a seed makes
+    the same passes every time.
+
+    Args:
+        window ([`Window`]): The widest, with its `fixed_cost`.
+        sequences (`int`): That are read at once, to begin with.
+    """
+
+    MARGIN = 1.125
+
+    def __init__(self, window: Window, sequences: int):
+        assert window.fixed_cost is not None
+        self.window, self.fixed_cost = window, window.fixed_cost
+        self.left = 2.0 * self._cost(window.size, sequences)
+
+    def _cost(self, width: int, sequences: int) -> float:
+        return self.fixed_cost + width * sequences
+
+    def width(self, sequences: int) -> int:
+        """The widest window that is paid for if no more than one token of each sequence settles; at least 1."""
+        affordable = self.left + self.MARGIN * self._cost(1, sequences) - self.fixed_cost
+        return max(1, min(self.window.size, int(affordable / sequences)))
+
+    def note(self, width: int, sequences: int, settled: float) -> None:
+        """A pass has read windows of so many positions; `settled` is the mean over the sequences."""
+        self.left += settled * self.MARGIN * self._cost(1, sequences) - self._cost(width, sequences)
 
 
 class ParallelLoop:
@@ -70,6 +108,7 @@ class ParallelLoop:
         # per row of the batch: entries whose keys are in the cache, and entries that were predicted at least once
         self.num_read = torch.zeros_like(self.rows)
         self.num_predicted = torch.zeros_like(self.rows)
+        self.budget = None if window.fixed_cost is None else Budget(window, copies * len(entries))
 
     def begin(self, logits: torch.Tensor) -> None:
         """Settle the first entry from the logits after the contexts, `(copies * batch_size, tokens)`."""
@@ -102,7 +141,9 @@ class ParallelLoop:
     def run_pass(self) -> None:
         """Predict a window of every sequence."""
         rows, read = self.rows, self.num_read[self.rows]
-        width = min(self.window.size, self.last - int(read.min()))
+        sequences = self.copies * len(rows)
+        widest = self.window.size if self.budget is None else self.budget.width(sequences)
+        width = min(widest, self.last - int(read.min()))
         columns = read[:, None] + torch.arange(width, device=rows.device)
         inside = columns < self.last
         columns = columns.clamp(max=self.last - 1)  # of short sequences what is left over is read, and not looked at
@@ -121,6 +162,8 @@ class ParallelLoop:
         held.scatter_(1, torch.where(inside, targets, targets[:, :1]), torch.where(inside, drawn, drawn[:, :1]))
         self.entries[rows] = held
         self.num_read[rows] = read + settled
+        if self.budget is not None:
+            self.budget.note(width, sequences, float(settled.sum()) / len(rows))
         self.num_predicted[rows] = self.num_predicted[rows].maximum(targets.amax(1) + 1)
         self._leave(self._tell(targets, torch.arange(width, device=rows.device) < settled[:, None]))
 

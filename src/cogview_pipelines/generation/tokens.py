@@ -90,7 +90,7 @@ def generate(
     decoding = Decoding() if decoding is None else decoding
     in_parallel = is_alike and entry_positions.ndim == 1
     size = decoding.num_parallel(model, copies * batch_size, device) if in_parallel else 1
-    window = Window(size, row_length)
+    window = Window(size, row_length, decoding.fixed_cost(device))
     repeats = repeats.repeat(copies).to(device)
 
     def begin() -> tuple[Decoder, torch.Tensor]:
