@@ -95,6 +95,14 @@ def test_every_dependency_is_named_once_and_has_a_lowest_version(project):
     assert without == []
 
 
+@pytest.mark.parametrize("page", ["docs/installation.md", "docs/zh/installation.md"])
+def test_the_tables_of_extras_name_all_that_there_are(project, page):
+    rows = re.findall(
+        r'^\| `pip install "\.\[([\w,-]+)\]"` \| \S', (ROOT / page).read_text("utf-8"), flags=re.MULTILINE
+    )
+    assert sorted(rows) == sorted(project["optional-dependencies"])
+
+
 def test_the_source_distribution_holds_what_its_build_needs(tmp_path):
     """Not how: that the kernels of a wheel built from it work is tested by `.ci/packages`, which takes minutes."""
     pytest.importorskip("setuptools", minversion="77")

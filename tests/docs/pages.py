@@ -11,6 +11,7 @@ import re
 import runpy
 import shlex
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +38,13 @@ PAGES = sorted(
     for page in ROOT.glob(pattern)
     if page.name != "CHANGELOG.md"
 )
-BLOCK = re.compile(
-    r"(?P<before>(?:^<!--.*-->\n)*)^```(?P<language>[\w{}-]*)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
+BLOCK = (
+    re.compile(  # lists may indent it; a comment ends on its line, or it would swallow the blocks up to the last one
+        r"(?P<before>(?:^ *<!--[^\n]*-->\n)*)^(?P<indent> *)```(?P<language>[\w{}-]*)\n(?P<code>.*?)^(?P=indent)```$",
+        re.DOTALL | re.MULTILINE,
+    )
 )
+LOOP = re.compile(r"^for (\w+) in ([^;\n]*); do\n(.*?)^done$", re.DOTALL | re.MULTILINE)
 NOT_RUN = re.compile(r"<!-- not run: (?P<reason>.{10,}) -->")
 RUNNABLE = ("python", "bash")
 INTO_DATACLASSES = "parse_args_into_dataclasses"
@@ -82,7 +87,8 @@ def read_blocks(page: str) -> list[Block]:
     for match in BLOCK.finditer(text):
         reason = NOT_RUN.search(match["before"])
         line = text[: match.start("code")].count("\n") + 1
-        blocks.append(Block(page, line, match["language"], match["code"], reason and reason["reason"]))
+        code = textwrap.dedent(match["code"])
+        blocks.append(Block(page, line, match["language"], code, reason and reason["reason"]))
     return blocks
 
 
@@ -93,13 +99,29 @@ def run_python(block: Block, names: dict) -> None:
 
 
 def split_commands(block: Block) -> Iterator[list[str]]:
-    """The commands of a block of bash, each as a list of words, without comments."""
-    for line in block.code.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
+    """The commands of a block of bash, each as a list of words, without comments; those of a loop once a value."""
+    code = LOOP.sub(unroll, block.code.replace("\\\n", " "))
+    pending = ""
+    for line in code.splitlines(keepends=True):
+        pending += line
+        try:
+            words = shlex.split(pending, comments=True)
+        except ValueError:  # a quoted text goes on in the next line
+            continue
+        pending = ""
         while words and re.fullmatch(r"\w+=.*", words[0]):  # variables of the command
-            del words[0]
+            computed = words.pop(0).partition("=")[2].startswith("$(")
+            while computed and not words.pop(0).endswith(")"):
+                pass
         if words:
             yield words
+    assert not pending, f"{block} ends within a quoted text"
+
+
+def unroll(loop: re.Match) -> str:
+    """The lines of a loop for each of its values."""
+    name, values, body = loop.groups()
+    return "".join(re.sub(rf"\$({name}\b|{{{name}}})", value, body) for value in values.split())
 
 
 def run_command(words: list[str]) -> str:
@@ -174,7 +196,7 @@ def check_options(words: list[str]) -> bool:
     if not scripts:
         return False
     path = ROOT / words[scripts[0]]
-    if not re.search("parse_config|parse_args|make_parser", path.read_text(encoding="utf-8")):
+    if not re.search("parse_config|parse_args|make_parser|run_to_release", path.read_text(encoding="utf-8")):
         assert len(words) == scripts[0] + 1, f"{path.name} takes no options"
         return True
     given = ["training_scripts/emoji/coglm_small.yaml" if word == "CONFIG.yaml" else word for word in words]

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from cogview_pipelines import CogView2Pipeline
+from cogview_pipelines.conversion.cogview2.to_pipeline import released_styles
 from cogview_pipelines.demo import Scene, render
 from cogview_pipelines.environment import SHIPPED_MODEL
 
@@ -123,6 +124,7 @@ def save_pictures(folder: Path, word: str = "car") -> None:
 
 
 @stage("docs/training.md")
+@stage("docs/zh/training.md")
 def training(folder: Path) -> Stage:
     from ..training_scripts.conftest import write_cogview_token_folder
     from ..utils_cogview import make_cogview_tokenizer, make_cogview_vq
@@ -204,6 +206,31 @@ def command_line(folder: Path) -> Stage:
 def conversion(folder: Path) -> Stage:
     shipped_model(folder, "cogview2")
     return {}, {}
+
+
+@stage("docs/original_scripts.md")
+def original_scripts(folder: Path) -> Stage:
+    """Tiny models, of which the one of CogView2 has what a converted one has of its own: the released styles."""
+    from ..pipelines.conftest import build
+    from ..utils import make_tokenizer
+
+    cogview(folder)
+    (folder / "words").mkdir()
+    pipe = build(make_tokenizer(folder / "words"))
+    CogView2Pipeline(**pipe.components, **released_styles()).save_pretrained(folder / "cogview2")
+    for name, size in (("small", 64), ("large", 64), ("photo", 300)):
+        Image.effect_noise((size, size), 50).convert("RGB").save(folder / f"{name}.png")
+    lines = {"input.txt": "001\t一只老虎\n", "input_comp.txt": "一只猫\tphoto.png\t0.2\t0.2\t0.8\t0.7\n"}
+    lines["input_select.txt"] = "一只老虎\tsmall.png\tlarge.png\n"
+    for name, text in lines.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return {}, {
+        "--height 160": "--height 32",
+        "--num-images 16 --max-batch-size 8": "--num-images 3 --max-batch-size 2",
+        "--num-candidates 16": "--num-candidates 4",
+        "--size 128": "--size 16",
+        "--size 256": "--size 32",
+    }
 
 
 @stage("docs/evaluation.md")

@@ -47,7 +47,7 @@ RUN = [
     if page != WITH_THE_HUB and any(one.language in RUNNABLE and one.reason is None for one in blocks)
 ]
 # those that take seconds run with every change, the others with `pytest -m slow tests/docs`
-QUICK = ("README.md", "docs/cogview.md", "docs/command_line.md", "docs/lora.md")
+QUICK = ("README.md", "docs/cogview.md", "docs/command_line.md", "docs/lora.md", "docs/original_scripts.md")
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,23 @@ def test_the_code_of_the_page_on_the_hub_runs_from_top_to_bottom(hub):
         "import pathlib; from tests.docs.test_code import run_page; print(run_page('docs/hub.md', pathlib.Path.cwd()))"
     )
     assert hub.json(code, token=TOKEN) == 3
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_block_of_a_page_escapes(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    fences = [number for number, line in enumerate(text.splitlines(), 1) if line.lstrip().startswith("```")]
+    assert [one.line - 1 for one in BLOCKS[page]] == fences[::2]
+    assert len(fences) % 2 == 0
+
+
+@pytest.mark.parametrize("name", ["training", "inpainting", "serving"])
+def test_chinese_tutorials_have_blocks_of_the_english_ones(name):
+    """And in their order, so that they do the same and run with the same files."""
+    english = iter([(one.language, one.code) for one in BLOCKS[f"docs/{name}.md"]])
+    chinese = [(one.language, one.code) for one in BLOCKS[f"docs/zh/{name}.md"]]
+    assert chinese
+    assert [code for code in chinese if code not in english] == []
 
 
 @pytest.mark.parametrize("page", PAGES)
