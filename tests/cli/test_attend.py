@@ -1,5 +1,6 @@
 """`cogview2 attend`: files with the maps of a picture."""
 
+import importlib.util
 import json
 
 import pytest
@@ -8,6 +9,10 @@ from PIL import Image
 
 from .conftest import LOW_SIZE, assert_bad_input
 
+pytest.importorskip("matplotlib", reason="needs the extra `plots`")
+from cogview_pipelines.plots.drawing import draw_marks, draw_table
+
+FIXED = {"picture.png", "heads.png", "scales.png", "segments.png", "attention.json"}
 PROMPT = "a tiger on a blue background"
 
 
@@ -22,9 +27,39 @@ def test_a_picture_a_map_for_each_word_and_numbers(cogview2, pipeline, tmp_path)
     expected = pipeline(PROMPT, height=LOW_SIZE, width=LOW_SIZE, generator=torch.Generator().manual_seed(3)).images[0]
     picture = Image.open(tmp_path / "out" / "picture.png")
     assert picture.tobytes() == expected.resize(picture.size).tobytes()
-    files = {row["file"] for row in numbers["words"]} | {"picture.png", "heads.png", "attention.json"}
+    assert numbers["segments"] == maps.segments().tolist()
+    files = {row["file"] for row in numbers["words"]} | FIXED
     assert {path.name for path in (tmp_path / "out").iterdir()} == files
     assert sorted(result.stdout.split()) == sorted(str(tmp_path / "out" / name) for name in files)
+
+
+def test_scales_and_segments_are_drawn(cogview2, tmp_path):
+    assert cogview2("attend", PROMPT, "--seed", 3, "-o", tmp_path / "out").exit_code == 0
+    numbers = json.loads((tmp_path / "out" / "attention.json").read_text())
+    scales = draw_table(numbers["score_scales"], "t", "layer", "head")
+    (axes, _) = scales.axes
+    assert axes.images[0].get_array().tolist() == numbers["score_scales"]
+    assert [text.get_text() for text in axes.texts] == [f"{x:.2g}" for row in numbers["score_scales"] for x in row]
+    words = [row["word"] for row in numbers["words"]]
+    (axes,) = draw_marks(Image.new("RGB", (8, 8)), numbers["segments"], words).axes
+    shown = {}
+    for dots in axes.collections:
+        for x, y in dots.get_offsets().tolist():
+            shown[int(y), int(x)] = dots.get_label()
+    cells = {(y, x): word for y, row in enumerate(numbers["segments"]) for x, word in enumerate(row)}
+    assert shown == {place: words[word] for place, word in cells.items() if word >= 0} and len(shown) == 6  # of 25
+    for name in ("scales.png", "segments.png"):
+        picture = Image.open(tmp_path / "out" / name).convert("RGB")
+        assert len(picture.getcolors(10**6)) > 10
+
+
+def test_without_matplotlib_the_rest_is_written(cogview2, tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "matplotlib" else found(name))
+    result = cogview2("attend", PROMPT, "--seed", 3, "-o", tmp_path / "out")
+    assert result.exit_code == 0 and 'pip install "cogview_pipelines[plots]"' in result.stderr
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert FIXED - names == {"scales.png", "segments.png"}
 
 
 def test_one_head_may_be_shown_alone(cogview2, tmp_path):
@@ -58,10 +93,10 @@ def test_a_second_call_replaces_the_files_of_the_first_and_no_others(cogview2, t
     assert cogview2("attend", "a cat", "--seed", 3, "-o", tmp_path).exit_code == 0
     names = {path.name for path in tmp_path.iterdir()}
     words = {row["file"] for row in json.loads((tmp_path / "attention.json").read_text())["words"]}
-    assert names == words | {"picture.png", "heads.png", "attention.json", "notes.txt"} and names != first
+    assert names == words | FIXED | {"notes.txt"} and names != first
 
 
-@pytest.mark.parametrize("name", ["picture.png", "word-01-dog.png", "attention.json"])
+@pytest.mark.parametrize("name", ["picture.png", "word-01-dog.png", "scales.png", "attention.json"])
 def test_files_of_others_are_not_replaced(cogview2, no_model, tmp_path, name):
     (tmp_path / name).write_bytes(b"[]")
     assert_bad_input(cogview2("attend", PROMPT, "-o", tmp_path), name, "Name another folder")

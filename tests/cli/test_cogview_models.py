@@ -159,6 +159,25 @@ def test_the_caption_loss_of_an_evaluation_is_that_of_score(
     assert figures["caption_loss"]["value"] == pytest.approx(np.mean(losses), abs=1e-4) and min(losses) > 0
 
 
+def test_attention_is_that_of_the_picture_that_is_drawn(cogview2, cogview, tmp_path):
+    result = cogview2("attend", CAT, "--seed", 3, "--head", "1,2", "--model", cogview, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    numbers = json.loads((tmp_path / "out" / "attention.json").read_text())
+    pipe = load(CogViewPipeline, cogview)
+    maps = pipe.attention_maps(CAT, generator=torch.Generator().manual_seed(3))
+    assert [row["word"] for row in numbers["words"]] == maps.words and numbers["model"] == cogview.name
+    torch.testing.assert_close(torch.tensor(numbers["score_scales"]), maps.score_scales)
+    assert maps.score_scales.shape == (2, 4)
+    assert numbers["segments"] == maps.segments((1, 2)).tolist()
+    drawn = pipe(CAT, generator=torch.Generator().manual_seed(3)).images[0]
+    picture = Image.open(tmp_path / "out" / "picture.png")
+    assert picture.tobytes() == drawn.resize(picture.size).tobytes()
+    files = {row["file"] for row in numbers["words"]} | {"picture.png", "heads.png", "attention.json"}
+    assert files <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert_bad_input(cogview2("attend", CAT, "--style", "cool", "--model", cogview, "-o", tmp_path / "a"), "style")
+    assert_bad_input(cogview2("attend", CAT, "--head", "2,0", "--model", cogview, "-o", tmp_path / "b"), "below 2,4")
+
+
 def test_bench_measures_it(cogview2, cogview):
     result = cogview2("bench", "--model", cogview, "-b", 1, "--seconds", 0.1, "--json")
     assert result.exit_code == 0, result.output

@@ -65,9 +65,45 @@ def test_shares_are_those_of_the_models_own_attention(monkeypatch, family, bias,
                 down, across = to // columns - at // columns, to % columns - at % columns
                 offsets[:, down + rows - 1, across + columns - 1] += writing[:, at, start + to] / (rows * columns)
         torch.testing.assert_close(maps.offsets[layer], offsets, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(maps.cells[layer], cells_of(writing[:, :, start:], columns), rtol=1e-3, atol=1e-5)
         allowed = sequence.attention_mask[0]
         expected = torch.stack([head[allowed].std(correction=0) for head in scores[0]])
         torch.testing.assert_close(maps.score_scales[layer], expected, rtol=1e-4, atol=1e-6)
+
+
+def cells_of(shares, columns):
+    """What each cell got of the later ones, over what cells so far away get on average: written out pair by pair."""
+    num_heads, num_cells, _ = shares.shape
+    pairs = [(at, to) for at in range(num_cells) for to in range(at)]
+    by_distance = {}
+    for at, to in pairs:
+        by_distance.setdefault((at // columns - to // columns, at % columns - to % columns), []).append((at, to))
+    usual = torch.zeros_like(shares)
+    for own in by_distance.values():
+        mean = sum(shares[:, at, to] for at, to in own) / len(own)
+        for at, to in own:
+            usual[:, at, to] = mean
+    later = torch.ones(num_cells, num_cells).tril(-1)
+    cells = (shares * later).sum(1) / usual.sum(1)
+    cells[:, -1] = 0  # nothing is written after it
+    return cells.view(num_heads, -1, columns)
+
+
+def test_the_most_attended_cells_belong_to_the_word_that_was_looked_at_there():
+    model, sequence, layout = finished("cogview2")
+    places = sequence.text_mask[0].nonzero().flatten().tolist()
+    maps = read_attention(model, sequence, layout.image_grid, [("a", places[:1]), ("b", places[1:])])
+    rows, columns = layout.image_grid
+    for head in (None, (1, 0)):
+        attended = maps.cells.mean((0, 1)) if head is None else maps.cells[head]
+        segments = maps.segments(head, 0.25)
+        least = attended.flatten().sort(descending=True).values[rows * columns // 4 - 1]
+        assert torch.equal(segments >= 0, attended >= least)
+        belongs = (maps.word_map("b", head) > maps.word_map("a", head)).long()
+        assert torch.equal(segments[segments >= 0], belongs[segments >= 0])
+    assert set(maps.segments(share=1.0).flatten().tolist()) == {0, 1} and (maps.segments(share=0.0) == -1).all()
+    with pytest.raises(ValueError, match="`share` must be from 0 to 1, but is 2"):
+        maps.segments(share=2)
 
 
 def test_nothing_stays_on_the_model():

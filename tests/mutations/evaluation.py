@@ -4,6 +4,20 @@ from tests.mutations.mutation import Mutation
 
 MUTATIONS = [
     Mutation(
+        "attention: what a cell gets is not compared with its place",
+        "evaluation/attention_maps.py",
+        "(got / expected.clamp_min(torch.finfo(got.dtype).tiny))",
+        "(got / num_cells)",
+        "evaluation/test_attention_maps.py::test_shares_are_those_of_the_models_own_attention",
+    ),
+    Mutation(
+        "attention: the least attended cells are marked",
+        "evaluation/attention_maps.py",
+        "attended.topk(round(share * len(attended)))",
+        "attended.topk(round(share * len(attended)), largest=False)",
+        "evaluation/test_attention_maps.py::test_the_most_attended_cells_belong_to_the_word_that_was_looked_at_there",
+    ),
+    Mutation(
         "estimate of candidates: of captions instead of pictures",
         "evaluation/estimates.py",
         '"pictures_to_make": to_make * pool.count',

@@ -1,5 +1,6 @@
 """`cogview2 attend`: where the model looks while it draws."""
 
+import importlib.util
 import os
 import random
 import re
@@ -15,7 +16,8 @@ from .names import slug
 _SIDE = 240  # pixels of a map
 _TILE = 63  # of a head in the table of heads
 _NUMBERS = "attention.json"
-_FIXED = (_NUMBERS, "picture.png", "heads.png")
+_SCALES, _SEGMENTS = "scales.png", "segments.png"
+_FIXED = (_NUMBERS, "picture.png", "heads.png", _SCALES, _SEGMENTS)
 _WORD = re.compile(r"word-\d{2,}-.*\.png", re.DOTALL)
 
 
@@ -35,7 +37,8 @@ def attend(
 
     A picture of low resolution is made, and written into the folder with a map for each word (bright: looked at while
     this part was drawn), a table of heads (each by how far away in the picture it looks; a row for each layer), and
-    attention.json with the numbers.
+    attention.json with the numbers. With matplotlib (the extra "plots"): the scales of scores by layer and head
+    (scales.png), and the words that the most attended cells belong to (segments.png).
 
     \b
     Example:
@@ -105,6 +108,7 @@ def _write(folder: Path, maps, head: tuple[int, int] | None, metadata: dict, ear
         "words": [{"word": word, "file": name} for word, name in zip(maps.words, names, strict=True)],
         "share_of_words": maps.maps.mean((-1, -2)).tolist(),
         "score_scales": maps.score_scales.tolist(),
+        "segments": maps.segments(head).tolist(),
     }
     for path in earlier:
         if path.name != _NUMBERS:
@@ -116,8 +120,22 @@ def _write(folder: Path, maps, head: tuple[int, int] | None, metadata: dict, ear
     for index, (word, name) in enumerate(zip(maps.words, names, strict=True)):
         save_png(_overlay(picture, maps.word_map(index, head)), folder / name, {**metadata, "word": word})
     save_png(_table_of_heads(maps.offsets), folder / "heads.png", metadata)
-    for name in ("picture.png", *names, "heads.png", _NUMBERS):
+    plots = _plot(folder, numbers, maps)
+    for name in ("picture.png", *names, "heads.png", *plots, _NUMBERS):
         say(folder / name)
+
+
+def _plot(folder: Path, numbers: dict, maps) -> list[str]:
+    """The pictures that take matplotlib; their names."""
+    if importlib.util.find_spec("matplotlib") is None:
+        say(f'No {_SCALES} and {_SEGMENTS}: they need `pip install "cogview_pipelines[plots]"`.', err=True)
+        return []
+    from ..plots.drawing import draw_marks, draw_table, save
+
+    title = "deviation of the scores before the softmax"
+    save(draw_table(numbers["score_scales"], title, "layer", "head"), folder / _SCALES)
+    save(draw_marks(maps.image, numbers["segments"], maps.words), folder / _SEGMENTS)
+    return [_SCALES, _SEGMENTS]
 
 
 def _grey(values, size: tuple[int, int], resample):

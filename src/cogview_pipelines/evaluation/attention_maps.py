@@ -10,6 +10,7 @@ from torch import nn
 
 from ..generation.token_sequence import TokenSequence
 
+MOST_ATTENDED = 0.25  # share of the cells that `segments` marks
 _WORD_START = "▁"  # SentencePiece's mark of a space
 
 
@@ -26,6 +27,9 @@ class AttentionMaps:
             head gave to the cell so many rows and columns away; the cell itself is in the middle.
         score_scales (`torch.Tensor` of shape `(num_layers, num_heads)`): Standard deviation of the scores before the
             softmax, without masks and biases.
+        cells (`torch.Tensor` of shape `(num_layers, num_heads, rows, columns)`): How much attention a cell got from
+            those written after it, as a multiple of what the head gives to cells so far away: 1 is what the
+            place alone would give. The last cell has 0: nothing is written after it.
         tokens (`torch.Tensor` of shape `(rows, columns)`): The picture.
         image (`PIL.Image.Image`, *optional*): The same, decoded.
 
@@ -36,6 +40,7 @@ class AttentionMaps:
     maps: torch.Tensor
     offsets: torch.Tensor
     score_scales: torch.Tensor
+    cells: torch.Tensor
     tokens: torch.Tensor
     image: PIL.Image.Image | None = None
 
@@ -56,6 +61,33 @@ class AttentionMaps:
             word = self.words.index(word)
         chosen = self.maps[:, :, word].mean((0, 1)) if head is None else self.maps[head[0], head[1], word]
         return chosen / chosen.sum().clamp_min(torch.finfo(chosen.dtype).tiny)
+
+    def segments(self, head: tuple[int, int] | None = None, share: float = MOST_ATTENDED) -> torch.Tensor:
+        """
+        The words that the most attended cells belong to: implicit segmentation (figure 13 of the paper, whose dots
+        are such cells).
+
+        A cell belongs to the word whose `word_map` is largest there.
+
+        Args:
+            head (pair of `int`, *optional*): Layer and head; by default the mean of all.
+            share (`float`, defaults to 0.25): Of the cells, how many count as the most attended.
+
+        Returns:
+            `torch.Tensor` of shape `(rows, columns)`: Index of the word, -1 for the cells that are attended less.
+
+        Raises:
+            ValueError: If `share` is not from 0 to 1.
+        """
+        if not 0 <= share <= 1:
+            raise ValueError(f"`share` must be from 0 to 1, but is {share}.")
+        attended = (self.cells.mean((0, 1)) if head is None else self.cells[head[0], head[1]]).flatten()
+        most = attended.topk(round(share * len(attended))).indices
+        found = torch.full_like(attended, -1, dtype=torch.long)
+        if self.words:
+            maps = torch.stack([self.word_map(word, head).flatten() for word in range(len(self.words))])
+            found[most] = maps.argmax(0)[most]
+        return found.reshape(self.cells.shape[-2:])
 
 
 @torch.no_grad()
@@ -86,8 +118,10 @@ def read_attention(
     num_cells = rows * columns
     length = sequence.input_ids.shape[1]
     writing, written = slice(length - num_cells - 1, length - 1), slice(length - num_cells, length)
-    maps, offsets, scales = [], [], []
-    places = _offset_index(rows, columns)
+    maps, offsets, scales, cells = [], [], [], []
+    places = _offset_index(rows, columns).flatten()
+    later = torch.ones(num_cells, num_cells).tril(-1)  # written, looked at
+    pairs = torch.zeros((2 * rows - 1) * (2 * columns - 1)).index_add_(0, places, later.flatten())
 
     def read(module: nn.Module, arguments: tuple) -> None:
         states, bias = arguments[:2]
@@ -100,8 +134,11 @@ def read_attention(
         parts = [shares[:, :, list(own)].sum(-1) for _, own in words]
         maps.append(torch.stack(parts, 1).unflatten(-1, grid).cpu() if parts else shares.new_zeros(()).cpu())
         sums = shares.new_zeros(len(shares), (2 * rows - 1) * (2 * columns - 1))
-        sums.index_add_(1, places.to(shares.device).flatten(), shares[:, :, written].flatten(1))
+        sums.index_add_(1, places.to(shares.device), shares[:, :, written].flatten(1))
         offsets.append((sums / num_cells).unflatten(1, (2 * rows - 1, 2 * columns - 1)).cpu())
+        usual = (sums.cpu() / pairs.clamp_min(1))[:, places].unflatten(1, later.shape) * later
+        got, expected = shares[:, :, written].sum(1).cpu(), usual.sum(1)
+        cells.append((got / expected.clamp_min(torch.finfo(got.dtype).tiny)).unflatten(1, grid))
 
     device = next(model.parameters()).device if device is None else device
     handles = [layer.attention.register_forward_pre_hook(read) for layer in model.layers]
@@ -113,7 +150,12 @@ def read_attention(
             handle.remove()
     tokens = sequence.input_ids[0, written].reshape(grid)
     return AttentionMaps(
-        [word for word, _ in words], torch.stack(maps), torch.stack(offsets), torch.stack(scales), tokens
+        [word for word, _ in words],
+        torch.stack(maps),
+        torch.stack(offsets),
+        torch.stack(scales),
+        torch.stack(cells),
+        tokens,
     )
 
 

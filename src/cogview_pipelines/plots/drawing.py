@@ -10,12 +10,14 @@ from typing import Any
 
 from matplotlib import font_manager, rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .series import Curve, Panel, smooth
 
 FORMATS = (".png", ".svg")
 COLUMNS = 2
 MOST_IN_LEGEND = 12
+MOST_COLUMNS = 24  # of a table whose numbers are written out
 # Whichever of these is installed draws the letters of the one before that has none for them.
 _FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans SC", "Microsoft YaHei", "PingFang SC", "WenQuanYi Micro Hei")
 _SETTINGS: dict[Any, Any] = {
@@ -53,6 +55,63 @@ def draw(panels: Sequence[Panel], width: int = 1, log: bool = False) -> Figure:
                 _draw_values(axes, panel, colours)
             if log and all(y > 0 for curve in panel.curves for _, y in curve.points if math.isfinite(y)):
                 (axes.set_yscale if panel.x_label else axes.set_xscale)("log")
+        return figure
+
+
+def draw_table(values: Sequence[Sequence[float]], title: str, row: str, column: str) -> Figure:
+    """
+    A heat map of numbers, each of which stands in its cell where there is room.
+
+    Args:
+        values (list of list of `float`): The rows, from above.
+        title (`str`): What is measured.
+        row, column (`str`): What a row and a column are of.
+    """
+    with rc_context({**_SETTINGS, "font.family": _fonts()}):
+        height, width = len(values), len(values[0])
+        figure = Figure(figsize=(max(4.0, 0.5 * width + 1.6), max(2.4, 0.32 * height + 1.2)), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_title(title)
+        picture = axes.imshow(values, cmap="viridis", aspect="auto")
+        axes.grid(False)
+        axes.set_xlabel(column)
+        axes.set_ylabel(row)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
+        figure.colorbar(picture)
+        if width <= MOST_COLUMNS:
+            middle = sum(picture.get_clim()) / 2
+            for y, numbers in enumerate(values):
+                for x, number in enumerate(numbers):
+                    colour = "white" if number < middle else "black"
+                    axes.text(x, y, f"{number:.2g}", ha="center", va="center", color=colour, fontsize=6)
+        return figure
+
+
+def draw_marks(image: Any, marks: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
+    """
+    A picture with dots on some of its cells, in the colour of what they belong to.
+
+    Args:
+        image (`PIL.Image.Image`): The picture.
+        marks (list of list of `int`): For each cell, row by row, an index of `names`; -1 for none.
+        names (list of `str`): What dots may belong to; those without any are left out.
+    """
+    with rc_context({**_SETTINGS, "font.family": _fonts()}):
+        figure = Figure(figsize=(5.6, 4.0), layout="constrained")
+        axes = figure.add_subplot()
+        rows, columns = len(marks), len(marks[0])
+        axes.imshow(image, extent=(-0.5, columns - 0.5, rows - 0.5, -0.5))
+        axes.set_axis_off()
+        for index, name in enumerate(names):
+            cells = [(x, y) for y, row in enumerate(marks) for x, mark in enumerate(row) if mark == index]
+            if cells:
+                colour, marker = f"C{index % 10}", "os^Dv"[index // 10 % 5]
+                xs, ys = zip(*cells)
+                label = _legible(name)
+                axes.scatter(xs, ys, color=colour, marker=marker, edgecolors="white", linewidths=0.6, label=label)
+        if any(mark >= 0 for row in marks for mark in row):
+            axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0, fontsize=7)
         return figure
 
 
