@@ -38,6 +38,7 @@ from cogview_pipelines.training.data.chances import WeightedIndex
 from cogview_pipelines.training.data.draws import Draw, draw_index, seeded_generator
 from cogview_pipelines.training.data.pictures import PictureFolder, PicturePool, check_pictures, to_bytes
 from cogview_pipelines.training.data.prefetch import image_paths
+from cogview_pipelines.training.data.selection import FITS
 from cogview_pipelines.training.loop import train
 from cogview_pipelines.training.losses import content_weights, load_perceptual_network, reconstruction_loss
 from cogview_pipelines.training.processes import load_model, make_model_once, start_processes
@@ -51,6 +52,14 @@ class VQTrainConfig(TrainConfig):
     skip_unreadable: bool = field(
         default=False,
         metadata={"help": "Leave out pictures that cannot be read, with a warning, instead of stopping at the start."},
+    )
+    fit: str = field(
+        default="crop",
+        metadata={
+            "help": "How pictures become squares: crop takes the middle, pad adds white, random takes a section that "
+            "follows from the name of the file.",
+            "choices": list(FITS),
+        },
     )
     validation_data: str | None = field(
         default=None,
@@ -206,7 +215,9 @@ def make_sources(config: VQTrainConfig) -> list[PicturePool]:
             paths = check_pictures(
                 image_paths(config.image_folder), config.skip_unreadable, config.data_workers, record, is_main
             )
-        return [PictureFolder(paths, resolution, config.skip_unreadable) for resolution in config.resolutions]
+        return [
+            PictureFolder(paths, resolution, config.skip_unreadable, config.fit) for resolution in config.resolutions
+        ]
     from cogview_pipelines.demo import Scope, SpriteSet, sample_scenes
 
     scope = Scope.load(config.scope) if config.scope is not None else Scope.small()
@@ -219,6 +230,17 @@ def make_sources(config: VQTrainConfig) -> list[PicturePool]:
         for drawn, more in zip(pictures, group):
             drawn.append(more.clone())  # out of the memory shared with the worker
     return [PicturePool(torch.cat(drawn)) for drawn in pictures]
+
+
+def tell_left_out(config: VQTrainConfig, sources: list[PicturePool]) -> None:
+    """Say at the end how many pictures were not trained on, since they cannot be read."""
+    folders = [source for source in sources if isinstance(source, PictureFolder)]
+    if not folders or not start_processes().is_main_process:
+        return
+    found = len(image_paths(config.image_folder))
+    num_left_out = found - len(folders[0].paths) + len(set().union(*(folder.left_out for folder in folders)))
+    if num_left_out > 0:
+        print(f"{num_left_out} of {found} pictures were left out: they cannot be read.")
 
 
 @dataclass
@@ -257,7 +279,7 @@ def validation_batches(config: VQTrainConfig, rates: tuple[int, ...]) -> dict[st
     paths = check_pictures(paths[:: max(1, len(paths) // config.validation_samples)], config.skip_unreadable)
     batches = {}
     for resolution in config.resolutions:
-        source = PictureFolder(paths[: config.validation_samples], resolution, config.skip_unreadable)
+        source = PictureFolder(paths[: config.validation_samples], resolution, config.skip_unreadable, config.fit)
         pictures = source.squares(range(len(source.paths)))
         for rate in rates:
             batches[f"{resolution}px/{rate}x"] = ValidationPictures(pictures, rate, config.batch_size)
@@ -376,6 +398,7 @@ def main(arguments: list[str] | None = None) -> ImageTokenizer | None:
         save=lambda final, folder: getattr(final, "tokenizer", final).save_pretrained(folder),
         validation=validation_batches(config, model.config.compression_rates),
     )
+    tell_left_out(config, sources)
     return getattr(trained, "tokenizer", trained)
 
 

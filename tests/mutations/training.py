@@ -4,6 +4,20 @@ from tests.mutations.mutation import Mutation
 
 MUTATIONS = [
     Mutation(
+        "captions: a sample is told as if it were all",
+        "training/data/captions.py",
+        "losses = TextLosses(is_sample=len(pictures) < len(captions))",
+        "losses = TextLosses()",
+        "training_scripts/test_prepare_tokens.py::test_of_many_captions_some_of_each_language_are_looked_at",
+    ),
+    Mutation(
+        "pictures: always cut to the square in the middle",
+        "training/data/pictures.py",
+        "to_square(on_white(image), self.size, self.fit,",
+        'to_square(on_white(image), self.size, "crop",',
+        "training_scripts/test_train_vq_model.py::test_the_tokenizer_can_be_trained_on_whole_pictures_on_white",
+    ),
+    Mutation(
         "moments: of 8 bits are not put back from a checkpoint",
         "training/checkpoints.py",
         "state.optimizers.take(moments)",

@@ -157,3 +157,18 @@ def write_token_folder(folder: Path, styles: bool = False, **options) -> Path:
         options.get("captions", captions),
     )
     return folder
+
+
+def write_long_captions(folder: Path, write: Callable = write_token_folder) -> Path:
+    """A token folder with one caption that is too long for every tiny model, and a letter that no tokenizer knows."""
+    captions = [{"en": "a cat"} for _ in range(19)] + [{"en": "a cat on a red background " * 12 + "Ω"}]
+    return write(folder, captions=captions)
+
+
+def assert_losses_are_told(caplog: pytest.LogCaptureFixture, max_text_tokens: int) -> None:
+    """What is lost of the captions of `write_long_captions` was said, once."""
+    told = [record.message for record in caplog.records if record.name.endswith("data.captions")]
+    assert len(told) == 3
+    assert told[0].startswith(f"Captions with more than {max_text_tokens} tokens (the longest has ")
+    assert told[0].endswith(": 1 of 20 (5.0%) in English.") and "Pieces that the tokenizer does not know: " in told[1]
+    assert told[2] == "What the tokenizer does not know of the captions: Ω."

@@ -292,12 +292,23 @@ def test_a_pipeline_says_sizes_and_image_tokenizer_and_what_it_cannot_read_is_to
     assert "What the tokenizer does not know of the captions" in told and "Z" in told
 
 
-def test_of_many_captions_some_of_each_language_are_looked_at(tokenizer):
+def test_of_many_captions_some_of_each_language_are_looked_at(tokenizer, caplog):
     many = [{"en": ["a cat"] * 3, "zh": ["一棵树Z"] * 2}] * (MOST_LOOKED_AT + 1)
     losses = tell_text_losses(many, tokenizer, 30)
     looked_at = MOST_LOOKED_AT // 2 + 1
     assert losses.captions == {"en": looked_at, "zh": looked_at}
     assert losses.unknown["zh"] >= looked_at and not losses.unknown["en"]
+    assert losses.is_sample
+    told = [record.message for record in caplog.records]
+    assert len(told) == 2 and all(f" (of {2 * looked_at} captions that were looked at)." in text for text in told)
+
+
+@pytest.mark.parametrize("num_captions", [1, MOST_LOOKED_AT // 2 + 1])
+def test_only_a_sample_is_called_one(tokenizer, caplog, num_captions):
+    told = tell_text_losses([{"zh": ["一棵树Z"] * num_captions}] * 2, tokenizer, 30)
+    assert told.is_sample == (num_captions > 1)
+    assert told.captions["zh"] == (2 if num_captions == 1 else 2 * -(-num_captions // 2))
+    assert ("looked at" in caplog.text) == told.is_sample
 
 
 def test_nothing_is_told_where_nothing_is_lost(run, pipeline_folder, caplog, pictures):

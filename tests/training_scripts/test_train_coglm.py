@@ -10,7 +10,7 @@ from cogview_pipelines.training.data.draws import Draw
 from cogview_pipelines.training.data.tokens import TokenData
 
 from ..utils import captions, make_coglm, token_config
-from .conftest import COGLM, as_arguments, load_script, metrics
+from .conftest import COGLM, as_arguments, assert_losses_are_told, load_script, metrics, write_long_captions
 
 IMAGE_LENGTH = 16
 DRAW = Draw(0, range(64))
@@ -276,3 +276,8 @@ def test_the_loss_of_other_pictures_is_told_by_task_and_language_and_changes_not
             total, count = sums.get(name, (0.0, 0.0))
             sums[name] = total + float(loss), count + weight
     assert told[2] == pytest.approx({name: total / count for name, (total, count) in sums.items()}, rel=1e-4)
+
+
+def test_what_is_lost_of_captions_is_told_at_the_end(run, caplog, tmp_path):
+    run(data=write_long_captions(tmp_path / "long"), model=COGLM)
+    assert_losses_are_told(caplog, 30)

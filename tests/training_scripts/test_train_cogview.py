@@ -22,7 +22,15 @@ from cogview_pipelines.training.data.tokens import TokenData
 
 from ..utils import make_coglm
 from ..utils_cogview import make_cogview, make_cogview_vq, make_layout
-from .conftest import COGVIEW, as_arguments, load_script, metrics, write_cogview_token_folder
+from .conftest import (
+    COGVIEW,
+    as_arguments,
+    assert_losses_are_told,
+    load_script,
+    metrics,
+    write_cogview_token_folder,
+    write_long_captions,
+)
 
 IMAGE_LENGTH = 16
 DRAW = Draw(0, range(48))
@@ -385,3 +393,8 @@ def test_models_of_another_family_or_tokenizer_are_refused(run, tmp_path):
     make_coglm().save_pretrained(tmp_path / "coglm")
     with pytest.raises(ValueError, match=r"vqvae.*must be an image tokenizer.*'coglm'"):
         run(vqvae=tmp_path / "coglm")
+
+
+def test_what_is_lost_of_captions_is_told_at_the_end(run, caplog, tmp_path):
+    model = run(data=write_long_captions(tmp_path / "long", write_cogview_token_folder), max_steps=1)
+    assert_losses_are_told(caplog, model.config.max_text_tokens)

@@ -9,7 +9,7 @@ from cogview_pipelines.models.cogview2.sequences import direct_super_resolution
 from cogview_pipelines.training.data.draws import Draw
 from cogview_pipelines.training.data.tokens import TokenData
 
-from .conftest import WINDOWS, as_arguments, load_script
+from .conftest import WINDOWS, as_arguments, assert_losses_are_told, load_script, write_long_captions
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +146,8 @@ def test_the_canvas_is_unknown_and_texts_are_as_long_as_in_generation(script, to
             index = fine[tuple(labels.tolist())]
             assert torch.equal(row[slots:], data.low[index].flatten().long())
     assert lengths[30] > 7 and lengths[8] == 7 and lengths[96] == 6
+
+
+def test_what_is_lost_of_captions_is_told_at_the_end(run, caplog, tmp_path):
+    run(data=write_long_captions(tmp_path / "long"), max_steps=1)
+    assert_losses_are_told(caplog, 29)

@@ -8,7 +8,7 @@ from cogview_pipelines.generation.token_sequence import IGNORED_LABEL
 from cogview_pipelines.training.data.draws import Draw
 from cogview_pipelines.training.data.tokens import TokenData
 
-from .conftest import WINDOWS, as_arguments, load_script
+from .conftest import WINDOWS, as_arguments, assert_losses_are_told, load_script, write_long_captions
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +123,8 @@ def test_sample_pictures_have_a_schedule_for_every_canvas(script, rows, columns,
     expected = LoPARScheduler() if sigma is None else LoPARScheduler.diagonal(sigma)
     assert scheduler.config.step_grid == expected.config.step_grid
     assert scheduler.step_map(rows, columns).shape == (rows, columns)
+
+
+def test_what_is_lost_of_captions_is_told_at_the_end(run, caplog, tmp_path):
+    run(data=write_long_captions(tmp_path / "long"))
+    assert_losses_are_told(caplog, 4)

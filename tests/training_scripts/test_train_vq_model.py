@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 from cogview_pipelines import CogViewVQModel, IcetkVQConfig, IcetkVQModel
+from cogview_pipelines.evaluation.reconstruction import psnr
 from cogview_pipelines.training import distribution
+from cogview_pipelines.training.data.selection import to_square
 
 SCRIPT = Path(__file__).parents[2] / "training_scripts" / "train_vq_model.py"
 MODEL = {
@@ -212,7 +214,9 @@ def test_wrong_options_are_named(run, options, message):
         run("run", **options)
 
 
-def test_a_broken_picture_is_found_before_the_training_begins(run, tmp_path, monkeypatch):
+def test_a_broken_picture_is_found_before_the_training_begins_or_left_out_and_counted(
+    run, tmp_path, monkeypatch, capsys
+):
     (tmp_path / "pictures/._0.png").write_bytes(b"what macOS leaves beside a picture")
     (tmp_path / "pictures/broken.png").write_bytes((tmp_path / "pictures/0.png").read_bytes()[:-30])
     with monkeypatch.context() as patch:
@@ -221,7 +225,9 @@ def test_a_broken_picture_is_found_before_the_training_begins(run, tmp_path, mon
             ValueError, match=r"1 of 7 pictures cannot be read: .*broken\.png is damaged.*--skip_unread"
         ):
             run("run")
+    capsys.readouterr()
     run("run", skip_unreadable=True)
+    assert capsys.readouterr().out.splitlines()[-1] == "1 of 7 pictures were left out: they cannot be read."
     assert len(metrics(tmp_path / "run", "loss")) == 4
     assert len((tmp_path / "run/pictures.jsonl").read_text().splitlines()) == 6
 
@@ -324,4 +330,55 @@ def test_a_tokenizer_is_measured_on_pictures(run, trained, tmp_path, capsys, mon
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == report
     assert report["pictures"] == 6 and report["compression_rate"] == 8
     assert 0 < report["psnr"] < 40 and -1 < report["ssim"] < 1 and report["lpips"] > 0
-    assert report["codes_used"].endswith("of 32")
+    assert report["codes_used"].endswith("of 32") and report["fit"] == "crop"
+
+
+def measured(tmp_path, trained, *more):
+    from .conftest import load_script
+
+    arguments = ["--vqvae", str(trained), "--image_folder", str(tmp_path / "pictures"), "--resolution", "32"]
+    return load_script("evaluate_vq_model").main([*arguments, "--batch_size", "4", *map(str, more)])
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_pictures_are_saved_as_the_tokenizer_gives_them_back(run, trained, tmp_path, fit):
+    (tmp_path / "pictures/more").mkdir()
+    (tmp_path / "pictures/5.png").rename(tmp_path / "pictures/more/5.png")
+    saved = tmp_path / "recovered"
+    for _ in range(2):  # what it wrote itself is written again
+        report = measured(tmp_path, trained, "--save", saved, "--fit", fit)
+    names = sorted(str(path.relative_to(saved)) for path in saved.rglob("*.png"))
+    assert names == ["0.png", "1.png", "2.png", "3.png", "4.png", "more/5.png"] and report["fit"] == fit
+    model, seen = IcetkVQModel.from_pretrained(trained).eval(), []
+    for name in names:
+        target = torch.from_numpy(np.array(to_square(Image.open(tmp_path / "pictures" / name), 32, fit)))
+        target = target.movedim(-1, 0)[None].float() / 255
+        with torch.no_grad():
+            sample = model.decode(model.encode(target, 8).tokens, 8).sample.clamp(0, 1)
+        pixels = torch.from_numpy(np.array(Image.open(saved / name))).movedim(-1, 0)
+        assert ((sample[0] * 255).round() - pixels.float()).abs().max() <= 1
+        seen.append(float(psnr(sample, target)[0]))
+    assert report["psnr"] == pytest.approx(np.mean(seen), abs=1e-3)
+
+
+def test_saved_pictures_replace_none_of_others(run, trained, tmp_path):
+    saved = tmp_path / "recovered"
+    saved.mkdir()
+    (saved / "3.png").write_bytes((tmp_path / "pictures/3.png").read_bytes())
+    with pytest.raises(ValueError, match=r"3\.png is there already, and not of this script"):
+        measured(tmp_path, trained, "--save", saved)
+    assert [path.name for path in saved.iterdir()] == ["3.png"]
+    with pytest.raises(ValueError, match="`save` must be outside of `image_folder`"):
+        measured(tmp_path, trained, "--save", tmp_path / "pictures/recovered")
+    (tmp_path / "pictures/3.png").rename(tmp_path / "pictures/2.webp")
+    with pytest.raises(ValueError, match=r"2\.png and .*2\.webp would both become .*2\.png"):
+        measured(tmp_path, trained, "--save", saved)
+
+
+def test_the_tokenizer_can_be_trained_on_whole_pictures_on_white(run, script, tmp_path):
+    run("run", fit="pad", max_steps=1)
+    config = script.VQTrainConfig(output_dir=str(tmp_path), image_folder=str(tmp_path / "pictures"), fit="pad")
+    (low, _) = script.make_sources(config)
+    square = low.squares([0])[0]
+    assert (square[:, :6] == 255).all() and (square[:, -6:] == 255).all()  # of 48 x 40 pixels
+    assert not (square[:, 7:-7] == 255).all()

@@ -76,6 +76,7 @@ class TextLosses:
         unknown (`dict[str, int]`): Those that stand for characters without a piece.
         longest (`int`): Tokens of the longest caption.
         words (`dict[str, int]`): Parts of the texts that it does not know, and in how many captions they are.
+        is_sample (`bool`): Whether there are more captions than those that were looked at.
     """
 
     captions: Counter = field(default_factory=Counter)
@@ -84,6 +85,7 @@ class TextLosses:
     unknown: Counter = field(default_factory=Counter)
     longest: int = 0
     words: Counter = field(default_factory=Counter)
+    is_sample: bool = False
 
     def count(self, text: str, language: str, tokenizer: CodesAndPiecesTokenizer, max_text_tokens: int | None) -> None:
         """Look at a caption, for a model that takes so many tokens."""
@@ -98,17 +100,18 @@ class TextLosses:
     def sentences(self, max_text_tokens: int | None) -> list[str]:
         """What is lost, in words; empty if nothing is."""
         told = []
+        of_those = f" (of {self.captions.total()} captions that were looked at)" if self.is_sample else ""
         if self.cut.total():
             told.append(
                 f"Captions with more than {max_text_tokens} tokens (the longest has {self.longest}) are cut off: "
-                f"{_shares(self.cut, self.captions)}."
+                f"{_shares(self.cut, self.captions)}{of_those}."
             )
         if self.unknown.total():
-            told.append(f"Pieces that the tokenizer does not know: {_shares(self.unknown, self.pieces)}.")
+            told.append(f"Pieces that the tokenizer does not know: {_shares(self.unknown, self.pieces)}{of_those}.")
         if self.words:
             shown = ", ".join(word for word, _ in self.words.most_common(8))
             more = f" and {len(self.words) - 8} more" if len(self.words) > 8 else ""
-            told.append(f"What the tokenizer does not know of the captions: {shown}{more}.")
+            told.append(f"What the tokenizer does not know of the captions: {shown}{more}{of_those}.")
         return told
 
 
@@ -125,7 +128,8 @@ def tell_text_losses(
     captions: Sequence[dict], tokenizer: CodesAndPiecesTokenizer, max_text_tokens: int | None
 ) -> TextLosses:
     """
-    Say, as warnings, what of the captions of some pictures is lost, by language: cut off, or unknown.
+    Say, as warnings, what of the captions of some pictures is lost, by language: cut off, or unknown. Where not all
+    were looked at, the warnings say so.
 
     Args:
         captions (sequence of `dict`): By language, as `TokenData` has them. Of many, some are looked at:
@@ -133,13 +137,15 @@ def tell_text_losses(
         tokenizer ([`CodesAndPiecesTokenizer`]): Of the model.
         max_text_tokens (`int`, *optional*): What the model takes.
     """
-    losses, pictures = TextLosses(), captions[:: -(-len(captions) // MOST_LOOKED_AT) or 1]
+    pictures = captions[:: -(-len(captions) // MOST_LOOKED_AT) or 1]
+    losses = TextLosses(is_sample=len(pictures) < len(captions))
     most = max(1, MOST_LOOKED_AT // max(1, len(pictures)))  # of a picture and language
     for picture in pictures:
         for language in LANGUAGES:
             texts = picture.get(language, ())
             for text in texts[:: -(-len(texts) // most) or 1]:
                 losses.count(text, language, tokenizer, max_text_tokens)
+            losses.is_sample |= len(texts) > most
     for sentence in losses.sentences(max_text_tokens):
         logger.warning(sentence)
     return losses

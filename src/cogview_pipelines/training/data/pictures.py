@@ -2,19 +2,21 @@
 
 import functools
 import logging
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm.auto import tqdm
 
 from ...json_lines import parse_object, read_lines, write_lines
 from ...pictures.colours import on_white
 from ...pictures.files import find_file, read_picture
 from .prefetch import draw_indices
+from .selection import to_square
 
 logger = logging.getLogger(__name__)
 
@@ -65,17 +67,22 @@ class PicturePool:
 
 class PictureFolder(PicturePool):
     """
-    Picture files, read when they are drawn, scaled to `size` on the shorter side and cut to the square in the middle.
+    Picture files, read when they are drawn, as squares.
 
     Args:
         paths (`Sequence[Path]`): The files.
         size (`int`): Side of the squares in pixels.
         skip_unreadable (`bool`, defaults to `False`): Take the next file, with a warning, where one cannot be read
             although [`check_pictures`] could.
+        fit (`str`, defaults to `"crop"`): How they become squares, as for [`to_square`]; where a random square lies
+            follows from the name of the file.
+
+    The files that could not be read meanwhile are in `left_out`.
     """
 
-    def __init__(self, paths: Sequence[Path], size: int, skip_unreadable: bool = False):
-        self.paths, self.size, self.skip_unreadable = list(paths), size, skip_unreadable
+    def __init__(self, paths: Sequence[Path], size: int, skip_unreadable: bool = False, fit: str = "crop"):
+        self.paths, self.size, self.skip_unreadable, self.fit = list(paths), size, skip_unreadable, fit
+        self.left_out: set[Path] = set()
 
     def batch(self, count: int, crop_size: int | None, multiple: int, generator: torch.Generator) -> torch.Tensor:
         """As [`PicturePool.batch`]."""
@@ -91,18 +98,20 @@ class PictureFolder(PicturePool):
 
     def squares(self, indices: Sequence[int]) -> torch.Tensor:
         """Whole pictures of these files, as RGB bytes: `(num, 3, size, size)`."""
-        sides = (self.size, self.size)
-        images = [ImageOps.fit(on_white(self._read(index)), sides, Image.Resampling.BICUBIC) for index in indices]
-        return torch.stack([to_bytes(image) for image in images])
+        return torch.stack([to_bytes(self._square(index)) for index in indices])
 
-    def _read(self, index: int) -> Image.Image:
+    def _square(self, index: int) -> Image.Image:
         for step in range(len(self.paths)):
+            path = self.paths[(index + step) % len(self.paths)]
             try:
-                return read_picture(self.paths[(index + step) % len(self.paths)])
+                image = read_picture(path)
             except ValueError as error:
                 if not self.skip_unreadable:
                     raise
+                self.left_out.add(path)
                 logger.warning("The next picture is taken instead: %s", error)
+            else:
+                return to_square(on_white(image), self.size, self.fit, (zlib.crc32(path.name.encode()),))
         raise ValueError("None of the pictures can be read.")
 
 
