@@ -448,6 +448,32 @@ def test_adapters_work_on_weights_of_eight_bits(tokenizer, tmp_path):
     assert torch.equal(context(pipe), read)
 
 
+def test_adapters_work_on_weights_of_four_bits(tokenizer, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    build(tokenizer, shares_backbone=True).save_pretrained(tmp_path)
+    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+    configuration = BitsAndBytesConfig(load_in_4bit=True, **options)
+    pipe = CogView2Pipeline.from_pretrained(tmp_path, quantization_config=configuration)
+    plain, read = logits(pipe.transformer), context(pipe)
+    exact = build(tokenizer, shares_backbone=True)
+    before = logits(exact.transformer)
+    folder = random_adapter({"transformer": exact.transformer}, tmp_path / "adapter").parent
+    for each in (exact, pipe):
+        each.load_lora_weights(folder, "style")
+    adapted, wanted = logits(pipe.transformer), logits(exact.transformer) - before
+    assert ((adapted - plain) - wanted).std() < 0.5 * wanted.std()  # it moves them as it moves exact ones
+    assert torch.equal(context(pipe), read)
+    pipe.fuse_lora()
+    assert 0 < (logits(pipe.transformer) - adapted).std() < 0.5 * wanted.std()  # the sum is rounded to 4 bits
+    assert torch.equal(context(pipe), read)
+    pipe.unfuse_lora()
+    assert torch.equal(logits(pipe.transformer), adapted)
+    pipe.unload_lora_weights()
+    assert torch.equal(logits(pipe.transformer), plain)
+
+
 def test_adapters_of_half_precision_models_stay_exact(pipe, adapters):
     pipe.load_lora_weights(adapters["draft"], "style")
     expected = logits(pipe.transformer)

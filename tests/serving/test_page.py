@@ -212,6 +212,10 @@ def test_what_is_wrong_is_said_on_the_page(visit):
     page = visit.page
     page.locator("#cv-create-start").click()
     assert "`prompt`" in visit.result("failed", "create").inner_text()
+    page.get_by_label(text("prompt", "en")).fill("a тигр on a blue background.")
+    page.locator("#cv-create-start").click()
+    hint = visit.result("done", "create").locator(".cv-hint[role=status]")
+    assert hint.inner_text() == text("unreadable_text", "en", parts="тигр")
     visit.open("caption")
     page.locator('[data-picture="caption"] [data-tool="file"]').set_input_files(
         {"name": "a.png", "mimeType": "image/png", "buffer": b"no picture"}

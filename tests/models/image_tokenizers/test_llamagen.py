@@ -1,13 +1,15 @@
 """LlamaGen's image tokenizer: tensors under released names give the tokens and pixels that its network computes."""
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from cogview_pipelines import DiffusersVQModel
+from cogview_pipelines import CogLMModel, CogView2Pipeline, DiffusersVQModel
 from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
 
 WIDTHS, LATENT, CODES, CODE_WIDTH = (32, 32, 64), 16, 48, 8
@@ -123,6 +125,42 @@ def test_files_are_read_and_the_model_is_saved_and_loaded(tensors, name, tmp_pat
     loaded = load_image_tokenizer(tmp_path / "model")
     pixels = torch.rand(1, 3, 16, 16)
     assert torch.equal(loaded.encode(pixels).tokens, DiffusersVQModel.from_llamagen(tensors, 6).encode(pixels).tokens)
+
+
+def test_it_goes_through_preparation_training_and_a_pipeline(release, tensors, tokenizer, tmp_path):
+    from PIL import Image
+
+    from ...training_scripts.conftest import COGLM, as_arguments, load_script
+
+    DiffusersVQModel.from_llamagen(tensors, num_clusters=6).save_pretrained(tmp_path / "vqvae")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    pixels = torch.randint(0, 256, (4, 4, 4, 3), dtype=torch.uint8)
+    for index, picture in enumerate(pixels):
+        Image.fromarray(picture.numpy()).resize((16, 16), Image.Resampling.BICUBIC).save(folder / f"{index}.png")
+    lines = [json.dumps({"file": f"{index}.png", "en": "a cat"}) + "\n" for index in range(4)]
+    (folder / "captions.jsonl").write_text("".join(lines))
+    options = {"vqvae": tmp_path / "vqvae", "image_folder": folder, "captions": folder / "captions.jsonl"}
+    options |= {"compression_rate": 4, "low_size": 16, "fine_size": 0, "output_dir": tmp_path / "tokens"}
+    load_script("prepare_tokens").main(as_arguments(options))
+    low = load_file(tmp_path / "tokens/tokens.safetensors")["low"]
+    for index in range(4):
+        picture = torch.from_numpy(np.array(Image.open(folder / f"{index}.png"))).movedim(-1, 0)[None] / 255
+        assert torch.equal(release.encode(2 * picture - 1)[0], low[index].long())
+
+    options = {"data": tmp_path / "tokens", "tokenizer": tmp_path / "tokenizer", "vqvae": tmp_path / "vqvae"}
+    options |= {"output_dir": tmp_path / "run", "model": COGLM, "batch_size": 2, "max_steps": 1, "warmup_steps": 0}
+    load_script("train_coglm").main(as_arguments({**options, "compression_rate": 4, "sample_every_steps": 1}))
+    assert [path.name for path in (tmp_path / "run/samples").iterdir()] == ["0000001.png"]
+    parts = (CogLMModel.from_pretrained(tmp_path / "run/final"), load_image_tokenizer(tmp_path / "vqvae"))
+    CogView2Pipeline(tokenizer, *parts, compression_rate=4).save_pretrained(tmp_path / "model")
+    pipe = CogView2Pipeline.from_pretrained(tmp_path / "model")
+    pipe.set_progress_bar_config(disable=True)
+    tokens = pipe("a cat", generator=torch.Generator().manual_seed(1), output_type="latent").tokens
+    (image,) = pipe("a cat", generator=torch.Generator().manual_seed(1), output_type="pt").images
+    assert tokens.shape == (1, 4, 4) and image.shape == (3, 16, 16)
+    assert torch.allclose(image, (release.decode(tokens)[0] + 1).clamp(0, 2) / 2, atol=1e-4)
 
 
 class Unwanted:

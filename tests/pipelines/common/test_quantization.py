@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from cogview_pipelines import CogLMCanvasModel, CogLMModel, CogView2Pipeline
+from cogview_pipelines import CogLMCanvasModel, CogLMModel, CogView2Pipeline, CogViewPipeline
 
 from ...utils import make_coglm, make_image_tokens
 
@@ -125,6 +125,38 @@ def test_four_bits_leave_the_place_of_a_shared_backbone_empty_until_it_is_lent(t
     assert all(lent[name] is parameter for name, parameter in transformer.named_parameters())
     assert transformer.layers[0].mlp.dense_h_to_4h.weight.nbytes == 4 * 128 * 128 // 2
     assert (logits(transformer) - exact).std() < 0.5 * exact.std()
+
+
+@pytest.mark.parametrize("kind", ["eight", "four"])
+def test_cogviews_matrices_are_quantised_in_all_of_its_models(cogview_pipe, tmp_path, kind):
+    configuration = eight_bits() if kind == "eight" else four_bits()
+    cogview_pipe.save_pretrained(tmp_path)
+    pipe = CogViewPipeline.from_pretrained(tmp_path, quantization_config=configuration)
+    pipe.set_progress_bar_config(disable=True)
+    assert {parameter.dtype for parameter in pipe.vqvae.parameters()} == {torch.float32}
+    for name in ("transformer", "caption_transformer", "super_resolution_transformer"):
+        exact, model = getattr(cogview_pipe, name), getattr(pipe, name)
+        weights = dict(model.named_parameters())
+        quantised = {
+            name for name, weight in weights.items() if hasattr(weight, "qdata") or weight.dtype == torch.uint8
+        }
+        assert quantised == {name for name in weights if name.endswith(MATRICES)}
+        assert len(quantised) == 4 * model.config.num_hidden_layers
+        near, wanted = logits(model), logits(exact)
+        assert 0 < (near - wanted).std() < (0.05 if kind == "eight" else 0.5) * wanted.std()
+    call = {"generator": torch.Generator().manual_seed(1), "output_type": "latent", "num_candidates": 2}
+    tokens = pipe("a cat", **call).tokens
+    assert 0 <= int(tokens.min()) <= int(tokens.max()) < pipe.transformer.config.num_image_tokens
+
+
+def test_cogview_of_eight_bits_can_be_saved_and_loaded(cogview_pipe, tmp_path):
+    cogview_pipe.save_pretrained(tmp_path / "whole")
+    pipe = CogViewPipeline.from_pretrained(tmp_path / "whole", quantization_config=eight_bits())
+    pipe.save_pretrained(tmp_path / "small")
+    again = CogViewPipeline.from_pretrained(tmp_path / "small")
+    sizes = [(tmp_path / name / "transformer/model.safetensors").stat().st_size for name in ("small", "whole")]
+    assert sizes[0] < sizes[1]
+    assert torch.equal(logits(again.transformer), logits(pipe.transformer))
 
 
 @pytest.mark.gpu
