@@ -42,8 +42,8 @@ MUTATIONS = [
     Mutation(
         "position: canvas cells without positions",
         "models/cogview2/modeling_coglm_canvas.py",
-        "self.dropout(self.word_embeddings(canvas_ids) + positions)",
-        "self.dropout(self.word_embeddings(canvas_ids))",
+        "self.dropout(self._embed(canvas_ids) + positions)",
+        "self.dropout(self._embed(canvas_ids))",
         "parity/cogview2/test_super_resolution.py",
     ),
     Mutation(
@@ -195,7 +195,7 @@ MUTATIONS = [
     ),
     Mutation(
         "CogView embeddings: their gradient does not shrink",
-        "models/cogview/modeling_cogview.py",
+        "models/layers.py",
         "embeddings * scale + embeddings.detach() * (1 - scale)",
         "embeddings",
         "models/cogview/test_modeling_cogview.py::test_embedding_gradients_shrink_and_nothing_else_changes",

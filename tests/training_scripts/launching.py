@@ -8,22 +8,25 @@ import contextlib
 import functools
 import importlib.util
 import io
+import json
 import multiprocessing
 import os
 import signal
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate import tracking
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from cogview_pipelines import CogLMCanvasModel, CogLMModel, IcetkTokenizer, IcetkVQModel  # noqa: F401
 from cogview_pipelines.models.image_tokenizers import auto  # noqa: F401
-from cogview_pipelines.training import checkpoints, distribution, loop
+from cogview_pipelines.training import checkpoints, distribution, loop, processes
 from cogview_pipelines.training.optimizers import LossScale, Optimizers
 from cogview_pipelines.training.processes import Processes
 
@@ -204,13 +207,54 @@ def spoiled(name: str, arguments: list[str], step: int, how: str) -> bool:
     return script.main(arguments) is not None
 
 
-def killed_in_second_save(name: str, arguments: list[str]) -> None:
-    """Run a training script, of which the last process is killed while it writes its second checkpoint."""
+class Recorder(tracking.GeneralTracker):
+    """A tracker that writes what it is told into a file, `seen.jsonl` in its folder."""
+
+    name = "tensorboard"
+    requires_logging_directory = True
+    tracker = None
+
+    def __init__(self, run_name, logging_dir, **unused):
+        super().__init__()
+        self.path = Path(logging_dir) / "seen.jsonl"
+
+    def _write(self, **line) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    @tracking.on_main_process  # as those of Accelerate are
+    def store_init_configuration(self, values):
+        self._write(options=values)
+
+    @tracking.on_main_process
+    def log(self, values, step=None, **unused):
+        self._write(step=step, values=values)
+
+    @tracking.on_main_process
+    def finish(self):
+        self._write(finished=True)
+
+
+def recorded(name: str, arguments: list[str]) -> bool:
+    """Run a training script whose tensorboard is a [`Recorder`]; whether it came to its end."""
+    tracking.LOGGER_TYPE_TO_CLASS["tensorboard"] = Recorder
+    tracking._available_trackers.append(tracking.LoggerType.TENSORBOARD)
+    processes.check_tracker = lambda name: None  # the package need not be there
+    return run_script(name, [*arguments, "--log_with", "tensorboard"])
+
+
+def killed_in_second_save(name: str, arguments: list[str], note: Path) -> None:
+    """
+    Run a training script, of which the last process is killed while it writes its second checkpoint; it leaves the
+    time in a file.
+    """
     saves, write = [], checkpoints.dcp.FileSystemWriter.write_data
 
     def die(writer, *rest):
         saves.append(None)
         if len(saves) == 2 and distributed.get_rank() == distributed.get_world_size() - 1:
+            note.write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
         return write(writer, *rest)
 

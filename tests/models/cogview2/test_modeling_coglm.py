@@ -138,6 +138,28 @@ def test_pb_relaxation_gives_plain_attention(alpha):
     torch.testing.assert_close(relaxed(**arguments).logits, plain(**arguments).logits, atol=2e-5, rtol=1e-4)
 
 
+def test_gradients_of_input_embeddings_shrink_and_nothing_else_changes():
+    found = []
+    for scale in (1.0, 0.1):
+        model = make_coglm(embedding_gradient_scale=scale)
+        arguments = text_to_image_arguments(model, MIXED_LENGTHS)
+        logits = model(**arguments).logits
+        logits.square().sum().backward()
+        with torch.no_grad():
+            found.append((model, logits.detach(), model(**arguments).logits))
+    (plain, expected, without_gradients), (shrunk, logits, others) = found
+    assert torch.equal(others, without_gradients)
+    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
+    # scores are of image tokens: text tokens are read, and not scored
+    read = slice(NUM_IMAGE_TOKENS, None)
+    for name, parameter in plain.named_parameters():
+        gradient, other = parameter.grad, shrunk.get_parameter(name).grad
+        if name == "word_embeddings.weight":
+            gradient, other = 0.1 * gradient[read], other[read]
+            assert gradient.norm() > 0
+        assert (other - gradient).norm() <= 1e-4 * gradient.norm(), name
+
+
 def test_without_an_attention_mask_every_row_sees_every_key():
     model = make_coglm()
     ids = make_image_tokens(1, 6)

@@ -24,6 +24,7 @@ from ..layers import (
     dense_attention,
     pb_relaxed_attention,
     select_positions,
+    shrink_gradient,
 )
 from ..loading import WholeModelMixin, check_count, check_grid
 from .sequences import SequenceLayout
@@ -483,11 +484,6 @@ class CogViewModel(WholeModelMixin, PreTrainedModel):
         """
         num_tokens = None if full_vocabulary else self.config.num_image_tokens
         return self.word_embeddings(hidden_states=hidden_states, num_tokens=num_tokens, dtype=torch.float32).float()
-
-
-def shrink_gradient(embeddings: torch.Tensor, scale: float) -> torch.Tensor:
-    """The same embeddings, whose gradients come out `scale` times as large."""
-    return embeddings if scale == 1 else embeddings * scale + embeddings.detach() * (1 - scale)
 
 
 for _public in (CogViewConfig, CogViewModel):

@@ -12,7 +12,15 @@ from transformers.utils import ModelOutput
 
 from ...generation.token_sequence import IGNORED_LABEL
 from ..conventions import every_row, refuse_unused
-from ..layers import LayerCache, LazyDropout, SandwichLayer, TokenEmbedding, attention_bias, select_positions
+from ..layers import (
+    LayerCache,
+    LazyDropout,
+    SandwichLayer,
+    TokenEmbedding,
+    attention_bias,
+    select_positions,
+    shrink_gradient,
+)
 from ..loading import WholeModelMixin, check_count, check_grid
 from .sequences import SequenceLayout
 
@@ -36,6 +44,7 @@ class CogLMConfig(PreTrainedConfig):
             Precision-bottleneck relaxation: dense scores are computed divided by this and multiplied back after the
             row maximum has been taken away, which keeps float16 from overflowing. The result is the same; it is slower
             than fused attention.
+        embedding_gradient_scale (`float`): What gradients of the input embeddings are multiplied by (CogView: 0.1).
         boi_token_id, start_of_english_token_id, start_of_chinese_token_id, pad_token_id (`int`): Special tokens.
         initializer_range (`float`): Standard deviation of new weights.
     """
@@ -60,6 +69,7 @@ class CogLMConfig(PreTrainedConfig):
         attention_dropout: float = 0.1,
         layer_norm_eps: float = 1e-5,
         pb_relaxation_alpha: float | None = None,
+        embedding_gradient_scale: float = 1.0,
         boi_token_id: int = 150000,
         start_of_english_token_id: int = 150001,
         start_of_chinese_token_id: int = 150002,
@@ -98,6 +108,7 @@ class CogLMConfig(PreTrainedConfig):
         self.attention_dropout = attention_dropout
         self.layer_norm_eps = layer_norm_eps
         self.pb_relaxation_alpha = pb_relaxation_alpha
+        self.embedding_gradient_scale = embedding_gradient_scale
         self.boi_token_id = boi_token_id
         self.start_of_english_token_id = start_of_english_token_id
         self.start_of_chinese_token_id = start_of_chinese_token_id
@@ -191,6 +202,10 @@ class CogLMPreTrainedModel(WholeModelMixin, PreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.word_embeddings = value
+
+    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings of tokens that are read, whose gradient is as large as the config says."""
+        return shrink_gradient(self.word_embeddings(input_ids), self.config.embedding_gradient_scale)
 
     def logits(self, hidden_states: torch.Tensor, full_vocabulary: bool = False) -> torch.Tensor:
         """
@@ -293,7 +308,7 @@ class CogLMModel(CogLMPreTrainedModel):
         )
         labelled = None if labels is None else (labels != IGNORED_LABEL).nonzero(as_tuple=True)
         last_positions = positions_of_last_layer(logits_positions, labelled, output_hidden_states)
-        hidden_states = self.dropout(self.word_embeddings(input_ids) + self.position_embeddings(position_ids))
+        hidden_states = self.dropout(self._embed(input_ids) + self.position_embeddings(position_ids))
         states = []
         for layer in self.layers:
             positions = last_positions if layer.index == self.config.num_hidden_layers - 1 else None

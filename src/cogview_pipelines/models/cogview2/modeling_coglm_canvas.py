@@ -251,7 +251,7 @@ class CogLMCanvasModel(CogLMPreTrainedModel):
         """
         self._require_backbone()
         bias = attention_bias(sequence.attention_mask, None, 0.0, self.dtype)
-        hidden_states = self.word_embeddings(sequence.input_ids) + self.position_embeddings(sequence.position_ids)
+        hidden_states = self._embed(sequence.input_ids) + self.position_embeddings(sequence.position_ids)
         hidden_states = self.dropout(hidden_states)
         keys, values = [], []
         for layer in self.layers:
@@ -332,7 +332,7 @@ class CogLMCanvasModel(CogLMPreTrainedModel):
         """The states after the last layer, and those after each."""
         self._require_backbone()
         positions = self.canvas_position_embeddings(torch.arange(canvas_ids.shape[1], device=canvas_ids.device))
-        hidden_states = self.dropout(self.word_embeddings(canvas_ids) + positions)
+        hidden_states = self.dropout(self._embed(canvas_ids) + positions)
         bias = None
         if self.config.super_resolution == "iterative":
             bias = torch.zeros_like(context.key_mask, dtype=torch.float32).masked_fill(
