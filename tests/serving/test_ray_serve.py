@@ -101,9 +101,11 @@ class Cluster:
 
     def stop(self):
         ray.shutdown()
-        children = self.process.children(recursive=True) if self.process.poll() is None else []
-        self.process.terminate()
-        self.process.wait(60)
+        children = []
+        if self.process.poll() is None:  # or it did not start, and the next attempt is due
+            children = self.process.children(recursive=True)
+            self.process.terminate()
+            self.process.wait(60)
         for child in psutil.wait_procs(children, 10)[1]:
             child.kill()
 
