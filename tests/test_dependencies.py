@@ -28,6 +28,7 @@ EXTRAS = {
     "evaluation/": ("evaluation", "inception", "test"),  # networks are the caller's choice
     "cli/evaluate_captions.py": ("evaluation",),
 }
+PARTS = {"typer-slim": "typer"}  # distributions that another one consisted of for some versions
 
 pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="needs the repository")
 
@@ -66,7 +67,8 @@ def imported():
     found = defaultdict(set)
     for path in sorted(SOURCES.rglob("*.py")):
         for top in imports_of(path):
-            found[path.relative_to(SOURCES).as_posix()] |= {normal(name) for name in known.get(top, [top])}
+            names = {normal(name) for name in known.get(top, [top])}
+            found[path.relative_to(SOURCES).as_posix()] |= {PARTS.get(name, name) for name in names}
     return found
 
 

@@ -111,5 +111,6 @@ def test_shards_variants_and_other_processes_are_minded(make, tmp_path):
     assert all(name.startswith("model.fp16-") for name in files)
     again = type(model).from_pretrained(tmp_path, variant="fp16")
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(again.parameters(), model.parameters(), strict=True))
-    model.save_pretrained(tmp_path / "other", is_main_process=False)
-    assert not list((tmp_path / "other").glob("*"))
+    if hasattr(model, "should_save_on_this_rank"):  # before, transformers wrote weights in every process
+        model.save_pretrained(tmp_path / "other", is_main_process=False)
+        assert not list((tmp_path / "other").glob("*"))

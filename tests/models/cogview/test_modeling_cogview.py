@@ -214,7 +214,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     for checkpointing in (False, True):
         model = make_cogview(hidden_dropout=0.0, attention_dropout=0.0).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         sequence = sequence_of(3)
         model(
             sequence.input_ids, sequence.position_ids, labels=sequence.input_ids, full_vocabulary=True
@@ -294,7 +294,7 @@ def test_sparse_training_reaches_every_parameter_and_checkpointing_keeps_the_piv
     for checkpointing in (False, True):
         model = make_cogview(sparse_attention=SPARSE, hidden_dropout=0.0, attention_dropout=0.0).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         sequence = sequence_of(6)
         torch.manual_seed(5)
         model(
