@@ -111,6 +111,10 @@ class PrepareConfig:
             "beside the templates; captioning writes the templates."
         },
     )
+    templates: int | None = field(
+        default=None,
+        metadata={"help": "Captions by template beside so many sentences; default: a quarter as many, rounded up."},
+    )
     sprites: str | None = field(
         default=None, metadata={"help": "Folder of full-size drawings, for emoji scenes larger than 240 pixels."}
     )
@@ -238,12 +242,13 @@ class EmojiPictures(Dataset):
         return texts
 
     def _sentences(self, scene, language, rng) -> list[str]:
-        """As people type them, and the templates for a fifth of all."""
+        """As people type them, and some of the templates."""
         from cogview_pipelines.demo import captions, sample_sentence
 
         count, share = self.config.sentences, self.config.reversed_share
+        num_templates = -(-count // 4) if self.config.templates is None else self.config.templates
         texts = [sample_sentence(scene, language, rng, reversed_share=share).text for _ in range(count)]
-        return texts + rng.choices(captions(scene, language), k=-(-count // 4))
+        return texts + rng.choices(captions(scene, language), k=num_templates)
 
 
 def thin_reversed(texts: list[str], language: str, share: float) -> list[str]:

@@ -142,7 +142,7 @@ def test_on_drawings_a_word_is_looked_at_where_its_object_is(layout, at_least):
     pipe = CogView2Pipeline.from_pretrained(SHIPPED_MODEL)
     rows, columns = pipe.layout.image_grid
     row, column = ((torch.arange(count) + 0.5) / count for count in (rows, columns))
-    cases = evaluation.choose_cases(Scope.load(SHIPPED_MODEL), "train", "en", 40, 1, layout)
+    cases = evaluation.choose_cases(Scope.load(SHIPPED_MODEL), "train", "en", 100, 1, layout)
     rate = pipe.config.compression_rate
     pixels = evaluation.true_pictures(pipe, [case.scene for case in cases], rows * rate)
     with torch.no_grad():

@@ -78,15 +78,26 @@ def test_files_that_the_configs_name_are_there(configs):
         assert (SCRIPTS.parent / name).is_file(), name
 
 
-def test_the_run_on_sentences_takes_what_the_runs_on_templates_leave():
+def test_the_runs_on_sentences_take_what_the_runs_on_templates_leave():
     configs = {name: yaml.safe_load((EMOJI / f"{name}_sentences.yaml").read_text("utf-8")) for name in SENTENCES}
     tokenizer = configs["tokenizer"]["output_dir"]
     assert tokenizer == configs["coglm"]["tokenizer"] == configs["pipeline"]["tokenizer"]
-    assert configs["coglm"]["data"] == configs["tokens"]["output_dir"]
     assert configs["pipeline"]["transformer"] == "runs/coglm_sentences/final"
-    grown = Path(configs["coglm"]["init_from"]).parent
-    for stage in ("direct_sr_transformer", "iterative_sr_transformer"):
-        assert Path(configs["pipeline"][stage]) == grown / stage
+    runs = [small_config(f"coglm_sentences{name}") for name in ("_first", "_mixed", "")]
+    assert [run.init_from for run in runs[1:]] == [f"{run.output_dir}/final" for run in runs[:2]]
+    for run, ending in zip(runs, ("", "_mixed", "_mixed"), strict=True):
+        main, things = small_config(f"tokens_sentences{ending}"), small_config("tokens_things")
+        assert (run.tokenizer, run.data, run.auxiliary_data) == (tokenizer, main.output_dir, things.output_dir)
+    grown = Path(runs[0].init_from).parent
+    direct = small_config("direct_sr_sentences")
+    assert Path(direct.init_from) == grown / "direct_sr_transformer"
+    assert (direct.tokenizer, direct.transformer) == (tokenizer, configs["pipeline"]["transformer"])
+    iterative = small_config("iterative_sr_sentences")
+    assert Path(iterative.transformer) == grown / "iterative_sr_transformer" and iterative.tokenizer == tokenizer
+    fine = [small_config(f"tokens_{name}_fine").output_dir for name in ("sentences", "things")]
+    for stage, config in (("direct_sr", direct), ("iterative_sr", iterative)):
+        assert [config.data, config.auxiliary_data] == fine
+        assert configs["pipeline"][f"{stage}_transformer"] == f"{config.output_dir}/final"
     templates = yaml.safe_load((EMOJI / "pipeline_small.yaml").read_text("utf-8"))
     same = ("vqvae", "direct_sr_scheduler", "iterative_sr_scheduler", "styles", "default_style", "whole_pictures")
     assert all(configs["pipeline"][name] == templates[name] for name in same)
@@ -113,10 +124,11 @@ def test_the_large_scope_is_everything():
 
 
 def small_config(name: str):
-    """A config file beside those of the set: the runs of CogLM before its last, and what they read."""
-    script, config_class = CONFIG_CLASSES["tokens" if name.startswith("tokens") else "coglm"]
+    """A config file beside those of the set: other runs of the models, and what they read."""
+    step = next(step for step in ("tokens", "coglm", "direct_sr", "iterative_sr") if name.startswith(step))
+    script, config_class = CONFIG_CLASSES[step]
     arguments = ["--config", str(EMOJI / f"{name}.yaml")]
-    if not name.startswith("tokens"):
+    if step != "tokens":
         arguments += ["--output_dir", f"runs/{name}"]
     return parse_config(getattr(load_script(script), config_class), arguments)
 

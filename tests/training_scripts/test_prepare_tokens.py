@@ -147,17 +147,18 @@ def test_emoji_scenes_of_the_scope_are_encoded_and_drawn_by_the_share_of_singles
         assert torch.equal(vqvae.encode(pixels, 8).tokens[0], tensors["low"][0].long())
 
 
-def test_emoji_scenes_in_sentences_keep_the_templates_for_captioning(run, tokenizer, tmp_path):
+@pytest.mark.parametrize("templates, number", [(None, 5), (3, 7)])
+def test_emoji_scenes_in_sentences_keep_the_templates_for_captioning(run, tokenizer, tmp_path, templates, number):
     scope = Scope(("1f431", "1f42f"), ("noto",), ("blue",), ("single", "pair"))
     scope.save(tmp_path / "scope.json")
     options = {"image_folder": None, "captions": None, "scope": tmp_path / "scope.json", "sentences": 4}
-    run(low_size=24, fine_size=0, batch_size=8, **options)
+    run(low_size=24, fine_size=0, batch_size=8, templates=templates, **options)
     data = TokenData.load(tmp_path / "tokens", tokenizer)
     scenes = [*iterate_scenes(scope, "single", "train"), *iterate_scenes(scope, "pair", "train")]
     for scene, texts, targets in zip(scenes, data.captions, data.targets, strict=True):
         for language in ("en", "zh"):
             requests = [read_caption(text, language).request() for text in texts[language]]
-            assert len(requests) == 5 and all(request.is_met_by(scene) for request in requests)
+            assert len(requests) == number and all(request.is_met_by(scene) for request in requests)
             assert all(read_caption(text, language).compare(scene)["all"] for text in targets[language])
     generator = torch.Generator().manual_seed(0)
     written = {tuple(data.draw_caption(0, generator, to_write=True)) for _ in range(40)}
