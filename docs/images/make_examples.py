@@ -21,7 +21,7 @@ from PIL import Image
 
 DOCS = Path(__file__).resolve().parent.parent
 MOST_BYTES = 60_000  # of a picture; of wide ones as many a pixel as a single one has
-MOST_BYTES_PER_PIXEL = 0.6
+MOST_BYTES_PER_PIXEL = 0.2
 EXAMPLE = re.compile(
     r"<!-- example -->\n```python\n(?P<code>.*?)```\n\n<!-- output -->\n(?P<output>.*?)<!-- /output -->", re.DOTALL
 )
