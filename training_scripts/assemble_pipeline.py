@@ -6,7 +6,8 @@ The model of the demo:
     python training_scripts/assemble_pipeline.py --config training_scripts/emoji/pipeline_small.yaml \
         --output_dir src/cogview_pipelines/demo/models/cogview2-emoji
 A finetuned CogLM, and all else as in the model that it was finetuned from:
-    python training_scripts/assemble_pipeline.py --like MODEL --transformer runs/mine/final --output_dir my_model
+    python training_scripts/assemble_pipeline.py --like MODEL --transformer runs/mine/final --data data/mine \
+        --output_dir my_model
 Without super-resolution:
     python training_scripts/assemble_pipeline.py --tokenizer TOKENIZER --vqvae VQVAE --transformer COGLM \
         --output_dir MODEL
@@ -28,6 +29,8 @@ from cogview_pipelines import (
 )
 from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
 from cogview_pipelines.training.arguments import files_option, json_option, parse_config, read_words, run_script
+from cogview_pipelines.training.data.captions import LANGUAGES
+from cogview_pipelines.training.data.tokens import TokenData
 from cogview_pipelines.training.run_folder import filling
 
 
@@ -63,6 +66,13 @@ class AssembleConfig:
     words_file: str | None = field(
         default=None,
         metadata={"help": "Text file with all words that the model knows: prompts with others are warned about."},
+    )
+    data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Token folder that it was trained on: where the model has a list of all words that it knows, the "
+            "words of these captions are added."
+        },
     )
     dtype: str = field(
         default="float16",
@@ -152,8 +162,14 @@ def main(arguments: list[str] | None = None) -> CogView2Pipeline:
     words = {}
     if config.words_file is not None:
         words["known_words"] = read_words(config.words_file)
+    tokenizer = IcetkTokenizer.from_pretrained(**parts.require("tokenizer"), **words)
+    if config.data is not None:
+        captions = TokenData.load(config.data, tokenizer).captions
+        tokenizer.add_known_words(
+            text for texts in captions for language in LANGUAGES for text in texts.get(language, ())
+        )
     pipeline = CogView2Pipeline(
-        IcetkTokenizer.from_pretrained(**parts.require("tokenizer"), **words),
+        tokenizer,
         parts.model(CogLMModel, "transformer"),
         parts.image_tokenizer(),
         **stages,

@@ -75,7 +75,9 @@ export class Tokenizer {
     const { unknown } = this.tokenize(text);
     if (!this.tables.known_words) return unknown;
     const own = this.#cut(text).filter((part) => !Object.hasOwn(this.tables.added_tokens, part));
-    const words = unknownWords(own.join(" "), this.tables.known_words);
+    const whole = unknownWords(text, this.tables.known_words);
+    const left = unknownWords(own.join(" "), this.tables.known_words);
+    const words = left.filter((word) => whole.some((one) => one.includes(word)));
     return [...words, ...unknown.filter((part) => !words.some((word) => word.includes(fold(part))))];
   }
 
@@ -183,8 +185,9 @@ export class Tokenizer {
 const CHINESE = "\\u3400-\\u9fff\\uf900-\\ufaff";
 const WORD = new RegExp(`[${CHINESE}]+|(?:(?![${CHINESE}])[\\p{L}\\p{N}])+`, "gu");
 
+// Letter by letter: at the end of a whole word, a small sigma would become another one.
 function fold(text) {
-  return text.normalize("NFKC").toUpperCase().toLowerCase();
+  return Array.from(text.normalize("NFKC"), (letter) => letter.toUpperCase().toLowerCase()).join("");
 }
 
 function unknownWords(text, known) {

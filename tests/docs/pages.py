@@ -196,7 +196,13 @@ def check_options(words: list[str]) -> bool:
     if not scripts:
         return False
     path = ROOT / words[scripts[0]]
-    if not re.search("parse_config|parse_args|make_parser|run_to_release", path.read_text(encoding="utf-8")):
+    source = path.read_text(encoding="utf-8")
+    if "typer.run(main)" in source:
+        command = typer.Typer()
+        command.command()(runpy.run_path(str(path))["main"])
+        typer.main.get_command(command).make_context(path.name, words[scripts[0] + 1 :])
+        return True
+    if not re.search("parse_config|parse_args|make_parser|run_to_release", source):
         assert len(words) == scripts[0] + 1, f"{path.name} takes no options"
         return True
     given = ["training_scripts/emoji/coglm_small.yaml" if word == "CONFIG.yaml" else word for word in words]

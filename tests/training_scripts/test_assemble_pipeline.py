@@ -114,7 +114,7 @@ def test_a_direct_stage_of_another_coglm_is_refused(parts, tmp_path):
         )
 
 
-def test_what_no_option_says_is_as_in_the_pipeline_that_it_is_like(parts, tmp_path):
+def test_what_no_option_says_is_as_in_the_pipeline_that_it_is_like(parts, token_folder, tmp_path):
     script = load_script("assemble_pipeline")
     styles = {"none": {"temperature": 0.8}, "painted": {"suffix": " red"}}
     schedulers = {"direct_sr_scheduler": {"step_grid": [[1]], "top_k": 7}, "iterative_sr_scheduler": {"top_k": 9}}
@@ -129,6 +129,11 @@ def test_what_no_option_says_is_as_in_the_pipeline_that_it_is_like(parts, tmp_pa
     assert all(first.config[name] == same.config[name] for name in names)
     assert same.direct_sr_scheduler.config.top_k == first.direct_sr_scheduler.config.top_k
     assert same.tokenizer.unknown_parts("a tiger and") == ["a", "and"]
+    script.main(as_arguments({**like, "data": token_folder, "output_dir": tmp_path / "trained"}))
+    trained = CogView2Pipeline.from_pretrained(tmp_path / "trained").tokenizer
+    lines = (token_folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()
+    caption = json.loads(lines[0])["en"][0]
+    assert same.tokenizer.unknown_parts(caption) and not trained.unknown_parts(f"{caption} tiger")
     assert same.direct_sr_transformer.config.shares_backbone
     own = {"styles": {"plain": {}}, "default_style": "plain", "direct_sr_scheduler": {"step_grid": [[1]], "top_k": 2}}
     script.main(as_arguments({**like, **own, "output_dir": tmp_path / "other"}))

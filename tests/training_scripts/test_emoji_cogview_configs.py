@@ -7,7 +7,6 @@ import torch
 
 from cogview_pipelines import CogViewTokenizer
 from cogview_pipelines.demo import Scope
-from cogview_pipelines.environment import SHIPPED_MODEL
 from cogview_pipelines.training.arguments import parse_config
 from cogview_pipelines.training.data.tokens import TokenData
 
@@ -52,11 +51,20 @@ def test_each_step_takes_what_the_steps_before_leave(configs):
     assert len(Scope.load(FOLDER).concepts) == 12
 
 
-def test_the_models_can_be_built_and_are_at_most_five_megabytes_in_16_bits(configs):
+def test_the_models_can_be_built_and_are_at_most_five_megabytes_in_16_bits(configs, tmp_path):
     tokens = configs["tokens"]
     side = tokens.low_size // 8
     assert tokens.fine_size == 2 * tokens.low_size and side % 4 == 0  # windows begin at a quarter of a picture
-    tokenizer = CogViewTokenizer(SHIPPED_MODEL / "tokenizer" / "ice_text.model", configs["tokenizer"].num_image_tokens)
+    arguments = [
+        "--config",
+        str(FOLDER / "tokenizer.yaml"),
+        "--output_dir",
+        str(tmp_path / "tokenizer"),
+        "--emoji_pairs",
+        "300",
+    ]
+    load_script("train_tokenizer").main(arguments)
+    tokenizer = CogViewTokenizer.from_pretrained(tmp_path / "tokenizer")
     low, fine = torch.zeros(1, side, side).long(), torch.zeros(1, 2 * side, 2 * side).long()
     data = TokenData(low, fine, [{"en": ["a"]}], torch.ones(1), tokenizer.encode)
     with torch.device("meta"):

@@ -113,10 +113,11 @@ def make(args: argparse.Namespace) -> None:
 
 
 def widen(model: str, texts: list[str], folder: Path) -> list[str]:
-    """Save a model with the characters of these texts that it did not know; they are returned."""
+    """Save a model that is to learn the words of these texts; characters that it had no piece for are returned."""
     from cogview_pipelines import CogView2Pipeline
 
     pipe = CogView2Pipeline.from_pretrained(model)
+    pipe.tokenizer.add_known_words(texts)
     unknown = sorted({part for text in texts for part in pipe.tokenizer.unknown_parts(text)})
     pipe.tokenizer.add_tokens(unknown)
     for name, component in pipe.components.items():

@@ -328,7 +328,7 @@ class Job:
         if asked["lora_rank"] is not None:
             return self._join_adapters(asked)
         say("One pipeline of all parts", err=True)
-        options = {"like": self.model, "output_dir": self.part}
+        options = {"like": self.model, "data": self.work / "data", "output_dir": self.part}
         for stage in asked["stages"]:
             options[COMPONENTS[Stage(stage)]] = self.work / stage / "final"
         self._run([sys.executable], "assemble_pipeline.py", options)

@@ -6,7 +6,7 @@ of a SentencePiece model, then tokens of the family's own.
 import functools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -67,6 +67,27 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
         if known_words is not None:
             kwargs["known_words"] = self.known_words
         super().__init__(extra_special_tokens=extra, **special, **kwargs)
+
+    def add_known_words(self, texts: Iterable[str]) -> list[str]:
+        """
+        Say that the model knows the words of these texts now, because it was trained on them.
+
+        Args:
+            texts (iterable of `str`): Such as captions.
+
+        Returns:
+            `list[str]`: The words that were not in the list `known_words` before. Nothing is done, and the list is
+            empty, if there is none: then no word counts as unknown.
+        """
+        if self.known_words is None:
+            return []
+        added: dict[str, None] = {}
+        for text in texts:
+            added.update(dict.fromkeys(self._known_words.unknown(text)))
+        self.known_words += added
+        self.init_kwargs["known_words"] = self.known_words  # what is saved
+        self._known_words = KnownWords(self.known_words)
+        return list(added)
 
     def load_model(self, vocab_file: str | os.PathLike, num_image_tokens: int) -> None:
         """Read the SentencePiece model and check the number of image codes."""
@@ -239,9 +260,10 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
         stripped = dict.fromkeys(part.strip(space) for part in unknown)
         parts = [part for part in stripped if part and part != self.unk_token]
         if self._known_words is not None:
-            # what was added since is known, whatever the list says
+            # A token that was added since is known, whatever the list says, and a word of the list whatever is added.
             own = [part for part in self.tokens_trie.split(text) if not self._is_added(part)]
-            words = self._known_words.unknown(" ".join(own))
+            whole, left = (self._known_words.unknown(one) for one in (text, " ".join(own)))
+            words = [word for word in left if any(word in one for one in whole)]
             parts = words + [part for part in parts if not any(part.casefold() in word for word in words)]
         return parts
 

@@ -47,6 +47,18 @@ def test_words_that_the_model_does_not_know_are_told_and_the_list_is_saved(tmp_p
     assert loaded.encode("a cat") == IcetkTokenizer(MODEL).encode("a cat")
 
 
+def test_words_that_the_model_has_learned_since_are_known_and_saved(tmp_path):
+    tokenizer = IcetkTokenizer(MODEL, known_words=["a", "cat", "猫"])
+    assert tokenizer.add_known_words(["A cat, a dog", "猫和狗", "dogs"]) == ["dog", "和狗", "dogs"]
+    tokenizer.save_pretrained(tmp_path)
+    for one in (tokenizer, IcetkTokenizer.from_pretrained(tmp_path)):
+        assert one.known_words == ["a", "cat", "猫", "dog", "和狗", "dogs"]
+        assert one.unknown_parts("a dog and a cat") == ["and"]
+    tokenizer.add_tokens(["ca"])  # a part of a word of the list
+    assert tokenizer.unknown_parts("a cat") == [] and tokenizer.unknown_parts("a car") == ["r"]
+    assert IcetkTokenizer(MODEL).add_known_words(["a dog"]) == []
+
+
 def test_what_a_text_loses_is_told_part_by_part(released):
     assert released.unknown_parts("") == released.unknown_parts("cat") == []
     assert released.unknown_parts("ꙮꙮ cat ☃ ꙮꙮ") == ["ꙮꙮ", "☃"]
