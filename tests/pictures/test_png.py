@@ -32,15 +32,23 @@ def test_a_prompt_that_looks_like_json_stays_text(tmp_path):
     assert read_metadata(tmp_path / "a.png")["prompt"] == "[1, 2]"
 
 
-def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", ["encode", "replace"])
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, step):
     path = tmp_path / "a.png"
     path.write_bytes(b"old")
 
-    def fail(self, file, **arguments):
+    def fail_to_encode(self, file, **arguments):
         file.write(b"half a picture")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", fail)
+    def fail_to_replace(source, target):
+        assert os.path.exists(source)
+        raise OSError("No space left on device")
+
+    if step == "encode":
+        monkeypatch.setattr(Image.Image, "save", fail_to_encode)
+    else:
+        monkeypatch.setattr(os, "replace", fail_to_replace)
     with pytest.raises(OSError, match="No space left"):
         save_png(Image.new("RGB", (3, 2)), path, METADATA)
     assert path.read_bytes() == b"old"
