@@ -79,7 +79,7 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
             `list[str]`: The words that were not in the list `known_words` before. Nothing is done, and the list is
             empty, if there is none: then no word counts as unknown.
         """
-        if self.known_words is None:
+        if self.known_words is None or self._known_words is None:
             return []
         added: dict[str, None] = {}
         for text in texts:
