@@ -30,7 +30,7 @@ from cogview_pipelines.pictures.png import read_metadata, save_png
 from cogview_pipelines.training.arguments import parse_config, run_script
 from cogview_pipelines.training.data.pictures import PictureFolder, check_pictures
 from cogview_pipelines.training.data.prefetch import image_paths
-from cogview_pipelines.training.data.selection import FITS
+from cogview_pipelines.training.data.selection import FIT_OF_FILES
 from cogview_pipelines.training.losses import load_perceptual_network
 
 
@@ -39,14 +39,7 @@ class EvaluateConfig:
     vqvae: str = field(metadata={"help": "Folder or Hub id of the image tokenizer."})
     image_folder: str = field(metadata={"help": "Folder of pictures that it was not trained on."})
     resolution: int = field(default=256, metadata={"help": "Side of the pictures in pixels."})
-    fit: str = field(
-        default="crop",
-        metadata={
-            "help": "How pictures become squares: crop takes the middle, pad adds white, random takes a section that "
-            "follows from the name of the file.",
-            "choices": list(FITS),
-        },
-    )
+    fit: str = field(default="crop", metadata=FIT_OF_FILES)
     save: str | None = field(
         default=None,
         metadata={"help": "Folder for the pictures as the image tokenizer gives them back: PNG, named as they are."},

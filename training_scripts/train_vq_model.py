@@ -38,7 +38,7 @@ from cogview_pipelines.training.data.chances import WeightedIndex
 from cogview_pipelines.training.data.draws import Draw, draw_index, seeded_generator
 from cogview_pipelines.training.data.pictures import PictureFolder, PicturePool, check_pictures, to_bytes
 from cogview_pipelines.training.data.prefetch import image_paths
-from cogview_pipelines.training.data.selection import FITS
+from cogview_pipelines.training.data.selection import FIT_OF_FILES
 from cogview_pipelines.training.loop import train
 from cogview_pipelines.training.losses import content_weights, load_perceptual_network, reconstruction_loss
 from cogview_pipelines.training.processes import load_model, make_model_once, start_processes
@@ -53,14 +53,7 @@ class VQTrainConfig(TrainConfig):
         default=False,
         metadata={"help": "Leave out pictures that cannot be read, with a warning, instead of stopping at the start."},
     )
-    fit: str = field(
-        default="crop",
-        metadata={
-            "help": "How pictures become squares: crop takes the middle, pad adds white, random takes a section that "
-            "follows from the name of the file.",
-            "choices": list(FITS),
-        },
-    )
+    fit: str = field(default="crop", metadata=FIT_OF_FILES)
     validation_data: str | None = field(
         default=None,
         metadata={

@@ -14,6 +14,11 @@ from .draws import derived_seed
 from .inputs import PictureRow
 
 FITS = ("crop", "pad", "random")
+FIT_OF_FILES = {  # what an option of a script says, where pictures are known by their names
+    "help": "How pictures become squares: crop takes the middle, pad adds white, random takes a section that follows "
+    "from the name of the file.",
+    "choices": list(FITS),
+}
 # What is counted, and how it is told.
 REASONS = {
     "unusable": "rows whose picture or captions cannot be read",
