@@ -5,6 +5,7 @@ Passes and time of the first stage, one by one and with several positions at onc
     python benchmarks/bench_parallel_decoding.py                              # the shipped model, its presets
     python benchmarks/bench_parallel_decoding.py --settings temperature3 --num 20 --windows 32,default
     python benchmarks/bench_parallel_decoding.py --dtype bfloat16 --no-fused --num 200 --windows 32
+    python benchmarks/bench_parallel_decoding.py --num 50 --windows 32 --code-order similarity
     python benchmarks/bench_parallel_decoding.py --case width                 # a pass over W positions against one
 
 Prompts are captions of held-out pairs of the demo data, half of them in each language, one picture at a time. `passes`
@@ -12,9 +13,12 @@ counts the passes of the model over new tokens; the first token follows from the
 process, on all of its threads (`cpu_seconds`), and of the clock. The window `default` is 32 at most, and narrowed on a
 CPU where hardly a guess holds. With `--no-fused`, steps run operation by operation, as wherever there is no kernel for
 them: there, tokens in 16 bits may differ from those written one by one where two are nearly tied, in
-`share_of_differing_pictures`.
+`share_of_differing_pictures`. `--code-order similarity` numbers clusters, and codes inside of them, along the first
+principal component of their vectors: a study of whether more guesses hold if a draw that shifts lands on a similar
+code.
 """
 
+import functools
 import json
 import statistics
 import time
@@ -56,11 +60,42 @@ class Settings(str, Enum):
     temperature3 = "temperature3"
 
 
+class CodeOrder(str, Enum):
+    """How codes and clusters are numbered where one is drawn."""
+
+    number = "number"
+    similarity = "similarity"
+
+
 class DType(str, Enum):
     """Number formats of the weights."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
+
+
+def along_first_component(vectors: torch.Tensor) -> torch.Tensor:
+    """Places of `(n, dim)` vectors along their first principal component: `(n,)`."""
+    centred = vectors - vectors.mean(0)
+    return centred @ torch.linalg.svd(centred, full_matrices=False).Vh[0]
+
+
+class BySimilarity(CogView2Pipeline):
+    """Draws from the same distributions, with clusters and codes in an order of similarity."""
+
+    def _cluster_sampler(self, settings):
+        sampler, labels = super()._cluster_sampler(settings), self.vqvae.cluster_labels
+        vectors = self.vqvae.quantize.embed.weight.detach().float()
+        numbers = labels.unique()
+        centres = torch.stack([vectors[labels == cluster].mean(0) for cluster in numbers])
+        places = torch.zeros(len(vectors), device=vectors.device)
+        for cluster in numbers:
+            places[labels == cluster] = along_first_component(vectors[labels == cluster])
+        rank = along_first_component(centres).argsort().argsort()
+        renumbered = numbers[rank][torch.searchsorted(numbers, labels)]
+        codes = places.argsort(stable=True)
+        ordered = functools.partial(sampler, cluster_labels=renumbered[codes])
+        return lambda logits, noise: codes[ordered(logits[..., codes], noise)]
 
 
 def draft(pipe: CogView2Pipeline, prompt: str, seed: int, settings: dict) -> tuple[torch.Tensor, int, float, float]:
@@ -80,12 +115,9 @@ def draft(pipe: CogView2Pipeline, prompt: str, seed: int, settings: dict) -> tup
 
 
 def measure_passes(
-    model: Path, device: str, dtype: torch.dtype, windows: list[str], settings: dict, num: int, fused: bool = True
+    pipe: CogView2Pipeline, scope: Scope, windows: list[str], settings: dict, num: int, fused: bool = True
 ) -> dict:
     """Of every window: passes and seconds a picture, and the share of pictures whose tokens differ from one by one."""
-    pipe = CogView2Pipeline.from_pretrained(model, dtype=dtype).to(device)
-    pipe.set_progress_bar_config(disable=True)
-    scope = Scope.load(model)
     cases = {lang: choose_cases(scope, "test_pair", lang, -(-num // 2)) for lang in ("en", "zh")}
     results: dict[str, dict] = {}
     expected: dict[tuple[str, int], torch.Tensor] = {}
@@ -154,6 +186,9 @@ def main(
     hidden_size: int = typer.Option(1024, help="`width`: of the random weights, a multiple of 64."),
     num_layers: int = typer.Option(12, help="`width`: of the random weights."),
     fused: bool = typer.Option(True, help="On a CPU, all of a step in one kernel where there is one."),
+    code_order: CodeOrder = typer.Option(
+        CodeOrder.number, help="`passes`: how codes are numbered where one is drawn."
+    ),
 ) -> None:
     """Measure how many passes pictures take."""
     sizes = windows.split(",")
@@ -162,8 +197,11 @@ def main(
     number_format = getattr(torch, dtype.value)
     result = {"benchmark": f"parallel_decoding_{case.value}", **stamp(device), "dtype": dtype.value}
     if case is Case.passes:
-        result |= {"settings": settings.value, "num_prompts": num, "fused": fused}
-        result["windows"] = measure_passes(model, device, number_format, sizes, SETTINGS[settings.value], num, fused)
+        result |= {"settings": settings.value, "num_prompts": num, "fused": fused, "code_order": code_order.value}
+        kind = CogView2Pipeline if code_order is CodeOrder.number else BySimilarity
+        pipe = kind.from_pretrained(model, dtype=number_format).to(device)
+        pipe.set_progress_bar_config(disable=True)
+        result["windows"] = measure_passes(pipe, Scope.load(model), sizes, SETTINGS[settings.value], num, fused)
     else:
         result |= measure_width(device, number_format, [int(size) for size in sizes], hidden_size, num_layers)
     print(json.dumps(result))

@@ -4,12 +4,13 @@ How near making token shards comes to the speed of the image tokenizer alone: bo
 
     python benchmarks/bench_prepare_tokens.py --vqvae MODEL/vqvae --low-size 160 --fine-size 480 --device cuda
     python benchmarks/bench_prepare_tokens.py                             # the shipped model, on a CPU
-    python benchmarks/bench_prepare_tokens.py --released --num-pictures 32 --batch-size 4
+    python benchmarks/bench_prepare_tokens.py --released --num-pictures 2 --num-tars 1 --batch-size 1   # many minutes
 
 Pictures are made up: JPEG files of smooth random colours, with a sentence each, in WebDataset tars. The tokenizer
 alone encodes batches of the same size that lie on the device, of both sizes, as often as there are pictures; what
-prepare_tokens.py does beside it is reading tars, decoding, scaling, copying, and writing shards. Memory is the most
-that the process has held.
+prepare_tokens.py does beside it is reading tars, decoding, scaling, copying, and writing shards. `share` compares
+rates by the clock, `share_of_cpu_seconds` the computing time of the process (on a CPU; other programs hardly change
+it). Memory is the most that the process has held.
 """
 
 import importlib.util
@@ -46,18 +47,30 @@ def write_tars(folder: Path, num_pictures: int, num_tars: int, side: int) -> Non
                     tar.addfile(info, io.BytesIO(content))
 
 
-def encode_alone(vqvae, sizes: list[int], batch_size: int, num_pictures: int, rate: int, device: str) -> float:
-    """Pictures a second of the tokenizer."""
+class Watch:
+    """Seconds since it was made: of the clock, and that the process computed."""
+
+    def __init__(self):
+        self.started = time.perf_counter(), time.process_time()
+
+    def read(self) -> tuple[float, float]:
+        return time.perf_counter() - self.started[0], time.process_time() - self.started[1]
+
+
+def encode_alone(
+    vqvae, sizes: list[int], batch_size: int, num_pictures: int, rate: int, device: str
+) -> tuple[float, float]:
+    """Seconds a picture of the tokenizer: of the clock, and computed."""
     import torch
 
     batches = [torch.rand(batch_size, 3, size, size, device=device) for size in sizes]
     for warm in (True, False):
-        started = time.perf_counter()
+        watch = Watch()
         for _ in range(1 if warm else -(-num_pictures // batch_size)):
             for pixels in batches:
                 tokens = vqvae.encode(pixels, rate).tokens
             tokens.cpu()
-    return -(-num_pictures // batch_size) * batch_size / (time.perf_counter() - started)
+    return tuple(seconds / (-(-num_pictures // batch_size) * batch_size) for seconds in watch.read())
 
 
 def main(
@@ -101,12 +114,13 @@ def main(
         options |= {"compression_rate": compression_rate, "batch_size": batch_size, "data_workers": data_workers}
         options |= {"device": device, "output_dir": Path(folder) / "shards"}
         config = script.PrepareConfig(**{k: str(v) if isinstance(v, Path) else v for k, v in options.items()})
-        started = time.perf_counter()
+        watch = Watch()
         script.prepare_shards(config, model, {"low": low_size, "fine": fine_size}, None)
-        made = num_pictures // num_tars * num_tars / (time.perf_counter() - started)
+        made = [seconds / (num_pictures // num_tars * num_tars) for seconds in watch.read()]
         alone.append(encode_alone(model, sizes, batch_size, num_pictures, compression_rate, device))
-    mean = sum(alone) / 2
-    report = {"encoded_per_second": round(mean, 2), "made_per_second": round(made, 2), "share": round(made / mean, 3)}
+    clock, computed = (sum(seconds) / 2 for seconds in zip(*alone))
+    report = {"encoded_per_second": round(1 / clock, 4), "made_per_second": round(1 / made[0], 4)}
+    report |= {"share": round(clock / made[0], 3), "share_of_cpu_seconds": round(computed / made[1], 3)}
     report["resident_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
     report["released_size"] = released
     options = {"sizes": sizes, "num_pictures": num_pictures, "batch_size": batch_size, "data_workers": data_workers}

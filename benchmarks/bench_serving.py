@@ -4,11 +4,21 @@ A server with many clients, one picture each: requests computed together against
 
     python benchmarks/bench_serving.py --device cpu
     python benchmarks/bench_serving.py --model FOLDER --device cuda --dtype bfloat16 --clients 20 --json
+    git worktree add /tmp/before COMMIT     # another state of this repository, with its kernels built, if it has any
+    python benchmarks/bench_serving.py --against /tmp/before --json
+
+With `--against`, the server of another state of the repository is measured in the same turns: it serves the model that
+it ships, as it does by default.
 """
 
 import concurrent.futures
+import contextlib
 import json
+import os
+import re
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from enum import Enum
@@ -17,6 +27,7 @@ from pathlib import Path
 import httpx
 import torch
 import typer
+from checkouts import revision
 
 from cogview_pipelines import CogView2Pipeline
 from cogview_pipelines.environment import SHIPPED_MODEL, stamp
@@ -35,7 +46,20 @@ class DType(str, Enum):
     float16 = "float16"
 
 
-class Running:
+class Client:
+    """What asks a server at `url`."""
+
+    url: str
+
+    def ask(self, number: int) -> tuple[float, str]:
+        """Seconds that a client waits, and its picture."""
+        body = {"prompt": PROMPTS[number % len(PROMPTS)], "seed": number}
+        start = time.perf_counter()
+        answer = httpx.post(f"{self.url}/v1/images/generations", json=body, timeout=3600).raise_for_status()
+        return time.perf_counter() - start, answer.json()["data"][0]["b64_json"]
+
+
+class Running(Client):
     """A server on a free port of this machine."""
 
     def __init__(self, pipe: CogView2Pipeline, clients: int, batch_size: int):
@@ -55,17 +79,37 @@ class Running:
         self.thread.join()
         self.socket.close()
 
-    def ask(self, number: int) -> tuple[float, str]:
-        """Seconds that a client waits, and its picture."""
-        body = {"prompt": PROMPTS[number % len(PROMPTS)], "seed": number}
-        start = time.perf_counter()
-        answer = httpx.post(f"{self.url}/v1/images/generations", json=body, timeout=3600).raise_for_status()
-        return time.perf_counter() - start, answer.json()["data"][0]["b64_json"]
+
+class Checkout(Client):
+    """The server of another state of the repository, with the model that it ships; a process of its own."""
+
+    def __init__(self, checkout: Path, clients: int, device: str, dtype: str):
+        self.command = [sys.executable, "-c", "from cogview_pipelines.cli import app; app()", "serve", "--port", "0"]
+        self.command += ["--no-page", "--queue-limit", str(clients), "--job-timeout", "3600"]
+        self.command += ["--device", device, "--dtype", dtype]
+        self.environment = {**os.environ, "PYTHONPATH": str(checkout.resolve() / "src")}
+
+    def __enter__(self) -> "Checkout":
+        self.process = subprocess.Popen(
+            self.command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        lines = []
+        for line in self.process.stderr:
+            lines.append(line)
+            if found := re.search(r"http://127\.0\.0\.1:\d+", line):
+                self.url = found[0]
+                threading.Thread(target=self.process.stderr.read, daemon=True).start()  # a full pipe would stop it
+                return self
+        sys.exit(f"The other server ended:\n{''.join(lines[-20:])}")
+
+    def __exit__(self, *error) -> None:
+        self.process.terminate()
+        self.process.wait()
 
 
-def measure(pipe: CogView2Pipeline, clients: int, batch_size: int) -> tuple[float, list[float], list[str]]:
+def measure(server: contextlib.AbstractContextManager[Client], clients: int) -> tuple[float, list[float], list[str]]:
     """Seconds until all clients have their pictures, seconds that each waits, and the pictures."""
-    with Running(pipe, clients, batch_size) as running, concurrent.futures.ThreadPoolExecutor(clients) as pool:
+    with server as running, concurrent.futures.ThreadPoolExecutor(clients) as pool:
         running.ask(0)  # the first one loads libraries
         start = time.perf_counter()
         answers = list(pool.map(running.ask, range(clients)))
@@ -80,15 +124,22 @@ def main(
     clients: int = typer.Option(20, min=1, help="Clients that ask at once, for a picture each."),
     batch_size: int = typer.Option(8, min=2, help="Pictures that are computed together."),
     repeats: int = typer.Option(3, min=1, help="Times that each way is measured."),
+    against: Path = typer.Option(None, help="Checkout whose server is measured, too."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON line."),
 ) -> None:
     """Measure what batches save."""
     pipe = CogView2Pipeline.from_pretrained(model, dtype=getattr(torch, dtype.value)).to(device)
-    turns = [{size: measure(pipe, clients, size) for size in (batch_size, 1)} for _ in range(repeats)]
-    pictures = [turn[size][2] for turn in turns for size in turn]
+    servers = {
+        "batched": lambda: Running(pipe, clients, batch_size),
+        "one_by_one": lambda: Running(pipe, clients, 1),
+    }
+    if against:
+        servers["before"] = lambda: Checkout(against, clients, device, dtype.value)
+    turns = [{name: measure(make(), clients) for name, make in servers.items()} for _ in range(repeats)]
+    pictures = [turn[name][2] for turn in turns for name in ("batched", "one_by_one")]
 
-    def median(size: int, number) -> float:
-        return statistics.median(number(turn[size]) for turn in turns)
+    def median(number) -> float:
+        return statistics.median(number(turn) for turn in turns)
 
     result = {
         "benchmark": "serving",
@@ -97,13 +148,16 @@ def main(
         "clients": clients,
         "batch_size": batch_size,
         "repeats": repeats,
-        "seconds_batched": median(batch_size, lambda found: found[0]),
-        "seconds_one_by_one": median(1, lambda found: found[0]),
-        "mean_wait_batched": median(batch_size, lambda found: statistics.fmean(found[1])),
-        "mean_wait_one_by_one": median(1, lambda found: statistics.fmean(found[1])),
-        "times_faster": statistics.median(turn[1][0] / turn[batch_size][0] for turn in turns),
-        "pictures_that_differ": sum(len(set(same)) > 1 for same in zip(*pictures)),
     }
+    for name in servers:
+        result[f"seconds_{name}"] = round(median(lambda turn: turn[name][0]), 2)  # noqa: B023 - called at once
+    for name in servers:
+        result[f"mean_wait_{name}"] = round(median(lambda turn: statistics.fmean(turn[name][1])), 2)  # noqa: B023
+    result["times_faster"] = round(median(lambda turn: turn["one_by_one"][0] / turn["batched"][0]), 3)
+    if against:
+        result["compared_with"] = revision(against)
+        result["times_faster_than_before"] = round(median(lambda turn: turn["before"][0] / turn["batched"][0]), 3)
+    result["pictures_that_differ"] = sum(len(set(same)) > 1 for same in zip(*pictures))
     if as_json:
         print(json.dumps(result))
     else:

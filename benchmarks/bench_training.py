@@ -39,6 +39,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from checkouts import revision
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -386,12 +387,6 @@ def compare(options: argparse.Namespace) -> dict:
         ratios = [before[key] / after[key] for before, after in zip(taken["before"], taken["after"])]
         line[f"speedup_in_{key}"] = statistics.median(ratios)
     return line
-
-
-def revision(checkout: Path) -> str | None:
-    """The commit of a checkout, where git knows it."""
-    found = subprocess.run(["git", "-C", checkout, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return found.stdout.strip() or None
 
 
 def main(arguments: list[str] | None = None) -> None:
