@@ -146,6 +146,21 @@ def test_a_tracker_is_told_once_what_the_metrics_say(options, tmp_path, count, s
     assert end == {"finished": True}
 
 
+def test_tensorboard_shows_what_the_metrics_say(options, token_folder, tmp_path):
+    """The real one, of shared-out weights, with validation on the way."""
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    more = {"validation_data": token_folder, "validation_samples": 8, "evaluate_every_steps": 2}
+    more |= {"max_steps": 4, "log_every_steps": 2, "log_with": "tensorboard", "sharding": "full"}
+    arguments = options("train_coglm", "run", batch_size=2, **more)
+    assert all(launch(2, run_script, "train_coglm", arguments))
+    (events,) = (tmp_path / "run/logs").rglob("events.out.tfevents.*.0")
+    shown = reading.EventAccumulator(str(events)).Reload()
+    for name in ("loss", "validation_loss"):
+        lines = [line for line in metrics(tmp_path / "run") if name in line]
+        assert [event.step for event in shown.Scalars(name)] == [line["step"] for line in lines] == [2, 4]
+        assert [event.value for event in shown.Scalars(name)] == pytest.approx([line[name] for line in lines])
+
+
 def error_of(gradients, exact):
     """The largest error of a parameter's gradient, relative to its norm."""
     assert gradients.keys() == exact.keys() and exact

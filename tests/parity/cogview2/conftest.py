@@ -20,12 +20,14 @@ from ..comparing import (  # noqa: F401 (the tests take them from here)
     CLEAR_MARGIN,
     LOGITS_TOLERANCE,
     assert_close,
+    assert_logits,
     assert_same,
     assert_same_decisions,
     bools,
     cases,
     longs,
     run,
+    stored,
 )
 
 ROOT = Path(__file__).parents[3]
