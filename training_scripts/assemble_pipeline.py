@@ -29,7 +29,6 @@ from cogview_pipelines import (
 )
 from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
 from cogview_pipelines.training.arguments import files_option, json_option, parse_config, read_words, run_script
-from cogview_pipelines.training.data.captions import LANGUAGES
 from cogview_pipelines.training.data.tokens import TokenData
 from cogview_pipelines.training.run_folder import filling
 
@@ -164,10 +163,7 @@ def main(arguments: list[str] | None = None) -> CogView2Pipeline:
         words["known_words"] = read_words(config.words_file)
     tokenizer = IcetkTokenizer.from_pretrained(**parts.require("tokenizer"), **words)
     if config.data is not None:
-        captions = TokenData.load(config.data, tokenizer).captions
-        tokenizer.add_known_words(
-            text for texts in captions for language in LANGUAGES for text in texts.get(language, ())
-        )
+        tokenizer.add_known_words(TokenData.load(config.data, tokenizer).texts())
     pipeline = CogView2Pipeline(
         tokenizer,
         parts.model(CogLMModel, "transformer"),

@@ -141,9 +141,9 @@ def add_new_token(config: CogLMTrainConfig, tokenizer: IcetkTokenizer) -> None:
     tokenizer.add_tokens([config.new_token])
 
 
-def saving(config: CogLMTrainConfig):
-    """What saves the trained model: all of it, or what was learned beside it."""
-    save_adapter = config.saving("transformer")
+def saving(config: CogLMTrainConfig, words: list[str]):
+    """What saves the trained model: all of it, or what was learned beside it, such as an adapter and these words."""
+    save_adapter = config.saving("transformer", words)
     if config.new_token is None:
         return save_adapter
 
@@ -299,7 +299,7 @@ def main(arguments: list[str] | None = None) -> CogLMModel | None:
         functools.partial(compute_loss, model.config.num_image_tokens, config.text_loss_weight),
         functools.partial(loss_weight, model.config.num_image_tokens, config.text_loss_weight),
         None if vqvae is None else functools.partial(make_samples, config, vqvae, data),
-        save=saving(config),
+        save=saving(config, config.learned_words(data, tokenizer)),
         validation=config.validation_batches(
             tokenizer,
             functools.partial(make_batch, config, model.config, tokenizer),

@@ -323,6 +323,7 @@ def main(arguments: list[str] | None = None) -> CogViewModel | None:
     vqvae = None
     if config.vqvae is not None:
         vqvae = load_image_tokenizer(config.vqvae, dtype=torch.float32).eval()
+    words = config.learned_words(data, tokenizer) if config.component == "transformer" else []
     trained = train(
         config,
         model,
@@ -330,7 +331,7 @@ def main(arguments: list[str] | None = None) -> CogViewModel | None:
         functools.partial(compute_loss, model.config.num_image_tokens),
         loss_weight,
         None if vqvae is None else functools.partial(make_samples, config, vqvae, data),
-        save=config.saving(config.component),
+        save=config.saving(config.component, words),
         validation=config.validation_batches(
             tokenizer, functools.partial(make_batch, config, model.config), functools.partial(draw_kind, config)
         ),

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from cogview_pipelines import CogView2Pipeline
+from cogview_pipelines import CogView2Pipeline, IcetkTokenizer
 from cogview_pipelines.cli import app, finetune
 from cogview_pipelines.environment import SHIPPED_MODEL
 
@@ -101,6 +101,25 @@ def test_an_adapter_is_one_file_for_all_stages_and_leaves_the_model_alone(run, m
     pipe.load_lora_weights(tmp_path / "mine")
     assert [*pipe.get_list_adapters()] == ["transformer", "iterative_sr_transformer"]
     assert not torch.equal(draw(pipe), plain)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "model"])
+@pytest.mark.parametrize("stage, is_learned", [("coglm", True), ("iterative-sr", False)])
+def test_words_of_the_captions_are_known_where_coglm_was_trained(
+    kind, stage, is_learned, run, model, tokenizer, tmp_path
+):
+    pipe = CogView2Pipeline.from_pretrained(model)
+    tokenizer.save_pretrained(tmp_path / "words")
+    pipe.tokenizer = IcetkTokenizer.from_pretrained(tmp_path / "words", known_words=["a", "red", "car"])
+    pipe.save_pretrained(tmp_path / "model")
+    rank = ["--lora-rank", "2"] if kind == "adapter" else []
+    result = run("--stage", stage, "--model", str(tmp_path / "model"), "--steps", "1", *rank)
+    assert result.exit_code == 0, (result.output, result.exception)
+    made = CogView2Pipeline.from_pretrained(tmp_path / ("model" if rank else "mine"))
+    if rank:
+        assert made.tokenizer.unknown_parts("a green car") == ["green"]
+        made.load_lora_weights(tmp_path / "mine")
+    assert made.tokenizer.unknown_parts("a green car") == ([] if is_learned else ["green"])
 
 
 def test_the_same_command_goes_on_where_it_was_stopped(run, tmp_path, monkeypatch):

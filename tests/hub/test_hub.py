@@ -183,7 +183,8 @@ ADAPTER = """
 import json, sys, tempfile
 from pathlib import Path
 import torch
-from cogview_pipelines import CogView2Pipeline
+from cogview_pipelines import CogView2Pipeline, IcetkTokenizer
+from cogview_pipelines.loaders.lora_files import read_lora, write_lora
 from tests.hub.programs import call
 from tests.loaders.conftest import random_adapter
 from tests.pipelines.conftest import build
@@ -191,9 +192,12 @@ from tests.utils import make_tokenizer
 
 def push():
     folder = Path(tempfile.mkdtemp())
-    pipe = build(make_tokenizer(folder), shares_backbone=True)
+    make_tokenizer(folder).save_pretrained(folder)
+    pipe = build(IcetkTokenizer.from_pretrained(folder, known_words=["a", "tiger"]), shares_backbone=True)
     pipe.push_to_hub("someone/base")
-    random_adapter({name: getattr(pipe, name) for name in ("transformer", "direct_sr_transformer")}, folder / "a")
+    models = {name: getattr(pipe, name) for name in ("transformer", "direct_sr_transformer")}
+    weights, configs, _ = read_lora(random_adapter(models, folder / "a"), [*models])
+    write_lora(folder / "a", weights, configs, known_words=["red"])
     pipe.load_lora_weights(folder / "a", "style")
     pipe.push_adapter_to_hub("someone/style", base_model="someone/base", prompt="a tree")
     whole = call(pipe)
@@ -204,13 +208,17 @@ def push():
 def load():
     from huggingface_hub import ModelCard
     pipe = CogView2Pipeline.from_pretrained("someone/base")
+    unknown = [pipe.tokenizer.unknown_parts("a red tiger")]
     pipe.load_lora_weights("someone/style")
+    unknown.append(pipe.tokenizer.unknown_parts("a red tiger"))
     card = ModelCard.load("someone/style")
     example = card.text.split("```python\\n")[1].split("```")[0]
     names = {}
     exec(example, names)
     saved = CogView2Pipeline.from_pretrained("someone/with-style")
-    return {"same": [call(pipe), call(saved)], "card": card.data.to_dict(), "size": names["image"].size}
+    unknown.append(saved.tokenizer.unknown_parts("a red tiger"))
+    results = {"same": [call(pipe), call(saved)], "card": card.data.to_dict(), "size": names["image"].size}
+    return {**results, "unknown": unknown}
 
 print(json.dumps({"push": push, "load": load}[sys.argv[1]]()))
 """
@@ -223,3 +231,4 @@ def test_an_adapter_is_pushed_with_a_card_and_loaded_by_its_id(hub):
     assert loaded["card"]["base_model"] == "someone/base"
     assert {"lora", "cogview_pipelines", "CogView2Pipeline"} <= set(loaded["card"]["tags"])
     assert loaded["size"] == [96, 96]  # the example runs as it stands
+    assert loaded["unknown"] == [["red"], [], []]

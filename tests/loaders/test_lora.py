@@ -11,9 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from cogview_pipelines import CogView2CaptionPipeline, CogView2Pipeline, CogView2UpscalePipeline
+from cogview_pipelines import CogView2CaptionPipeline, CogView2Pipeline, CogView2UpscalePipeline, IcetkTokenizer
 from cogview_pipelines.generation import decoders
 from cogview_pipelines.generation.decoders import fused_decoding_refusals
+from cogview_pipelines.loaders.lora_files import read_lora, write_lora
 from cogview_pipelines.models.adapters import adapter_layers
 
 from ..pipelines.conftest import build
@@ -417,6 +418,90 @@ print(pipe("a cat", generator=torch.Generator().manual_seed(1), output_type="lat
     assert result.returncode == 0, result.stderr
     pipe.load_lora_weights(adapters["all"], "style")
     assert json.loads(result.stdout.splitlines()[-1]) == draw(pipe).flatten().tolist()
+
+
+# Words ---------------------------------------------------------------------------------------------------------------
+
+PROMPT = "a red tiger, 红色老虎"
+
+
+@pytest.fixture
+def worded(tokenizer, tmp_path):
+    """A pipeline that knows some words, and the folder of an adapter that knows two more."""
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    pipe = build(IcetkTokenizer.from_pretrained(tmp_path / "tokenizer", known_words=["a", "tiger", "老虎"]))
+    path = random_adapter({stage: getattr(pipe, stage) for stage in STAGES}, tmp_path / "warm")
+    weights, configs, words = read_lora(path, list(STAGES))
+    assert words == []
+    write_lora(tmp_path / "warm", weights, configs, known_words=["red", "红色"])
+    return pipe, tmp_path / "warm"
+
+
+def test_words_of_an_adapter_are_known_as_long_as_it_counts(worded, adapters):
+    pipe, folder = worded
+    unknown = pipe.tokenizer.unknown_parts
+    assert unknown(PROMPT) == ["red", "红色"]
+    for remove in (pipe.unload_lora_weights, lambda: pipe.delete_adapters("warm")):
+        pipe.load_lora_weights(folder, "warm")
+        assert unknown(PROMPT) == []
+        assert pipe.tokenizer.known_words == ["a", "tiger", "老虎"]
+        remove()
+        assert unknown(PROMPT) == ["red", "红色"]
+    pipe.load_lora_weights(folder, "warm")
+    pipe.load_lora_weights(adapters["all"], "other")
+    assert unknown(PROMPT) == []
+    chosen = (lambda: pipe.set_adapters("other"), lambda: pipe.set_adapters("warm"))
+    for off, on in (chosen, (pipe.disable_lora, pipe.enable_lora)):
+        off()
+        assert unknown(PROMPT) == ["red", "红色"]
+        on()
+        assert unknown(PROMPT) == []
+    upscale = CogView2UpscalePipeline.from_pipe(pipe)
+    upscale.set_adapters("other")  # which does not touch the words of CogLM's adapters
+    CogView2CaptionPipeline.from_pipe(pipe).delete_adapters("warm")
+    assert unknown(PROMPT) == ["red", "红色"]
+
+
+def test_words_of_an_adapter_are_saved_with_it(worded, tmp_path):
+    pipe, folder = worded
+    pipe.load_lora_weights(folder, "warm")
+    pipe.save_adapter(tmp_path / "again", "warm")
+    assert read_lora(tmp_path / "again", list(STAGES)).known_words == ["red", "红色"]
+    pipe.save_pretrained(tmp_path / "pipeline")
+    loaded = CogView2Pipeline.from_pretrained(tmp_path / "pipeline")
+    assert loaded.tokenizer.unknown_parts(PROMPT) == []
+    loaded.unload_lora_weights()
+    assert loaded.tokenizer.unknown_parts(PROMPT) == ["red", "红色"]
+
+
+@pytest.mark.parametrize("unload", [False, True], ids=["loaded", "unloaded"])
+def test_words_of_a_fused_adapter_are_those_of_the_model(worded, unload, tmp_path):
+    pipe, folder = worded
+    pipe.load_lora_weights(folder, "warm")
+    pipe.fuse_lora()
+    assert pipe.tokenizer.unknown_parts(PROMPT) == []
+    if unload:
+        pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "pipeline")
+    for each in (pipe, CogView2Pipeline.from_pretrained(tmp_path / "pipeline")):
+        assert each.tokenizer.known_words == ["a", "tiger", "老虎", "red", "红色"]
+        assert each.tokenizer.unknown_parts(PROMPT) == []
+    if not unload:
+        pipe.unfuse_lora()
+        assert pipe.tokenizer.unknown_parts(PROMPT) == []
+        pipe.unload_lora_weights()
+        assert pipe.tokenizer.known_words == ["a", "tiger", "老虎"]
+        assert pipe.tokenizer.unknown_parts(PROMPT) == ["red", "红色"]
+
+
+@pytest.mark.parametrize("words", ['"warm"', "[1]", "{", "[" * 100_000])
+def test_words_that_are_no_list_of_texts_are_refused(worded, words, tmp_path):
+    pipe, folder = worded
+    file = folder / "pytorch_lora_weights.safetensors"
+    save_file(load_file(file), tmp_path / "bad.safetensors", {"known_words": words})
+    with pytest.raises(ValueError, match="damaged"):
+        pipe.load_lora_weights(tmp_path / "bad.safetensors")
+    assert pipe.get_list_adapters() == {} and pipe.tokenizer.unknown_parts(PROMPT) == ["red", "红色"]
 
 
 # Weights that are not plain ------------------------------------------------------------------------------------------

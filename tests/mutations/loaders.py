@@ -19,6 +19,13 @@ MUTATIONS = [
         f"{TESTS}::test_a_pipeline_saved_with_an_adapter_says_so_and_loads_with_it",
     ),
     Mutation(
+        "adapters: words of one that does not count are known",
+        "loaders/lora.py",
+        "adapters.adapter_words(model, adapters.active_adapters(model))",
+        "adapters.adapter_words(model, adapters.adapter_names(model))",
+        f"{TESTS}::test_words_of_an_adapter_are_known_as_long_as_it_counts",
+    ),
+    Mutation(
         "adapters: a pickle is read",
         "loaders/lora_files.py",
         'if path.suffix != ".safetensors":',

@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cogview_pipelines import CogLMCanvasModel, CogLMModel
+from cogview_pipelines import CogLMCanvasModel, CogLMModel, IcetkTokenizer
 from cogview_pipelines.loaders.lora_files import WEIGHT_NAME, read_lora
 from cogview_pipelines.models.adapters import load_adapter
+from cogview_pipelines.training.data.tokens import TokenData
 
 from ..utils import FINE_GRID, make_coglm, token_config
 from .conftest import WINDOWS, as_arguments, load_script, metrics
@@ -56,7 +57,8 @@ def run(stages, token_folder, tokenizer_folder, tmp_path):
 def test_only_the_adapter_is_trained_and_saved(script, run, stages):
     model, folder = run(script)
     assert [path.name for path in (folder / "final").iterdir()] == [WEIGHT_NAME]
-    weights, configs = read_lora(folder / "final", [*STAGES.values()])
+    weights, configs, words = read_lora(folder / "final", [*STAGES.values()])
+    assert words == []  # the tokenizer has no list of those that the model knows
     part = STAGES[script]
     assert list(weights) == [part] and configs[part]["r"] == 4
     assert len(weights[part]) % 2 == 0 and len(weights[part]) >= 16
@@ -89,9 +91,20 @@ def test_a_resumed_run_has_the_losses_of_the_whole_one_and_its_checkpoints_hold_
 
 def test_layers_and_alpha_can_be_chosen(run):
     _, folder = run("train_coglm", lora_target_modules=["query_key_value"], lora_alpha=8, lora_dropout=0.1)
-    weights, configs = read_lora(folder / "final", ["transformer"])
+    weights, configs, _ = read_lora(folder / "final", ["transformer"])
     assert {name.rsplit(".", 3)[-3].rpartition(".")[2] for name in weights["transformer"]} == {"query_key_value"}
     assert configs["transformer"]["lora_alpha"] == 8 and configs["transformer"]["lora_dropout"] == 0.1
+
+
+def test_an_adapter_of_coglm_brings_the_words_that_it_has_learned(run, tokenizer_folder, token_folder, tmp_path):
+    tokenizer = IcetkTokenizer.from_pretrained(tokenizer_folder, known_words=["a", "blue"])
+    learned = tokenizer.unknown_words(TokenData.load(token_folder, tokenizer).texts())
+    assert "red" in learned and "a" not in learned and "blue" not in learned
+    tokenizer.save_pretrained(tmp_path / "words")
+    _, folder = run("train_coglm", tokenizer=tmp_path / "words", max_steps=1)
+    assert read_lora(folder / "final", ["transformer"]).known_words == learned
+    _, folder = run("train_iterative_sr", "fine", tokenizer=tmp_path / "words", max_steps=1)
+    assert read_lora(folder / "final", ["iterative_sr_transformer"]).known_words == []
 
 
 def test_mistakes_are_named(run, coglm_folder, tmp_path):

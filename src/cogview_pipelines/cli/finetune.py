@@ -328,7 +328,9 @@ class Job:
         if asked["lora_rank"] is not None:
             return self._join_adapters(asked)
         say("One pipeline of all parts", err=True)
-        options = {"like": self.model, "data": self.work / "data", "output_dir": self.part}
+        options = {"like": self.model, "output_dir": self.part}
+        if Stage.coglm.value in asked["stages"]:  # super-resolution alone knows no new words
+            options["data"] = self.work / "data"
         for stage in asked["stages"]:
             options[COMPONENTS[Stage(stage)]] = self.work / stage / "final"
         self._run([sys.executable], "assemble_pipeline.py", options)
@@ -338,10 +340,11 @@ class Job:
 
         weights: dict[str, dict] = {}
         configs: dict[str, dict] = {}
+        words: list[str] = []
         for stage in asked["stages"]:
-            own, config = read_lora(self.work / stage / "final", [*COMPONENTS.values()])
-            weights, configs = weights | own, configs | config
-        write_lora(self.part, weights, configs)
+            own = read_lora(self.work / stage / "final", [*COMPONENTS.values()])
+            weights, configs, words = weights | own.weights, configs | own.configs, words + own.known_words
+        write_lora(self.part, weights, configs, known_words=words)
 
     def evaluate(self, asked: dict) -> None:
         """

@@ -26,6 +26,7 @@ logger = logging.get_logger(__name__)
 
 # In the folder of a saved pipeline: its adapters, one file each, and by how much they count.
 LORA_FOLDER, LORA_INDEX = "lora", "adapters.json"
+READS_TEXT = "transformer"  # the component whose adapter knows new words, or does not
 
 AdapterWeights = float | Mapping[str, float] | Sequence[float | Mapping[str, float] | None] | None
 
@@ -59,7 +60,7 @@ class LoraLoaderMixin(Mixed):
     @classmethod
     def lora_state_dict(cls, source, weight_name: str | None = None, **hub_options) -> dict[str, torch.Tensor]:
         """The matrices in a file of adapters, as [`LoraLoaderMixin.load_lora_weights`] reads them."""
-        weights, _ = read_lora(source, cls.model_cpu_offload_seq.split("->"), weight_name, **hub_options)
+        weights = read_lora(source, cls.model_cpu_offload_seq.split("->"), weight_name, **hub_options).weights
         return {f"{part}.{name}": value for part, own in weights.items() for name, value in own.items()}
 
     def load_lora_weights(
@@ -71,7 +72,8 @@ class LoraLoaderMixin(Mixed):
         **hub_options,
     ) -> None:
         """
-        Load an adapter; it counts from now on, beside those that do already.
+        Load an adapter; it counts from now on, beside those that do already. The words that it has learned are known
+        as long as it counts.
 
         Args:
             pretrained_model_name_or_path_or_dict: A folder, a file, a Hub id, or the matrices.
@@ -87,7 +89,7 @@ class LoraLoaderMixin(Mixed):
         """
         adapters.require_peft()
         self._refuse_hooks_of_layers()
-        weights, configs = read_lora(
+        weights, configs, words = read_lora(
             pretrained_model_name_or_path_or_dict, self._lora_loadable_modules, weight_name, **hub_options
         )
         if adapter_name is None:
@@ -109,12 +111,14 @@ class LoraLoaderMixin(Mixed):
         try:
             for part, own in weights.items():
                 if part in models:
-                    adapters.load_adapter(models[part], adapter_name, own, configs[part])
+                    own_words = words if part == READS_TEXT else []
+                    adapters.load_adapter(models[part], adapter_name, own, configs[part], own_words)
                     done.append(models[part])
         except ValueError:
             for model in done:
                 adapters.delete_adapters(model, [adapter_name])
             raise
+        self._tell_words()
 
     @classmethod
     def save_lora_weights(
@@ -180,7 +184,8 @@ class LoraLoaderMixin(Mixed):
         models = {part: m for part, m in self._lora_models().items() if adapter_name in adapters.adapter_names(m)}
         weights = {part: adapters.adapter_weights(model, adapter_name) for part, model in models.items()}
         configs = {part: adapters.adapter_config(model, adapter_name) for part, model in models.items()}
-        return write_lora(save_directory, weights, configs, weight_name or WEIGHT_NAME)
+        words = adapters.adapter_words(models[READS_TEXT], [adapter_name]) if READS_TEXT in models else []
+        return write_lora(save_directory, weights, configs, weight_name or WEIGHT_NAME, words)
 
     def push_adapter_to_hub(
         self,
@@ -217,7 +222,7 @@ class LoraLoaderMixin(Mixed):
             base_model = name if name.count("/") == 1 and not os.path.exists(name) else None
         with tempfile.TemporaryDirectory() as folder:
             path = self.save_adapter(folder, adapter_name)
-            _, configs = read_lora(path, self._lora_loadable_modules)
+            configs = read_lora(path, self._lora_loadable_modules).configs
             api = HfApi(token=token)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             write_adapter_card(folder, repo_id, base_model, type(self).__name__, configs, prompt)
@@ -275,16 +280,19 @@ class LoraLoaderMixin(Mixed):
                 each.get(part, 1.0) if isinstance(each, Mapping) else 1.0 if each is None else each for each in weights
             ]
             adapters.activate(model, names, own)
+        self._tell_words()
 
     def disable_lora(self) -> None:
         """Let no adapter count."""
         for model in self._lora_models().values():
             adapters.activate(model, [])
+        self._tell_words()
 
     def enable_lora(self) -> None:
         """Let all adapters count, as much as they did."""
         for model in self._lora_models().values():
             adapters.activate(model, adapters.adapter_names(model))
+        self._tell_words()
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """
@@ -300,11 +308,23 @@ class LoraLoaderMixin(Mixed):
         for model in self._lora_models().values():
             if any(name in adapters.adapter_names(model) for name in names):
                 adapters.delete_adapters(model, names)
+        self._tell_words()
 
     def unload_lora_weights(self) -> None:
-        """Remove all adapters. Those that are fused stay in the weights."""
+        """Remove all adapters. Those that are fused stay in the weights, and their words are known for good."""
+        text_model = self._lora_models().get(READS_TEXT)
+        if text_model is not None and self.tokenizer is not None:
+            self.tokenizer.add_known_words(adapters.fused_words(text_model))
         for model in self._lora_models().values():
             adapters.unload_adapters(model)
+        self._tell_words()
+
+    def _tell_words(self) -> None:
+        """Let the tokenizer know which words the adapters bring, as things stand now."""
+        model = self._lora_models().get(READS_TEXT)
+        if model is not None and self.tokenizer is not None:
+            active = adapters.adapter_words(model, adapters.active_adapters(model))
+            self.tokenizer.set_adapter_words(active, adapters.fused_words(model))
 
     # Fusing ----------------------------------------------------------------------------------------------------------
 
@@ -368,6 +388,7 @@ class LoraLoaderMixin(Mixed):
             for model in done:
                 adapters.unfuse_adapters(model)
             raise
+        self._tell_words()
 
     def unfuse_lora(self, components: Sequence[str] | None = None) -> None:
         """
@@ -384,6 +405,7 @@ class LoraLoaderMixin(Mixed):
         """
         for model in self._lora_models(components).values():
             adapters.unfuse_adapters(model)
+        self._tell_words()
 
     def _refuse_hooks_of_layers(self) -> None:
         """Hooks of single layers would miss the layers that come and go."""
@@ -446,3 +468,4 @@ class LoraLoaderMixin(Mixed):
             self.set_adapters([*names], [*names.values()])
         for model in self._lora_models().values():
             adapters.activate(model, [name for name in active if name in names])
+        self._tell_words()

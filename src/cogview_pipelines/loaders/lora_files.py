@@ -1,13 +1,14 @@
 """
 Files of adapters, as diffusers writes them: `pytorch_lora_weights.safetensors` with the matrices of all components,
-and how each adapter is made in its metadata.
+and how each adapter is made in its metadata. Beside that, which diffusers leaves alone: the words that the adapter has
+learned, where its model has a list of those that it knows.
 """
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download
@@ -19,8 +20,24 @@ from ..pictures.png import write_whole
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 METADATA_KEY = "lora_adapter_metadata"
+WORDS_KEY = "known_words"
 Weights = dict[str, dict[str, torch.Tensor]]
 Configs = dict[str, dict[str, Any]]
+
+
+class AdapterFile(NamedTuple):
+    """
+    What a file of an adapter holds.
+
+    Args:
+        weights (`dict[str, dict[str, torch.Tensor]]`): By component, the matrices.
+        configs (`dict[str, dict]`): By component, fields of `peft.LoraConfig`.
+        known_words (list of `str`): Words that it has learned, and its model does not know without it.
+    """
+
+    weights: Weights
+    configs: Configs
+    known_words: list[str]
 
 
 def write_lora(
@@ -28,6 +45,7 @@ def write_lora(
     weights: Mapping[str, Mapping[str, torch.Tensor]],
     configs: Configs,
     weight_name: str = WEIGHT_NAME,
+    known_words: Sequence[str] = (),
 ) -> Path:
     """
     Write the adapter of one or more components into a file.
@@ -37,6 +55,7 @@ def write_lora(
         weights (`dict[str, dict[str, torch.Tensor]]`): By component, the matrices.
         configs (`dict[str, dict]`): By component, fields of `peft.LoraConfig`.
         weight_name (`str`): Of the file.
+        known_words (sequence of `str`): Words that it has learned.
 
     Returns:
         `Path`: The file.
@@ -53,8 +72,11 @@ def write_lora(
         for part, config in configs.items()
         for name, value in config.items()
     }
+    header = {"format": "pt", METADATA_KEY: json.dumps(metadata, sort_keys=True)}
+    if known_words:
+        header[WORDS_KEY] = json.dumps(list(known_words), ensure_ascii=False)
     # not `save_file`, whose files only their owner may read
-    content = save(tensors, {"format": "pt", METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+    content = save(tensors, header)
     write_whole(folder / weight_name, content)
     return folder / weight_name
 
@@ -64,7 +86,7 @@ def read_lora(
     components: list[str],
     weight_name: str | None = None,
     **hub_options,
-) -> tuple[Weights, Configs]:
+) -> AdapterFile:
     """
     The adapter in a file, by component.
 
@@ -80,9 +102,10 @@ def read_lora(
     """
     if isinstance(source, Mapping):
         tensors = dict(source)
-        metadata: dict[str, str] = {}
+        metadata: dict[str, Any] = {}
+        words: list[str] = []
     else:
-        tensors, metadata = _read_file(find_weights(os.fspath(source), weight_name, **hub_options))
+        tensors, metadata, words = _read_file(find_weights(os.fspath(source), weight_name, **hub_options))
     weights: Weights = {}
     for name, value in tensors.items():
         part = next((part for part in components if name.startswith(f"{part}.")), None)
@@ -98,10 +121,10 @@ def read_lora(
         part: {name.removeprefix(f"{part}."): value for name, value in metadata.items() if name.startswith(f"{part}.")}
         for part in weights
     }
-    return weights, configs
+    return AdapterFile(weights, configs, words)
 
 
-def _read_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _read_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], list[str]]:
     if path.suffix != ".safetensors":
         raise ValueError(
             f"Adapters are read from .safetensors files only, but this is {path.name}: a pickle can run code."
@@ -109,12 +132,15 @@ def _read_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+            header = file.metadata() or {}
+        metadata, words = json.loads(header.get(METADATA_KEY, "{}")), json.loads(header.get(WORDS_KEY, "[]"))
     except (SafetensorError, ValueError, RecursionError) as error:
         raise damaged(path, error, "the adapter") from error
     if not isinstance(metadata, dict):
         raise ValueError(f"{path} is damaged: its metadata are no object. Copy or save the adapter again.")
-    return tensors, metadata
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ValueError(f"{path} is damaged: its `{WORDS_KEY}` are no list of texts. Copy or save the adapter again.")
+    return tensors, metadata, words
 
 
 def damaged(path: Path, error: Exception, what: str) -> ValueError:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 TARGET_MODULES = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 DEFAULT_ADAPTER = "default"
 _INFIX = ".base_layer"
+_WORDS = "_adapter_words"  # of a model: by adapter, the words that it has learned
 
 
 @dataclass
@@ -111,7 +112,13 @@ def _is_target(path: str, target: str) -> bool:
     return path == target or path.endswith(f".{target}")
 
 
-def load_adapter(model: nn.Module, name: str, weights: Mapping[str, torch.Tensor], config: dict[str, Any]) -> None:
+def load_adapter(
+    model: nn.Module,
+    name: str,
+    weights: Mapping[str, torch.Tensor],
+    config: dict[str, Any],
+    known_words: Sequence[str] = (),
+) -> None:
     """
     Put a trained adapter on a model.
 
@@ -120,6 +127,7 @@ def load_adapter(model: nn.Module, name: str, weights: Mapping[str, torch.Tensor
         name (`str`): Of the adapter.
         weights (`Mapping[str, torch.Tensor]`): Its matrices, as [`adapter_weights`] names them.
         config (`dict`): Fields of `peft.LoraConfig`; without `r`, the rank is read from the matrices.
+        known_words (sequence of `str`): Words that it has learned.
 
     Raises:
         ImportError: If PEFT is missing.
@@ -154,6 +162,7 @@ def load_adapter(model: nn.Module, name: str, weights: Mapping[str, torch.Tensor
             f"The adapter {name!r} has matrices that the model has no place for: {_few(result.unexpected_keys)}."
         )
     activate(model, [*active, name])
+    vars(model).setdefault(_WORDS, {})[name] = list(known_words)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
 
@@ -225,6 +234,18 @@ def adapter_config(model: nn.Module, name: str) -> dict[str, Any]:
     return {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
 
 
+def adapter_words(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The words that adapters of a model have learned, each once."""
+    words = getattr(model, _WORDS, {})
+    return list(dict.fromkeys(word for name in names for word in words.get(name, ())))
+
+
+def fused_words(model: nn.Module) -> list[str]:
+    """Those of the adapters that are merged into its weights."""
+    fused = fused_adapters(model)
+    return [] if fused is None else adapter_words(model, fused.names)
+
+
 def adapter_scale(model: nn.Module, name: str) -> float:
     """By how much an adapter counts."""
     layers = [entry[2] for entry in _fused_layers(model)] or [entry[2] for entry in adapter_layers(model)]
@@ -275,6 +296,7 @@ def delete_adapters(model: nn.Module, names: Sequence[str]) -> None:
             setattr(parent, child, layer.base_layer)
     for name in names:
         model.peft_config.pop(name, None)
+        getattr(model, _WORDS, {}).pop(name, None)
 
 
 def unload_adapters(model: nn.Module) -> None:
@@ -285,6 +307,7 @@ def unload_adapters(model: nn.Module) -> None:
     for parent, child, layer in adapter_layers(model):
         setattr(parent, child, layer.base_layer)
     vars(model).pop("peft_config", None)
+    vars(model).pop(_WORDS, None)
     model._hf_peft_config_loaded = False
 
 

@@ -62,11 +62,33 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
         # The special pieces are looked up again: their saved ids are wrong if `num_image_tokens` is another one now.
         added = kwargs.pop("added_tokens_decoder", {})
         kwargs["added_tokens_decoder"] = {i: token for i, token in added.items() if not self._is_own(token.content)}
-        self.known_words = None if known_words is None else list(known_words)  # saved by this name
-        self._known_words = None if known_words is None else KnownWords(known_words)
+        self._own_words = None if known_words is None else list(known_words)
+        self._fused_words: list[str] = []
+        self._known_words: KnownWords | None = None
         if known_words is not None:
-            kwargs["known_words"] = self.known_words
+            kwargs["known_words"] = list(known_words)  # saved by this name
         super().__init__(extra_special_tokens=extra, **special, **kwargs)
+        self.set_adapter_words()
+
+    @property
+    def known_words(self) -> list[str] | None:
+        """All words that the weights know, fused adapters among them; `None` where there is no list of them."""
+        return None if self._own_words is None else list(dict.fromkeys([*self._own_words, *self._fused_words]))
+
+    def unknown_words(self, texts: Iterable[str]) -> list[str]:
+        """
+        Words of these texts that are not in the list `known_words`, nor tokens that were added, each once; none where
+        there is no list.
+
+        Args:
+            texts (iterable of `str`): Such as captions.
+        """
+        found: dict[str, None] = {}
+        if self._known_words is not None:
+            for text in texts:
+                whole, left = self._unknown_words(text)
+                found.update(dict.fromkeys(word for word in whole if any(part in word for part in left)))
+        return list(found)
 
     def add_known_words(self, texts: Iterable[str]) -> list[str]:
         """
@@ -79,15 +101,38 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
             `list[str]`: The words that were not in the list `known_words` before. Nothing is done, and the list is
             empty, if there is none: then no word counts as unknown.
         """
-        if self.known_words is None or self._known_words is None:
-            return []
-        added: dict[str, None] = {}
-        for text in texts:
-            added.update(dict.fromkeys(self._known_words.unknown(text)))
-        self.known_words += added
-        self.init_kwargs["known_words"] = self.known_words  # what is saved
-        self._known_words = KnownWords(self.known_words)
-        return list(added)
+        added = self.unknown_words(texts)
+        if added and self._own_words is not None:
+            self._own_words += added
+            self._keep_words(self._lent_words)
+        return added
+
+    def set_adapter_words(self, active: Iterable[str] = (), fused: Iterable[str] = ()) -> None:
+        """
+        Say which words the adapters of the model bring, in place of what was said before; nothing is done where there
+        is no list `known_words`.
+
+        Args:
+            active (iterable of `str`): Words of adapters that count: known, but not saved with the tokenizer.
+            fused (iterable of `str`): Words of adapters that are part of the weights: they are saved.
+        """
+        self._fused_words = list(fused)
+        self._keep_words(active)
+
+    def _keep_words(self, lent: Iterable[str]) -> None:
+        self._lent_words = list(lent)
+        words = self.known_words
+        if words is not None:
+            self.init_kwargs["known_words"] = words  # what is saved
+            self._known_words = KnownWords([*words, *self._lent_words])
+
+    def _unknown_words(self, text: str) -> tuple[list[str], list[str]]:
+        """Words of a text that are not in the list, and what added tokens leave of them."""
+        if self._known_words is None:
+            return [], []
+        # A token that was added since is known, whatever the list says, and a word of the list whatever is added.
+        own = [part for part in self.tokens_trie.split(text) if not self._is_added(part)]
+        return self._known_words.unknown(text), self._known_words.unknown(" ".join(own))
 
     def load_model(self, vocab_file: str | os.PathLike, num_image_tokens: int) -> None:
         """Read the SentencePiece model and check the number of image codes."""
@@ -259,13 +304,9 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
         unknown = [part for part in self.tokenize(text) if self.convert_tokens_to_ids(part) == self.unk_token_id]
         stripped = dict.fromkeys(part.strip(space) for part in unknown)
         parts = [part for part in stripped if part and part != self.unk_token]
-        if self._known_words is not None:
-            # A token that was added since is known, whatever the list says, and a word of the list whatever is added.
-            own = [part for part in self.tokens_trie.split(text) if not self._is_added(part)]
-            whole, left = (self._known_words.unknown(one) for one in (text, " ".join(own)))
-            words = [word for word in left if any(word in one for one in whole)]
-            parts = words + [part for part in parts if not any(part.casefold() in word for word in words)]
-        return parts
+        whole, left = self._unknown_words(text)
+        words = [word for word in left if any(word in one for one in whole)]
+        return words + [part for part in parts if not any(part.casefold() in word for word in words)]
 
     # Ids to text -----------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """Training adapters (LoRA) instead of the weights of a model: the options of the scripts, and what is saved."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,12 +62,13 @@ class LoraOptions:
             model, DEFAULT_ADAPTER, self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_target_modules
         )
 
-    def saving(self, component: str) -> Callable[[nn.Module, Path], object] | None:
+    def saving(self, component: str, words: Sequence[str] = ()) -> Callable[[nn.Module, Path], object] | None:
         """
         What saves the trained model in a folder: an adapter alone, or `None` for all of the model.
 
         Args:
             component (`str`): What the model is called in a pipeline.
+            words (sequence of `str`): Words that the adapter learns, which its model does not know.
         """
         if self.lora_rank is None:
             return None
@@ -77,6 +78,7 @@ class LoraOptions:
                 folder,
                 {component: adapter_weights(model, DEFAULT_ADAPTER)},
                 {component: adapter_config(model, DEFAULT_ADAPTER)},
+                known_words=words,
             )
 
         return save

@@ -56,7 +56,27 @@ def test_words_that_the_model_has_learned_since_are_known_and_saved(tmp_path):
         assert one.unknown_parts("a dog and a cat") == ["and"]
     tokenizer.add_tokens(["ca"])  # a part of a word of the list
     assert tokenizer.unknown_parts("a cat") == [] and tokenizer.unknown_parts("a car") == ["r"]
+    tokenizer.add_tokens(["<my-dog>"])
+    assert tokenizer.add_known_words(["a <my-dog> and my hat"]) == ["and", "my", "hat"]
+    assert tokenizer.add_known_words(["a carpet"]) == ["carpet"] and not tokenizer.unknown_parts("a carpet")
     assert IcetkTokenizer(MODEL).add_known_words(["a dog"]) == []
+
+
+def test_words_of_adapters_are_known_while_they_count_and_saved_when_they_are_fused(tmp_path):
+    tokenizer = IcetkTokenizer(MODEL, known_words=["a", "cat"])
+    tokenizer.set_adapter_words(["dog"], ["猫"])
+    assert tokenizer.unknown_parts("a cat, a dog, 猫 and") == ["and"]
+    assert tokenizer.known_words == ["a", "cat", "猫"]
+    assert tokenizer.add_known_words(["a dog and"]) == ["and"]  # the adapter knows the dog
+    tokenizer.save_pretrained(tmp_path)
+    assert IcetkTokenizer.from_pretrained(tmp_path).known_words == tokenizer.known_words == ["a", "cat", "and", "猫"]
+    tokenizer.set_adapter_words()
+    assert tokenizer.unknown_parts("a cat, a dog, 猫 and") == ["dog", "猫"]
+    tokenizer.save_pretrained(tmp_path)
+    assert IcetkTokenizer.from_pretrained(tmp_path).known_words == ["a", "cat", "and"]
+    without = IcetkTokenizer(MODEL)
+    without.set_adapter_words(["dog"], ["cat"])
+    assert without.known_words is None and without.unknown_words(["a dog"]) == without.unknown_parts("a dog") == []
 
 
 def test_what_a_text_loses_is_told_part_by_part(released):

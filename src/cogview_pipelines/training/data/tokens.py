@@ -34,7 +34,7 @@ from ..adapters import LoraOptions
 from ..arguments import UNNOTICED, TrainConfig
 from ..processes import start_processes
 from ..run_folder import replacing
-from .captions import parse_captions, tell_text_losses
+from .captions import LANGUAGES, parse_captions, tell_text_losses
 from .chances import Chances, EpochOrder, MixedChances, WeightedIndex
 from .draws import Draw, draw_two_indices
 from .shards import (
@@ -274,6 +274,10 @@ class TokenData:
         with replacing(folder / CAPTIONS_FILE) as partial, open(partial, "w", encoding="utf-8") as file:
             write_lines(file, captions)
 
+    def texts(self) -> Iterator[str]:
+        """All captions that pictures are drawn from, in both languages."""
+        return (text for own in self.captions for language in LANGUAGES for text in own.get(language, ()))
+
     def draw(self, generator: torch.Generator, number: int | None = None) -> int:
         """
         The index of a picture.
@@ -468,6 +472,10 @@ class TokenTrainConfig(LoraOptions, TrainConfig):
                     logger.warning("`data`: %s is left out: %s.", path, problem)
         excluded = [os.path.relpath(path, folder) for path in self.excluded_shards]
         return TokenData.load(folder, tokenizer, excluded, cache=self.data_cache, cache_gb=self.data_cache_gb)
+
+    def learned_words(self, data: TokenData, tokenizer: CodesAndPiecesTokenizer) -> list[str]:
+        """Words of the captions that an adapter learns: those that are not among the ones that its model knows."""
+        return [] if self.lora_rank is None else tokenizer.unknown_words(data.texts())
 
     def tell_losses(self, data: TokenData, tokenizer: CodesAndPiecesTokenizer, max_text_tokens: int) -> None:
         """Say at the end of a script what of the captions the model did not get to read."""
