@@ -313,11 +313,12 @@ class LoraLoaderMixin(Mixed):
     def unload_lora_weights(self) -> None:
         """Remove all adapters. Those that are fused stay in the weights, and their words are known for good."""
         text_model = self._lora_models().get(READS_TEXT)
-        if text_model is not None and self.tokenizer is not None:
-            self.tokenizer.add_known_words(adapters.fused_words(text_model))
+        stay = [] if text_model is None else adapters.fused_words(text_model)
         for model in self._lora_models().values():
             adapters.unload_adapters(model)
         self._tell_words()
+        if stay and self.tokenizer is not None:
+            self.tokenizer.add_known_words(stay)
 
     def _tell_words(self) -> None:
         """Let the tokenizer know which words the adapters bring, as things stand now."""

@@ -57,7 +57,7 @@ def test_words_that_the_model_has_learned_since_are_known_and_saved(tmp_path):
     tokenizer.add_tokens(["ca"])  # a part of a word of the list
     assert tokenizer.unknown_parts("a cat") == [] and tokenizer.unknown_parts("a car") == ["r"]
     tokenizer.add_tokens(["<my-dog>"])
-    assert tokenizer.add_known_words(["a <my-dog> and my hat"]) == ["and", "my", "hat"]
+    assert tokenizer.add_known_words(["a <my-dog> and a hat"]) == ["and", "hat"]
     assert tokenizer.add_known_words(["a carpet"]) == ["carpet"] and not tokenizer.unknown_parts("a carpet")
     assert IcetkTokenizer(MODEL).add_known_words(["a dog"]) == []
 
