@@ -201,6 +201,7 @@ def torch_fidelity() -> ModuleType:
         import torch_fidelity.metric_prc
     except (ImportError, RuntimeError) as error:  # a torchvision of another PyTorch is a RuntimeError
         raise ImportError(
-            f'torch-fidelity cannot be loaded ({error}): pip install "cogview_pipelines[inception]"'
+            f'torch-fidelity cannot be loaded ({error}): pip install "cogview_pipelines[inception]". It takes a '
+            f"torchvision that was built for this torch, {torch.__version__}."
         ) from error
     return torch_fidelity
