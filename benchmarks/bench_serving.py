@@ -5,7 +5,7 @@ A server with many clients, one picture each: requests computed together against
     python benchmarks/bench_serving.py --device cpu
     python benchmarks/bench_serving.py --model FOLDER --device cuda --dtype bfloat16 --clients 20 --json
     git worktree add /tmp/before COMMIT     # another state of this repository, with its kernels built, if it has any
-    python benchmarks/bench_serving.py --against /tmp/before --json
+    python benchmarks/bench_serving.py --against /tmp/before --json    # and --int8
 
 With `--against`, the server of another state of the repository is measured in the same turns: it serves the model that
 it ships, as it does by default.
@@ -124,11 +124,13 @@ def main(
     clients: int = typer.Option(20, min=1, help="Clients that ask at once, for a picture each."),
     batch_size: int = typer.Option(8, min=2, help="Pictures that are computed together."),
     repeats: int = typer.Option(3, min=1, help="Times that each way is measured."),
+    int8: bool = typer.Option(False, "--int8", help="Super-resolution in whole numbers of 8 bits, on a CPU."),
     against: Path = typer.Option(None, help="Checkout whose server is measured, too."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON line."),
 ) -> None:
     """Measure what batches save."""
     pipe = CogView2Pipeline.from_pretrained(model, dtype=getattr(torch, dtype.value)).to(device)
+    pipe.set_super_resolution(int8=int8)
     servers = {
         "batched": lambda: Running(pipe, clients, batch_size),
         "one_by_one": lambda: Running(pipe, clients, 1),
@@ -145,6 +147,7 @@ def main(
         "benchmark": "serving",
         **stamp(device),
         "dtype": dtype.value,
+        "int8": int8,
         "clients": clients,
         "batch_size": batch_size,
         "repeats": repeats,

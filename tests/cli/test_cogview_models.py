@@ -178,6 +178,11 @@ def test_attention_is_that_of_the_picture_that_is_drawn(cogview2, cogview, tmp_p
     assert_bad_input(cogview2("attend", CAT, "--head", "2,0", "--model", cogview, "-o", tmp_path / "b"), "below 2,4")
 
 
+def test_whole_numbers_are_for_cogview2(cogview2, cogview, tmp_path):
+    result = cogview2("generate", CAT, "--model", cogview, "--int8", "-o", tmp_path / "a.png")
+    assert_bad_input(result, "`--int8` is about the super-resolution of CogView2")
+
+
 def test_bench_measures_it(cogview2, cogview):
     result = cogview2("bench", "--model", cogview, "-b", 1, "--seconds", 0.1, "--json")
     assert result.exit_code == 0, result.output

@@ -6,7 +6,7 @@ import typer
 
 from .adapters import LORA_OPTION, read_adapters
 from .console import failures, say
-from .loading import DEVICE_OPTION, DTYPE_OPTION, MODEL_OPTION, DType, load_pipeline
+from .loading import DEVICE_OPTION, DTYPE_OPTION, INT8_OPTION, MODEL_OPTION, DType, load_pipeline
 
 
 def bench(
@@ -16,6 +16,7 @@ def bench(
     cuda_graph: bool = typer.Option(False, "--cuda-graph", help="Replay the steps of the tokens as a CUDA graph."),
     model: str = MODEL_OPTION,
     lora: list[str] = LORA_OPTION,
+    int8: bool = INT8_OPTION,
     device: str = DEVICE_OPTION,
     dtype: DType = DTYPE_OPTION,
     as_json: bool = typer.Option(False, "--json", help="Print one line of JSON for each batch size."),
@@ -25,10 +26,14 @@ def bench(
     from ..speed.timing import resident_bytes
 
     before = resident_bytes()  # by now everything is imported
-    pipe = load_pipeline(model, device, dtype, adapters=read_adapters(lora))
+    pipe = load_pipeline(model, device, dtype, adapters=read_adapters(lora), int8=int8)
     pipe.set_progress_bar_config(disable=True)
     pipe.set_decoding(compile=compile, cuda_graph=cuda_graph)
     for size in batch_size:
         with failures():
-            line = bench_pipeline(pipe, size, seconds, before=before) | {"compile": compile, "cuda_graph": cuda_graph}
+            line = bench_pipeline(pipe, size, seconds, before=before) | {
+                "compile": compile,
+                "cuda_graph": cuda_graph,
+                "int8": int8,
+            }
         say(json.dumps(line) if as_json else table(line) + "\n")

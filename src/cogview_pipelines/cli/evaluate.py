@@ -8,7 +8,7 @@ import typer
 
 from .adapters import LORA_OPTION
 from .console import bad_input, fail, finite
-from .loading import DEVICE_OPTION, DTYPE_OPTION, MODEL_OPTION, DType
+from .loading import DEVICE_OPTION, DTYPE_OPTION, INT8_OPTION, MODEL_OPTION, DType
 from .options import DECLARED, setting_option, split_numbers
 from .requests import check_arguments
 
@@ -75,6 +75,7 @@ class CommonOptions:
     call: dict
     model: str
     lora: list[str] | None
+    int8: bool
     device: str | None
     dtype: DType | None
     as_json: bool
@@ -139,6 +140,7 @@ def evaluate(
     top_p: float = setting_option("top_p"),
     model: str = MODEL_OPTION,
     lora: list[str] = LORA_OPTION,
+    int8: bool = INT8_OPTION,
     device: str = DEVICE_OPTION,
     dtype: DType = DTYPE_OPTION,
     sprites: Path = typer.Option(None, help="Folder of full-size drawings, for the ceiling beyond 240 px."),

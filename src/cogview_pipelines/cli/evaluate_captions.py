@@ -143,7 +143,9 @@ def _build_run(options, chosen, radii, rows, references, made, folder: Path) -> 
     if references is not None and network is None:
         fail("--references need a network that compares: --inception FILE or --network MODULE:FUNCTION.")
     detector = _load_detector(options.detector, device, rows)
-    pipe = load_pipeline(options.model, options.device, options.dtype, adapters=read_adapters(options.lora))
+    pipe = load_pipeline(
+        options.model, options.device, options.dtype, adapters=read_adapters(options.lora), int8=options.int8
+    )
     pipe.set_progress_bar_config(disable=True)
     captioner = pipeline_for(pipe, "caption")
     captioner.set_progress_bar_config(disable=True)
@@ -235,7 +237,7 @@ def _settings(options: CaptionsOptions, chosen: dict, radii, num: int, call: dic
         **({"precision": True} if options.precision else {}),
         **({} if options.detector is None else {"detector": options.detector}),
         **({} if options.select in (None, "caption-loss") else {"select": options.select}),
-        **describe_model(options.model, read_adapters(options.lora)),
+        **describe_model(options.model, read_adapters(options.lora), options.int8),
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
     }
 

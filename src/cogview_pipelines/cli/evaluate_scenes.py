@@ -53,7 +53,9 @@ def evaluate_scenes(options: ScenesOptions) -> None:
     save = None if options.save is None else expand(options.save, "--save")
     if save is not None:
         make_writable_folder(save, "--save")
-    pipe = load_pipeline(options.model, options.device, options.dtype, adapters=read_adapters(options.lora))
+    pipe = load_pipeline(
+        options.model, options.device, options.dtype, adapters=read_adapters(options.lora), int8=options.int8
+    )
     pipe.set_progress_bar_config(disable=None, leave=False)
     settings = _check_call(pipe, cases, options.call)
     if len(cases) < options.num:
@@ -122,6 +124,7 @@ def _report(options: ScenesOptions, pipe, cases: list["Case"], result: dict) -> 
         **({"call": options.call} if options.call else {}),
         "model": options.model,
         **({"lora": options.lora} if options.lora else {}),
+        **({"int8": True} if options.int8 else {}),
         "layouts": {name: sum(case.scene.layout == name for case in cases) for name in ("single", "pair")},
         "device": pipe.device.type,
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
@@ -165,7 +168,7 @@ def _saver(folder: Path, settings: dict, options: ScenesOptions):
         metadata = {
             "prompt": case.caption,
             "seed": case.seed,
-            **describe_model(options.model, read_adapters(options.lora)),
+            **describe_model(options.model, read_adapters(options.lora), options.int8),
             "settings": {name: value for name, value in settings.items() if value is not None},
             "scene": case.scene.to_dict(),
             "scores": scores,

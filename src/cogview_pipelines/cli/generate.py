@@ -15,6 +15,7 @@ from .console import bad_input, expand, fail, fail_all, failures, make_writable_
 from .loading import (
     DEVICE_OPTION,
     DTYPE_OPTION,
+    INT8_OPTION,
     METADATA_OPTION,
     MODEL_OPTION,
     DType,
@@ -102,6 +103,7 @@ def generate(
     grid: bool = typer.Option(False, "--grid", help="Write all pictures into one."),
     model: str = MODEL_OPTION,
     lora: list[str] = LORA_OPTION,
+    int8: bool = INT8_OPTION,
     height: int = typer.Option(
         None, min=1, help="In pixels: low-resolution or super-resolved.  [default: the largest]"
     ),
@@ -153,7 +155,7 @@ def generate(
     if sum(sources.values()) != 1:
         named = " and ".join(name for name, there in sources.items() if there) or "none of them"
         fail(f"Say what to make by one of PROMPT, --prompts and --remake; given: {named}.")
-    choice = ModelChoice(model, device, dtype, read_adapters(lora))
+    choice = ModelChoice(model, device, dtype, read_adapters(lora), int8)
     if prompts is not None:
         if grid:
             fail("--grid needs prompts on the command line, not --prompts.")
@@ -222,6 +224,8 @@ def _request_of_picture(
             f"`--remake`: {path} was made with adapters, which are not loaded only because a file names them. Pass "
             f"--lora for each: {str(metadata['lora'])[:200]}."
         )
+    if metadata.get("int8") and not choice.int8:
+        fail(f"`--remake`: {path} was made with --int8, without which it becomes another picture. Pass --int8.")
     saved = {
         name: value for name, value in metadata["settings"].items() if name in ARGUMENTS and name not in _NOT_REMADE
     }
@@ -338,7 +342,7 @@ class _List:
         def made_from(job: Job, metadata: dict) -> bool:
             selection = metadata.get("post_selection") or {}
             wanted: dict[str, Any] = {"prompt": job.prompt, "settings": job.settings}
-            wanted |= {name: common.get(name) for name in ("model", "model_fingerprint", "lora")}
+            wanted |= {name: common.get(name) for name in ("model", "model_fingerprint", "lora", "int8")}
             return (
                 selection.get("num_candidates") == job.num_candidates
                 and (job.id not in seeded or selection.get("seed", metadata.get("seed")) == job.seed)

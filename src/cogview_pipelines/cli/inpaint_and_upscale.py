@@ -16,6 +16,7 @@ from .loading import (
     BATCH_OPTION,
     DEVICE_OPTION,
     DTYPE_OPTION,
+    INT8_OPTION,
     METADATA_OPTION,
     MODEL_OPTION,
     OVERWRITE_OPTION,
@@ -84,6 +85,7 @@ def inpaint(
     max_batch_size: int = BATCH_OPTION,
     model: str = MODEL_OPTION,
     lora: list[str] = LORA_OPTION,
+    int8: bool = INT8_OPTION,
     device: str = DEVICE_OPTION,
     dtype: DType = DTYPE_OPTION,
     metadata: bool = METADATA_OPTION,
@@ -120,7 +122,7 @@ def inpaint(
     margins = {"top": top, "bottom": bottom, "left": left, "right": right}
     files = {name: path for name, path in (("image", image), ("mask", mask)) if path is not None}
     own = {"PROMPT": prompt, "--image": image, "--mask": mask, **{f"--{name}": margins[name] for name in MARGINS}}
-    choice = ModelChoice(model, device, dtype, read_adapters(lora))
+    choice = ModelChoice(model, device, dtype, read_adapters(lora), int8)
     run = _Run("inpaint", INPAINT, output, seed, choice, metadata, quiet, _paint)
     with bad_input():
         given = check_arguments(given, INPAINT)
@@ -164,6 +166,7 @@ def upscale(
     top_p: float = setting_option("top_p"),
     model: str = MODEL_OPTION,
     lora: list[str] = LORA_OPTION,
+    int8: bool = INT8_OPTION,
     device: str = DEVICE_OPTION,
     dtype: DType = DTYPE_OPTION,
     metadata: bool = METADATA_OPTION,
@@ -196,7 +199,7 @@ def upscale(
         "top_k": top_k,
         "top_p": top_p,
     }
-    choice = ModelChoice(model, device, dtype, read_adapters(lora))
+    choice = ModelChoice(model, device, dtype, read_adapters(lora), int8)
     run = _Run("upscale", UPSCALE, output, seed, choice, metadata, quiet, _enlarge)
     with bad_input():
         given = check_arguments(given, UPSCALE)

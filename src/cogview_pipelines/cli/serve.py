@@ -8,7 +8,7 @@ import typer
 
 from .adapters import LORA_OPTION, read_adapters
 from .console import FAILURE, fail, say
-from .loading import DEVICE_OPTION, DTYPE_OPTION, MODEL_OPTION, DType, find_model, load_pipeline
+from .loading import DEVICE_OPTION, DTYPE_OPTION, INT8_OPTION, MODEL_OPTION, DType, find_model, load_pipeline
 
 if TYPE_CHECKING:
     import socket
@@ -43,6 +43,7 @@ def serve(
     metadata: bool = typer.Option(True, help="Write prompt, seed, model and versions into the picture files."),
     model: str = MODEL_OPTION,
     lora: list[str] = LORA_OPTION,
+    int8: bool = INT8_OPTION,
     device: str = DEVICE_OPTION,
     dtype: DType = DTYPE_OPTION,
 ) -> None:
@@ -78,7 +79,7 @@ def serve(
         from ..serving.app import create_app
         from ..serving.server import make_server, set_up_log
 
-        pipe = load_pipeline(source, device, dtype, adapters=adapters)
+        pipe = load_pipeline(source, device, dtype, adapters=adapters, int8=int8)
         set_up_log()
         server = make_server(create_app(pipe, settings, _name(model)), settings)
         shown = f"[{host}]" if ":" in host else host
