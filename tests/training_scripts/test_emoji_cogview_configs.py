@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cogview_pipelines import CogViewTokenizer
-from cogview_pipelines.demo import Scope
+from cogview_pipelines.demo import Scope, sample_scenes
 from cogview_pipelines.training.arguments import parse_config
 from cogview_pipelines.training.data.tokens import TokenData
 
@@ -48,7 +48,9 @@ def test_each_step_takes_what_the_steps_before_leave(configs):
     assert configs["tokenizer"].num_image_tokens == json.loads(configs["vq"].model)["num_embeddings"]
     for name in (configs["vq"].scope, configs["tokens"].scope, *json.loads(pipeline.files).values()):
         assert (SCRIPTS.parent / name).is_file()
-    assert len(Scope.load(FOLDER).concepts) == 12
+    scope = Scope.load(FOLDER)
+    assert len(scope.concepts) == 12
+    assert len(sample_scenes(scope, configs["vq"].num_scenes, 0, split_name="train")) == configs["vq"].num_scenes
 
 
 def test_the_models_can_be_built_and_are_at_most_five_megabytes_in_16_bits(configs, tmp_path):
