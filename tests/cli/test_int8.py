@@ -8,7 +8,7 @@ from PIL import Image
 
 from cogview_pipelines.cli import loading
 from cogview_pipelines.ops.int8_linear import is_built
-from cogview_pipelines.pictures.png import read_metadata
+from cogview_pipelines.pictures.png import read_metadata, save_png
 
 from .conftest import assert_bad_input
 
@@ -38,6 +38,21 @@ def test_results_of_a_list_made_otherwise_are_not_taken_for_done(cogview2, write
         assert cogview2(*first, "--overwrite").exit_code == 0
         assert_bad_input(cogview2(*second), "--overwrite")
         assert cogview2(*first).exit_code == 0
+
+
+@pytest.mark.parametrize("command", ["generate", "upscale"])
+def test_pictures_that_say_so_are_not_taken_for_others(cogview2, write_list, tmp_path, command):
+    """Also where there are no kernels: the pictures may come from another machine."""
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
+    work = {"prompt": "a cat", "height": 40} if command == "generate" else {"prompt": "", "image": "red.png"}
+    call = (command, "--requests", write_list({"id": "one", "seed": 1, **work}), "--output", tmp_path / "made")
+    assert cogview2(*call).exit_code == 0
+    made = tmp_path / "made" / "one.png"
+    save_png(Image.open(made), made, {**read_metadata(made), "int8": True})
+    assert_bad_input(cogview2(*call), "--overwrite")
+    if command == "generate":
+        result = cogview2("generate", "--remake", made, "-o", tmp_path / "again.png")
+        assert_bad_input(result, "was made with --int8", "Pass --int8")
 
 
 @needs_kernels

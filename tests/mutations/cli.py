@@ -202,8 +202,8 @@ MUTATIONS = [
     Mutation(
         "--lora: pictures of a list that were made with adapters count for those without",
         "cli/generate.py",
-        'for name in ("model", "model_fingerprint", "lora")}',
-        'for name in ("model", "model_fingerprint")}',
+        'for name in ("model", "model_fingerprint", "lora", "int8")}',
+        'for name in ("model", "model_fingerprint", "int8")}',
         "cli/test_adapters.py::test_results_of_a_list_with_other_adapters_are_not_taken_for_done",
     ),
     Mutation(
@@ -212,5 +212,19 @@ MUTATIONS = [
         "pipe.set_adapters(names, [adapter.weight for adapter in adapters])",
         "pipe.set_adapters(names)",
         "cli/test_adapters.py::test_pictures_are_those_of_the_pipeline_with_the_adapter_at_its_weight",
+    ),
+    Mutation(
+        "--int8: enlarged pictures that were made without count for those with it",
+        "cli/loading.py",
+        'return {"lora": None, "int8": None, **self.describe()}',
+        'return {"lora": None, **self.describe()}',
+        "cli/test_int8.py::test_pictures_that_say_so_are_not_taken_for_others",
+    ),
+    Mutation(
+        "--int8: a picture is remade without",
+        "cli/generate.py",
+        'if metadata.get("int8") and not choice.int8:',
+        "if False:",
+        "cli/test_int8.py::test_pictures_that_say_so_are_not_taken_for_others",
     ),
 ]
