@@ -555,6 +555,9 @@ def test_adapters_work_on_weights_of_four_bits(tokenizer, tmp_path):
     assert torch.equal(context(pipe), read)
     pipe.unfuse_lora()
     assert torch.equal(logits(pipe.transformer), adapted)
+    pipe.fuse_lora()  # nothing of before is in the way
+    pipe.unfuse_lora()
+    assert torch.equal(logits(pipe.transformer), adapted)
     pipe.unload_lora_weights()
     assert torch.equal(logits(pipe.transformer), plain)
 

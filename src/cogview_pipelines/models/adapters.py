@@ -368,6 +368,10 @@ def fuse_adapters(
                 for name in own:
                     layer.scaling[name] *= scale
                 layer.merge(safe_merge=safe, adapter_names=own)
+                for (module, _), parameter in fused.kept.items():
+                    if module is base:
+                        # not before: PEFT makes the new weights of 4 bits of all that the old ones have
+                        parameter.lender_is_fused = True
     except Exception as error:
         unfuse_adapters(model)
         if isinstance(error, (NotImplementedError, TypeError)):
@@ -403,7 +407,7 @@ def unfuse_adapters(model: nn.Module) -> None:
                 layer.unmerge()
         for name, parameter in lent.items():
             base._parameters[name] = parameter
-            parameter.lender_is_fused = False
+            vars(parameter).pop("lender_is_fused", None)
         layer.scaling.update(scalings)
     del model._fused_adapters
 
@@ -416,7 +420,6 @@ def _keep_lent(model: nn.Module, base: nn.Module, fused: FusedAdapters) -> None:
         if parameter is None or (base, name) in fused.kept:
             continue
         fused.kept[base, name] = parameter
-        parameter.lender_is_fused = True
         if type(parameter) is nn.Parameter and type(parameter.data) is torch.Tensor:
             base._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
         # of quantised weights, PEFT makes new ones
