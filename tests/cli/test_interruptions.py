@@ -47,7 +47,7 @@ def pipe(monkeypatch):
     monkeypatch.setattr(loading, "load_pipeline", lambda *arguments, **options: Pipe())
     monkeypatch.setattr(texts, "_load", lambda *arguments: Pipe())
     for module in (generate, loading):
-        monkeypatch.setattr(module, "describe_model", lambda model, adapters=(): {"model": model})
+        monkeypatch.setattr(module, "describe_model", lambda model, *described: {"model": model})
 
 
 def check_every_kill(prepare, command, folder, check):

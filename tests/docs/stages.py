@@ -284,8 +284,8 @@ def sampling(folder: Path) -> Stage:
 def sparse_attention(folder: Path) -> Stage:
     from cogview_pipelines import CogViewConfig
 
-    query, key, value = torch.randn(3, 1, 256, 2, 16).unbind(0)
-    is_text = torch.arange(256)[None] < 40
+    query, key, value = torch.randn(3, 1, 1024, 2, 16).unbind(0)
+    is_text = torch.arange(1024)[None] < 40
     names = {"query": query, "key": key, "value": value, "is_text": is_text}
     return {**names, "generator": torch.Generator().manual_seed(1), "CogViewConfig": CogViewConfig}, {}
 
