@@ -140,9 +140,6 @@ def main(
     turns = [{name: measure(make(), clients) for name, make in servers.items()} for _ in range(repeats)]
     pictures = [turn[name][2] for turn in turns for name in ("batched", "one_by_one")]
 
-    def median(number) -> float:
-        return statistics.median(number(turn) for turn in turns)
-
     result = {
         "benchmark": "serving",
         **stamp(device),
@@ -153,13 +150,15 @@ def main(
         "repeats": repeats,
     }
     for name in servers:
-        result[f"seconds_{name}"] = round(median(lambda turn: turn[name][0]), 2)  # noqa: B023 - called at once
+        result[f"seconds_{name}"] = round(statistics.median(turn[name][0] for turn in turns), 2)
     for name in servers:
-        result[f"mean_wait_{name}"] = round(median(lambda turn: statistics.fmean(turn[name][1])), 2)  # noqa: B023
-    result["times_faster"] = round(median(lambda turn: turn["one_by_one"][0] / turn["batched"][0]), 3)
+        result[f"mean_wait_{name}"] = round(statistics.median(statistics.fmean(turn[name][1]) for turn in turns), 2)
+    faster = statistics.median(turn["one_by_one"][0] / turn["batched"][0] for turn in turns)
+    result["times_faster"] = round(faster, 3)
     if against:
         result["compared_with"] = revision(against)
-        result["times_faster_than_before"] = round(median(lambda turn: turn["before"][0] / turn["batched"][0]), 3)
+        faster = statistics.median(turn["before"][0] / turn["batched"][0] for turn in turns)
+        result["times_faster_than_before"] = round(faster, 3)
     result["pictures_that_differ"] = sum(len(set(same)) > 1 for same in zip(*pictures))
     if as_json:
         print(json.dumps(result))
