@@ -462,6 +462,65 @@ def test_words_of_an_adapter_are_known_as_long_as_it_counts(worded, adapters):
     assert unknown(PROMPT) == ["red", "红色"]
 
 
+def test_words_of_an_adapter_of_weight_0_are_unknown(worded, adapters, tmp_path):
+    pipe, folder = worded
+    unknown = pipe.tokenizer.unknown_parts
+    pipe.load_lora_weights(folder, "warm")
+    write_lora(tmp_path / "blue", *read_lora(adapters["draft"], list(STAGES))[:2], known_words=["blue", "红色"])
+    pipe.load_lora_weights(tmp_path / "blue", "blue")
+    prompt = f"blue, {PROMPT}"
+    for weights, left in (
+        ([0.0, 1.0], ["red"]),
+        ([1.0, 0], ["blue"]),
+        ([0.0, 0.0], ["blue", "red", "红色"]),
+        ([{"transformer": 0.0}, 0.0], ["blue", "red", "红色"]),
+        ([{"direct_sr_transformer": 0.0}, -0.5], []),
+    ):
+        pipe.set_adapters(["warm", "blue"], weights)
+        assert unknown(prompt) == left
+        pipe.disable_lora()
+        assert unknown(prompt) == ["blue", "red", "红色"]
+        pipe.enable_lora()
+        assert unknown(prompt) == left
+    pipe.set_adapters(["warm", "blue"], [0.0, 1.0])
+    pipe.save_pretrained(tmp_path / "pipeline")
+    loaded = CogView2Pipeline.from_pretrained(tmp_path / "pipeline")
+    assert loaded.tokenizer.unknown_parts(prompt) == ["red"]
+    pipe.delete_adapters("blue")
+    assert unknown(prompt) == ["blue", "red", "红色"]
+    pipe.load_lora_weights(adapters["all"], "other")  # which leaves the weight of the first one alone
+    assert unknown(prompt) == ["blue", "red", "红色"]
+    pipe.set_adapters("warm")
+    assert unknown(prompt) == ["blue"]
+
+
+@pytest.mark.parametrize("weight, scale", [(0.0, 1.0), (1.0, 0.0)])
+def test_words_of_an_adapter_that_is_fused_with_weight_0_stay_unknown(worded, weight, scale):
+    pipe, folder = worded
+    pipe.load_lora_weights(folder, "warm")
+    pipe.set_adapters("warm", weight)
+    pipe.fuse_lora(lora_scale=scale)
+    assert pipe.tokenizer.unknown_parts(PROMPT) == ["red", "红色"]
+    pipe.unfuse_lora()
+    assert pipe.tokenizer.unknown_parts(PROMPT) == ([] if weight else ["red", "红色"])
+    pipe.fuse_lora(lora_scale=scale)
+    pipe.unload_lora_weights()
+    assert pipe.tokenizer.known_words == ["a", "tiger", "老虎"]
+    assert pipe.tokenizer.unknown_parts(PROMPT) == ["red", "红色"]
+
+
+def test_words_of_an_adapter_that_was_not_fused_with_others_are_unknown_meanwhile(worded, adapters):
+    pipe, folder = worded
+    pipe.load_lora_weights(adapters["draft"], "other")
+    other = logits(pipe.transformer)
+    pipe.load_lora_weights(folder, "warm")
+    pipe.fuse_lora(adapter_names=["other"])
+    assert torch.allclose(logits(pipe.transformer), other, atol=1e-3)  # without what was left out
+    assert pipe.tokenizer.unknown_parts(PROMPT) == ["red", "红色"]
+    pipe.unfuse_lora()
+    assert pipe.tokenizer.unknown_parts(PROMPT) == []
+
+
 def test_words_of_an_adapter_are_saved_with_it(worded, tmp_path):
     pipe, folder = worded
     pipe.load_lora_weights(folder, "warm")

@@ -251,7 +251,7 @@ class LoraLoaderMixin(Mixed):
         Args:
             adapter_names (`str` or sequence of `str`): Loaded ones.
             adapter_weights (`float`, `dict` or a sequence of them, *optional*): By how much each counts (default: 1);
-                a `dict` says so by component.
+                a `dict` says so by component. With 0 it does not, and its words are not known.
 
         Raises:
             ValueError: If there is no such adapter, or not a weight for each; or they are fused.
@@ -324,8 +324,7 @@ class LoraLoaderMixin(Mixed):
         """Let the tokenizer know which words the adapters bring, as things stand now."""
         model = self._lora_models().get(READS_TEXT)
         if model is not None and self.tokenizer is not None:
-            active = adapters.adapter_words(model, adapters.active_adapters(model))
-            self.tokenizer.set_adapter_words(active, adapters.fused_words(model))
+            self.tokenizer.set_adapter_words(adapters.active_words(model), adapters.fused_words(model))
 
     # Fusing ----------------------------------------------------------------------------------------------------------
 

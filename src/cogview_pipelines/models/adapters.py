@@ -240,10 +240,24 @@ def adapter_words(model: nn.Module, names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(word for name in names for word in words.get(name, ())))
 
 
+def active_words(model: nn.Module) -> list[str]:
+    """Those of the adapters that change what it computes now, and are not merged: an adapter of weight 0 does not."""
+    # there are none while others are merged: then those that were left out do not count
+    layers = [layer for *_, layer in adapter_layers(model)]
+    return adapter_words(model, [name for name in active_adapters(model) if _has_weight(layers, name)])
+
+
 def fused_words(model: nn.Module) -> list[str]:
-    """Those of the adapters that are merged into its weights."""
+    """Those of the adapters that are merged into its weights, and were not merged with weight 0."""
     fused = fused_adapters(model)
-    return [] if fused is None else adapter_words(model, fused.names)
+    if fused is None:
+        return []
+    layers = [layer for _, _, layer, _ in fused.layers]
+    return adapter_words(model, [name for name in fused.names if _has_weight(layers, name)])
+
+
+def _has_weight(layers: Iterable[nn.Module], name: str) -> bool:
+    return any(layer.scaling.get(name, 0.0) != 0 for layer in layers)
 
 
 def adapter_scale(model: nn.Module, name: str) -> float:
