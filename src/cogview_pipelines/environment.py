@@ -1,6 +1,8 @@
 """What a result depends on besides the code: versions, hardware, threads. Importing this imports nothing heavy."""
 
 import datetime
+import functools
+import hashlib
 import os
 import platform
 from collections.abc import Iterable
@@ -11,7 +13,9 @@ from ._version import __version__
 PACKAGES = ("torch", "transformers", "diffusers", "accelerate", "huggingface_hub", "safetensors", "sentencepiece")
 # of the extras, and what changes how models are loaded or computed
 OPTIONAL_PACKAGES = ("peft", "torchao", "bitsandbytes", "gradio", "fastapi", "numpy", "Pillow")
+SHIPPED = "shipped"  # what users call the model that comes with the package
 SHIPPED_MODEL = Path(__file__).parent / "demo" / "models" / "cogview2-emoji"
+_PLACES, _PLACE_BYTES = 256, 4096  # of each file of a model, in its fingerprint
 
 
 def versions() -> dict[str, str | None]:
@@ -34,6 +38,42 @@ def _installed(names: Iterable[str]) -> dict[str, str | None]:
         except PackageNotFoundError:
             found[name] = None
     return found
+
+
+def model_identity(model: str, source: str) -> dict[str, str]:
+    """
+    What results say of a saved pipeline: its name, and of a folder the fingerprint, but not where it is.
+
+    Args:
+        model (`str`): As the user named it: a folder, a Hub id, or `shipped`.
+        source (`str`): The folder or Hub id that it stands for.
+    """
+    if not os.path.exists(source):
+        return {"model": model}
+    name = model if model == SHIPPED else os.path.basename(os.path.abspath(source))
+    return {"model": name, "model_fingerprint": fingerprint(Path(source))}
+
+
+@functools.cache
+def fingerprint(folder: Path) -> str:
+    """
+    Sixteen digits that change with the components of a saved pipeline: names and sizes of their files, and what stands
+    in them at 256 places each, since reading them whole takes as long as loading the model.
+    """
+    digest = hashlib.sha256()
+    for path in sorted([folder / "model_index.json", *folder.glob("*/*")]):
+        if path.name.startswith(".") or path.parent.name.startswith(".") or not path.is_file():
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode("utf-8", "backslashreplace"))
+        with open(path, "rb") as file:
+            if size <= _PLACES * _PLACE_BYTES:
+                digest.update(file.read())
+                continue
+            for index in range(_PLACES):
+                file.seek((size - _PLACE_BYTES) * index // (_PLACES - 1))
+                digest.update(file.read(_PLACE_BYTES))
+    return digest.hexdigest()[:16]
 
 
 def processor_name() -> str:

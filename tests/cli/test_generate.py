@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 
 from cogview_pipelines import __version__
 from cogview_pipelines.cli import app
-from cogview_pipelines.cli.loading import describe_model, fingerprint
+from cogview_pipelines.cli.loading import describe_model
 from cogview_pipelines.cli.requests import ARGUMENTS
+from cogview_pipelines.environment import fingerprint
 from cogview_pipelines.pictures.png import read_metadata, save_png
 from cogview_pipelines.pipelines.cogview.pipeline_cogview import CogViewPipeline
 from cogview_pipelines.pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
@@ -123,6 +124,16 @@ def test_the_model_that_a_picture_names_is_not_loaded_for_that(no_model, tmp_pat
     save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", metadata)
     result = CliRunner().invoke(app, ["generate", "--remake", "a.png"], catch_exceptions=False)
     assert_bad_input(result, f"made by the model '{named}'", "Pass --model")
+
+
+@pytest.mark.parametrize("command, shown", [("inpaint", "'inpaint'"), ({"a": "x" * 1000}, "xxx")])
+def test_a_picture_that_was_made_from_another_one_is_not_remade_from_its_prompt(no_model, tmp_path, command, shown):
+    metadata = {"command": command, "prompt": TIGER, "seed": 1, "settings": {}, "model": "owner/name"}
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", metadata)
+    arguments = ["generate", "--remake", str(tmp_path / "a.png"), "--model", "owner/name"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert_bad_input(result, "was not made from its prompt alone", shown)
+    assert len(result.stderr) < 1000
 
 
 def test_a_picture_of_another_model_is_made_by_the_one_that_is_asked_for(cogview2, tmp_path):

@@ -10,6 +10,9 @@ import types
 import pytest
 
 from cogview_pipelines.cli import serve
+from cogview_pipelines.cli.loading import describe_model
+from cogview_pipelines.models.adapters import add_adapter
+from cogview_pipelines.ops.int8_linear import is_built
 
 from .conftest import assert_bad_input
 
@@ -22,8 +25,8 @@ def served(monkeypatch):
 
     seen = {}
 
-    def create_app(pipe, settings, name):
-        seen.update(pipe=pipe, settings=settings, name=name)
+    def create_app(pipe, settings, name, identity):
+        seen.update(pipe=pipe, settings=settings, name=name, identity=identity)
 
     def make_server(app, settings):
         return types.SimpleNamespace(run=lambda sockets: seen.update(port=sockets[0].getsockname()[1]))
@@ -43,6 +46,26 @@ def test_options_become_settings_and_the_address_is_told(cogview2, served, model
     assert settings.allowed_hosts == ("a.example",) and settings.token is None
     assert served["name"] == model_folder.name and str(model_folder) != served["name"]
     assert f"Serving on http://127.0.0.1:{served['port']}" in result.stderr
+
+
+@pytest.mark.skipif(not is_built(), reason="the kernels are not built")
+def test_picture_files_are_to_name_the_model_as_those_of_other_commands_do(cogview2, served, model_folder, tmp_path):
+    assert cogview2("serve", "--port", 0, "--no-metadata").exit_code == 0
+    assert served["identity"] == describe_model(str(model_folder)) and not served["settings"].metadata
+    pipe = served["pipe"]
+    add_adapter(pipe.transformer, "style", 2)
+    pipe.save_adapter(tmp_path / "style")
+    assert cogview2("serve", "--port", 0, "--int8", "--lora", f"{tmp_path / 'style'}=0.5").exit_code == 0
+    [adapter] = served["identity"]["lora"]
+    assert (adapter["name"], adapter["weight"], served["identity"]["int8"]) == ("style", 0.5, True)
+    assert str(tmp_path) not in str(served["identity"]) and str(model_folder) not in str(served["identity"])
+
+
+def test_clients_call_a_folder_by_its_name_whatever_the_path(cogview2, served, model_folder, monkeypatch):
+    monkeypatch.chdir(model_folder)
+    for model in (".", f"../{model_folder.name}/", str(model_folder)):
+        assert cogview2("serve", "--port", 0, "--no-page", "--model", model).exit_code == 0
+        assert served["name"] == served["identity"]["model"] == model_folder.name
 
 
 def test_the_token_comes_from_the_environment(cogview2, served, monkeypatch):

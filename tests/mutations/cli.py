@@ -74,6 +74,13 @@ MUTATIONS = [
         "cli/test_generate.py::test_the_model_that_a_picture_names_is_not_loaded_for_that",
     ),
     Mutation(
+        "--remake: a painted picture becomes another one, of its prompt alone",
+        "cli/generate.py",
+        'if "command" in metadata:',
+        "if False:",
+        "cli/test_generate.py::test_a_picture_that_was_made_from_another_one_is_not_remade_from_its_prompt",
+    ),
+    Mutation(
         "seeds: candidates do not count for the largest",
         "cli/requests.py",
         '"num_captions_per_image", "num_candidates")',
@@ -138,7 +145,7 @@ MUTATIONS = [
     ),
     Mutation(
         "fingerprint: the shapes of a model only",
-        "cli/loading.py",
+        "environment.py",
         "digest.update(file.read())",
         "pass",
         "cli/test_generate.py::test_the_fingerprint_of_a_model_is_that_of_its_weights",

@@ -43,7 +43,7 @@ MUTATIONS = [
         "adapters: words of one that is left out of fusing are known",
         "models/adapters.py",
         "layers = [layer for *_, layer in adapter_layers(model)]",
-        "layers = [layer for *_, layer in adapter_layers(model)] or [layer for _, _, layer, _ in _fused_layers(model)]",
+        "layers = [entry[2] for entry in _fused_layers(model) or adapter_layers(model)]",
         f"{TESTS}::test_words_of_an_adapter_that_was_not_fused_with_others_are_unknown_meanwhile",
     ),
     Mutation(

@@ -69,9 +69,30 @@ MUTATIONS = [
     Mutation(
         "metadata: written although they are turned off",
         "serving/studio.py",
-        "if self.bounds.metadata:",
-        "if True:",
+        "if self.bounds.metadata else None",
+        "",
         "serving/test_clients.py::test_without_metadata_the_file_tells_nothing",
+    ),
+    Mutation(
+        "metadata: only the settings that a request names",
+        "serving/studio.py",
+        "settings = self._used_settings(request)\n",
+        "settings = self._settings(request)\n",
+        "serving/test_metadata.py::test_a_picture_says_what_one_of_the_command_line_says",
+    ),
+    Mutation(
+        "metadata: the model by the name that clients call it",
+        "serving/studio.py",
+        'of_maker(identity or {"model": name}, pipe)',
+        'of_maker({"model": name}, pipe)',
+        "serving/test_metadata.py::test_a_picture_says_what_one_of_the_command_line_says",
+    ),
+    Mutation(
+        "metadata: the first seed of candidates is that of the first that was chosen",
+        "serving/studio.py",
+        "chosen = (order.num_candidates, job.state.first_seed)",
+        "chosen = (order.num_candidates, order.seeds[0])",
+        "serving/test_metadata.py::test_a_chosen_candidate_says_of_which",
     ),
     Mutation(
         "JSON: the last of two fields of one name counts",

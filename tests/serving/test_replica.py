@@ -6,6 +6,7 @@ import torch
 from pydantic import ValidationError
 
 from cogview_pipelines import CogView2Pipeline, LoPARScheduler
+from cogview_pipelines.cli.loading import describe_model
 from cogview_pipelines.environment import SHIPPED_MODEL
 from cogview_pipelines.serving.app import create_app
 from cogview_pipelines.serving.replica import ReplicaArguments, ReplicaGate
@@ -110,10 +111,12 @@ def test_a_folder_is_found_from_elsewhere_and_named_without_its_place(tmp_path, 
     monkeypatch.chdir(tmp_path)
     located = ReplicaArguments(model="models/tiny").located()
     assert located.source == str(tmp_path / "models" / "tiny") and located.name == "tiny"
+    assert located.identity["model"] == "tiny" and len(located.identity["model_fingerprint"]) == 16
     hub = ReplicaArguments(model="owner/name").located()
-    assert hub.source == "owner/name" and hub.name == "name"
+    assert hub.source == "owner/name" and hub.name == "name" and hub.identity == {"model": "owner/name"}
     shipped = ReplicaArguments().located()
     assert shipped.source == str(SHIPPED_MODEL) and shipped.name == "shipped"
+    assert shipped.identity == describe_model("shipped")
 
 
 def test_the_model_is_loaded_with_the_numbers_and_threads_asked_for(tokenizer, tmp_path):

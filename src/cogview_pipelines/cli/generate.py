@@ -73,10 +73,9 @@ class Job:
 
     def metadata(self, seed: int, score: float | None = None) -> dict:
         """What the file of a picture says of it, with the picture's own seed."""
-        chosen = {}
-        if self.num_candidates is not None:
-            chosen["post_selection"] = {"num_candidates": self.num_candidates, "seed": self.seed, "score": score}
-        return {"prompt": self.prompt, "seed": seed, "settings": self.settings, **chosen}
+        from ..pipelines.common.picture_metadata import of_generation
+
+        return of_generation(self.prompt, seed, self.settings, self.num_candidates, self.seed, score)
 
 
 def generate(
@@ -213,6 +212,11 @@ def _request_of_picture(
     metadata = read_metadata(path)
     if not isinstance(metadata.get("settings"), dict) or not {"prompt", "seed", "model"} <= set(metadata):
         fail(f"`--remake`: {path} does not say how one picture was made.")
+    if "command" in metadata:
+        fail(
+            f"`--remake`: {path} was not made from its prompt alone, but by the command "
+            f"{str(metadata['command'])[:200]!r} from other pictures. Call that one again, with its pictures."
+        )
     own = describe_model(choice.model)
     if is_default and any(metadata.get(name) != value for name, value in own.items()):
         fail(
@@ -371,13 +375,14 @@ def _plan(pipe: "PipelineBase", request: Request, paths: list[Path]) -> list[Job
         ValueError: If the model cannot do what is asked.
     """
     from ..pipelines.common.arguments import check_taken
+    from ..pipelines.common.picture_metadata import chosen_settings
 
     check_taken(pipe, request.arguments)
     settings = pipe.check_inputs(request.prompt, **request.arguments)
     warn_of_unknown(
         pipe.tokenizer, request.prompt, f"the prompt of {request.where}" if request.where else "the prompt"
     )
-    settings = {name: value for name, value in settings.items() if value not in (None, "")}
+    settings = chosen_settings(settings)
     seed = choose_seed(request.seed)
     candidates, batch_size = (request.arguments.get(name) for name in ("num_candidates", "max_batch_size"))
     if candidates is not None:
@@ -430,13 +435,9 @@ def _make(pipe: "PipelineBase", jobs: list[Job], quiet: bool) -> Iterator[tuple[
 
 
 def _common_metadata(pipe: "PipelineBase", choice: ModelChoice) -> dict:
-    from ..environment import versions
+    from ..pipelines.common.picture_metadata import of_maker
 
-    return {
-        **choice.describe(),
-        "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
-        "versions": versions(),
-    }
+    return of_maker(choice.describe(), pipe)
 
 
 def _save(image: "Image.Image", path: Path, metadata: dict | None) -> None:

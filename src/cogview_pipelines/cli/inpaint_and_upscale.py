@@ -349,25 +349,14 @@ class _Run:
         """The pictures of a job, each with its file and metadata."""
         import torch
 
-        from ..environment import versions
+        from ..pipelines.common.picture_metadata import of_change, of_maker
 
+        inputs, maker = describe_inputs(job.request.files, contents), of_maker(self.model.describe(), pipe)
         generators = [torch.Generator().manual_seed(job.seed + index) for index in range(len(job.paths))]
         images = self.make(pipe, job.request, pictures, generators)
         for index, (path, image) in enumerate(zip(job.paths, images, strict=True)):
-            yield (
-                path,
-                image,
-                {
-                    "command": self.command,
-                    "prompt": job.request.prompt,
-                    "seed": job.seed + index,
-                    "settings": job.settings,
-                    "inputs": describe_inputs(job.request.files, contents),
-                    **self.model.describe(),
-                    "dtype": str(pipe.vqvae.dtype).removeprefix("torch."),
-                    "versions": versions(),
-                },
-            )
+            own = of_change(self.command, job.request.prompt, job.seed + index, job.settings, inputs)
+            yield path, image, {**own, **maker}
 
 
 def _paint(pipe, request: Request, pictures: Pictures, generators: list) -> list["Image.Image"]:

@@ -1,6 +1,5 @@
 """The picture files that commands start from."""
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,9 +49,9 @@ def read_image(path: Path, name: str) -> "Image.Image":
 
 def describe_inputs(files: dict[str, Path], contents: dict[str, bytes]) -> dict:
     """What results say of the files that they were made from, so that a change of one is noticed."""
-    return {
-        name: {"file": path.name, "sha256": hashlib.sha256(contents[name]).hexdigest()} for name, path in files.items()
-    }
+    from ..pipelines.common.picture_metadata import of_input
+
+    return {name: of_input(contents[name], path.name) for name, path in files.items()}
 
 
 def same_inputs(files: dict[str, Path], described: object) -> bool:

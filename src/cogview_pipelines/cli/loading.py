@@ -1,8 +1,6 @@
 """Options that several commands have; from `--model`, `--device` and `--dtype` to a pipeline."""
 
 import enum
-import functools
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -12,18 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..environment import SHIPPED_MODEL
+from ..environment import SHIPPED, SHIPPED_MODEL, model_identity
 from ..foreign_files import describe_foreign_file
 from .adapters import Adapter, add_adapters
 from .console import expand, fail, first_line
 from .families import SAVED_AS, pipeline_class
-from .models import SHIPPED, complete_model
+from .models import complete_model
 from .names import is_hub_id
 
 if TYPE_CHECKING:
     from ..pipelines.common.base import PipelineBase
 
-_PLACES, _PLACE_BYTES = 256, 4096  # of each file of a model, in its fingerprint
 _SAVED = {".safetensors", ".json", ".model"}
 
 
@@ -127,35 +124,9 @@ def describe_model(model: str, adapters: Sequence[Adapter] = (), int8: bool = Fa
         adapters: As in `--lora`; they are there.
         int8: As in `--int8`.
     """
-    source = find_model(model)
     added: dict[str, Any] = {"lora": [adapter.describe() for adapter in adapters]} if adapters else {}
     added |= {"int8": True} if int8 else {}
-    if not os.path.exists(source):
-        return {"model": model, **added}
-    name = model if model == SHIPPED else os.path.basename(os.path.abspath(source))
-    return {"model": name, "model_fingerprint": fingerprint(Path(source)), **added}
-
-
-@functools.cache
-def fingerprint(folder: Path) -> str:
-    """
-    Sixteen digits that change with the components of a saved pipeline: names and sizes of their files, and what stands
-    in them at 256 places each, since reading them whole takes as long as loading the model.
-    """
-    digest = hashlib.sha256()
-    for path in sorted([folder / "model_index.json", *folder.glob("*/*")]):
-        if path.name.startswith(".") or path.parent.name.startswith(".") or not path.is_file():
-            continue
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode("utf-8", "backslashreplace"))
-        with open(path, "rb") as file:
-            if size <= _PLACES * _PLACE_BYTES:
-                digest.update(file.read())
-                continue
-            for index in range(_PLACES):
-                file.seek((size - _PLACE_BYTES) * index // (_PLACES - 1))
-                digest.update(file.read(_PLACE_BYTES))
-    return digest.hexdigest()[:16]
+    return {**model_identity(model, find_model(model)), **added}
 
 
 def load_pipeline(

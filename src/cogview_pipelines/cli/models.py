@@ -6,11 +6,10 @@ from pathlib import Path
 
 import typer
 
-from ..environment import SHIPPED_MODEL
+from ..environment import SHIPPED, SHIPPED_MODEL
 from .console import say, say_json
 
 PACKAGE = __name__.split(".")[0]
-SHIPPED = "shipped"
 
 
 def models(as_json: bool = typer.Option(False, "--json", help="Print one line of JSON a model.")) -> None:

@@ -8,7 +8,17 @@ import typer
 
 from .adapters import LORA_OPTION, read_adapters
 from .console import FAILURE, fail, say
-from .loading import DEVICE_OPTION, DTYPE_OPTION, INT8_OPTION, MODEL_OPTION, DType, find_model, load_pipeline
+from .loading import (
+    DEVICE_OPTION,
+    DTYPE_OPTION,
+    INT8_OPTION,
+    METADATA_OPTION,
+    MODEL_OPTION,
+    DType,
+    describe_model,
+    find_model,
+    load_pipeline,
+)
 
 if TYPE_CHECKING:
     import socket
@@ -40,7 +50,7 @@ def serve(
     job_timeout: float = typer.Option(600, min=1, help="Seconds until the work for a request is stopped."),
     max_images: int = typer.Option(8, min=1, max=64, help="Pictures in a request."),
     max_pixels: int = typer.Option(4_200_000, min=1, max=100_000_000, help="Pixels that a request may send in."),
-    metadata: bool = typer.Option(True, help="Write prompt, seed, model and versions into the picture files."),
+    metadata: bool = METADATA_OPTION,
     model: str = MODEL_OPTION,
     lora: list[str] = LORA_OPTION,
     int8: bool = INT8_OPTION,
@@ -81,7 +91,9 @@ def serve(
 
         pipe = load_pipeline(source, device, dtype, adapters=adapters, int8=int8)
         set_up_log()
-        server = make_server(create_app(pipe, settings, _name(model)), settings)
+        identity = describe_model(model, adapters, int8)
+        app = create_app(pipe, settings, _name(identity["model"]), identity)
+        server = make_server(app, settings)
         shown = f"[{host}]" if ":" in host else host
         say(f"Serving on http://{shown}:{listening.getsockname()[1]}", err=True)
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after an orderly end
@@ -120,5 +132,5 @@ def _listen(settings: "ServerSettings") -> "socket.socket":
 
 
 def _name(model: str) -> str:
-    """What clients call the model: no folder of this machine."""
-    return model.rstrip("/\\").replace("\\", "/").rpartition("/")[2] or "cogview2"
+    """What clients call the model: of a Hub id the last part, since it stands in addresses."""
+    return model.rpartition("/")[2] or "cogview2"

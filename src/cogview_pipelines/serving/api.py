@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from ..pictures.files import as_mask, opacity_of
 from . import schemas
 from .errors import CLIENT_CLOSED_REQUEST, ApiError, bad_request
-from .forms import read_form, read_json, read_pictures
+from .forms import describe_files, read_form, read_json, read_pictures
 from .jobs import Job, JobCancelled, Work, alone
 from .metrics import Metrics
 from .settings import ServerSettings
@@ -81,6 +81,7 @@ class _Api:
         with self.worker.place(request.state.upload) as place:
             values, files = await read_form(request, ("image", "mask"))
             wanted = schemas.parse(schemas.EditRequest, values, strict=False)
+            inputs = await describe_files(files)
             [image] = await read_pictures(files, "image", self.settings)
             if files.get("mask"):
                 mask = as_mask((await read_pictures(files, "mask", self.settings))[0])
@@ -93,7 +94,7 @@ class _Api:
                     "missing_parameter",
                 )
             self.studio.check_edit(wanted, image, mask)
-            work = alone(functools.partial(self.studio.edit, wanted, image, mask))
+            work = alone(functools.partial(self.studio.edit, wanted, image, mask, inputs))
             made = await _result(request, place, "edit", work)
             return await self._pictures("edit", wanted, made)
 
@@ -102,9 +103,10 @@ class _Api:
         with self.worker.place(request.state.upload) as place:
             values, files = await read_form(request, ("image",))
             wanted = schemas.parse(schemas.UpscaleRequest, values, strict=False)
+            inputs = await describe_files(files)
             [image] = await read_pictures(files, "image", self.settings)
             self.studio.check_upscale(wanted, image)
-            made = await _result(request, place, "upscale", self.studio.enlargement(wanted, image))
+            made = await _result(request, place, "upscale", self.studio.enlargement(wanted, image, inputs))
             return await self._pictures("upscale", wanted, made)
 
     async def captions(self, request: Request) -> Response:

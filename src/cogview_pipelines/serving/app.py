@@ -1,7 +1,8 @@
 """The application: API and page behind the same gates."""
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
 
 import anyio.to_thread
 from fastapi import FastAPI
@@ -19,7 +20,12 @@ from .studio_cogview import CogViewStudio
 from .worker import Worker
 
 
-def create_app(pipe: CogView2Pipeline | CogViewPipeline, settings: ServerSettings, name: str = "cogview2") -> FastAPI:
+def create_app(
+    pipe: CogView2Pipeline | CogViewPipeline,
+    settings: ServerSettings,
+    name: str = "cogview2",
+    identity: Mapping[str, Any] | None = None,
+) -> FastAPI:
     """
     Everything that the server answers.
 
@@ -28,6 +34,8 @@ def create_app(pipe: CogView2Pipeline | CogViewPipeline, settings: ServerSetting
             it from now on.
         settings ([`ServerSettings`]): Bounds, token, and what is served.
         name (`str`): What clients call the model.
+        identity (`Mapping`, *optional*): What picture files say of the model: its name, fingerprint, adapters and
+            `int8`; default: `name`.
 
     Returns:
         `FastAPI`: The application; `app.state.worker` is the [`Worker`], which starts and stops with it.
@@ -35,7 +43,7 @@ def create_app(pipe: CogView2Pipeline | CogViewPipeline, settings: ServerSetting
     metrics = Metrics()
     worker = Worker(settings.queue_limit, settings.job_timeout, metrics, settings.batch_size)
     kind = CogViewStudio if isinstance(pipe, CogViewPipeline) else Studio
-    studio = kind(pipe, name, settings)
+    studio = kind(pipe, name, settings, identity)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

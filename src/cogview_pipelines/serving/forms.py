@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 
 from ..pictures.files import open_picture
+from ..pipelines.common.picture_metadata import of_input
 from .errors import ApiError, bad_request
 from .settings import ServerSettings
 
@@ -93,6 +94,13 @@ async def read_form(
     finally:
         await form.close()
     return values, contents
+
+
+async def describe_files(files: dict[str, list[bytes]]) -> dict[str, dict[str, str]]:
+    """What picture files say of the first that came under each name; hashed beside the event loop."""
+    return await anyio.to_thread.run_sync(
+        lambda: {name: of_input(contents[0]) for name, contents in files.items() if contents}
+    )
 
 
 async def read_pictures(

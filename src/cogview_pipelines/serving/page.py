@@ -12,8 +12,10 @@ from typing import Any
 
 import anyio.to_thread
 import gradio as gr
+from PIL import Image
 
 from ..pictures.files import as_mask
+from ..pipelines.common.picture_metadata import of_input
 from . import page_errors, page_html, schemas
 from .errors import ApiError, bad_request, internal_error
 from .forms import decode_picture
@@ -215,9 +217,11 @@ class Page:
 
         async def prepare() -> Work:
             wanted = schemas.parse(schemas.EditRequest, fields, strict=False)
-            image, white = await self._picture(picture, "image"), as_mask(await self._picture(mask, "mask"))
+            image, image_file = await self._picture(picture, "image")
+            marked, mask_file = await self._picture(mask, "mask")
+            white, inputs = as_mask(marked), {"image": image_file, "mask": mask_file}
             self.studio.check_edit(wanted, image, white)
-            return alone(functools.partial(self.studio.edit, wanted, image, white))
+            return alone(functools.partial(self.studio.edit, wanted, image, white, inputs))
 
         async for state in self._follow("edit", prepare, self._show_pictures, language):
             yield state
@@ -228,9 +232,9 @@ class Page:
 
         async def prepare() -> Work:
             wanted = schemas.parse(schemas.UpscaleRequest, fields, strict=False)
-            image = await self._picture(picture, "image")
+            image, image_file = await self._picture(picture, "image")
             self.studio.check_upscale(wanted, image)
-            return self.studio.enlargement(wanted, image)
+            return self.studio.enlargement(wanted, image, {"image": image_file})
 
         async for state in self._follow("upscale", prepare, self._show_pictures, language):
             yield state
@@ -244,7 +248,8 @@ class Page:
         async def prepare() -> Work:
             wanted = schemas.parse(schemas.CaptionRequest, fields, strict=False)
             self.studio.check_caption(wanted, 1)
-            return alone(functools.partial(self.studio.caption, wanted, [await self._picture(picture, "image")]))
+            image, _ = await self._picture(picture, "image")
+            return alone(functools.partial(self.studio.caption, wanted, [image]))
 
         async def show(found: list[list[dict]], kind: str, language: str) -> str:
             rows = [(entry["text"], entry["score"]) for entry in found[0]]
@@ -260,7 +265,8 @@ class Page:
         async def prepare() -> Work:
             wanted = schemas.parse(schemas.ScoreRequest, fields, strict=False)
             self.studio.check_scores(wanted)
-            return alone(functools.partial(self.studio.score, wanted, await self._picture(picture, "image")))
+            image, _ = await self._picture(picture, "image")
+            return alone(functools.partial(self.studio.score, wanted, image))
 
         async def show(found: list[dict], kind: str, language: str) -> str:
             return page_html.table(
@@ -310,14 +316,16 @@ class Page:
         targets = [name for name in page_html.TARGETS if missing.get(name, self.studio) is not None]
         return page_html.pictures(made, contents, [part for part in parts if part], language, targets)
 
-    async def _picture(self, url: Any, name: str) -> Any:
+    async def _picture(self, url: Any, name: str) -> tuple[Image.Image, dict[str, str]]:
+        """What page.js sent, and what the files of results say of it."""
         if not isinstance(url, str) or not url.startswith(DATA_URL):
             raise bad_request(f"`{name}` must be given: choose a picture.", name, "missing_parameter")
         try:
             content = base64.b64decode(url.removeprefix(DATA_URL), validate=True)
         except binascii.Error:
             raise bad_request(f"`{name}` is damaged.", name, "invalid_image") from None
-        return await decode_picture(content, name, self.settings.max_pixels)
+        image = await decode_picture(content, name, self.settings.max_pixels)
+        return image, await anyio.to_thread.run_sync(of_input, content)
 
     # Parts -----------------------------------------------------------------------------------------------------------
 

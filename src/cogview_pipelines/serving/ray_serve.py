@@ -35,7 +35,7 @@ def build(args: ReplicaArguments) -> serve.Application:
     args.pipeline_class()  # told at once; Ray would start replicas again and again
 
     def make_app() -> FastAPI:  # in the replica: pipelines do not travel
-        app = create_app(args.load(), settings, args.name)
+        app = create_app(args.load(), settings, args.name, args.identity)
         app.add_middleware(ReplicaGate, replica=serve.get_replica_context().replica_tag, settings=settings)
         return app
 

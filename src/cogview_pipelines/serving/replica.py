@@ -8,14 +8,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..environment import SHIPPED_MODEL
+from ..environment import SHIPPED, SHIPPED_MODEL, model_identity
 from ..pipelines.cogview.pipeline_cogview import CogViewPipeline
 from ..pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
 from ..pipelines.common.base import PipelineBase
 from .errors import ApiError
 from .settings import ServerSettings, is_loopback
 
-SHIPPED = "shipped"
 _PIPELINES: dict[str, type[PipelineBase]] = {each.__name__: each for each in (CogView2Pipeline, CogViewPipeline)}
 
 
@@ -74,6 +73,11 @@ class ReplicaArguments(BaseModel):
     def name(self) -> str:
         """What clients call the model: no folder of a machine."""
         return self.model.rstrip("/\\").replace("\\", "/").rpartition("/")[2] or "cogview2"
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What picture files say of the model."""
+        return model_identity(self.model, self.source)
 
     def pipeline_class(self) -> type[PipelineBase]:
         """

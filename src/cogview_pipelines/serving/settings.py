@@ -33,7 +33,7 @@ class ServerSettings:
         max_candidates (`int`): Candidates of post-selection, and of captions.
         max_prompt_length (`int`): Characters of a text; the model's own limit in tokens holds, too.
         max_texts (`int`): Texts that one request may compare.
-        metadata (`bool`): Write prompt, seed, model and versions into the picture files.
+        metadata (`bool`): Write into PNG files how their pictures were made.
     """
 
     host: str = "127.0.0.1"

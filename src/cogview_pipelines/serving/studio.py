@@ -7,13 +7,12 @@ import inspect
 import io
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from PIL import Image
 
-from ..environment import versions
 from ..generation.batching import is_out_of_memory
 from ..pictures.png import encode_png
 from ..pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
@@ -23,6 +22,7 @@ from ..pipelines.cogview2.pipeline_cogview2_upscale import CogView2UpscalePipeli
 from ..pipelines.cogview2.staged import Order, StagedPipeline
 from ..pipelines.common.arguments import check_taken
 from ..pipelines.common.notifier import Callback
+from ..pipelines.common.picture_metadata import chosen_settings, of_change, of_generation, of_maker
 from ..pipelines.common.preview_budget import PreviewBudget
 from .errors import ApiError, bad_request
 from .jobs import Job, Stage, Work, checkpoint
@@ -64,13 +64,31 @@ class Made:
         image (`PIL.Image.Image`): The picture.
         seed (`int`): That makes it again.
         prompt (`str`): The text that was used.
+        metadata (`dict`): How it was made, for its file.
         score (`float`, *optional*): Of post-selection; higher is better.
     """
 
     image: Image.Image
     seed: int
     prompt: str
+    metadata: dict[str, Any]
     score: float | None = None
+
+
+@dataclasses.dataclass
+class Drawing:
+    """
+    A request for pictures of a prompt at work.
+
+    Args:
+        order ([`Order`]): The pictures, and how far they are.
+        settings (`dict`): Style, size and settings: all that the pictures depend on beside prompt and seed.
+        first_seed (`int`): That of the first picture or candidate.
+    """
+
+    order: Order
+    settings: dict[str, Any]
+    first_seed: int
 
 
 @dataclasses.dataclass
@@ -96,10 +114,18 @@ class Studio:
         pipe ([`CogView2Pipeline`]): The model, on its device.
         name (`str`): What clients call it.
         settings ([`ServerSettings`]): Bounds.
+        identity (`Mapping`, *optional*): What picture files say of the model; default: its name.
     """
 
-    def __init__(self, pipe: CogView2Pipeline, name: str, settings: ServerSettings):
+    def __init__(
+        self,
+        pipe: CogView2Pipeline,
+        name: str,
+        settings: ServerSettings,
+        identity: Mapping[str, Any] | None = None,
+    ):
         self.name, self.bounds = name, settings
+        self.maker = of_maker(identity or {"model": name}, pipe)
         self.text_to_image: Any = pipe
         self.staged: Any = StagedPipeline(pipe)
         # what a model has no parts for is None, and is refused before there is a job
@@ -157,13 +183,7 @@ class Studio:
             self._check_count("num_candidates", request.num_candidates, bounds.max_candidates)
         with explained():
             check_taken(self.text_to_image, self._settings(request))
-            self.text_to_image.check_inputs(
-                request.prompt,
-                num_images_per_prompt=request.n,
-                num_candidates=request.num_candidates,
-                **self._size(request.size),
-                **self._settings(request),
-            )
+            self._used_settings(request)
 
     def check_edit(self, request: EditRequest, image: Image.Image, mask: Image.Image) -> None:
         """As [`Studio.check_generation`]."""
@@ -214,6 +234,7 @@ class Studio:
         """
         count = request.num_candidates or request.n
         with explained():
+            settings = self._used_settings(request)
             order = self.staged.order(
                 request.prompt,
                 generators_of(request.seed, count),
@@ -225,52 +246,67 @@ class Studio:
         draft, *refinements, decode = order.keys
         stages = [Stage(draft, self._draft)]
         stages += [Stage(key, self._refine) for key in refinements]
-        return Work([*stages, Stage(decode, self._decode)], order, size=count)
+        drawing = Drawing(order, settings, first_seed=order.seeds[0])
+        return Work([*stages, Stage(decode, self._decode)], drawing, size=count)
 
     def _draft(self, jobs: list[Job]) -> None:
-        orders = [job.state for job in jobs]
+        orders = [job.state.order for job in jobs]
         with self._stoppable(jobs), explained():
             self.staged.draft(orders, self._watch(jobs, _owners(jobs, orders)))
 
     def _refine(self, jobs: list[Job]) -> None:
-        orders = [job.state for job in jobs]
+        orders = [job.state.order for job in jobs]
         with self._stoppable(jobs), explained():
             self.staged.refine(orders, self._watch(jobs, _owners(jobs, orders)))
 
     def _decode(self, jobs: list[Job]) -> None:
-        orders = [job.state for job in jobs]
+        orders = [job.state.order for job in jobs]
         with self._stoppable(jobs), explained():
             found = self.staged.decode(orders)
         for job, order, images in zip(jobs, orders, found):
-            scores = order.scores or [None] * len(images)
+            chosen = (order.num_candidates, job.state.first_seed)
             job.state = [
-                Made(image, seed, order.prompt, *more) for image, seed, *more in zip(images, order.seeds, scores)
+                made_of_prompt(image, seed, order.prompt, job.state.settings, *chosen, score)
+                for image, seed, score in zip(images, order.seeds, order.scores or [None] * len(images))
             ]
 
-    def edit(self, request: EditRequest, image: Image.Image, mask: Image.Image, job: Job) -> list[Made]:
+    def edit(
+        self,
+        request: EditRequest,
+        image: Image.Image,
+        mask: Image.Image,
+        inputs: Mapping[str, Mapping[str, str]],
+        job: Job,
+    ) -> list[Made]:
         """Pictures with the masked part painted anew."""
+        settings = self._settings(request)
         with self._stoppable([job]), explained():
             output = self.inpainting(
                 request.prompt,
                 image,
                 mask,
                 num_images_per_prompt=request.n,
-                **self._settings(request),
+                **settings,
                 generator=generators_of(request.seed, request.n),
                 callback_on_step_end=self._watch([job]),
             )
-        return [Made(*each) for each in zip(output.images, output.seeds, output.prompts)]
+        return [
+            Made(image, seed, prompt, of_change("inpaint", prompt, seed, settings, inputs))
+            for image, seed, prompt in zip(output.images, output.seeds, output.prompts)
+        ]
 
-    def enlargement(self, request: UpscaleRequest, image: Image.Image) -> Work:
+    def enlargement(
+        self, request: UpscaleRequest, image: Image.Image, inputs: Mapping[str, Mapping[str, str]]
+    ) -> Work:
         """What there is to do for a picture enlarged, together with others of its size whose settings are the same."""
-        settings = self._settings(request)
-        key = ("upscale", image.size, request.num_levels, repr(sorted(settings.items())))
-        run = functools.partial(self._upscale, num_levels=request.num_levels, **settings)
-        return Work([Stage(key, run)], (image, request.prompt, request.seed))
+        settings = {"num_levels": request.num_levels, **self._settings(request)}
+        key = ("upscale", image.size, repr(sorted(settings.items())))
+        run = functools.partial(self._upscale, **settings)
+        return Work([Stage(key, run)], (image, request.prompt, request.seed, inputs))
 
     def _upscale(self, jobs: list[Job], **settings: Any) -> None:
         states = [job.state for job in jobs]
-        images, prompts, seeds = (list(each) for each in zip(*states))
+        images, prompts, seeds, inputs = (list(each) for each in zip(*states))
         with self._stoppable(jobs), explained():
             output = self.upscaling(
                 images,
@@ -279,8 +315,8 @@ class Studio:
                 generator=[generator for seed in seeds for generator in generators_of(seed, 1)],
                 callback_on_step_end=self._watch(jobs, owners=jobs),
             )
-        for job, *made in zip(jobs, output.images, output.seeds, output.prompts):
-            job.state = [Made(*made)]
+        for job, image, seed, prompt, own in zip(jobs, output.images, output.seeds, output.prompts, inputs):
+            job.state = [Made(image, seed, prompt, of_change("upscale", prompt, seed, settings, own))]
 
     def caption(self, request: CaptionRequest, images: list[Image.Image], job: Job) -> list[list[dict]]:
         """Captions of each picture with their scores, best first."""
@@ -318,11 +354,8 @@ class Studio:
             kind (`str`): `"png"`, `"jpeg"` or `"webp"`.
             quality (`int`): Of JPEG and WebP, from 0 to 100.
         """
-        metadata = {}
-        if self.bounds.metadata:
-            metadata = {"prompt": made.prompt, "seed": made.seed, "model": self.name, "versions": versions()}
         if kind == "png":
-            return encode_png(made.image, metadata)
+            return encode_png(made.image, {**made.metadata, **self.maker} if self.bounds.metadata else None)
         content = io.BytesIO()
         made.image.convert("RGB" if kind == "jpeg" else made.image.mode).save(content, KINDS[kind], quality=quality)
         return content.getvalue()
@@ -407,6 +440,18 @@ class Studio:
             del settings["style"]
         return settings
 
+    def _used_settings(self, request: GenerationRequest) -> dict[str, Any]:
+        """All settings that the pictures of a request depend on, as their files name them; it is checked with them."""
+        return chosen_settings(
+            self.text_to_image.check_inputs(
+                request.prompt,
+                num_images_per_prompt=request.n,
+                num_candidates=request.num_candidates,
+                **self._size(request.size),
+                **self._settings(request),
+            )
+        )
+
     def _check_pixels(self, image: Image.Image, num_levels: int) -> None:
         """Whether a picture is small enough to be enlarged, with what is added to fill its tiles."""
         width, height = image.size
@@ -474,6 +519,20 @@ def explained() -> Iterator[None]:
 def _owners(jobs: list[Job], orders: list[Order]) -> list[Job]:
     """Whose each of the pictures of some orders is."""
     return [job for job, order in zip(jobs, orders) for _ in order.seeds]
+
+
+def made_of_prompt(
+    image: Image.Image,
+    seed: int,
+    prompt: str,
+    settings: dict[str, Any],
+    num_candidates: int | None,
+    first_seed: int,
+    score: float | None,
+) -> Made:
+    """A picture that was made from its prompt alone; see [`of_generation`]."""
+    metadata = of_generation(prompt, seed, settings, num_candidates, first_seed, score)
+    return Made(image, seed, prompt, metadata, score)
 
 
 def generators_of(seed: int | None, count: int) -> list[torch.Generator]:

@@ -1,6 +1,7 @@
 """What the server can do with a model of the first CogView."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 from PIL import Image
@@ -9,11 +10,12 @@ from ..pipelines.cogview.pipeline_cogview import CogViewPipeline
 from ..pipelines.cogview.pipeline_cogview_caption import CogViewCaptionPipeline
 from ..pipelines.cogview.pipeline_cogview_upscale import CogViewUpscalePipeline
 from ..pipelines.common.arguments import check_taken
+from ..pipelines.common.picture_metadata import of_maker
 from .errors import bad_request
 from .jobs import Job, Stage, Work, checkpoint
 from .schemas import CaptionRequest, EditRequest, GenerationRequest, ScoreRequest, UpscaleRequest
 from .settings import ServerSettings
-from .studio import Made, Studio, explained, generators_of
+from .studio import Studio, explained, generators_of, made_of_prompt
 
 
 class CogViewStudio(Studio):
@@ -24,14 +26,22 @@ class CogViewStudio(Studio):
         pipe ([`CogViewPipeline`]): The model, on its device.
         name (`str`): What clients call it.
         settings ([`ServerSettings`]): Bounds.
+        identity (`Mapping`, *optional*): What picture files say of the model; default: its name.
     """
 
     strategies = ("greedy", "sample")
     max_levels = 1
     has_languages = False
 
-    def __init__(self, pipe: CogViewPipeline, name: str, settings: ServerSettings):
+    def __init__(
+        self,
+        pipe: CogViewPipeline,
+        name: str,
+        settings: ServerSettings,
+        identity: Mapping[str, Any] | None = None,
+    ):
         self.name, self.bounds = name, settings
+        self.maker = of_maker(identity or {"model": name}, pipe)
         self.text_to_image = pipe
         self.staged = self.inpainting = self.upscaling = None
         self.captioning = CogViewCaptionPipeline.from_pipe(pipe)
@@ -89,31 +99,42 @@ class CogViewStudio(Studio):
         settings = self._settings(request)
         key = ("generation", request.n, request.num_candidates, repr(sorted(settings.items())))
         run = functools.partial(self._generate, count=request.n, num_candidates=request.num_candidates, **settings)
-        return Work([Stage(key, run)], (request.prompt, request.seed), size=request.num_candidates or request.n)
+        with explained():
+            used = self._used_settings(request)
+        state = (request.prompt, request.seed, used)
+        return Work([Stage(key, run)], state, size=request.num_candidates or request.n)
 
     def _generate(self, jobs: list[Job], count: int, num_candidates: int | None, **settings: Any) -> None:
         drawn = num_candidates or count
         prompts = [job.state[0] for job in jobs]
-        generators = [generator for job in jobs for generator in generators_of(job.state[1], drawn)]
+        generators = [generators_of(job.state[1], drawn) for job in jobs]
+        first_seeds = [own[0].initial_seed() for own in generators]
         with self._stoppable(jobs), explained():
             output = self.text_to_image(
                 prompts,
                 num_images_per_prompt=count,
                 num_candidates=num_candidates,
-                generator=generators,
+                generator=[generator for own in generators for generator in own],
                 callback_on_step_end=self._watch(jobs, [job for job in jobs for _ in range(drawn)]),
                 **settings,
             )
         scores = output.scores or [None] * len(output.images)
-        made = [Made(*each) for each in zip(output.images, output.seeds, output.prompts, scores)]
-        for index, job in enumerate(jobs):
-            job.state = made[index * count : (index + 1) * count]
+        made = list(zip(output.images, output.seeds, output.prompts, scores))
+        for index, (job, first_seed) in enumerate(zip(jobs, first_seeds)):
+            used = job.state[2]
+            job.state = [
+                made_of_prompt(image, seed, prompt, used, num_candidates, first_seed, score)
+                for image, seed, prompt, score in made[index * count : (index + 1) * count]
+            ]
 
-    def enlargement(self, request: UpscaleRequest, image: Image.Image) -> Work:
+    def enlargement(
+        self, request: UpscaleRequest, image: Image.Image, inputs: Mapping[str, Mapping[str, str]]
+    ) -> Work:
         """What there is to do for a picture enlarged, together with others whose settings are the same."""
         settings = self._settings(request)
         run = functools.partial(self._upscale, **settings)
-        return Work([Stage(("upscale", repr(sorted(settings.items()))), run)], (image, request.prompt, request.seed))
+        state = (image, request.prompt, request.seed, inputs)
+        return Work([Stage(("upscale", repr(sorted(settings.items()))), run)], state)
 
     def caption(self, request: CaptionRequest, images: list[Image.Image], job: Job) -> list[list[dict]]:
         """Captions of each picture with their scores."""
