@@ -50,6 +50,20 @@ def assert_logits(ours: torch.Tensor, theirs: np.ndarray, what: str = "") -> Non
     assert_close(stored(ours, theirs), theirs, what=what)
 
 
+def assert_thinned(ours: torch.Tensor, arrays: dict, name: str, tolerance: float = LOGITS_TOLERANCE) -> None:
+    """
+    Equal within a tolerance in what a set of fixtures holds of an array: all; or, to save room, every n-th of some
+    axes, and the sums over each of these axes (`<name>_sum_<axis>`).
+    """
+    theirs = arrays[name]
+    steps = [-(-length // kept) for length, kept in zip(ours.shape, theirs.shape)]
+    assert_close(ours[tuple(slice(None, None, step) for step in steps)], theirs, tolerance, name)
+    for axis, step in enumerate(steps):
+        if step > 1:
+            sums, room = ours.double().sum(axis), tolerance * ours.shape[axis] ** 0.5  # noise adds up like this
+            assert_close(sums, arrays[f"{name}_sum_{axis}"], room, f"{name} summed over axis {axis}")
+
+
 def assert_same_decisions(ours: torch.Tensor, theirs: np.ndarray, margin: np.ndarray, what: str = "") -> None:
     """Equal wherever the original's margin is clear; and most are clear, or this would say nothing."""
     clear = torch.from_numpy(np.asarray(margin, dtype=np.float32) > CLEAR_MARGIN)

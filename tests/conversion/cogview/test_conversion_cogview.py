@@ -21,10 +21,18 @@ from cogview_pipelines.conversion import (
 from cogview_pipelines.conversion.cogview import to_release
 from cogview_pipelines.conversion.cogview.layout import released_transformer_key, transformer_key
 
+from ...parity import checkpoints
+
 FIXTURES = Path(__file__).parents[2] / "parity" / "cogview" / "fixtures"
-TINY, TWO_RANKS = FIXTURES / "checkpoints" / "cogview-tiny", FIXTURES / "checkpoints" / "cogview-tiny-mp2"
+TINY = FIXTURES / "checkpoints" / "cogview-tiny"
 VQ, TEXT = FIXTURES / "checkpoints" / "vqvae_tiny.pt", FIXTURES / "text_model" / "tiny.model"
 SCRIPTS = Path(__file__).parents[3] / "conversion_scripts"
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """The weights of the tiny checkpoint in two model-parallel ranks."""
+    return checkpoints.two_ranks(FIXTURES, tmp_path_factory.mktemp("ranks"))
 
 
 def convert(output, **files):
@@ -67,18 +75,18 @@ def test_every_layout_gives_the_same_tensors(tmp_path, kind):
     assert not list((tmp_path / "out").glob(".unpacked*"))
 
 
-def test_two_ranks_are_merged_into_the_tensors_of_one(tmp_path):
-    record, _ = convert(tmp_path / "two", base=TWO_RANKS)
+def test_two_ranks_are_merged_into_the_tensors_of_one(two_ranks, tmp_path):
+    record, _ = convert(tmp_path / "two", base=two_ranks)
     convert(tmp_path / "one", base=TINY)
     two, one = (load_file(tmp_path / name / "transformer" / "model.safetensors") for name in ("two", "one"))
     assert two.keys() == one.keys() and all(torch.equal(two[key], one[key]) for key in one)
     assert record["components"]["transformer"]["num_ranks"] == 2
 
 
-def write_ranks(folder, change):
+def write_ranks(two_ranks, folder, change):
     """The two ranks with something changed in the second."""
     for rank in range(2):
-        (source,) = TWO_RANKS.glob(f"*/mp_rank_{rank:02d}_model_states.pt")
+        (source,) = two_ranks.glob(f"*/mp_rank_{rank:02d}_model_states.pt")
         content = torch.load(source, weights_only=True)
         if rank:
             change(content["module"])
@@ -89,14 +97,14 @@ def write_ranks(folder, change):
     return folder
 
 
-def test_ranks_that_disagree_are_reported_or_refused(tmp_path):
+def test_ranks_that_disagree_are_reported_or_refused(two_ranks, tmp_path):
     key = "transformer.final_layernorm.bias"
-    folder = write_ranks(tmp_path / "ranks", lambda module: module[key].add_(1))
+    folder = write_ranks(two_ranks, tmp_path / "ranks", lambda module: module[key].add_(1))
     _, lines = convert(tmp_path / "out", base=folder)
     assert any("final_layernorm.bias` of later ranks, which differs" in line for line in lines)
     with pytest.raises(ConversionError, match=r"its ranks disagree about final_layernorm\.bias"):
         convert(tmp_path / "strict", base=folder, strict=True)
-    folder = write_ranks(tmp_path / "missing", lambda module: module.pop(key))
+    folder = write_ranks(two_ranks, tmp_path / "missing", lambda module: module.pop(key))
     with pytest.raises(ConversionError, match=r"2 ranks do not hold the same tensors: final_layernorm\.bias"):
         convert(tmp_path / "out2", base=folder)
     (folder / "30000" / "mp_rank_01_model_states.pt").rename(folder / "30000" / "mp_rank_02_model_states.pt")
@@ -104,8 +112,8 @@ def test_ranks_that_disagree_are_reported_or_refused(tmp_path):
         convert(tmp_path / "out3", base=folder)
 
 
-def test_all_parts_make_a_pipeline_that_loads(tmp_path):
-    parts = {"base": TINY, "caption": TINY, "super_resolution": TWO_RANKS, "image_tokenizer": VQ}
+def test_all_parts_make_a_pipeline_that_loads(two_ranks, tmp_path):
+    parts = {"base": TINY, "caption": TINY, "super_resolution": two_ranks, "image_tokenizer": VQ}
     _, lines = convert(tmp_path / "out", **parts)
     assert lines[-1] == f"{tmp_path / 'out'} is a CogViewPipeline."
     pipe = CogViewPipeline.from_pretrained(tmp_path / "out")

@@ -27,6 +27,7 @@ from cogview_pipelines.conversion.cogview2.layout import (
 )
 from cogview_pipelines.conversion.output_folder import LOCK_FILE
 
+from ...parity.checkpoints import DIRECT_SR, direct_sr
 from ..conftest import FIXTURES, NUM_IMAGE_TOKENS, make_state_dict, write_checkpoint
 
 
@@ -541,16 +542,23 @@ def test_a_disk_that_is_too_small_is_noticed_before_writing(release, convert, mo
 
 
 @pytest.fixture(scope="module")
-def there_and_back(tmp_path_factory):
+def checkpoints(tmp_path_factory):
+    """The parity checkpoints by their names in the release."""
+    folders = {stage.released_name: FIXTURES / "checkpoints" / stage.released_name for stage in STAGES}
+    return {**folders, DIRECT_SR: direct_sr(FIXTURES, tmp_path_factory.mktemp("checkpoints"))}
+
+
+@pytest.fixture(scope="module")
+def there_and_back(checkpoints, tmp_path_factory):
     """The parity checkpoints, converted and converted back."""
     from cogview_pipelines.conversion import convert_to_pipeline
 
     root = tmp_path_factory.mktemp("round-trip")
     convert_to_pipeline(
         root / "pipeline",
-        coglm=FIXTURES / "checkpoints" / "coglm",
-        direct_sr=FIXTURES / "checkpoints" / "cogview2-dsr",
-        iterative_sr=FIXTURES / "checkpoints" / "cogview2-itersr",
+        coglm=checkpoints["coglm"],
+        direct_sr=checkpoints[DIRECT_SR],
+        iterative_sr=checkpoints["cogview2-itersr"],
         image_tokenizer=FIXTURES / "icetk" / "ice_image.pt",
         text_tokenizer=FIXTURES / "icetk" / "ice_text.model",
         cluster_labels="compute",
@@ -571,8 +579,8 @@ def assert_equal_modules(ours, theirs):
 
 
 @pytest.mark.parametrize("name", [stage.released_name for stage in STAGES])
-def test_checkpoints_come_back_bit_by_bit(there_and_back, name):
-    ours, theirs = there_and_back / "sat" / name, FIXTURES / "checkpoints" / name
+def test_checkpoints_come_back_bit_by_bit(checkpoints, there_and_back, name):
+    ours, theirs = there_and_back / "sat" / name, checkpoints[name]
     iteration = (theirs / "latest").read_text()
     assert (ours / "latest").read_text() == iteration
     path = f"{iteration}/mp_rank_00_model_states.pt"

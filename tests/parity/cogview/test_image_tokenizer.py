@@ -13,7 +13,7 @@ from cogview_pipelines.models.image_tokenizers.modeling_cogview_vq import (
 )
 from cogview_pipelines.pictures.sizes import center_crop, resize_shorter_side
 
-from ..comparing import assert_close, assert_same, assert_same_decisions, longs, run
+from ..comparing import assert_close, assert_same, assert_same_decisions, assert_thinned, longs, run
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +45,9 @@ def test_codes_are_the_originals(vqvae, arrays, images):
 def test_decoded_pictures_of_every_size_are_the_originals(vqvae, arrays):
     data = arrays("vqvae")
     decoded = run(vqvae.decode, longs(data["ids"])).sample
-    assert_close(decoded[0, :, ::2, ::2], data["decoded"])
+    assert_thinned(decoded[0, :, ::2, ::2], data, "decoded")
     assert_close(torch.stack([decoded.min(), decoded.max()]), data["decoded_range"])
-    assert_close(run(vqvae.decode, longs(data["grid16"])).sample[0], data["decoded16"])
+    assert_thinned(run(vqvae.decode, longs(data["grid16"])).sample[0], data, "decoded16")
     assert_close(run(vqvae.decode, longs(data["grid64"])[None]).sample[0, :, ::8, ::8], data["decoded64_sub"])
 
 

@@ -16,6 +16,7 @@ import torch
 from cogview_pipelines import CogLMCanvasModel, CogLMModel, IcetkTokenizer, IcetkVQModel, LoPARScheduler
 from cogview_pipelines.conversion.reader import read_module
 
+from ..checkpoints import direct_sr as direct_sr_checkpoint
 from ..comparing import (  # noqa: F401 (the tests take them from here)
     CLEAR_MARGIN,
     LOGITS_TOLERANCE,
@@ -23,6 +24,7 @@ from ..comparing import (  # noqa: F401 (the tests take them from here)
     assert_logits,
     assert_same,
     assert_same_decisions,
+    assert_thinned,
     bools,
     cases,
     longs,
@@ -78,7 +80,7 @@ def converted(fixture_folder, tmp_path_factory) -> Path:
     checkpoints, icetk = fixture_folder / "checkpoints", fixture_folder / "icetk"
     parts = {
         "--coglm": checkpoints / "coglm",
-        "--direct_sr": checkpoints / "cogview2-dsr",
+        "--direct_sr": direct_sr_checkpoint(fixture_folder, output.parent),
         "--iterative_sr": checkpoints / "cogview2-itersr",
         "--image_tokenizer": icetk / "ice_image.pt",
         "--text_tokenizer": icetk / "ice_text.model",
