@@ -6,11 +6,13 @@ import json
 import os
 import resource
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 KILLED = 9
 # What changes files, by Python's audit events; each comes before the change.
@@ -116,6 +118,18 @@ class _Written:
         return iter(self._file)
 
 
+def give_progress_bars_a_lock() -> None:
+    """
+    For a child that may be killed: the lock of tqdm is shared with its parent and with all later children, and whoever
+    is killed with it keeps it, so that they would wait for it for ever.
+    """
+    lock, kinds = threading.RLock(), [tqdm]
+    while kinds:
+        kind = kinds.pop()
+        kind.set_lock(lock)
+        kinds += kind.__subclasses__()
+
+
 def _prepare(memory: int | None, runs_code: bool) -> None:
     if not runs_code:
         sys.addaudithook(_forbid)
@@ -138,6 +152,7 @@ def _fork(function: Callable[[], Any], prepare: Callable[[], None]) -> tuple[int
         status = 1
         try:
             torch.set_num_threads(1)  # pools of threads do not survive a fork
+            give_progress_bars_a_lock()
             prepare()
             output, status = json.dumps(function()), 0
         except BaseException:

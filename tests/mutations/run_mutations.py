@@ -33,6 +33,7 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # instead of this folder, whose files have the names of many packages
 
 from tests import mutations  # noqa: E402
+from tests.child_processes import give_progress_bars_a_lock  # noqa: E402
 from tests.mutations.mutation import Mutation  # noqa: E402
 
 PACKAGE = ROOT / "src" / "cogview_pipelines"
@@ -153,6 +154,7 @@ class Trial:
         self.process = os.fork()
         if self.process == 0:
             try:
+                give_progress_bars_a_lock()
                 log = os.open(source / "log", os.O_WRONLY | os.O_CREAT)
                 os.dup2(log, 1)
                 os.dup2(log, 2)
