@@ -82,16 +82,18 @@ def test_the_runs_on_sentences_take_what_the_runs_on_templates_leave():
     configs = {name: yaml.safe_load((EMOJI / f"{name}_sentences.yaml").read_text("utf-8")) for name in SENTENCES}
     tokenizer = configs["tokenizer"]["output_dir"]
     assert tokenizer == configs["coglm"]["tokenizer"] == configs["pipeline"]["tokenizer"]
-    assert configs["pipeline"]["transformer"] == "runs/coglm_sentences/final"
-    runs = [small_config(f"coglm_sentences{name}") for name in ("_first", "_mixed", "")]
-    assert [run.init_from for run in runs[1:]] == [f"{run.output_dir}/final" for run in runs[:2]]
-    for run, ending in zip(runs, ("", "_mixed", "_mixed"), strict=True):
+    assert configs["pipeline"]["transformer"] == "runs/coglm_sentences_long/final"
+    runs = [small_config(f"coglm_sentences{name}") for name in ("_first", "_mixed", "", "_long")]
+    assert [run.init_from for run in runs[1:]] == [f"{run.output_dir}/final" for run in runs[:-1]]
+    for run, ending in zip(runs, ("", "_mixed", "_mixed", "_long"), strict=True):
         main, things = small_config(f"tokens_sentences{ending}"), small_config("tokens_things")
         assert (run.tokenizer, run.data, run.auxiliary_data) == (tokenizer, main.output_dir, things.output_dir)
     grown = Path(runs[0].init_from).parent
-    direct = small_config("direct_sr_sentences")
-    assert Path(direct.init_from) == grown / "direct_sr_transformer"
-    assert (direct.tokenizer, direct.transformer) == (tokenizer, configs["pipeline"]["transformer"])
+    earlier, direct = small_config("direct_sr_sentences"), small_config("direct_sr_sentences_long")
+    assert Path(earlier.init_from) == grown / "direct_sr_transformer"
+    assert direct.init_from == f"{earlier.output_dir}/final"
+    for config, run in ((earlier, runs[-2]), (direct, runs[-1])):
+        assert (config.tokenizer, config.transformer) == (tokenizer, f"{run.output_dir}/final")
     iterative = small_config("iterative_sr_sentences")
     assert Path(iterative.transformer) == grown / "iterative_sr_transformer" and iterative.tokenizer == tokenizer
     fine = [small_config(f"tokens_{name}_fine").output_dir for name in ("sentences", "things")]
