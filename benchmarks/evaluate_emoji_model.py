@@ -1,20 +1,26 @@
 #!/usr/bin/env python
 """
 Everything that a model of emoji scenes is scored by, one JSON line a measurement: every split, language and layout,
-with the ceiling of the image tokenizer, the floor of exchanged pictures, caption losses and post-selection.
+with the ceiling of the image tokenizer, the floor of exchanged pictures, caption losses and post-selection. Of a
+CogView also pictures after super-resolution by windows, and its captions, read back.
 
     python benchmarks/evaluate_emoji_model.py --num 50 --output benchmarks/results/shipped_model.jsonl
+    python benchmarks/evaluate_emoji_model.py --model src/cogview_pipelines/demo/models/cogview-emoji --num 60
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import typer
 
-from cogview_pipelines import CogView2Pipeline
+from cogview_pipelines import CogView2Pipeline, CogViewPipeline
 from cogview_pipelines.demo import LANGUAGES, Scope, SpriteSet
+from cogview_pipelines.demo.editing import measure_captions
 from cogview_pipelines.demo.evaluation import (
+    Case,
+    Pipeline,
     choose_cases,
     measure_caption_loss,
     measure_pictures,
@@ -22,12 +28,17 @@ from cogview_pipelines.demo.evaluation import (
 )
 from cogview_pipelines.environment import SHIPPED_MODEL, stamp
 
+FAMILIES = {kind.__name__: kind for kind in (CogView2Pipeline, CogViewPipeline)}
 SPLITS = ("test_wording", "train", "test_background", "test_pair", "test_order", "test_style")
 
 
-def measurements(
-    pipe: CogView2Pipeline, scope: Scope, num: int, seed: int, batch_size: int, sprites: SpriteSet | None = None
-):
+def load(model: str) -> Pipeline:
+    """A saved pipeline of either family, in float32."""
+    kind = FAMILIES[CogView2Pipeline.load_config(model)["_class_name"]]
+    return kind.from_pretrained(model, dtype=torch.float32)
+
+
+def measurements(pipe: Pipeline, scope: Scope, num: int, seed: int, batch_size: int, sprites: SpriteSet | None = None):
     """
     Yield what was measured, most wanted first. Scenes that a scope does not have are left out, and captions that are
     too long for the model: `n` counts those that were measured.
@@ -48,15 +59,27 @@ def measurements(
         return True
 
     cells = [(split, layout) for split in SPLITS for layout in scope.layouts if cases(split, "en", layout)]
-    for split, layout in cells:
-        for language in LANGUAGES:
-            chosen = cases(split, language, layout)
-            what = {"split": split, "layout": layout, "language": language, "n": len(chosen)}
-            yield {**what, "baseline": "none", **measure_pictures(pipe, chosen, batch_size=batch_size)}
-    for split, layout in cells:
-        chosen = cases(split, "en", layout)
-        what = {"split": split, "layout": layout, "language": None, "n": len(chosen)}
-        yield {**what, "baseline": "ceiling", **measure_pictures(pipe, chosen, baseline="ceiling", sprites=sprites)}
+    steps = [{}, {"finer": True}] if isinstance(pipe, CogViewPipeline) else [{}]
+    for step in steps:
+        for split, layout in cells:
+            for language in LANGUAGES:
+                chosen = cases(split, language, layout)
+                what = {"split": split, "layout": layout, "language": language, **step, "n": len(chosen)}
+                yield {**what, "baseline": "none", **measure_pictures(pipe, chosen, batch_size=batch_size, **step)}
+    for step in steps:
+        for split, layout in cells:
+            chosen = cases(split, "en", layout)
+            what = {"split": split, "layout": layout, "language": None, **step, "n": len(chosen)}
+            yield {
+                **what,
+                "baseline": "ceiling",
+                **measure_pictures(pipe, chosen, baseline="ceiling", sprites=sprites, **step),
+            }
+    if isinstance(pipe, CogViewPipeline):  # those of CogView2 are in evaluate_editing.py, with what else it can do
+        for split in ("train", "test_background", "test_pair"):
+            chosen = choose_cases(scope, split, "en", num, seed)
+            what = {"split": split, "language": "either", "measure": "captions", "n": len(chosen)}
+            yield {**what, **measure_captions(pipe, chosen, None, batch_size=batch_size, generator=seeds(chosen))}
     for language in LANGUAGES:
         chosen = choose_cases(scope, "test_background", language, num, seed)
         what = {"split": "test_background", "language": language, "n": len(chosen)}
@@ -69,6 +92,26 @@ def measurements(
         **measure_pictures(pipe, chosen, baseline="shuffled", batch_size=batch_size),
     }
     yield {**what, "measure": "best_of_8", **measure_post_selection(pipe, chosen, batch_size=batch_size)}
+    if isinstance(pipe, CogViewPipeline):
+        yield from released_post_selection(pipe, scope, num, seed, batch_size)
+
+
+def released_post_selection(pipe: CogViewPipeline, scope: Scope, num: int, seed: int, batch_size: int):
+    """The best of 8 that are drawn as in the release: the presets of a small model leave little to choose from."""
+    sampling = {"temperature": 1.0, "top_k": 200}
+    chosen = choose_cases(scope, "test_background", "en", num, seed)
+    what = {
+        "split": "test_background",
+        "language": "en",
+        "n": len(chosen),
+        "measure": "best_of_8",
+        "sampling": sampling,
+    }
+    yield {**what, **measure_post_selection(pipe, chosen, batch_size=batch_size, sampling=sampling)}
+
+
+def seeds(cases: Sequence[Case]) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(case.seed) for case in cases]
 
 
 def main(
@@ -85,9 +128,12 @@ def main(
     `sprites` is a folder of full-size drawings, for models of pictures beyond 240 pixels; `int8` is about
     super-resolution.
     """
-    pipe = CogView2Pipeline.from_pretrained(model, dtype=torch.float32).to(device)
+    pipe = load(model).to(device)
     pipe.set_progress_bar_config(disable=True)
-    pipe.set_super_resolution(int8=int8)
+    if int8:
+        if not isinstance(pipe, CogView2Pipeline):
+            raise typer.BadParameter("`--int8` is about the super-resolution of CogView2.")
+        pipe.set_super_resolution(int8=True)
     scope = Scope.load(model)
     drawings = None if sprites is None else SpriteSet(sprites)
     context = {**stamp(str(pipe.device)), **({"int8": True} if int8 else {})}

@@ -72,6 +72,12 @@ class VQTrainConfig(TrainConfig):
         default=None, metadata={"help": "Folder of full-size drawings, for emoji scenes larger than 240 pixels."}
     )
     num_scenes: int = field(default=3000, metadata={"help": "Different emoji scenes, drawn once and kept in memory."})
+    single_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of emoji scenes with one object, which are repeated for it; by default as they come: few."
+        },
+    )
     resolutions: list[int] = field(
         default_factory=lambda: [80, 240], metadata={"help": "Sides of the pictures in pixels; each step draws one."}
     )
@@ -130,6 +136,10 @@ class VQTrainConfig(TrainConfig):
             )
         if self.decoder_only and self.init_from is None:
             raise ValueError("`decoder_only` trains the decoder of a trained model. Name it by `init_from`.")
+        if self.single_share is not None and not 0 < self.single_share < 1:
+            raise ValueError(f"`single_share` must be between 0 and 1, but is {self.single_share}.")
+        if self.single_share is not None and self.image_folder is not None:
+            raise ValueError("`single_share` is about emoji scenes. Leave it out with `image_folder`.")
         side = min(self.crop_size or min(self.resolutions), *self.resolutions)
         if self.validation_samples < 1:
             raise ValueError(f"`validation_samples` must be at least 1, but is {self.validation_samples}.")
@@ -216,6 +226,8 @@ def make_sources(config: VQTrainConfig) -> list[PicturePool]:
     scope = Scope.load(config.scope) if config.scope is not None else Scope.small()
     sprites = SpriteSet(config.sprites) if config.sprites is not None else None
     scenes = sample_scenes(scope, config.num_scenes, config.seed, split_name="train")
+    if config.single_share is not None:
+        scenes = with_single_share(scenes, config.single_share)
     draw = functools.partial(draw_scenes, sizes=config.resolutions, sprites=sprites)
     workers = config.data_workers if config.data_workers > 1 else 0  # one more process would not draw faster
     pictures = [[] for _ in config.resolutions]
@@ -223,6 +235,17 @@ def make_sources(config: VQTrainConfig) -> list[PicturePool]:
         for drawn, more in zip(pictures, group):
             drawn.append(more.clone())  # out of the memory shared with the worker
     return [PicturePool(torch.cat(drawn)) for drawn in pictures]
+
+
+def with_single_share(scenes: list, share: float) -> list:
+    """The scenes, those with one object as often as comes nearest to this share."""
+    singles = [scene for scene in scenes if scene.relation is None]
+    pairs = [scene for scene in scenes if scene.relation is not None]
+    if not singles or not pairs:
+        raise ValueError(
+            f"`single_share` needs scenes with one object and with two, but there are {len(singles)} and {len(pairs)}."
+        )
+    return pairs + singles * max(1, round(share / (1 - share) * len(pairs) / len(singles)))
 
 
 def tell_left_out(config: VQTrainConfig, sources: list[PicturePool]) -> None:

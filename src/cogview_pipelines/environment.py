@@ -13,8 +13,11 @@ from ._version import __version__
 PACKAGES = ("torch", "transformers", "diffusers", "accelerate", "huggingface_hub", "safetensors", "sentencepiece")
 # of the extras, and what changes how models are loaded or computed
 OPTIONAL_PACKAGES = ("peft", "torchao", "bitsandbytes", "gradio", "fastapi", "numpy", "Pillow")
-SHIPPED = "shipped"  # what users call the model that comes with the package
-SHIPPED_MODEL = Path(__file__).parent / "demo" / "models" / "cogview2-emoji"
+_MODELS = Path(__file__).parent / "demo" / "models"
+SHIPPED = "shipped"
+# The models that come with the package, by what `--model` calls them.
+SHIPPED_MODELS = {SHIPPED: _MODELS / "cogview2-emoji", "cogview-emoji": _MODELS / "cogview-emoji"}
+SHIPPED_MODEL = SHIPPED_MODELS[SHIPPED]
 _PLACES, _PLACE_BYTES = 256, 4096  # of each file of a model, in its fingerprint
 
 
@@ -45,12 +48,12 @@ def model_identity(model: str, source: str) -> dict[str, str]:
     What results say of a saved pipeline: its name, and of a folder the fingerprint, but not where it is.
 
     Args:
-        model (`str`): As the user named it: a folder, a Hub id, or `shipped`.
+        model (`str`): As the user named it: a folder, a Hub id, or a key of `SHIPPED_MODELS`.
         source (`str`): The folder or Hub id that it stands for.
     """
     if not os.path.exists(source):
         return {"model": model}
-    name = model if model == SHIPPED else os.path.basename(os.path.abspath(source))
+    name = model if model in SHIPPED_MODELS else os.path.basename(os.path.abspath(source))
     return {"model": name, "model_fingerprint": fingerprint(Path(source))}
 
 

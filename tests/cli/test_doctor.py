@@ -5,7 +5,7 @@ import torch
 from cogview_pipelines import __version__, environment
 
 
-def test_the_report_tells_versions_devices_kernels_and_the_shipped_model(cogview2):
+def test_the_report_tells_versions_devices_kernels_and_the_shipped_models(cogview2):
     result = cogview2("doctor", "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
@@ -18,16 +18,27 @@ def test_the_report_tells_versions_devices_kernels_and_the_shipped_model(cogview
     assert report["kernels"]["decode_step"].startswith(
         "used" if report["kernels"]["library"] else "the kernels are not"
     )
-    assert report["shipped_model"]["found"] == (environment.SHIPPED_MODEL / "model_index.json").is_file()
+    found = {name: shipped["found"] for name, shipped in report["shipped_models"].items()}
+    assert found == {
+        name: (folder / "model_index.json").is_file() for name, folder in environment.SHIPPED_MODELS.items()
+    }
 
 
 def test_without_json_every_fact_has_a_line(cogview2):
     result = cogview2("doctor")
     assert result.exit_code == 0, result.output
     first_words = [line.split()[0] for line in result.stdout.splitlines()]
-    assert {"python", "torch", "transformers", "diffusers", "accelerate", "cpu", "kernels", "shipped"} <= set(
-        first_words
-    )
+    assert {
+        "python",
+        "torch",
+        "transformers",
+        "diffusers",
+        "accelerate",
+        "cpu",
+        "kernels",
+        "shipped",
+        "cogview-emoji",
+    } <= set(first_words)
 
 
 def test_a_package_that_is_not_installed_is_said_to_be(monkeypatch):

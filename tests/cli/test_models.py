@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cogview_pipelines.cli import app, models
+from cogview_pipelines.environment import SHIPPED_MODELS
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -42,20 +43,21 @@ def cache(tmp_path, monkeypatch):
 def test_models_of_the_package_and_of_the_cache_are_listed(cache):
     result = CliRunner().invoke(app, ["models", "--json"], catch_exceptions=False)
     rows = {row["model"]: row for row in map(json.loads, result.stdout.splitlines())}
-    assert set(rows) == {"shipped", "someone/model", "someone/pinned"}
+    assert set(rows) == {"shipped", "cogview-emoji", "someone/model", "someone/pinned"}
     assert rows["someone/model"]["class"] == "CogView2Pipeline"
     assert rows["someone/model"]["revisions"] == ["main"]
     assert rows["someone/pinned"]["revisions"] == [COMMIT[:12]]
-    assert rows["shipped"]["bytes"] > 10**7
+    assert rows["shipped"]["bytes"] > 10**7 > rows["cogview-emoji"]["bytes"] > 10**6
+    assert (rows["shipped"]["class"], rows["cogview-emoji"]["class"]) == ("CogView2Pipeline", "CogViewPipeline")
     lines = CliRunner().invoke(app, ["models"], catch_exceptions=False).stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["shipped", "someone/model", "someone/pinned"]
+    assert [line.split()[0] for line in lines] == ["shipped", "cogview-emoji", "someone/model", "someone/pinned"]
 
 
-def test_without_a_cache_there_is_the_shipped_one(cache, monkeypatch):
+def test_without_a_cache_there_are_the_shipped_ones(cache, monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache / "nowhere"))
-    assert [row["model"] for row in (*models.shipped_models(), *models.cached_models())] == ["shipped"]
+    assert [row["model"] for row in (*models.shipped_models(), *models.cached_models())] == list(SHIPPED_MODELS)
 
 
 def test_a_file_in_place_of_the_cache_is_no_cache(cache, monkeypatch):

@@ -15,7 +15,7 @@ from PIL import Image
 from cogview_pipelines import CogView2Pipeline
 from cogview_pipelines.conversion.cogview2.to_pipeline import released_styles
 from cogview_pipelines.demo import Scene, render
-from cogview_pipelines.environment import SHIPPED_MODEL
+from cogview_pipelines.environment import SHIPPED_MODEL, SHIPPED_MODELS
 
 from .pages import run_command, run_script
 
@@ -299,6 +299,12 @@ def text_to_image(folder: Path) -> Stage:
 @stage("training_scripts/emoji/model_card.md")
 def model_card(folder: Path) -> Stage:
     return {"FOLDER_OR_HUB_ID": SHIPPED_MODEL}, {}
+
+
+@stage("src/cogview_pipelines/demo/models/cogview-emoji/README.md")
+@stage("training_scripts/emoji_cogview/model_card.md")
+def cogview_model_card(folder: Path) -> Stage:
+    return {"FOLDER_OR_HUB_ID": SHIPPED_MODELS["cogview-emoji"]}, {}
 
 
 @stage("docs/hub.md")

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from cogview_pipelines import CogView2Pipeline, LoPARScheduler
 from cogview_pipelines.cli.loading import describe_model
-from cogview_pipelines.environment import SHIPPED_MODEL
+from cogview_pipelines.environment import SHIPPED_MODEL, SHIPPED_MODELS
 from cogview_pipelines.serving.app import create_app
 from cogview_pipelines.serving.replica import ReplicaArguments, ReplicaGate
 from cogview_pipelines.serving.settings import ServerSettings
@@ -117,6 +117,10 @@ def test_a_folder_is_found_from_elsewhere_and_named_without_its_place(tmp_path, 
     shipped = ReplicaArguments().located()
     assert shipped.source == str(SHIPPED_MODEL) and shipped.name == "shipped"
     assert shipped.identity == describe_model("shipped")
+    cogview = ReplicaArguments(model="cogview-emoji")
+    assert cogview.located().source == str(SHIPPED_MODELS["cogview-emoji"]) and cogview.name == "cogview-emoji"
+    (tmp_path / "cogview-emoji").mkdir()
+    assert cogview.located().source == str(tmp_path / "cogview-emoji")  # a folder of that name comes first
 
 
 def test_the_model_is_loaded_with_the_numbers_and_threads_asked_for(tokenizer, tmp_path):

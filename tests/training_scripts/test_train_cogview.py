@@ -3,6 +3,8 @@
 test_resuming.py; several processes: test_sharding.py.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -133,6 +135,25 @@ def test_captions_are_read_as_they_are_written_and_scored(make_batch, tokenizer)
         assert row == expected.input_ids[0].tolist()
     is_image = batch.input_ids < layout.num_image_tokens
     assert (batch.label_weights[is_image] == 0.25).all() and (batch.label_weights[~is_image] == 3.0).all()
+
+
+def test_captions_that_are_learnt_end_where_the_pipeline_stops(make_batch, tokenizer, script):
+    ends = set(tokenizer.sentence_end_ids)
+    ended, endless = (
+        [row[4 + IMAGE_LENGTH :] for row in rows_of(make_batch(caption_probability=1.0, end_captions=end))]
+        for end in (True, False)
+    )
+    assert {text[-1] in ends for text in endless} == {
+        True,
+        False,
+    }  # some of the captions have a full stop of their own
+    expected = [text if text[-1] in ends else [*text, *tokenizer.encode(".")[-1:]] for text in endless]
+    assert ended == expected
+    chinese = tokenizer.encode("红色")
+    ending = SimpleNamespace(encode=tokenizer.encode)
+    assert script.with_end(chinese, "zh", ending) == [*chinese, tokenizer.encode("。")[-1]]
+    question = tokenizer.encode("a cat?")
+    assert script.with_end(question, "en", ending) == question
 
 
 @pytest.mark.parametrize("restart", [True, False])

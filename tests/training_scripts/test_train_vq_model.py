@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from cogview_pipelines import CogViewVQModel, IcetkVQConfig, IcetkVQModel
+from cogview_pipelines.demo import Scope, sample_scenes
 from cogview_pipelines.evaluation.reconstruction import psnr
 from cogview_pipelines.training import distribution
 from cogview_pipelines.training.data.selection import to_square
@@ -145,6 +146,21 @@ def test_scenes_drawn_by_several_processes_are_the_same(script):
     assert all(torch.equal(one, other) for one, other in zip(alone, together))
 
 
+def test_single_objects_are_as_frequent_as_asked_for(script):
+    scenes = [*sample_scenes(Scope.small(), 20, 0, "single"), *sample_scenes(Scope.small(), 300, 0, "pair")]
+    for share in (0.25, 0.5, 0.8):
+        chosen = script.with_single_share(scenes, share)
+        assert set(chosen) == set(scenes)
+        assert sum(scene.relation is None for scene in chosen) / len(chosen) == pytest.approx(share, abs=0.05)
+    assert len(script.with_single_share(scenes, 0.01)) == len(scenes)  # none is left out
+    with pytest.raises(ValueError, match="with one object and with two, but there are 0 and"):
+        script.with_single_share([scene for scene in scenes if scene.relation], 0.5)
+    config = script.VQTrainConfig(output_dir="out", num_scenes=60, resolutions=[16], single_share=0.9)
+    (pool,) = script.make_sources(config)
+    plain = sum(scene.relation is not None for scene in sample_scenes(Scope.small(), 60, 0, split_name="train"))
+    assert len(pool.pictures) == pytest.approx(plain / 0.1, rel=0.1)
+
+
 def test_training_lowers_the_reconstruction_loss(run, tmp_path):
     run("run", max_steps=40, decay_steps=0, learning_rate=3e-3, sample_every_steps=0)
     losses = [loss for _, loss in metrics(tmp_path / "run", "reconstruction_loss")]
@@ -203,6 +219,8 @@ def test_losses_of_other_pictures_are_told_by_resolution_and_rate_without_a_trac
         ({"validation_data": "/nowhere"}, "`/nowhere` has no pictures"),
         ({"validation_samples": 0}, "`validation_samples` must be at least 1, but is 0"),
         ({"image_folder": "/nowhere"}, "`/nowhere` has no pictures"),
+        ({"single_share": 0.5}, "`single_share` is about emoji scenes"),
+        ({"single_share": 1.0}, "`single_share` must be between 0 and 1, but is 1.0"),
         ({"perceptual_network": "no_such_module:make"}, "`perceptual_network` 'no_such_module:make'"),
         ({"codebook_training": "gumbel"}, "`codebook_training` must be left out for `family` cogview2"),
         ({"perceptual_network": "vgg"}, "'lpips' or 'module:factory'"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from ..environment import SHIPPED_MODEL, devices, optional_versions, versions
+from ..environment import SHIPPED_MODELS, devices, optional_versions, versions
 from .console import say
 
 
@@ -23,7 +23,10 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="Print one line of
         "platform": platform.platform(),
         "devices": devices(),
         "kernels": build_info() | {"decode_step": "; ".join(decode_step_refusals(torch.float32, "cpu")) or "used"},
-        "shipped_model": {"folder": str(SHIPPED_MODEL), "found": (SHIPPED_MODEL / "model_index.json").is_file()},
+        "shipped_models": {
+            name: {"folder": str(folder), "found": (folder / "model_index.json").is_file()}
+            for name, folder in SHIPPED_MODELS.items()
+        },
     }
     if as_json:
         say(json.dumps(report, default=str))
@@ -43,5 +46,6 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="Print one line of
         elif isinstance(value, list):
             value = ", ".join(map(str, value))
         say(f"{name:20} {value or 'none'}")
-    state = "" if report["shipped_model"]["found"] else " (not there)"
-    say(f"{'shipped model':20} {report['shipped_model']['folder']}{state}")
+    say("shipped models")
+    for name, shipped in report["shipped_models"].items():
+        say(f"{name:20} {shipped['folder']}" + ("" if shipped["found"] else " (not there)"))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..environment import SHIPPED, SHIPPED_MODEL, model_identity
+from ..environment import SHIPPED, SHIPPED_MODELS, model_identity
 from ..foreign_files import describe_foreign_file
 from .adapters import Adapter, add_adapters
 from .console import expand, fail, first_line
@@ -33,7 +33,11 @@ class DType(str, enum.Enum):
 
 
 MODEL_OPTION = typer.Option(
-    SHIPPED, "--model", "-m", help="Folder or Hub id of a saved pipeline.", autocompletion=complete_model
+    SHIPPED,
+    "--model",
+    "-m",
+    help="Folder or Hub id of a saved pipeline, or a name that `cogview2 models` lists.",
+    autocompletion=complete_model,
 )
 DEVICE_OPTION = typer.Option(
     None, "--device", help="cpu, cuda, cuda:1, mps, ...  [default: an accelerator if there is one]"
@@ -86,10 +90,11 @@ def choose_dtype(dtype: DType | None, device: str) -> str:
 
 def find_model(model: str, family: str | None = None) -> str:
     """The folder or Hub id behind `--model`; a folder is checked for being a saved pipeline (of a family)."""
-    folder = SHIPPED_MODEL if model == SHIPPED and not os.path.exists(model) else expand(Path(model), "--model")
+    shipped = None if os.path.exists(model) else SHIPPED_MODELS.get(model)
+    folder = shipped or expand(Path(model), "--model")
     if not os.path.exists(folder):
-        if folder == SHIPPED_MODEL:
-            fail("This installation holds no shipped model. Name one: `--model FOLDER_OR_HUB_ID`.")
+        if shipped is not None:
+            fail(f"This installation holds no shipped model {model!r}. Name one: `--model FOLDER_OR_HUB_ID`.")
         if is_hub_id(model):
             return model
         fail(f"`--model`: there is no folder {model}, and it is not a Hub id (owner/name) either.")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from ..environment import SHIPPED, SHIPPED_MODEL
+from ..environment import SHIPPED_MODELS
 from .console import say, say_json
 
 PACKAGE = __name__.split(".")[0]
@@ -16,7 +16,7 @@ def models(as_json: bool = typer.Option(False, "--json", help="Print one line of
     """
     List the models that are at hand.
 
-    Those are the one that comes with the package, and pipelines of the Hub that are in the cache. The first column is
+    Those are the ones that come with the package, and pipelines of the Hub that are in the cache. The first column is
     what --model takes.
     """
     rows = [*shipped_models(), *cached_models()]
@@ -36,11 +36,12 @@ def models(as_json: bool = typer.Option(False, "--json", help="Print one line of
 
 
 def shipped_models() -> Iterator[dict]:
-    """The model that comes with the package."""
-    name = _class_of(SHIPPED_MODEL / "model_index.json")
-    if name is not None:
-        size = sum(path.stat().st_size for path in SHIPPED_MODEL.rglob("*") if path.is_file())
-        yield {"model": SHIPPED, "class": name, "bytes": size, "revisions": []}
+    """The models that come with the package."""
+    for model, folder in SHIPPED_MODELS.items():
+        name = _class_of(folder / "model_index.json")
+        if name is not None:
+            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            yield {"model": model, "class": name, "bytes": size, "revisions": []}
 
 
 def cached_models() -> Iterator[dict]:

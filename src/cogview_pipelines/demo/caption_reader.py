@@ -71,6 +71,11 @@ class CaptionReading:
         return Request(self.objects, relations, self.style, self.background)
 
 
+def language_of(text: str) -> str:
+    """The language of a caption: Chinese if there is a Chinese character in it."""
+    return "zh" if any(unicodedata.name(letter, "").startswith("CJK") for letter in text) else "en"
+
+
 def read_caption(text: str, language: str) -> CaptionReading:
     """
     Read a caption in the words of `captions`, `caption_variants` and `sample_sentence`, in any order of its parts.

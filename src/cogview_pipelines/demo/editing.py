@@ -14,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from ..pipelines.cogview.pipeline_cogview import CogViewPipeline
+from ..pipelines.cogview.pipeline_cogview_caption import CogViewCaptionPipeline
 from ..pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
 from ..pipelines.cogview2.pipeline_cogview2_caption import CogView2CaptionPipeline
 from ..pipelines.cogview2.pipeline_cogview2_inpaint import CogView2InpaintPipeline
 from ..pipelines.cogview2.pipeline_cogview2_upscale import CogView2UpscalePipeline
-from .caption_reader import read_caption
-from .evaluation import Case, choose_cases, decoded_pictures, share, true_pictures
+from .caption_reader import language_of, read_caption
+from .evaluation import Case, Pipeline, choose_cases, decoded_pictures, share, true_pictures
 from .rendering import render, slot_boxes
 from .scenes import Scene, Scope, is_usable
 from .scorer import Scorer, full_scorer
@@ -176,15 +178,16 @@ def _judge_edit(
 
 
 def measure_captions(
-    pipe: CogView2Pipeline, cases: Sequence[Case], language: str, *, batch_size: int = 16, **call
+    pipe: Pipeline, cases: Sequence[Case], language: str | None, *, batch_size: int = 16, **call
 ) -> dict:
     """
     Whether captions of true pictures say what these show, read back by [`read_caption`].
 
     Args:
-        pipe ([`CogView2Pipeline`]): What is measured, as [`CogView2CaptionPipeline`].
+        pipe ([`CogView2Pipeline`] or [`CogViewPipeline`]): What is measured, as the caption pipeline of its family.
         cases (sequence of [`Case`]): From [`choose_cases`]; only their scenes count.
-        language (`str`): `"en"` or `"zh"`.
+        language (`str`, *optional*): `"en"` or `"zh"`; `None` for a CogView, which writes in the one or the other as
+            it comes.
         batch_size (`int`, defaults to 16): Captions that are written at a time.
         call: Further arguments of the caption pipeline's call.
 
@@ -194,16 +197,26 @@ def measure_captions(
         `named_by_layout`, for pictures of a single object and of a pair.
 
     Raises:
-        ValueError: If there are no cases.
+        ValueError: If there are no cases, or the family cannot be told a language.
     """
     if not cases:
         raise ValueError("`cases` must be at least one.")
-    caption = CogView2CaptionPipeline.from_pipe(pipe)
+    chooses = isinstance(pipe, CogViewPipeline)
+    if chooses != (language is None):
+        raise ValueError(
+            f"`language` must be {'None' if chooses else 'en or zh'} with this model, but is {language!r}."
+        )
+    caption = (CogViewCaptionPipeline if chooses else CogView2CaptionPipeline).from_pipe(pipe)
     caption.set_progress_bar_config(disable=True)
+    if not chooses:
+        call["language"] = language
     size = pipe.sizes[-1][0]
     images = [render(case.scene, size) for case in cases]
-    texts = caption(images, language=language, max_batch_size=batch_size, **call).captions
-    results = [read_caption(text, language).compare(case.scene) for text, case in zip(texts, cases, strict=True)]
+    texts = caption(images, max_batch_size=batch_size, **call).captions
+    results = [
+        read_caption(text, language or language_of(text)).compare(case.scene)
+        for text, case in zip(texts, cases, strict=True)
+    ]
     pairs = [result["relation"] for result, case in zip(results, cases) if case.scene.relation is not None]
     shares = {name: share(result[name] for result in results) for name in ("objects", "background", "style")}
     named = [result["objects"] and result["background"] and result["style"] for result in results]

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ..pipelines.cogview.pipeline_cogview import CogViewPipeline
 from ..pipelines.cogview.pipeline_cogview_caption import CogViewCaptionPipeline
+from ..pipelines.cogview.pipeline_cogview_upscale import CogViewUpscalePipeline
 from ..pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
 from ..pipelines.cogview2.pipeline_cogview2_caption import CogView2CaptionPipeline
 from .captions import LANGUAGES, Request, captions, sample_sentence
@@ -127,13 +128,26 @@ def decoded_pictures(
     return pipe.image_processor.postprocess(pixels.float().clamp(0, 1), "pil")
 
 
-def generate_pictures(pipe: Pipeline, cases: Sequence[Case], batch_size: int = 8, **call) -> list[Image.Image]:
-    """Pictures of the cases, each from its own seed; `call`: further arguments of the pipeline's call."""
-    generators = [torch.Generator().manual_seed(case.seed) for case in cases]
+def generate_pictures(
+    pipe: Pipeline, cases: Sequence[Case], batch_size: int = 8, finer: bool = False, **call
+) -> list[Image.Image]:
+    """
+    Pictures of the cases, each from its own seed; `call`: further arguments of the pipeline's call. With `finer` those
+    of a CogView go on through its super-resolution by windows.
+    """
     prompts = [case.caption for case in cases]
-    output = pipe(prompts, generator=generators, max_batch_size=batch_size, **call)
+    output = pipe(prompts, generator=_generators(cases), max_batch_size=batch_size, **call)
+    if finer:
+        upscale = CogViewUpscalePipeline.from_pipe(pipe)
+        upscale.set_progress_bar_config(disable=True)
+        assert not isinstance(output, tuple)
+        output = upscale(prompt=prompts, tokens=output.tokens, generator=_generators(cases), max_batch_size=batch_size)
     assert not isinstance(output, tuple) and isinstance(output.images, list)
     return output.images
+
+
+def _generators(cases: Sequence[Case]) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(case.seed) for case in cases]
 
 
 def measure_pictures(
@@ -142,6 +156,7 @@ def measure_pictures(
     *,
     baseline: str = "none",
     batch_size: int = 8,
+    finer: bool = False,
     sprites: SpriteSet | None = None,
     on_picture: Callable[[int, Case, Image.Image, dict[str, bool]], None] | None = None,
     **call,
@@ -157,6 +172,7 @@ def measure_pictures(
             image tokenizer (no picture can be better); `"shuffled"`: generated pictures, each scored against the scene
             of another case (what chance gives).
         batch_size (`int`, defaults to 8): Pictures that are computed at a time.
+        finer (`bool`): Of a CogView: pictures after super-resolution by windows.
         sprites (`SpriteSet`, *optional*): Drawings for the ceiling of pictures beyond 240 px.
         on_picture (*optional*): Called with index, case, picture and its scores.
         call: Further arguments of the pipeline's call.
@@ -177,10 +193,11 @@ def measure_pictures(
     started = time.perf_counter()
     if baseline == "ceiling":
         given = {name: call[name] for name in ("height", "width") if call.get(name) is not None}
-        size = pipe.check_inputs("a", **given).get("height", pipe.sizes[-1][0])  # CogView has one
+        sizes = CogViewUpscalePipeline.from_pipe(pipe).sizes if finer else pipe.sizes
+        size = pipe.check_inputs("a", **given).get("height", sizes[-1][0])  # CogView has none to choose
         images = decoded_pictures(pipe, scenes, size, batch_size, sprites)
     else:
-        images = generate_pictures(pipe, cases, batch_size, **call)
+        images = generate_pictures(pipe, cases, batch_size, finer, **call)
     seconds = (time.perf_counter() - started) / len(cases)
     if baseline == "shuffled":
         asked = [*cases[1:], *cases[:1]]

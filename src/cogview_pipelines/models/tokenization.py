@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizer
 
 from .known_words import KnownWords
 
+SENTENCE_ENDS = (".", "。", "!", "?", "！", "？")
 _IMAGE_TOKEN = re.compile(r"<image_(0|[1-9][0-9]*)>")
 
 
@@ -188,6 +189,13 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
     def vocab_size(self) -> int:
         """Number of ids: image codes, pieces and the family's own tokens."""
         return self.num_image_tokens + self.num_pieces + len(self.own_tokens)
+
+    @property
+    def sentence_end_ids(self) -> list[int]:
+        """Ids of the pieces that end a sentence, with and without the mark of a word's beginning."""
+        pieces = [mark + end for end in SENTENCE_ENDS for mark in ("", "▁")]
+        ids = {piece: self.convert_tokens_to_ids(piece) for piece in pieces}
+        return sorted(index for piece, index in ids.items() if self.convert_ids_to_tokens(index) == piece)
 
     def get_vocab(self) -> dict[str, int]:
         """All tokens with their ids: image codes, pieces, the family's own, and what `add_tokens` added."""

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..environment import SHIPPED, SHIPPED_MODEL, model_identity
+from ..environment import SHIPPED, SHIPPED_MODELS, model_identity
 from ..pipelines.cogview.pipeline_cogview import CogViewPipeline
 from ..pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
 from ..pipelines.common.base import PipelineBase
@@ -24,7 +24,7 @@ class ReplicaArguments(BaseModel):
 
     Args:
         model (`str`): Folder or Hub id of a saved [`CogView2Pipeline`] or [`CogViewPipeline`], which every machine
-            must be able to read; `shipped` is the model that comes with the package.
+            must be able to read; or the name of a model that comes with the package (`shipped`, `cogview-emoji`).
         device (`str`, *optional*): Of a replica; by default `cuda` if replicas have GPUs, else `cpu`.
         dtype (`str`, *optional*): Number format; by default float32 on a CPU, bfloat16 elsewhere.
         num_replicas (`int`): How many there are.
@@ -66,8 +66,9 @@ class ReplicaArguments(BaseModel):
 
     @property
     def source(self) -> str:
-        """The folder or Hub id; the model that comes with the package is that of the machine that asks."""
-        return str(SHIPPED_MODEL) if self.model == SHIPPED and not os.path.exists(SHIPPED) else self.model
+        """The folder or Hub id; a model that comes with the package is that of the machine that asks."""
+        shipped = None if os.path.exists(self.model) else SHIPPED_MODELS.get(self.model)
+        return self.model if shipped is None else str(shipped)
 
     @property
     def name(self) -> str:

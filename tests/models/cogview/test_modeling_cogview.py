@@ -206,7 +206,9 @@ def test_embedding_gradients_shrink_and_nothing_else_changes():
         other = model.layers[0].attention.dense.weight.grad
         assert other.abs().sum() > 0
     assert torch.allclose(losses[1.0], losses[0.1])
-    assert torch.allclose(gradients[0.1], 0.1 * gradients[1.0], rtol=1e-4)
+    assert torch.allclose(
+        gradients[0.1], 0.1 * gradients[1.0], rtol=1e-4, atol=1e-5 * gradients[1.0].abs().max().item()
+    )
 
 
 def test_gradient_checkpointing_changes_no_gradient():

@@ -13,7 +13,7 @@ from .templates import (
     check_language,
     sample_caption,
 )
-from .words import known_words, load_grammar, nouns, to_traditional
+from .words import known_words, load_grammar, nouns, template_words, to_traditional
 
 __all__ = [
     "CAPTION_VARIANT_KINDS",
@@ -30,5 +30,6 @@ __all__ = [
     "nouns",
     "sample_caption",
     "sample_sentence",
+    "template_words",
     "to_traditional",
 ]

@@ -5,7 +5,7 @@ import json
 import re
 from functools import lru_cache
 
-from ..scenes import DATA_FOLDER, RELATIONS, STYLES, Scope, load_concepts
+from ..scenes import BACKGROUNDS, DATA_FOLDER, RELATIONS, STYLES, Scope, load_concepts
 
 LANGUAGES = ("en", "zh")
 LISTS = (  # tables of the grammar that are lists of words or of parts of sentences
@@ -73,6 +73,25 @@ def to_traditional(text: str) -> str:
     """
     forms, pattern = _traditional()
     return pattern.sub(lambda match: forms[match[0]], text)
+
+
+def template_words(scope: Scope) -> list[str]:
+    """
+    All words of captions, and of their variants, about the scenes of a scope, in both languages: what a model that was
+    trained on templates alone can understand.
+    """
+    words = {"a an and background drawing in of on style", "一", "上的", "和", "在", "的", "背景", "风格"}
+    for hexcode in scope.concepts:
+        concept = load_concepts()[hexcode]
+        words |= {concept.noun, concept.noun_zh, concept.measure}
+    for name in scope.styles:
+        words |= {STYLES[name].english, STYLES[name].chinese}
+    for name in scope.backgrounds:
+        words |= {name, BACKGROUNDS[name].chinese}
+    if "pair" in scope.layouts:
+        for relation in RELATIONS.values():
+            words |= {relation.english, relation.chinese}
+    return sorted({word for text in words for word in text.split()})
 
 
 def known_words(scope: Scope) -> list[str]:

@@ -25,7 +25,6 @@ from .settings import CaptionSettings
 
 ENDS = ("sentence", "length")
 REDUCTIONS = ("mean", "sum")
-END_PIECES = (".", "。", "!", "?", "！", "？")
 # The release always writes so many.
 DEFAULT_MAX_LENGTH = 20
 DEFAULT_MAX_BATCH_SIZE = 16
@@ -235,7 +234,7 @@ class CogViewCaptionPipeline(CogViewPipelineBase):
         allowed[layout.num_image_tokens : layout.command_token_id] = True
         ends = torch.zeros_like(allowed)
         if end == "sentence":
-            ends[self._end_ids()] = True
+            ends[self.tokenizer.sentence_end_ids] = True
         return write_texts(
             model,
             sequences.caption(tokens.cpu().flatten(1), layout),
@@ -249,12 +248,6 @@ class CogViewCaptionPipeline(CogViewPipelineBase):
             decoding=self._decoding,
             on_pass=on_pass,
         )
-
-    def _end_ids(self) -> list[int]:
-        """Pieces that end a sentence, with and without the mark of a word's beginning."""
-        pieces = [mark + piece for piece in END_PIECES for mark in ("", "▁")]
-        ids = {self.tokenizer.convert_tokens_to_ids(piece) for piece in pieces}
-        return sorted(ids - {self.tokenizer.unk_token_id})
 
 
 CogViewCaptionPipeline.__module__ = "cogview_pipelines"

@@ -34,7 +34,6 @@ LANGUAGES = ("en", "zh")
 STRATEGIES = ("greedy", "sample", "beam", "best_of")
 ENDS = ("sentence", "likelihood", "length")
 RANKINGS = ("image", "caption")
-END_PIECES = (".", "。", "!", "?", "！", "？")
 DEFAULT_MAX_LENGTH = 48
 DEFAULT_MAX_BATCH_SIZE = 16
 
@@ -450,12 +449,8 @@ class CogView2CaptionPipeline(PipelineBase):
 
     def _ends(self) -> torch.Tensor:
         """The pieces that end a sentence, `(vocab_size,)`."""
-        tokenizer = self.tokenizer
-        ends = torch.zeros(tokenizer.vocab_size, dtype=torch.bool)
-        for mark in END_PIECES:
-            for piece in (mark, f"▁{mark}"):
-                index = tokenizer.convert_tokens_to_ids(piece)
-                ends[index] = tokenizer.convert_ids_to_tokens(index) == piece
+        ends = torch.zeros(self.tokenizer.vocab_size, dtype=torch.bool)
+        ends[self.tokenizer.sentence_end_ids] = True
         return ends
 
 
