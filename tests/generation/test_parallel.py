@@ -1,5 +1,7 @@
 """Several positions at once: the same tokens as one by one, in fewer passes of the model."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -226,7 +228,8 @@ def test_where_no_guess_holds_the_window_narrows_and_all_passes_take_hardly_long
     seen.widths.clear()
     assert torch.equal(write_images(model, texts, worst_guesses, decoding=Decoding()), expected)
     narrowed = list(seen.widths)
-    assert narrowed[0] > 2 and min(narrowed) <= 2 and narrowed == sorted(narrowed, reverse=True)
+    widened = sum(after > before for before, after in itertools.pairwise(narrowed))  # one guess in 48 holds by chance
+    assert narrowed[0] > 2 and min(narrowed) <= 2 and widened <= len(narrowed) // 5
     seen.widths.clear()
     assert torch.equal(write_images(model, texts, worst_guesses, decoding=Decoding(parallel=8)), expected)
     assert seen.widths[: LENGTH // 2] == [8] * (LENGTH // 2)

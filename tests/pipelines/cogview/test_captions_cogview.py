@@ -16,7 +16,7 @@ def test_a_caption_ends_before_the_first_piece_that_ends_a_sentence(captioner, m
 
     whole = write(end="length")
     place = next(index for index in range(2, 8) if whole[index] not in whole[:index])
-    monkeypatch.setattr(captioner, "_end_ids", lambda: [whole[place]])
+    monkeypatch.setattr(type(captioner.tokenizer), "sentence_end_ids", [whole[place]])
     assert write() == whole[:place]
     assert write(end="length") == whole
 

@@ -177,7 +177,7 @@ def test_captions_are_texts_with_a_stop_rule(captioner):
     layout = captioner.layout
     assert all(layout.num_image_tokens <= i < layout.command_token_id for ids in whole.token_ids for i in ids)
     short = captioner(tokens=tokens, max_length=6, generator=generators(1, 2))
-    ends = set(captioner._end_ids())
+    ends = set(captioner.tokenizer.sentence_end_ids)
     assert ends and not any(ends & set(ids) for ids in short.token_ids)
     alone = captioner(tokens=tokens[1:], end="length", max_length=6, generator=generators(2))
     assert alone.token_ids[0] == whole.token_ids[1]
