@@ -9,7 +9,6 @@ CogView also pictures after super-resolution by windows, and its captions, read 
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,9 +18,9 @@ from cogview_pipelines import CogView2Pipeline, CogViewPipeline
 from cogview_pipelines.demo import LANGUAGES, Scope, SpriteSet
 from cogview_pipelines.demo.editing import measure_captions
 from cogview_pipelines.demo.evaluation import (
-    Case,
     Pipeline,
     choose_cases,
+    generators,
     measure_caption_loss,
     measure_pictures,
     measure_post_selection,
@@ -79,7 +78,7 @@ def measurements(pipe: Pipeline, scope: Scope, num: int, seed: int, batch_size: 
         for split in ("train", "test_background", "test_pair"):
             chosen = choose_cases(scope, split, "en", num, seed)
             what = {"split": split, "language": "either", "measure": "captions", "n": len(chosen)}
-            yield {**what, **measure_captions(pipe, chosen, None, batch_size=batch_size, generator=seeds(chosen))}
+            yield {**what, **measure_captions(pipe, chosen, None, batch_size=batch_size, generator=generators(chosen))}
     for language in LANGUAGES:
         chosen = choose_cases(scope, "test_background", language, num, seed)
         what = {"split": "test_background", "language": language, "n": len(chosen)}
@@ -91,27 +90,12 @@ def measurements(pipe: Pipeline, scope: Scope, num: int, seed: int, batch_size: 
         "baseline": "shuffled",
         **measure_pictures(pipe, chosen, baseline="shuffled", batch_size=batch_size),
     }
-    yield {**what, "measure": "best_of_8", **measure_post_selection(pipe, chosen, batch_size=batch_size)}
-    if isinstance(pipe, CogViewPipeline):
-        yield from released_post_selection(pipe, scope, num, seed, batch_size)
-
-
-def released_post_selection(pipe: CogViewPipeline, scope: Scope, num: int, seed: int, batch_size: int):
-    """The best of 8 that are drawn as in the release: the presets of a small model leave little to choose from."""
-    sampling = {"temperature": 1.0, "top_k": 200}
-    chosen = choose_cases(scope, "test_background", "en", num, seed)
-    what = {
-        "split": "test_background",
-        "language": "en",
-        "n": len(chosen),
-        "measure": "best_of_8",
-        "sampling": sampling,
-    }
-    yield {**what, **measure_post_selection(pipe, chosen, batch_size=batch_size, sampling=sampling)}
-
-
-def seeds(cases: Sequence[Case]) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(case.seed) for case in cases]
+    # The presets of a small CogView leave little to choose from: drawn as in the release as well.
+    released = [{"temperature": 1.0, "top_k": 200}] if isinstance(pipe, CogViewPipeline) else []
+    for sampling in (None, *released):
+        what |= {} if sampling is None else {"sampling": sampling}
+        found = measure_post_selection(pipe, chosen, batch_size=batch_size, sampling=sampling)
+        yield {**what, "measure": "best_of_8", **found}
 
 
 def main(

@@ -1,7 +1,5 @@
 """Several positions at once: the same tokens as one by one, in fewer passes of the model."""
 
-import itertools
-
 import pytest
 import torch
 
@@ -217,8 +215,11 @@ class Widths:
 
 
 def worst_guesses(logits, noise):
-    """Tokens that follow from all before them, so that hardly a guess holds."""
-    return (1e4 * logits).sum(-1).long().remainder(logits.shape[-1])
+    """
+    Tokens that follow from all before them, so that hardly a guess holds; not from the last bits of the logits, which
+    differ from processor to processor.
+    """
+    return (1e2 * logits).sum(-1).long().remainder(logits.shape[-1])
 
 
 def test_where_no_guess_holds_the_window_narrows_and_all_passes_take_hardly_longer_than_one_by_one(monkeypatch):
@@ -228,8 +229,7 @@ def test_where_no_guess_holds_the_window_narrows_and_all_passes_take_hardly_long
     seen.widths.clear()
     assert torch.equal(write_images(model, texts, worst_guesses, decoding=Decoding()), expected)
     narrowed = list(seen.widths)
-    widened = sum(after > before for before, after in itertools.pairwise(narrowed))  # one guess in 48 holds by chance
-    assert narrowed[0] > 2 and min(narrowed) <= 2 and widened <= len(narrowed) // 5
+    assert narrowed[0] > 2 and min(narrowed) <= 2 and narrowed == sorted(narrowed, reverse=True)
     seen.widths.clear()
     assert torch.equal(write_images(model, texts, worst_guesses, decoding=Decoding(parallel=8)), expected)
     assert seen.widths[: LENGTH // 2] == [8] * (LENGTH // 2)

@@ -8,6 +8,7 @@ import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
 
+from ..models.known_words import has_chinese
 from .captions import Request, check_language, load_grammar, nouns, to_traditional
 from .captions.sentences import BESIDE
 from .scenes import BACKGROUNDS, RELATIONS, STYLES, Scene, load_concepts
@@ -73,7 +74,7 @@ class CaptionReading:
 
 def language_of(text: str) -> str:
     """The language of a caption: Chinese if there is a Chinese character in it."""
-    return "zh" if any(unicodedata.name(letter, "").startswith("CJK") for letter in text) else "en"
+    return "zh" if has_chinese(text) else "en"
 
 
 def read_caption(text: str, language: str) -> CaptionReading:

@@ -21,7 +21,7 @@ from ..pipelines.cogview2.pipeline_cogview2_caption import CogView2CaptionPipeli
 from ..pipelines.cogview2.pipeline_cogview2_inpaint import CogView2InpaintPipeline
 from ..pipelines.cogview2.pipeline_cogview2_upscale import CogView2UpscalePipeline
 from .caption_reader import language_of, read_caption
-from .evaluation import Case, Pipeline, choose_cases, decoded_pictures, share, true_pictures
+from .evaluation import Case, Pipeline, choose_cases, decoded_pictures, generators, share, true_pictures
 from .rendering import render, slot_boxes
 from .scenes import Scene, Scope, is_usable
 from .scorer import Scorer, full_scorer
@@ -260,7 +260,7 @@ def measure_upscaling(
     enlarged = upscale(
         small,
         [case.caption for case in cases] if with_prompt else "",
-        generator=[torch.Generator().manual_seed(case.seed) for case in cases],
+        generator=generators(cases),
         max_batch_size=batch_size,
         **call,
     ).images

@@ -136,17 +136,18 @@ def generate_pictures(
     of a CogView go on through its super-resolution by windows.
     """
     prompts = [case.caption for case in cases]
-    output = pipe(prompts, generator=_generators(cases), max_batch_size=batch_size, **call)
+    output = pipe(prompts, generator=generators(cases), max_batch_size=batch_size, **call)
     if finer:
         upscale = CogViewUpscalePipeline.from_pipe(pipe)
         upscale.set_progress_bar_config(disable=True)
         assert not isinstance(output, tuple)
-        output = upscale(prompt=prompts, tokens=output.tokens, generator=_generators(cases), max_batch_size=batch_size)
+        output = upscale(prompt=prompts, tokens=output.tokens, generator=generators(cases), max_batch_size=batch_size)
     assert not isinstance(output, tuple) and isinstance(output.images, list)
     return output.images
 
 
-def _generators(cases: Sequence[Case]) -> list[torch.Generator]:
+def generators(cases: Sequence[Case]) -> list[torch.Generator]:
+    """One for each case, from its seed."""
     return [torch.Generator().manual_seed(case.seed) for case in cases]
 
 

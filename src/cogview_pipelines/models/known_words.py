@@ -31,6 +31,11 @@ class KnownWords:
         return list(found)
 
 
+def has_chinese(text: str) -> bool:
+    """Whether there is a Chinese character in a text."""
+    return re.search(f"[{_CHINESE}]", text) is not None
+
+
 def _runs(text: str) -> list[str]:
     """Words of scripts with spaces, and runs of Chinese characters."""
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())

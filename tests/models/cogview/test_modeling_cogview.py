@@ -195,7 +195,7 @@ def test_the_loss_is_the_weighted_mean_over_labels(model):
 def test_embedding_gradients_shrink_and_nothing_else_changes():
     gradients, losses = {}, {}
     for scale in (1.0, 0.1):
-        model = make_cogview(embedding_gradient_scale=scale)
+        model = make_cogview(embedding_gradient_scale=scale).double()  # in float32 small gradients are half rounding
         sequence = sequence_of(3)
         labels = sequence.input_ids.clone()
         # embeddings of tokens that are scored get gradients as outputs, too; a text token of the input is not
@@ -206,9 +206,7 @@ def test_embedding_gradients_shrink_and_nothing_else_changes():
         other = model.layers[0].attention.dense.weight.grad
         assert other.abs().sum() > 0
     assert torch.allclose(losses[1.0], losses[0.1])
-    assert torch.allclose(
-        gradients[0.1], 0.1 * gradients[1.0], rtol=1e-4, atol=1e-5 * gradients[1.0].abs().max().item()
-    )
+    assert torch.allclose(gradients[0.1], 0.1 * gradients[1.0], rtol=1e-4)
 
 
 def test_gradient_checkpointing_changes_no_gradient():
