@@ -61,6 +61,10 @@ class CogLMTrainConfig(TokenTrainConfig):
         metadata={"help": "Start the image token embeddings of a new model from the code vectors of `vqvae`."},
     )
     caption_probability: float = field(default=0.3, metadata={"help": "Share of samples trained as captioning."})
+    auxiliary_caption_probability: float | None = field(
+        default=None,
+        metadata={"help": "Likewise, of the samples of `auxiliary_data`; default: the same."},
+    )
     whole_image_probability: float = field(
         default=0.0,
         metadata={"help": "Share of captioning samples in which no patch is masked, as captions are written."},
@@ -175,11 +179,14 @@ def draw_task(
 ) -> tuple[str, str, list[int]]:
     """What a sample is, `"text_to_image"`, `"captioning"` or `"completion"`; its language and its text."""
     chance, drop = torch.rand(2, generator=generator).tolist()
-    captioning = chance < config.caption_probability
+    caption_probability = config.caption_probability
+    if config.auxiliary_caption_probability is not None and data.is_auxiliary(index):
+        caption_probability = config.auxiliary_caption_probability
+    captioning = chance < caption_probability
     language, text = data.draw_language_and_caption(index, generator, to_write=captioning)
     if captioning:
         return "captioning", language, text
-    completing = chance < config.caption_probability + config.completion_probability
+    completing = chance < caption_probability + config.completion_probability
     if drop < config.drop_text_probability:
         language, text = "no_text", []
     return "completion" if completing else "text_to_image", language, text

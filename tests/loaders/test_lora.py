@@ -15,7 +15,7 @@ from cogview_pipelines import CogView2CaptionPipeline, CogView2Pipeline, CogView
 from cogview_pipelines.generation import decoders
 from cogview_pipelines.generation.decoders import fused_decoding_refusals
 from cogview_pipelines.loaders.lora_files import read_lora, write_lora
-from cogview_pipelines.models.adapters import adapter_layers
+from cogview_pipelines.models.adapters import active_adapters, adapter_layers
 
 from ..pipelines.conftest import build
 from ..utils import make_image_tokens
@@ -48,6 +48,11 @@ def context(pipe):
     sequence = direct_super_resolution([[]], tokens, model.config.num_text_slots, model.config.layout)
     with torch.no_grad():
         return torch.stack(model.encode_context(sequence).keys)
+
+
+def adapters_of(pipe):
+    """Which adapters count in each stage."""
+    return {stage: active_adapters(getattr(pipe, stage)) for stage in STAGES}
 
 
 def weights_of(model):
@@ -402,6 +407,45 @@ def test_a_pipeline_saved_with_a_fused_adapter_holds_it_in_its_weights(pipe, ada
     loaded = CogView2Pipeline.from_pretrained(tmp_path)
     assert loaded.get_list_adapters() == {} and torch.equal(draw(loaded), expected)
     assert torch.equal(draw(pipe), expected)
+
+
+def test_a_pipeline_saved_with_one_adapter_fused_and_another_left_out_draws_the_same_again(pipe, adapters, tmp_path):
+    pipe.load_lora_weights(adapters["draft"], "fused")
+    pipe.load_lora_weights(adapters["all"], "left_out")
+    pipe.set_adapters(["fused", "left_out"])
+    pipe.fuse_lora(components=["transformer"], adapter_names=["fused"])
+    assert adapters_of(pipe) == {
+        "transformer": ["fused"],
+        "direct_sr_transformer": ["left_out"],
+        "iterative_sr_transformer": ["left_out"],
+    }
+    expected = draw(pipe)
+    pipe.save_pretrained(tmp_path)
+    loaded = CogView2Pipeline.from_pretrained(tmp_path)
+    assert adapters_of(loaded) == {**adapters_of(pipe), "transformer": []}
+    assert torch.equal(draw(loaded), expected)
+    pipe.unfuse_lora()
+    assert adapters_of(pipe)["transformer"] == ["fused", "left_out"]
+
+
+def test_an_adapter_fused_into_one_component_is_saved_for_the_others(pipe, adapters, tmp_path):
+    pipe.load_lora_weights(adapters["all"], "style")
+    pipe.fuse_lora(components=["iterative_sr_transformer"])
+    expected = draw(pipe)
+    pipe.save_pretrained(tmp_path)
+    loaded = CogView2Pipeline.from_pretrained(tmp_path)
+    assert loaded.get_list_adapters() == {"transformer": ["style"], "direct_sr_transformer": ["style"]}
+    assert torch.equal(draw(loaded), expected)
+
+
+def test_an_adapter_whose_alpha_is_zero_changes_nothing_and_is_saved(pipe, tmp_path):
+    random_adapter({"transformer": pipe.transformer}, tmp_path / "none", alpha=0)
+    expected = draw(pipe)
+    pipe.load_lora_weights(tmp_path / "none", "none")
+    pipe.save_pretrained(tmp_path / "model")
+    loaded = CogView2Pipeline.from_pretrained(tmp_path / "model")
+    assert loaded.get_active_adapters() == ["none"]
+    assert torch.equal(draw(pipe), expected) and torch.equal(draw(loaded), expected)
 
 
 def test_a_new_process_makes_the_same_picture(pipe, adapters, tmp_path):

@@ -19,6 +19,20 @@ MUTATIONS = [
         f"{TESTS}::test_a_pipeline_saved_with_an_adapter_says_so_and_loads_with_it",
     ),
     Mutation(
+        "adapters: one that is fused into one component is not saved for the others",
+        "loaders/lora.py",
+        "name not in adapters.fused_names(model)",
+        "name not in self.fused_loras",
+        f"{TESTS}::test_an_adapter_fused_into_one_component_is_saved_for_the_others",
+    ),
+    Mutation(
+        "adapters: one that was left out when others were fused counts in the saved pipeline",
+        "models/adapters.py",
+        "return [name for name in adapter_names(model) if name in fused_names(model)]",
+        "return adapter_names(model)",
+        f"{TESTS}::test_a_pipeline_saved_with_one_adapter_fused_and_another_left_out_draws_the_same_again",
+    ),
+    Mutation(
         "adapters: words of one that does not count are known",
         "models/adapters.py",
         "for name in active_adapters(model) if _has_weight(layers, name)",

@@ -1,5 +1,7 @@
 """`training_scripts/train_coglm.py`: which samples it draws, and what it starts from. Resuming: test_resuming.py."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,9 +30,9 @@ def data(token_folder, tokenizer):
 
 @pytest.fixture(scope="module")
 def make_batch(script, data, tokenizer):
-    """A batch, given options of the script, of the model, and the draw."""
+    """A batch, given options of the script, of the model, the draw, and perhaps other data."""
 
-    def make(draw=DRAW, max_text_tokens=30, **options):
+    def make(draw=DRAW, max_text_tokens=30, data=data, **options):
         config = script.CogLMTrainConfig(
             output_dir="unused", data="unused", tokenizer="unused", patch_size=2, **options
         )
@@ -98,6 +100,26 @@ def test_the_share_of_captioning_is_what_was_asked_for(make_batch, tokenizer):
         is_generation = batch.input_ids[:, -IMAGE_LENGTH - 1] == tokenizer.boi_token_id
         shares.append(1 - is_generation.float().mean())
     assert torch.tensor(shares).mean().item() == pytest.approx(0.25, abs=0.05)  # three sigma: 0.04
+
+
+def test_auxiliary_pictures_have_their_own_share_of_captioning(make_batch, data, tokenizer):
+    other = dataclasses.replace(data, low=data.low.flip(1))
+    mixed = data.with_auxiliary(other, 0.5)
+    own, others = ({tuple(picture.flatten().tolist()) for picture in each.low} for each in (data, other))
+    assert not own & others
+
+    def captioned(**options):
+        """Of which sets pictures are that are captioned, and that are drawn."""
+        batch = make_batch(data=mixed, whole_image_probability=1.0, **options)
+        found = {True: set(), False: set()}
+        for row in batch.input_ids:
+            is_own = tuple(row[-IMAGE_LENGTH:].tolist()) in own
+            found[(row[-IMAGE_LENGTH - 1] != tokenizer.boi_token_id).item()].add("own" if is_own else "other")
+        return found
+
+    assert captioned(caption_probability=0.0, auxiliary_caption_probability=1.0) == {True: {"other"}, False: {"own"}}
+    assert captioned(caption_probability=1.0, auxiliary_caption_probability=0.0) == {True: {"own"}, False: {"other"}}
+    assert captioned(caption_probability=1.0) == {True: {"own", "other"}, False: set()}
 
 
 def test_dropped_texts_are_empty_and_only_text_to_image_drops_them(make_batch, tokenizer):

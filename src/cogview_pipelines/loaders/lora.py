@@ -182,10 +182,17 @@ class LoraLoaderMixin(Mixed):
         if adapter_name not in names:
             raise ValueError(f"`adapter_name` must be one of {names}, but is {adapter_name!r}.")
         models = {part: m for part, m in self._lora_models().items() if adapter_name in adapters.adapter_names(m)}
+        return self._write_adapter(models, adapter_name, save_directory, weight_name or WEIGHT_NAME)
+
+    @staticmethod
+    def _write_adapter(
+        models: Mapping[str, nn.Module], adapter_name: str, folder: str | os.PathLike, weight_name: str
+    ) -> Path:
+        """Write an adapter of these components, which all have it."""
         weights = {part: adapters.adapter_weights(model, adapter_name) for part, model in models.items()}
         configs = {part: adapters.adapter_config(model, adapter_name) for part, model in models.items()}
         words = adapters.adapter_words(models[READS_TEXT], [adapter_name]) if READS_TEXT in models else []
-        return write_lora(save_directory, weights, configs, weight_name or WEIGHT_NAME, words)
+        return write_lora(folder, weights, configs, weight_name, words)
 
     def push_adapter_to_hub(
         self,
@@ -336,8 +343,7 @@ class LoraLoaderMixin(Mixed):
     @property
     def fused_loras(self) -> set[str]:
         """The adapters that are fused into the weights of any component."""
-        fused = [adapters.fused_adapters(model) for model in self._lora_models().values()]
-        return {name for each in fused if each is not None for name in each.names}
+        return {name for model in self._lora_models().values() for name in adapters.fused_names(model)}
 
     def fuse_lora(
         self,
@@ -422,22 +428,25 @@ class LoraLoaderMixin(Mixed):
 
     def _save_adapters(self, folder: str | os.PathLike) -> None:
         """Write the adapters that are not fused beside a saved pipeline, and say so."""
-        folder, names, counts = Path(folder), self._all_adapters(), {}
+        folder, counts, active = Path(folder), {}, {}
         (folder / LORA_FOLDER / LORA_INDEX).unlink(missing_ok=True)  # of another model
         fused = sorted(self.fused_loras)
         if fused:
             logger.warning(f"The adapters {fused} are fused: they are saved as part of the weights.")
-        left = [name for name in names if name not in fused]
+        for name in self._all_adapters():  # one may be fused into one component, and not into another
+            models = {
+                part: model
+                for part, model in self._lora_models().items()
+                if name in adapters.adapter_names(model) and name not in adapters.fused_names(model)
+            }
+            if models:
+                self._write_adapter(models, name, folder / LORA_FOLDER, f"{name}.safetensors")
+                counts[name] = {part: adapters.adapter_scale(model, name) for part, model in models.items()}
+                active[name] = [part for part, model in models.items() if name in adapters.active_adapters(model)]
+        left = [*counts]
         if not left:
             return
-        for name in left:
-            self.save_adapter(folder / LORA_FOLDER, name, f"{name}.safetensors")
-            counts[name] = {
-                part: adapters.adapter_scale(model, name)
-                for part, model in self._lora_models().items()
-                if name in adapters.adapter_names(model)
-            }
-        index = {"active": self.get_active_adapters(), "adapters": counts}
+        index = {"active": active, "adapters": counts}
         (folder / LORA_FOLDER / LORA_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         logger.warning(
             f"The weights are saved without the adapters {left}; these are in {folder / LORA_FOLDER}, and "
@@ -457,7 +466,7 @@ class LoraLoaderMixin(Mixed):
                 return
         try:
             index = json.loads(Path(index_file).read_text(encoding="utf-8"))
-            names, active = dict(index["adapters"]), list(index["active"])
+            names, active = dict(index["adapters"]), dict(index["active"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{index_file} is damaged. Copy or save the model again.") from error
         names = {name: counts for name, counts in names.items() if any(map(self._lora_models().get, counts))}
@@ -466,6 +475,6 @@ class LoraLoaderMixin(Mixed):
             self.load_lora_weights(source, name, **options)
         if names:
             self.set_adapters([*names], [*names.values()])
-        for model in self._lora_models().values():
-            adapters.activate(model, [name for name in active if name in names])
+        for part, model in self._lora_models().items():
+            adapters.activate(model, [name for name in names if part in active.get(name, ())])
         self._tell_words()

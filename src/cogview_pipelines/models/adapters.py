@@ -209,8 +209,10 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 
 def active_adapters(model: nn.Module) -> list[str]:
-    """Those that count."""
-    layers = [entry[2] for entry in _fused_layers(model)] or [entry[2] for entry in adapter_layers(model)]
+    """Those that count: where some are merged into the weights, these alone."""
+    if _fused_layers(model):
+        return [name for name in adapter_names(model) if name in fused_names(model)]
+    layers = [entry[2] for entry in adapter_layers(model)]
     active = {name for layer in layers if not layer.disable_adapters for name in layer.active_adapters}
     return [name for name in adapter_names(model) if name in active]
 
@@ -266,7 +268,7 @@ def adapter_scale(model: nn.Module, name: str) -> float:
     for layer in layers:
         if name in layer.scaling:
             own = layer.lora_alpha[name] / (layer.r[name] ** (0.5 if layer.use_rslora.get(name) else 1))
-            return layer.scaling[name] / own
+            return layer.scaling[name] / own if own else 1.0  # an `alpha` of 0 is nothing, however often
     return 1.0
 
 
@@ -331,6 +333,12 @@ def unload_adapters(model: nn.Module) -> None:
 def fused_adapters(model: nn.Module) -> FusedAdapters | None:
     """What is merged into a model, if anything is."""
     return getattr(model, "_fused_adapters", None)
+
+
+def fused_names(model: nn.Module) -> list[str]:
+    """The adapters that are merged into a model."""
+    fused = fused_adapters(model)
+    return [] if fused is None else list(fused.names)
 
 
 def _fused_layers(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module, dict[str, float]]]:

@@ -73,6 +73,8 @@ class TokenData:
         has_styles (`bool`, *optional*): Whether some picture has one; by default looked up in `styles`.
         epoch_seed (`int`, *optional*): Go through the pictures in epochs, in orders that are drawn from this seed; by
             default each sample is drawn by weight, with replacement.
+        num_own (`int`, *optional*): So many pictures are of this set, and the rest of others that it is mixed with; by
+            default all are.
     """
 
     low: torch.Tensor | ShardedTokens
@@ -84,6 +86,7 @@ class TokenData:
     styles: Sequence[dict[str, list[str]]] = field(default_factory=list)
     has_styles: bool | None = None
     epoch_seed: int | None = None
+    num_own: int | None = None
 
     def __post_init__(self):
         self.styles = self.styles or [{} for _ in self.captions]
@@ -231,7 +234,12 @@ class TokenData:
             _OneAfterAnother([each.styles for each in sets]),
             any(each.has_styles for each in sets),
             self.epoch_seed,
+            len(self),
         )
+
+    def is_auxiliary(self, index: int) -> bool:
+        """Whether a picture is of another set, which these are mixed with."""
+        return self.num_own is not None and index >= self.num_own
 
     def require_fit(self, model_config: PreTrainedConfig, tokenizer: CodesAndPiecesTokenizer) -> "TokenData":
         """
