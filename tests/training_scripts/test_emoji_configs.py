@@ -82,22 +82,22 @@ def test_the_runs_on_sentences_take_what_the_runs_on_templates_leave():
     configs = {name: yaml.safe_load((EMOJI / f"{name}_sentences.yaml").read_text("utf-8")) for name in SENTENCES}
     tokenizer = configs["tokenizer"]["output_dir"]
     assert tokenizer == configs["coglm"]["tokenizer"] == configs["pipeline"]["tokenizer"]
-    assert configs["pipeline"]["transformer"] == "runs/coglm_sentences_long/final"
-    runs = [small_config(f"coglm_sentences{name}") for name in ("_first", "_mixed", "", "_long")]
+    assert configs["pipeline"]["transformer"] == "runs/coglm_sentences_even/final"
+    runs = [small_config(f"coglm_sentences{name}") for name in ("_first", "_mixed", "", "_long", "_even")]
     assert [run.init_from for run in runs[1:]] == [f"{run.output_dir}/final" for run in runs[:-1]]
-    for run, ending in zip(runs, ("", "_mixed", "_mixed", "_long"), strict=True):
+    for run, ending in zip(runs, ("", "_mixed", "_mixed", "_long", "_even"), strict=True):
         main, things = small_config(f"tokens_sentences{ending}"), small_config("tokens_things")
         assert (run.tokenizer, run.data, run.auxiliary_data) == (tokenizer, main.output_dir, things.output_dir)
     grown = Path(runs[0].init_from).parent
-    earlier, direct = small_config("direct_sr_sentences"), small_config("direct_sr_sentences_long")
-    assert Path(earlier.init_from) == grown / "direct_sr_transformer"
-    assert direct.init_from == f"{earlier.output_dir}/final"
-    for config, run in ((earlier, runs[-2]), (direct, runs[-1])):
-        assert (config.tokenizer, config.transformer) == (tokenizer, f"{run.output_dir}/final")
+    directs = [small_config(f"direct_sr_sentences{name}") for name in ("", "_long", "_even")]
+    assert Path(directs[0].init_from) == grown / "direct_sr_transformer"
+    assert [direct.init_from for direct in directs[1:]] == [f"{direct.output_dir}/final" for direct in directs[:-1]]
+    for direct, run in zip(directs, runs[-3:]):
+        assert (direct.tokenizer, direct.transformer) == (tokenizer, f"{run.output_dir}/final")
     iterative = small_config("iterative_sr_sentences")
     assert Path(iterative.transformer) == grown / "iterative_sr_transformer" and iterative.tokenizer == tokenizer
     fine = [small_config(f"tokens_{name}_fine").output_dir for name in ("sentences", "things")]
-    for stage, config in (("direct_sr", direct), ("iterative_sr", iterative)):
+    for stage, config in (("direct_sr", directs[-1]), ("iterative_sr", iterative)):
         assert [config.data, config.auxiliary_data] == fine
         assert configs["pipeline"][f"{stage}_transformer"] == f"{config.output_dir}/final"
     templates = yaml.safe_load((EMOJI / "pipeline_small.yaml").read_text("utf-8"))
