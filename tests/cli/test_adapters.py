@@ -53,6 +53,24 @@ def test_pictures_are_those_of_the_pipeline_with_the_adapter_at_its_weight(cogvi
         assert str(adapter) not in json.dumps(read_metadata(path))
 
 
+def test_an_adapter_counts_beside_those_that_a_model_was_saved_with(cogview2, model_folder, adapter, tmp_path):
+    pipe = CogView2Pipeline.from_pretrained(model_folder, dtype=torch.float32)
+    random_adapter({"transformer": pipe.transformer}, tmp_path / "house", seed=5, scale=1.0)
+    pipe.load_lora_weights(tmp_path / "house", "lora_0")  # the name that the command would take
+    pipe.load_lora_weights(adapter, "off")
+    pipe.set_adapters("lora_0", 0.5)
+    pipe.save_pretrained(tmp_path / "model")
+    only_the_own = picture_of(pipe)
+    pipe.set_adapters(["lora_0", "off"], [0.5, 1.0])
+    pipe.fuse_lora()
+    result = cogview2(
+        *("generate", "a cat", "--seed", 3, "--model", tmp_path / "model", "--lora", adapter),
+        *("--dtype", "float32", "--output", tmp_path / "made.png"),
+    )
+    assert result.exit_code == 0, result.stderr
+    assert same(tmp_path / "made.png", picture_of(pipe)) and not same(tmp_path / "made.png", only_the_own)
+
+
 def test_two_adapters_count_together(cogview2, adapter, tmp_path):
     """An adapter and its opposite leave the model as it was."""
     for name, options in (("plain", ()), ("both", ("--lora", adapter, "--lora", f"{adapter}=-1"))):

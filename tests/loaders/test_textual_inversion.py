@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cogview_pipelines import CogLMModel, CogView2Pipeline
+from cogview_pipelines import CogLMModel, CogView2CaptionPipeline, CogView2Pipeline
 from cogview_pipelines.loaders.textual_inversion import EMBEDDING_NAME, write_learned_token
 from cogview_pipelines.models.learned_tokens import LearnedTokens, learn_token
 
-from ..pipelines.conftest import build
+from ..pipelines.conftest import build, build_cogview
 from ..training_scripts.conftest import (  # noqa: F401 - fixtures
     as_arguments,
     coglm_folder,
@@ -22,6 +22,7 @@ from ..training_scripts.conftest import (  # noqa: F401 - fixtures
     write_token_folder,
 )
 from ..utils import make_coglm, make_image_tokens, make_tokenizer, token_config
+from ..utils_cogview import make_cogview_tokenizer
 
 WORD = "<my-car>"
 
@@ -84,6 +85,34 @@ def test_words_that_a_user_adds_are_saved_and_loaded(pipe, tmp_path):
     for text, tokens in zip(("a cat on a Zugspitze", "一只猫,楚格峰"), expected):
         assert loaded.tokenizer.encode(text) == pipe.tokenizer.encode(text)
         assert torch.equal(draw(loaded, text), tokens)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        lambda pipe: pipe.check_inputs("a Zugspitze"),
+        lambda pipe: pipe.check_inputs("a cat", negative_prompt="a Zugspitze", guidance_scale=2.0),
+        lambda pipe: CogView2CaptionPipeline.from_pipe(pipe).check_texts("a Zugspitze"),
+    ],
+    ids=["prompt", "negative", "text"],
+)
+def test_tokens_without_an_embedding_are_refused_with_what_to_do(pipe, check):
+    check(pipe)
+    pipe.tokenizer.add_tokens(["Zugspitze"])
+    with pytest.raises(ValueError, match=r"prompt` holds 'Zugspitze', a token .* Call `resize_token_embeddings"):
+        check(pipe)
+    for model in (pipe.transformer, pipe.iterative_sr_transformer):
+        model.resize_token_embeddings(len(pipe.tokenizer))
+    check(CogView2Pipeline.from_pipe(pipe))
+
+
+def test_tokens_without_an_embedding_are_refused_by_the_first_cogview(tmp_path):
+    pipe = build_cogview(make_cogview_tokenizer(tmp_path))
+    pipe.check_inputs("a Zugspitze")
+    room = pipe.transformer.config.vocab_size - len(pipe.tokenizer)  # the table is longer than the vocabulary
+    pipe.tokenizer.add_tokens([f"<{number}>" for number in range(room)] + ["Zugspitze"])
+    with pytest.raises(ValueError, match=r"`prompt` holds 'Zugspitze', a token .* Call `resize_token_embeddings"):
+        pipe.check_inputs("a Zugspitze")
 
 
 def test_a_word_that_was_added_is_known_whatever_the_list_of_words_says(tmp_path):

@@ -80,10 +80,16 @@ def _file_of(source: str) -> Path:
 
 
 def add_adapters(pipe: "PipelineBase", adapters: Sequence[Adapter]) -> None:
-    """Load adapters, and add them to the weights, so that a step takes as long as without."""
+    """
+    Load adapters beside those that the model was saved with and that count, and add all to the weights, so that a step
+    takes as long as without.
+    """
     if not adapters:
         return
-    names = [f"lora_{index}" for index in range(len(adapters))]
+    own = {name: _weights_of(pipe, name) for name in pipe.get_active_adapters()}
+    taken = {name for names in pipe.get_list_adapters().values() for name in names}
+    names = [name for name in (f"lora_{index}" for index in range(len(adapters) + len(taken))) if name not in taken]
+    names = names[: len(adapters)]
     for name, adapter in zip(names, adapters, strict=True):
         try:
             pipe.load_lora_weights(adapter.source, adapter_name=name)
@@ -91,5 +97,15 @@ def add_adapters(pipe: "PipelineBase", adapters: Sequence[Adapter]) -> None:
             fail(first_line(error))
         except Exception as error:  # also whatever the Hub's client raises
             fail(f"`--lora` {adapter.source}: {first_line(error)}")
-    pipe.set_adapters(names, [adapter.weight for adapter in adapters])
+    pipe.set_adapters([*own, *names], [*own.values(), *(adapter.weight for adapter in adapters)])
     pipe.fuse_lora()
+
+
+def _weights_of(pipe: "PipelineBase", name: str) -> dict[str, float]:
+    """By how much an adapter counts in each component that has it."""
+    from ..models.adapters import active_adapters, adapter_names, adapter_scale
+
+    models = {part: model for part, model in pipe.components.items() if name in adapter_names(model)}
+    return {
+        part: adapter_scale(model, name) if name in active_adapters(model) else 0.0 for part, model in models.items()
+    }

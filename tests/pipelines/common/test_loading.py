@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cogview_pipelines import CogView2CaptionPipeline, CogView2Pipeline
+from cogview_pipelines.pipelines.common import hub
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +90,17 @@ def test_a_shared_backbone_is_not_missing(shared_pipe, tmp_path):
     ours, theirs = pipe.direct_sr_transformer.word_embeddings.weight, pipe.transformer.word_embeddings.weight
     assert ours.data_ptr() == theirs.data_ptr()
     assert torch.equal(ours, shared_pipe.transformer.word_embeddings.weight)
+
+
+def test_a_model_of_the_hub_is_not_loaded_without_its_adapters(folder, monkeypatch):
+    """A connection that breaks when all weights are there: the model without its adapters would be another one."""
+
+    def break_off(*args, **kwargs):
+        raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr(CogView2Pipeline, "download", lambda *args, **kwargs: folder)
+    monkeypatch.setattr(hub, "snapshot_download", break_off)
+    with pytest.raises(OSError, match="Adapters and card of 'me/model' could not be fetched"):
+        CogView2Pipeline.from_pretrained("me/model")
+    monkeypatch.setattr(hub, "snapshot_download", lambda *args, **kwargs: folder)
+    assert CogView2Pipeline.from_pretrained("me/model").get_list_adapters() == {}

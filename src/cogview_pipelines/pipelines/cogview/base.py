@@ -147,6 +147,7 @@ class CogViewPipelineBase(PipelineBase):
                     "it."
                 )
             texts.append(text)
+        self._require_embeddings(texts, what)
         return texts
 
     def _read_images(self, images: Images, size: tuple[int, int]) -> torch.Tensor:

@@ -270,6 +270,7 @@ class CogView2PipelineBase(PipelineBase):
                     "it."
                 )
             texts.append(text)
+        self._require_embeddings(texts, "`prompt`")
         if super_resolve and max(map(len, texts)) >= self.direct_sr_transformer.config.num_text_slots:
             slots = self.direct_sr_transformer.config.num_text_slots - 1
             logger.warning(
@@ -290,6 +291,7 @@ class CogView2PipelineBase(PipelineBase):
         for text in texts:
             if len(text) > longest:
                 raise ValueError(f"`negative_prompt` may have {longest} tokens, but has {len(text)}. Shorten it.")
+        self._require_embeddings(texts, "`negative_prompt`")
         return texts
 
 

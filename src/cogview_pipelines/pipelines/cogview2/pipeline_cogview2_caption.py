@@ -283,9 +283,10 @@ class CogView2CaptionPipeline(PipelineBase):
         """
         longest = self.transformer.config.max_text_tokens
         for text in check_prompts(prompt):
-            length = len(self.tokenizer.encode(text))
-            if not 0 < length <= longest:
-                raise ValueError(f"`prompt` must have 1 to {longest} tokens, but {quote(text)} has {length}.")
+            tokens = self.tokenizer.encode(text)
+            if not 0 < len(tokens) <= longest:
+                raise ValueError(f"`prompt` must have 1 to {longest} tokens, but {quote(text)} has {len(tokens)}.")
+            self._require_embeddings([tokens], "`prompt`")
 
     # Stages ----------------------------------------------------------------------------------------------------------
 

@@ -383,6 +383,19 @@ class PipelineBase(LoraLoaderMixin, TextualInversionLoaderMixin, DiffusionPipeli
             if not self._calls:  # offloaded weights stay where another call needs them
                 self.maybe_free_model_hooks()
 
+    def _require_embeddings(self, texts: Sequence[Sequence[int]], name: str) -> None:
+        """Raise `ValueError` if the tokenizer got tokens since, for which the models have no embedding."""
+        largest = max((token for text in texts for token in text), default=-1)
+        for model in self._text_models():
+            count = len(model.get_input_embeddings().weight)
+            if largest >= count:
+                raise ValueError(
+                    f"{name} holds {self.tokenizer.convert_ids_to_tokens(largest)!r}, a token that was added to the "
+                    f"tokenizer: it has {len(self.tokenizer)}, but a {type(model).__name__} of this pipeline has "
+                    f"embeddings of {count}. Call `resize_token_embeddings(len(pipe.tokenizer))` of each transformer, "
+                    "and train them."
+                )
+
     def _check_tensor_inputs(self, tensor_inputs: Sequence[str]) -> None:
         unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:

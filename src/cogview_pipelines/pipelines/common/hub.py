@@ -1,6 +1,5 @@
 """Pipelines from the Hub and to it: what goes along with the weights, and what went wrong in one sentence."""
 
-import contextlib
 import os
 import shutil
 import tempfile
@@ -44,8 +43,11 @@ def fetch(download: Callable[..., str | os.PathLike], name: str, **kwargs) -> Pa
             raise
         raise OSError(sentence) from error
     access = {key: kwargs[key] for key in ("cache_dir", "local_files_only", "token") if kwargs.get(key) is not None}
-    with contextlib.suppress(Exception):  # none of them is needed to compute
+    try:
         snapshot_download(name, revision=folder.name, allow_patterns=[*COMPANIONS, f"{LORA_FOLDER}/*"], **access)
+    except Exception as error:  # without its adapters it would be another model
+        sentence = explain(name, folder.name, error) or f"{type(error).__name__}: {error}".splitlines()[0]
+        raise OSError(f"Adapters and card of {name!r} could not be fetched. Try again. ({sentence})") from error
     return folder
 
 
