@@ -313,7 +313,7 @@ def test_characters_outside_the_vocabulary_are_named_and_no_obstacle(cogview2, t
     prompt = "a tiger ☃ Ж 龘 \U0001f984"
     result = cogview2("generate", prompt, "--seed", 1, "--output", tmp_path / "a.png")
     assert result.exit_code == 0, result.output
-    assert "the model does not know this part of the prompt" in result.stderr and "☃" in result.stderr
+    assert "the model does not know this part of the prompt" in result.stderr and result.stderr.count("☃") == 1
     assert read_metadata(tmp_path / "a.png")["prompt"] == prompt
 
 

@@ -157,6 +157,9 @@ def load_pipeline(
     import torch
     import transformers
 
+    from ..pipelines.common.base import unknown_words
+
+    unknown_words.setLevel("ERROR")  # commands tell it themselves
     device = choose_device(device)
     if int8 and torch.device(device).type != "cpu":
         fail(f"`--int8` computes on a CPU, but the device is {device}. Leave it out, or pass --device cpu.")

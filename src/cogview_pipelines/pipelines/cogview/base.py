@@ -148,6 +148,7 @@ class CogViewPipelineBase(PipelineBase):
                 )
             texts.append(text)
         self._require_embeddings(texts, what)
+        self._tell_unknown(prompts)
         return texts
 
     def _read_images(self, images: Images, size: tuple[int, int]) -> torch.Tensor:

@@ -271,6 +271,7 @@ class CogView2PipelineBase(PipelineBase):
                 )
             texts.append(text)
         self._require_embeddings(texts, "`prompt`")
+        self._tell_unknown(prompts)
         if super_resolve and max(map(len, texts)) >= self.direct_sr_transformer.config.num_text_slots:
             slots = self.direct_sr_transformer.config.num_text_slots - 1
             logger.warning(
