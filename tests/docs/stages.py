@@ -24,7 +24,7 @@ STAGES: dict[str, Callable[[Path], Stage]] = {}
 # fewer of the same, on every page
 FEWER = {"--num 200": "--num 2", "--num-images 4": "--num-images 2"}
 FEW_STEPS = {
-    **{f"--max_steps {number}": "--max_steps 2" for number in (200, 300, 500, 2000, 20000)},
+    **{f"--max_steps {number}": "--max_steps 2" for number in (200, 300, 500, 1000, 2000, 20000)},
     **{f"--warmup_steps {number}": "--warmup_steps 1" for number in (15, 20, 2000)},
     "--decay_steps 150": "--decay_steps 1",
     "--batch_size 16": "--batch_size 2",
@@ -163,6 +163,11 @@ def style_learning(folder: Path) -> Stage:
     return {}, {**few, "--batch-size 8": "--batch-size 2", "--num_each 2": "--num_each 1"}
 
 
+@stage("docs/new_thing.md")
+def new_thing(folder: Path) -> Stage:
+    return {}, {"--steps 100 --batch-size 8": "--stage coglm --steps 2 --batch-size 2"}
+
+
 @stage("docs/photographs.md")
 def photographs(folder: Path) -> Stage:
     from ..training_scripts.test_stamps import save_stamps
@@ -171,8 +176,9 @@ def photographs(folder: Path) -> Stage:
     return {}, {
         "stamps.py make": "stamps.py make --stamps package --num_backgrounds 3",
         "stamps.py measure": "stamps.py measure --stamps package --num 2",
-        "--steps 1500": "--stage coglm --steps 2 --batch-size 2",  # all stages of a tiny model: docs/training.md
-        "--resolutions 240": "--resolutions 240 --batch_size 2",
+        "--steps 1500": "--steps 2 --batch-size 2",
+        "--steps 500 --batch-size 8": "--steps 2 --batch-size 2",
+        "--batch_size 8": "--batch_size 2",
         **FEW_STEPS,
     }
 

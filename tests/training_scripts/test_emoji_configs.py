@@ -101,8 +101,13 @@ def test_the_runs_on_sentences_take_what_the_runs_on_templates_leave():
         assert [config.data, config.auxiliary_data] == fine
         assert configs["pipeline"][f"{stage}_transformer"] == f"{config.output_dir}/final"
     templates = yaml.safe_load((EMOJI / "pipeline_small.yaml").read_text("utf-8"))
-    same = ("vqvae", "direct_sr_scheduler", "iterative_sr_scheduler", "styles", "default_style", "whole_pictures")
+    same = ("vqvae", "direct_sr_scheduler", "iterative_sr_scheduler", "default_style", "whole_pictures")
     assert all(configs["pipeline"][name] == templates[name] for name in same)
+    suffixes = [
+        {name: style.get("suffix") for name, style in each["styles"].items()}
+        for each in (configs["pipeline"], templates)
+    ]
+    assert suffixes[0] == suffixes[1]
     assert configs["tokens"]["vqvae"] == templates["vqvae"]
     for name in configs["pipeline"]["files"].values():
         assert (SCRIPTS.parent / name).is_file(), name
