@@ -171,6 +171,84 @@ def test_an_adapter_of_another_model_is_refused_and_leaves_no_trace(pipe, adapte
         pipe.load_lora_weights(tmp_path / "bad.safetensors")
 
 
+LAYER = "layers.1.mlp.dense_h_to_4h"
+
+
+DAMAGES = [
+    ({}, {f"{LAYER}.lora_A.weight": lambda value: value[:2]}, r"shapes are \(2, 32\) and \(128, 4\)"),
+    ({}, {f"{LAYER}.lora_A.weight": lambda value: value[0]}, "do not fit together"),
+    ({}, {f"{LAYER}.lora_A.weight": None}, f"lacks {LAYER}.lora_A.weight"),
+    ({}, {f"{LAYER}.lora_B.weight": None}, f"lacks {LAYER}.lora_B.weight"),
+    ({}, {f"{LAYER}.lora_B.weight": lambda value: value * float("inf")}, "are not all finite"),
+    ({}, {f"{LAYER}.lora_B.weight": lambda value: value.long()}, "is no tensor of floating-point numbers"),
+    (
+        {},
+        {"layers.0.lora_A.weight": torch.zeros(4, 32), "layers.0.lora_B.weight": torch.zeros(32, 4)},
+        "no linear",
+    ),
+    ({}, {f"{LAYER}.lora_embedding_A": torch.zeros(4, 32)}, "no place for its .*embedding_A"),
+    ({"r": 2}, {}, "is 4 by its matrices, but 2 by"),
+    ({"rank_pattern": {"dense_h_to_4h": 2}}, {}, "is 4 by its matrices, but 2 by"),
+    ({"rank_pattern": {"(": 2}}, {}, "no pattern"),
+    ({"rank_pattern": {"dense": "4"}}, {}, "whose values are each a whole number"),
+    ({"alpha_pattern": {"dense": "a"}}, {}, "whose values are each a finite number"),
+    ({"r": "4"}, {}, "`r` must be a whole number of at least 1, but is '4'"),
+    ({"r": 0}, {}, "`r` must be a whole number"),
+    ({"r": -1}, {}, "`r` must be a whole number"),
+    ({"lora_alpha": "x"}, {}, "`lora_alpha` must be a finite number, but is 'x'"),
+    ({"lora_alpha": float("nan")}, {}, "`lora_alpha` must be a finite number"),
+    ({"lora_dropout": 1.5}, {}, "`lora_dropout` must be"),
+    ({"use_rslora": "no"}, {}, "`use_rslora` must be true or false"),
+    ({"use_dora": True}, {}, "it lacks .*lora_magnitude_vector"),
+    ({"bias": "all"}, {}, "`bias` = 'all', which is not supported"),
+    ({"modules_to_save": ["word_embeddings"]}, {}, "`modules_to_save` = "),
+    ({"init_lora_weights": "pissa"}, {}, "`init_lora_weights` = 'pissa'"),
+]
+
+
+def test_a_damaged_adapter_is_refused_and_leaves_no_trace(pipe, adapters, tmp_path):
+    """Of the last stage that it is for: those before it have it already when it is found out."""
+    stage = "iterative_sr_transformer"
+    pipe.load_lora_weights(adapters["sr"], "other")
+    pipe.set_adapters("other", 0.5)
+    names, before = pipe.get_list_adapters(), logits(pipe.transformer)
+    expected = weights_of(getattr(pipe, stage))
+    for fields, changes, message in DAMAGES:
+        weights, configs, _ = read_lora(adapters["all"], list(STAGES))
+        for name, change in changes.items():
+            old = weights[stage].pop(name, None)
+            if change is not None:
+                weights[stage][name] = change(old) if callable(change) else change
+        configs[stage] |= fields
+        write_lora(tmp_path, weights, configs)
+        with pytest.raises(ValueError, match=message) as caught:
+            pipe.load_lora_weights(tmp_path, "style")
+        assert "\n" not in str(caught.value)
+        assert pipe.get_list_adapters() == names and pipe.get_active_adapters() == ["other"], message
+        found = getattr(pipe, stage).state_dict()
+        assert found.keys() == expected.keys(), message
+        assert all(torch.equal(found[name], expected[name]) for name in found), message
+    assert torch.equal(logits(pipe.transformer), before)
+    pipe.load_lora_weights(adapters["all"], "style")  # nothing is in the way of a good one
+
+
+def test_an_error_within_peft_leaves_no_trace(pipe, adapters, monkeypatch):
+    import peft
+
+    def fail(*args):
+        raise RuntimeError("two\nlines")
+
+    pipe.load_lora_weights(adapters["all"], "other")
+    expected = logits(pipe.transformer)
+    monkeypatch.setattr(peft, "set_peft_model_state_dict", fail)
+    with pytest.raises(ValueError, match=r"cannot be put on a CogLMModel: two\.$"):
+        pipe.load_lora_weights(adapters["all"], "style")
+    assert pipe.get_active_adapters() == ["other"]
+    assert torch.equal(logits(pipe.transformer), expected)
+    monkeypatch.undo()
+    pipe.load_lora_weights(adapters["all"], "style")
+
+
 def test_a_file_that_is_something_else_is_named(pipe, tmp_path):
     (tmp_path / "pytorch_lora_weights.safetensors").write_text("<!DOCTYPE html><title>Log in</title>")
     with pytest.raises(ValueError, match="is a web page, not the file itself"):

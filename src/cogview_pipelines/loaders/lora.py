@@ -114,7 +114,7 @@ class LoraLoaderMixin(Mixed):
                     own_words = words if part == READS_TEXT else []
                     adapters.load_adapter(models[part], adapter_name, own, configs[part], own_words)
                     done.append(models[part])
-        except ValueError:
+        except BaseException:  # the one that failed has cleaned up behind itself
             for model in done:
                 adapters.delete_adapters(model, [adapter_name])
             raise

@@ -8,6 +8,8 @@ it; and weights that are lent are copied before they are changed.
 """
 
 import contextlib
+import math
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +25,19 @@ if TYPE_CHECKING:
 TARGET_MODULES = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 DEFAULT_ADAPTER = "default"
 _INFIX = ".base_layer"
+# Fields of `peft.LoraConfig` that say how the matrices of a file count.
+_TAKEN = {
+    "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias",
+}  # fmt: skip
+# Those that the file shows anyway, or that are about training and how it began.
+_LEFT_OUT = {
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "peft_type",
+    "task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping",
+    "megatron_config", "megatron_core", "ensure_weight_tying", "runtime_config", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config",
+}  # fmt: skip
+# Of PEFT's ways to begin the matrices, those that leave the weights of the model as they are.
+_PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
 _WORDS = "_adapter_words"  # of a model: by adapter, the words that it has learned
 
 
@@ -137,52 +152,143 @@ def load_adapter(
     require_unfused(model)
     if name in adapter_names(model):
         raise ValueError(f"`adapter_name` must be a new one, but {name!r} is loaded already. Delete it first.")
-    known = set(peft.LoraConfig.__dataclass_fields__)
-    fields = {key: value for key, value in config.items() if key in known and key not in ("peft_type", "task_type")}
-    ranks = {key: value.shape[0] for key, value in weights.items() if key.endswith("lora_A.weight")}
-    targets = {key.removesuffix(".lora_A.weight") for key in ranks}
-    _check_fit(model, name, weights, targets)
-    if "r" not in fields:
-        if not ranks:
-            raise ValueError(f"The adapter {name!r} has no matrices `lora_A.weight`: {sorted(weights)[:3]}.")
+    targets = _check_fit(model, name, weights)
+    fields = _check_fields(name, config)
+    ranks = {path: weights[f"{path}.lora_A.weight"].shape[0] for path in targets}
+    if "r" in fields:
+        _check_ranks(name, fields, ranks)
+    else:
         fields["r"] = max(ranks.values())
-        fields["rank_pattern"] = {
-            key.removesuffix(".lora_A.weight"): rank for key, rank in ranks.items() if rank != fields["r"]
-        }
+        fields["rank_pattern"] = {path: rank for path, rank in ranks.items() if rank != fields["r"]}
         fields.setdefault("lora_alpha", fields["r"])
-    fields["target_modules"] = sorted(targets)  # those that the file has, whatever it says
+    fields["target_modules"] = targets  # those that the file has, whatever it says
     active = active_adapters(model)
-    # without the hidden arguments that PEFT tests: what is loaded is used, not trained
-    lora = peft.LoraConfig(**{**fields, "inference_mode": True})
-    _inject(model, lora, name)
-    result = peft.set_peft_model_state_dict(model, dict(weights), name)
-    if result.unexpected_keys:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        # without the hidden arguments that PEFT tests: what is loaded is used, not trained
+        _inject(model, peft.LoraConfig(**{**fields, "inference_mode": True}), name)
+        result = peft.set_peft_model_state_dict(model, dict(weights), name)
+        if result.unexpected_keys:
+            raise ValueError(f"the model has no place for its {_few(result.unexpected_keys)}")
+        # not `missing_keys`, which hold whatever else the model has
+        missing = adapter_weights(model, name).keys() - weights.keys()
+        if missing:
+            raise ValueError(f"it lacks {_few(sorted(missing))}")
+        activate(model, [*active, name])
+    except BaseException as error:
         delete_adapters(model, [name])
-        raise ValueError(
-            f"The adapter {name!r} has matrices that the model has no place for: {_few(result.unexpected_keys)}."
-        )
-    activate(model, [*active, name])
+        activate(model, active)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        if isinstance(error, (ImportError, MemoryError, torch.OutOfMemoryError)) or not isinstance(error, Exception):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"The adapter {name!r} cannot be put on a {type(model).__name__}: {reason}.") from error
     vars(model).setdefault(_WORDS, {})[name] = list(known_words)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
 
 
-def _check_fit(model: nn.Module, name: str, weights: Mapping[str, torch.Tensor], targets: set[str]) -> None:
+def _check_fit(model: nn.Module, name: str, weights: Mapping[str, torch.Tensor]) -> list[str]:
+    """The layers that an adapter is for, if its matrices are whole and those of this model."""
+    for key, value in weights.items():
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            raise ValueError(f"The adapter {name!r} is damaged: its {key} is no tensor of floating-point numbers.")
+        if not value.float().isfinite().all():
+            raise ValueError(f"The adapter {name!r} is damaged: the numbers of its {key} are not all finite.")
+    down, up = (
+        {key.removesuffix(end) for key in weights if key.endswith(end)} for end in (".lora_A.weight", ".lora_B.weight")
+    )
+    targets = sorted(down | up)
     modules = {path.replace(_INFIX, ""): module for path, module in model.named_modules() if not _is_adapter(path)}
-    lost = sorted(path for path in targets if path not in modules)
+    lost = [path for path in targets if path not in modules]
     if lost or not targets:
         raise ValueError(
             f"The adapter {name!r} is not one for a {type(model).__name__} of this size: "
             + (f"it adapts {_few(lost)}, which the model lacks." if lost else "it has no matrices.")
         )
-    for path in sorted(targets):
+    for path in targets:
+        if path not in down or path not in up:
+            part = "A" if path not in down else "B"
+            raise ValueError(f"The adapter {name!r} is damaged: it lacks {path}.lora_{part}.weight.")
         module = modules[path]
         module = getattr(module, "base_layer", module)
-        rows, columns = weights[f"{path}.lora_B.weight"].shape[0], weights[f"{path}.lora_A.weight"].shape[1]
+        if not hasattr(module, "in_features"):
+            raise ValueError(
+                f"The adapter {name!r} is of another model: it adapts {path}, which is no linear layer here, but a "
+                f"{type(module).__name__}."
+            )
+        first, second = weights[f"{path}.lora_A.weight"], weights[f"{path}.lora_B.weight"]
+        if first.ndim != 2 or second.ndim != 2 or first.shape[0] != second.shape[1] or not first.shape[0]:
+            raise ValueError(
+                f"The adapter {name!r} is damaged: the matrices of its {path} do not fit together; their shapes are "
+                f"{tuple(first.shape)} and {tuple(second.shape)}."
+            )
+        rows, columns = second.shape[0], first.shape[1]
         if (rows, columns) != (module.out_features, module.in_features):
             raise ValueError(
                 f"The adapter {name!r} is of another model: its {path} has {columns} inputs and {rows} outputs, that "
                 f"of the model {module.in_features} and {module.out_features}."
+            )
+    return targets
+
+
+def _check_fields(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the fields that a file gives, those that PEFT needs; an error for what would be more than low rank."""
+    defaults = require_peft().LoraConfig().to_dict()
+    begun = config.get("init_lora_weights")
+    refused = [] if begun is None or begun in _PLAIN_BEGINNINGS else ["init_lora_weights"]
+    for key in sorted(defaults.keys() & config.keys() - _TAKEN - _LEFT_OUT - {"init_lora_weights"}):
+        if config[key] and config[key] != defaults[key]:
+            refused.append(key)
+    if refused:
+        key = refused[0]
+        raise ValueError(
+            f"The adapter {name!r} has `{key}` = {config[key]!r}, which is not supported: adapters may only add "
+            "products of matrices to linear layers."
+        )
+    fields = {key: config[key] for key in sorted(_TAKEN & config.keys()) if config[key] is not None}
+    for key, value in fields.items():
+        wanted = _wrong(key, value)
+        if wanted is not None:
+            raise ValueError(f"The adapter {name!r} is damaged: its `{key}` must be {wanted}, but is {value!r}.")
+    return fields
+
+
+def _wrong(key: str, value: Any) -> str | None:
+    """What a field of an adapter must be, if it is not that."""
+    if key in ("rank_pattern", "alpha_pattern"):
+        each = "r" if key == "rank_pattern" else "lora_alpha"
+        if isinstance(value, Mapping):
+            wrong = next(filter(None, (_wrong(each, number) for number in value.values())), None)
+            return wrong and f"an object whose values are each {wrong}"
+        return "an object"
+    if key.startswith("use_") or key == "lora_bias":
+        return None if isinstance(value, bool) else "true or false"
+    if key == "r":
+        return None if type(value) is int and value >= 1 else "a whole number of at least 1"
+    number = type(value) in (int, float) and math.isfinite(value)
+    if key == "lora_dropout":
+        return None if number and 0 <= value < 1 else "a number from 0 to below 1"
+    return None if number else "a finite number"
+
+
+def _check_ranks(name: str, fields: Mapping[str, Any], ranks: Mapping[str, int]) -> None:
+    """Compare the ranks that the fields tell with those of the matrices."""
+    from peft.utils.other import get_pattern_key
+
+    pattern = fields.get("rank_pattern", {})
+    for path, rank in ranks.items():
+        try:
+            told = pattern.get(get_pattern_key(pattern, path), fields["r"])
+        except re.error as error:
+            raise ValueError(
+                f"The adapter {name!r} is damaged: its `rank_pattern` holds what is no pattern: {error}."
+            ) from error
+        if rank != told:
+            raise ValueError(
+                f"The adapter {name!r} is damaged: the rank of its {path} is {rank} by its matrices, but {told} by "
+                "what the file says of them."
             )
 
 
@@ -306,8 +412,7 @@ def delete_adapters(model: nn.Module, names: Sequence[str]) -> None:
         return unload_adapters(model)
     for parent, child, layer in adapter_layers(model):
         for name in names:
-            if name in layer.scaling:
-                layer.delete_adapter(name)
+            layer.delete_adapter(name)  # or nothing, where it is not
         if not layer.scaling:
             setattr(parent, child, layer.base_layer)
     for name in names:
