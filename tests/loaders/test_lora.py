@@ -341,6 +341,80 @@ def test_fused_adapters_stay_when_they_are_unloaded(pipe, adapters):
     assert torch.equal(draft(pipe), twice) and torch.equal(context(pipe), read)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_unfusing_leaves_an_adapter_that_was_fused_and_unloaded_earlier(tokenizer, adapters, shared, tmp_path):
+    pipe = build(tokenizer, shares_backbone=shared)
+    other = random_adapter({"transformer": pipe.transformer}, tmp_path, seed=7).parent
+    plain, read = weights_of(pipe.transformer), context(pipe)
+    pipe.load_lora_weights(adapters["draft"], "one")
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    one = weights_of(pipe.transformer)
+    name = "transformer.layers.0.attention.dense"
+    few = {key: value for key, value in pipe.lora_state_dict(other).items() if key.startswith(f"{name}.")}
+    for source in (other, few, other):
+        pipe.load_lora_weights(adapters["draft"], "off")
+        pipe.load_lora_weights(source, "two")
+        pipe.fuse_lora(adapter_names=["two"])
+        pipe.unfuse_lora()
+        pipe.unload_lora_weights()
+    found = pipe.transformer.state_dict()
+    assert all(torch.allclose(found[name], one[name], atol=1e-5) for name in one)
+    assert torch.equal(context(CogView2Pipeline.from_pipe(pipe)), read)  # the weights of before are lent
+    assert pipe.direct_sr_transformer._backbone_differs() == shared
+    with pytest.raises(ValueError, match="have been unloaded"):
+        pipe.unfuse_lora()
+    lent = {name: value for name, value in pipe.direct_sr_transformer.state_dict().items() if name in plain}
+    assert lent and all(torch.equal(lent[name], plain[name]) for name in lent)
+
+
+def test_unfusing_takes_out_what_is_loaded_where_another_component_keeps_its_own(pipe, adapters):
+    read = context(pipe)
+    pipe.load_lora_weights(adapters["draft"], "draft")
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(adapters["sr"], "fine")
+    pipe.fuse_lora()
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    assert torch.equal(context(pipe), read)
+
+
+@pytest.mark.parametrize("kind, shared", [("all", True), ("draft", True), ("draft", False)])
+def test_models_may_be_moved_while_adapters_are_fused(tokenizer, adapters, kind, shared):
+    moved, fused = (build(tokenizer, shares_backbone=shared) for _ in range(2))
+    for each in (moved, fused):
+        each.load_lora_weights(adapters[kind], "style")
+    moved.to(torch.bfloat16)
+    fused.fuse_lora()
+    fused.to(torch.bfloat16)
+    fused.unfuse_lora()
+    for stage in STAGES:
+        found, expected = getattr(fused, stage).state_dict(), getattr(moved, stage).state_dict()
+        assert found.keys() == expected.keys()
+        assert {value.dtype for value in found.values()} == {torch.bfloat16}
+        exact = shared or stage != "transformer"  # otherwise it is subtracted
+        assert all(torch.allclose(found[name], expected[name], atol=0 if exact else 0.05) for name in found)
+    if shared:
+        assert fused.transformer.word_embeddings.weight is fused.direct_sr_transformer.word_embeddings.weight
+        lent = dict(fused.direct_sr_transformer.named_parameters())
+        name = "layers.0.attention.dense.{}weight"
+        own = fused.transformer.get_parameter(name.format("base_layer."))
+        assert own is lent[name.format("base_layer." if kind == "all" else "")]
+    fused.set_progress_bar_config(disable=True)
+    draft(fused)
+
+
+def test_one_model_moved_while_fused_leaves_the_weights_that_another_uses(pipe, adapters):
+    pipe.load_lora_weights(adapters["draft"], "style")
+    pipe.fuse_lora()
+    pipe.transformer.to(torch.float64)
+    lent = pipe.direct_sr_transformer.layers[0].attention.dense.weight
+    pipe.unfuse_lora()
+    assert {value.dtype for value in pipe.transformer.layers.parameters()} == {torch.float64}
+    assert lent is pipe.direct_sr_transformer.layers[0].attention.dense.weight and lent.dtype == torch.float32
+
+
 def test_what_is_fused_is_left_alone_until_it_is_unfused(pipe, adapters):
     pipe.load_lora_weights(adapters["draft"], "style")
     whole = logits(pipe.transformer)

@@ -13,7 +13,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -41,6 +41,25 @@ _PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
 _WORDS = "_adapter_words"  # of a model: by adapter, the words that it has learned
 
 
+class FusedLayer(NamedTuple):
+    """
+    A layer of PEFT that was merged and taken out of its model.
+
+    Args:
+        parent (`nn.Module`): What it belongs to.
+        name (`str`): What it is called there.
+        layer (`nn.Module`): The layer.
+        scalings (`dict[str, float]`): By adapter, its scaling before.
+        dtype (`torch.dtype`): Number format that the weight had.
+    """
+
+    parent: nn.Module
+    name: str
+    layer: nn.Module
+    scalings: dict[str, float]
+    dtype: torch.dtype
+
+
 @dataclass
 class FusedAdapters:
     """
@@ -48,13 +67,19 @@ class FusedAdapters:
 
     Args:
         names (`list[str]`): The adapters that are merged.
-        layers (list of `(parent, name, layer, scalings)`): The layers of PEFT, where they belong, and their scalings.
-        kept (`dict`): By module and name, the weights that other models go on to use, as they were.
+        layers (list of [`FusedLayer`]): The layers of PEFT.
+        kept (`dict`): By module and name, the weights that other models go on to use, as they were before any adapter
+            was merged.
+        before (`dict`): By module and name, the weights that unfusing puts back; `None` for those in `kept`. They are
+            others where adapters were merged and unloaded earlier.
+        has_earlier (`bool`): Whether there are such adapters, which stay in the weights.
     """
 
     names: list[str]
-    layers: list[tuple[nn.Module, str, nn.Module, dict[str, float]]] = field(default_factory=list)
+    layers: list[FusedLayer] = field(default_factory=list)
     kept: dict[tuple[nn.Module, str], nn.Parameter] = field(default_factory=dict)
+    before: dict[tuple[nn.Module, str], nn.Parameter | None] = field(default_factory=dict)
+    has_earlier: bool = False
 
 
 def require_peft():
@@ -360,7 +385,7 @@ def fused_words(model: nn.Module) -> list[str]:
     fused = fused_adapters(model)
     if fused is None:
         return []
-    layers = [layer for _, _, layer, _ in fused.layers]
+    layers = [entry.layer for entry in fused.layers]
     return adapter_words(model, [name for name in fused.names if _has_weight(layers, name)])
 
 
@@ -370,7 +395,7 @@ def _has_weight(layers: Iterable[nn.Module], name: str) -> bool:
 
 def adapter_scale(model: nn.Module, name: str) -> float:
     """By how much an adapter counts."""
-    layers = [entry[2] for entry in _fused_layers(model)] or [entry[2] for entry in adapter_layers(model)]
+    layers = [entry.layer for entry in _fused_layers(model)] or [entry[2] for entry in adapter_layers(model)]
     for layer in layers:
         if name in layer.scaling:
             own = layer.lora_alpha[name] / (layer.r[name] ** (0.5 if layer.use_rslora.get(name) else 1))
@@ -424,7 +449,7 @@ def unload_adapters(model: nn.Module) -> None:
     """Remove all adapters. Those that are merged stay in the weights."""
     fused = fused_adapters(model)
     if fused is not None:
-        fused.layers, fused.names = [], []
+        fused.layers, fused.names, fused.before = [], [], {}
     for parent, child, layer in adapter_layers(model):
         setattr(parent, child, layer.base_layer)
     vars(model).pop("peft_config", None)
@@ -446,7 +471,7 @@ def fused_names(model: nn.Module) -> list[str]:
     return [] if fused is None else list(fused.names)
 
 
-def _fused_layers(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module, dict[str, float]]]:
+def _fused_layers(model: nn.Module) -> list[FusedLayer]:
     fused = fused_adapters(model)
     return [] if fused is None else fused.layers
 
@@ -482,15 +507,16 @@ def fuse_adapters(
     unknown = [name for name in names if name not in adapter_names(model)]
     if unknown or not names:
         raise ValueError(f"`adapter_names` must be of {adapter_names(model)}, but is {names}.")
-    before = fused_adapters(model)  # of adapters that were unloaded since
-    fused = FusedAdapters(names, kept={} if before is None else before.kept)
+    earlier = fused_adapters(model)  # of adapters that were unloaded since
+    kept = {} if earlier is None else dict(earlier.kept)
+    fused = FusedAdapters(names, kept=kept, has_earlier=earlier is not None)
     model._fused_adapters = fused
     try:
         for parent, child, layer in adapter_layers(model):
             own = [name for name in names if name in layer.scaling]
-            fused.layers.append((parent, child, layer, dict(layer.scaling)))
+            base = layer.get_base_layer()
+            fused.layers.append(FusedLayer(parent, child, layer, dict(layer.scaling), base.weight.dtype))
             if own:
-                base = layer.get_base_layer()
                 _keep_lent(model, base, fused)
                 for name in own:
                     layer.scaling[name] *= scale
@@ -499,13 +525,13 @@ def fuse_adapters(
                     if module is base:
                         # not before: PEFT makes the new weights of 4 bits of all that the old ones have
                         parameter.lender_is_fused = True
-    except Exception as error:
+    except BaseException as error:
         unfuse_adapters(model)
         if isinstance(error, (NotImplementedError, TypeError)):
             raise ValueError(f"Adapters cannot be fused into these weights: {error}") from error
         raise
-    for parent, child, layer, _ in fused.layers:
-        setattr(parent, child, layer.get_base_layer())
+    for entry in fused.layers:
+        setattr(entry.parent, entry.name, entry.layer.get_base_layer())
     return names
 
 
@@ -521,22 +547,55 @@ def unfuse_adapters(model: nn.Module) -> None:
         return
     if not fused.layers:
         raise ValueError("The fused adapters have been unloaded, and stay in the weights. Load the model again.")
-    for parent, child, layer, scalings in fused.layers:
+    for parent, child, layer, scalings, dtype in fused.layers:
         setattr(parent, child, layer)
-        base, lent = layer.get_base_layer(), {}
-        for (module, name), parameter in fused.kept.items():
-            if module is base:
-                lent[name] = parameter
+        base = layer.get_base_layer()
+        own = [name for name in base._parameters if (base, name) in fused.before]
+        _follow(layer, base.weight, dtype)
         if layer.merged:
-            if "weight" in lent:
+            if "weight" in own:
                 layer.merged_adapters = []
             else:
                 layer.unmerge()
-        for name, parameter in lent.items():
-            base._parameters[name] = parameter
-            vars(parameter).pop("lender_is_fused", None)
+        for name in own:
+            parameter = fused.before[base, name]
+            if parameter is None:
+                parameter = fused.kept.pop((base, name))
+                vars(parameter).pop("lender_is_fused", None)
+            base._parameters[name] = _as_now(parameter, base._parameters[name])
         layer.scaling.update(scalings)
-    del model._fused_adapters
+    if fused.has_earlier:
+        model._fused_adapters = FusedAdapters([], kept=fused.kept, has_earlier=True)
+    else:
+        del model._fused_adapters
+
+
+def _follow(layer: nn.Module, weight: torch.Tensor, dtype: torch.dtype) -> None:
+    """Bring the matrices of a layer of PEFT to where its weight, once of this format, was moved without them."""
+    changed = weight.dtype if weight.is_floating_point() and weight.dtype != dtype else None
+    for name, child in layer.named_children():
+        if name != "base_layer":
+            child.to(device=weight.device, dtype=changed)
+
+
+def _as_now(parameter: nn.Parameter, now: torch.Tensor) -> nn.Parameter:
+    """
+    A weight that was kept, on the device and in the number format of what stands in its place.
+
+    The weight itself stays as it is: another model may use it. One that keeps it, too, gets the same new one.
+    """
+    plain = type(parameter) is nn.Parameter and type(parameter.data) is torch.Tensor
+    wanted = (now.device, now.dtype if plain else parameter.dtype)  # quantised numbers have a format of their own
+    if (parameter.device, parameter.dtype) == wanted:
+        return parameter
+    moved = getattr(parameter, "moved", None)
+    if moved is None or (moved.device, moved.dtype) != wanted:
+        with torch.no_grad():
+            moved = parameter.to(now.device, now.dtype) if plain else parameter.to(now.device)
+        if not isinstance(moved, nn.Parameter):
+            moved = nn.Parameter(moved, requires_grad=False)
+        parameter.moved = moved
+    return moved
 
 
 def _keep_lent(model: nn.Module, base: nn.Module, fused: FusedAdapters) -> None:
@@ -544,9 +603,11 @@ def _keep_lent(model: nn.Module, base: nn.Module, fused: FusedAdapters) -> None:
     if not (getattr(model, "lends_weights", False) or getattr(model.config, "shares_backbone", False)):
         return
     for name, parameter in list(base._parameters.items()):
-        if parameter is None or (base, name) in fused.kept:
+        if parameter is None:
             continue
-        fused.kept[base, name] = parameter
+        # weights that were kept earlier are those of the other model alone by now
+        fused.before[base, name] = parameter if (base, name) in fused.kept else None
+        fused.kept.setdefault((base, name), parameter)
         if type(parameter) is nn.Parameter and type(parameter.data) is torch.Tensor:
             base._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
         # of quantised weights, PEFT makes new ones
@@ -595,10 +656,10 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 def unfused_layers(model: nn.Module) -> Iterator[None]:
     """The layers of PEFT stand in their places meanwhile, where they are merged, so that PEFT finds them."""
     layers = _fused_layers(model)
-    for parent, name, layer, _ in layers:
-        setattr(parent, name, layer)
+    for entry in layers:
+        setattr(entry.parent, entry.name, entry.layer)
     try:
         yield
     finally:
-        for parent, name, layer, _ in layers:
-            setattr(parent, name, layer.get_base_layer())
+        for entry in layers:
+            setattr(entry.parent, entry.name, entry.layer.get_base_layer())
