@@ -143,6 +143,8 @@ def test_mistakes_are_named_and_change_nothing(pipe, learned, tmp_path):
     refuse("of a model of width 31", tmp_path / "narrow.safetensors")
     save_file({WORD: row, "<other>": row.clone()}, tmp_path / "two.safetensors")
     refuse("must hold one embedding of one token", tmp_path / "two.safetensors")
+    save_file({WORD: row.reshape(2, -1)}, tmp_path / "folded.safetensors")
+    refuse("must hold one embedding of one token", tmp_path / "folded.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(b"1234")
     refuse("is damaged", tmp_path / "cut.safetensors")
     (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
@@ -151,6 +153,8 @@ def test_mistakes_are_named_and_change_nothing(pipe, learned, tmp_path):
     refuse("whose numbers are not all finite", tmp_path / "nan.safetensors")
     (tmp_path / "pickle.bin").write_bytes(b"1234")
     refuse("only, but this is pickle.bin", tmp_path / "pickle.bin")
+    with pytest.raises(TypeError, match="`load_textual_inversion` has no argument 'wieght_name'"):
+        pipe.load_textual_inversion(folder, wieght_name="x")
     pipe.load_textual_inversion(folder)
     with pytest.raises(ValueError, match="Choose another"):
         pipe.load_textual_inversion(folder)

@@ -75,6 +75,27 @@ MUTATIONS = [
         f"{TESTS}::test_fusing_into_one_stage_leaves_the_one_that_shares_its_weights_alone",
     ),
     Mutation(
+        "adapters: a damaged one stays",
+        "models/adapters.py",
+        "        delete_adapters(model, [name])\n        activate(model, active)",
+        "        activate(model, active)",
+        f"{TESTS}::test_an_error_within_peft_leaves_no_trace",
+    ),
+    Mutation(
+        "adapters: unfusing takes out those that were fused and unloaded earlier",
+        "models/adapters.py",
+        "fused.before[base, name] = parameter if (base, name) in fused.kept else None",
+        "fused.before[base, name] = None",
+        f"{TESTS}::test_unfusing_leaves_an_adapter_that_was_fused_and_unloaded_earlier",
+    ),
+    Mutation(
+        "adapters: unfusing brings back weights in the number format that the model had",
+        "models/adapters.py",
+        "base._parameters[name] = _as_now(parameter, base._parameters[name])",
+        "base._parameters[name] = parameter",
+        f"{TESTS}::test_models_may_be_moved_while_adapters_are_fused",
+    ),
+    Mutation(
         "adapters: the scale of fusing stays after unfusing",
         "models/adapters.py",
         "layer.scaling.update(scalings)",

@@ -3,7 +3,8 @@
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from ..models import adapters
 from .adapter_card import write_adapter_card
-from .lora_files import WEIGHT_NAME, read_lora, write_lora
+from .lora_files import WEIGHT_NAME, check_hub_options, read_lora, write_lora
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline as Mixed  # what the mixin is part of
@@ -26,6 +27,7 @@ logger = logging.get_logger(__name__)
 
 # In the folder of a saved pipeline: its adapters, one file each, and by how much they count.
 LORA_FOLDER, LORA_INDEX = "lora", "adapters.json"
+LONGEST_FILE_NAME = 255  # bytes, on the file systems in use
 READS_TEXT = "transformer"  # the component whose adapter knows new words, or does not
 
 AdapterWeights = float | Mapping[str, float] | Sequence[float | Mapping[str, float] | None] | None
@@ -47,12 +49,13 @@ class LoraLoaderMixin(Mixed):
         """Names of the components that adapters may be for."""
         return self.model_cpu_offload_seq.split("->")
 
-    def _lora_models(self, components: Sequence[str] | None = None) -> dict[str, nn.Module]:
+    def _lora_models(self, components: str | Sequence[str] | None = None) -> dict[str, nn.Module]:
         names = self._lora_loadable_modules
-        unknown = [name for name in components or () if name not in names]
+        chosen = names if components is None else _names(components, "components")
+        unknown = [name for name in chosen if name not in names]
         if unknown:
             raise ValueError(f"`components` may name {names}, but names {unknown}.")
-        models = {name: getattr(self, name, None) for name in (names if components is None else components)}
+        models = {name: getattr(self, name, None) for name in chosen}
         return {name: model for name, model in models.items() if model is not None}
 
     # Loading and saving ----------------------------------------------------------------------------------------------
@@ -60,6 +63,7 @@ class LoraLoaderMixin(Mixed):
     @classmethod
     def lora_state_dict(cls, source, weight_name: str | None = None, **hub_options) -> dict[str, torch.Tensor]:
         """The matrices in a file of adapters, as [`LoraLoaderMixin.load_lora_weights`] reads them."""
+        check_hub_options("lora_state_dict", hub_options)
         weights = read_lora(source, cls.model_cpu_offload_seq.split("->"), weight_name, **hub_options).weights
         return {f"{part}.{name}": value for part, own in weights.items() for name, value in own.items()}
 
@@ -85,8 +89,10 @@ class LoraLoaderMixin(Mixed):
             ImportError: If PEFT is missing.
             ValueError: If it is damaged, no adapter, one for another model, or the name is taken; then nothing is
                 loaded.
+            TypeError: If there is no such argument.
             OSError: If there is no such file.
         """
+        check_hub_options("load_lora_weights", hub_options)
         adapters.require_peft()
         self._refuse_hooks_of_layers()
         weights, configs, words = read_lora(
@@ -97,8 +103,7 @@ class LoraLoaderMixin(Mixed):
             while f"default_{number}" in taken:
                 number += 1
             adapter_name = f"default_{number}"
-        if not adapter_name or "." in adapter_name:
-            raise ValueError(f"`adapter_name` must be a name without dots, but is {adapter_name!r}.")
+        _check_name(adapter_name)
         models = self._lora_models()
         absent = [part for part in weights if part not in models]
         if len(absent) == len(weights):
@@ -174,7 +179,7 @@ class LoraLoaderMixin(Mixed):
             `Path`: The file.
 
         Raises:
-            ValueError: If there is no such adapter, or several and no name.
+            ValueError: If there is no such adapter, several and no name, or no adapter is read from such a file.
         """
         names = self._all_adapters()
         if adapter_name is None and len(names) == 1:
@@ -263,41 +268,46 @@ class LoraLoaderMixin(Mixed):
         Raises:
             ValueError: If there is no such adapter, or not a weight for each; or they are fused.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = _names(adapter_names, "adapter_names")
         unknown = [name for name in names if name not in self._all_adapters()]
         if unknown or len(set(names)) < len(names):
             raise ValueError(f"`adapter_names` must be of {self._all_adapters()}, each once, but is {names}.")
         weights = adapter_weights
-        weights = (
-            [weights] * len(names) if weights is None or isinstance(weights, (int, float, Mapping)) else [*weights]
-        )
+        several = isinstance(weights, (Iterable, torch.Tensor)) and not isinstance(weights, (str, Mapping))
+        weights = [*weights] if several and getattr(weights, "ndim", 1) else [weights] * len(names)
         if len(weights) != len(names):
             raise ValueError(f"`adapter_weights` must be one for each of {names}, but has {len(weights)}.")
-        models = self._lora_models()
-        for model in models.values():
-            adapters.require_unfused(model)
+        models = self._unfused_models()
         for each in weights:
             wrong = (
                 [part for part in each if part not in self._lora_loadable_modules] if isinstance(each, Mapping) else []
             )
             if wrong:
                 raise ValueError(f"`adapter_weights` may name {self._lora_loadable_modules}, but names {wrong}.")
+        own = {}
+        for part in self._lora_loadable_modules:
+            numbers = [each.get(part, 1.0) if isinstance(each, Mapping) else each for each in weights]
+            own[part] = [adapters.finite_number(1.0 if each is None else each, "adapter_weights") for each in numbers]
         for part, model in models.items():
-            own = [
-                each.get(part, 1.0) if isinstance(each, Mapping) else 1.0 if each is None else each for each in weights
-            ]
-            adapters.activate(model, names, own)
+            adapters.activate(model, names, own[part])
         self._tell_words()
+
+    def _unfused_models(self) -> dict[str, nn.Module]:
+        """All components, if nothing is fused into any: otherwise some would be changed, and others not."""
+        models = self._lora_models()
+        for model in models.values():
+            adapters.require_unfused(model)
+        return models
 
     def disable_lora(self) -> None:
         """Let no adapter count."""
-        for model in self._lora_models().values():
+        for model in self._unfused_models().values():
             adapters.activate(model, [])
         self._tell_words()
 
     def enable_lora(self) -> None:
         """Let all adapters count, as much as they did."""
-        for model in self._lora_models().values():
+        for model in self._unfused_models().values():
             adapters.activate(model, adapters.adapter_names(model))
         self._tell_words()
 
@@ -308,13 +318,15 @@ class LoraLoaderMixin(Mixed):
         Raises:
             ValueError: If there is no such adapter, or they are fused.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = _names(adapter_names, "adapter_names")
         unknown = [name for name in names if name not in self._all_adapters()]
         if unknown:
             raise ValueError(f"`adapter_names` must be of {self._all_adapters()}, but names {unknown}.")
-        for model in self._lora_models().values():
-            if any(name in adapters.adapter_names(model) for name in names):
-                adapters.delete_adapters(model, names)
+        models = [m for m in self._lora_models().values() if any(name in adapters.adapter_names(m) for name in names)]
+        for model in models:
+            adapters.require_unfused(model)
+        for model in models:
+            adapters.delete_adapters(model, names)
         self._tell_words()
 
     def unload_lora_weights(self) -> None:
@@ -347,10 +359,10 @@ class LoraLoaderMixin(Mixed):
 
     def fuse_lora(
         self,
-        components: Sequence[str] | None = None,
+        components: str | Sequence[str] | None = None,
         lora_scale: float = 1.0,
         safe_fusing: bool = False,
-        adapter_names: Sequence[str] | None = None,
+        adapter_names: str | Sequence[str] | None = None,
     ) -> None:
         """
         Add adapters to the weights that they adapt: then a step takes as long as without them, and a CPU runs it in
@@ -360,17 +372,19 @@ class LoraLoaderMixin(Mixed):
         are adapted.
 
         Args:
-            components (sequence of `str`, *optional*): Which components; default: all that have adapters.
+            components (`str` or sequence of `str`, *optional*): Which components; default: all that have adapters.
             lora_scale (`float`, defaults to 1.0): By how much more than they count.
             safe_fusing (`bool`, defaults to `False`): Raise an error rather than leave NaN in the weights.
-            adapter_names (sequence of `str`, *optional*): Which adapters; default: those that count.
+            adapter_names (`str` or sequence of `str`, *optional*): Which adapters; default: those that count.
 
         Raises:
-            ValueError: If there are none, some are fused already, or the weights are quantised in a way that adapters
-                cannot be added to.
+            ValueError: If there are none, some are fused already, `lora_scale` is not finite, or the weights are
+                quantised in a way that adapters cannot be added to.
         """
         self._refuse_hooks_of_layers()
         models = self._lora_models(components)
+        if adapter_names is not None:
+            adapter_names = [*dict.fromkeys(_names(adapter_names, "adapter_names"))]
         wanted = {}
         for part, model in models.items():
             adapters.require_unfused(model)
@@ -390,26 +404,29 @@ class LoraLoaderMixin(Mixed):
             for part, names in wanted.items():
                 adapters.fuse_adapters(models[part], names, lora_scale, safe_fusing)
                 done.append(models[part])
-        except ValueError:
+        except BaseException:
             for model in done:
                 adapters.unfuse_adapters(model)
             raise
         self._tell_words()
 
-    def unfuse_lora(self, components: Sequence[str] | None = None) -> None:
+    def unfuse_lora(self, components: str | Sequence[str] | None = None) -> None:
         """
         Take fused adapters out of the weights again.
 
         Weights that another stage uses get back the numbers they had; of others the adapter is subtracted, which
-        leaves rounding errors.
+        leaves rounding errors. Adapters that were unloaded after they were fused stay in the weights.
 
         Args:
-            components (sequence of `str`, *optional*): Which components; default: all.
+            components (`str` or sequence of `str`, *optional*): Which components; default: all.
 
         Raises:
-            ValueError: If the adapters have been unloaded since.
+            ValueError: If all of the adapters have been unloaded since.
         """
-        for model in self._lora_models(components).values():
+        self._refuse_hooks_of_layers()
+        models = self._lora_models(components).values()
+        loaded = [model for model in models if adapters.fused_names(model)]
+        for model in loaded or models:
             adapters.unfuse_adapters(model)
         self._tell_words()
 
@@ -420,7 +437,7 @@ class LoraLoaderMixin(Mixed):
                 hasattr(m, "_diffusers_hook") or (m is not model and hasattr(m, "_hf_hook")) for m in model.modules()
             ):
                 raise ValueError(
-                    f"`{name}` is offloaded layer by layer. Load or fuse adapters first, then call "
+                    f"`{name}` is offloaded layer by layer. Load, fuse or unfuse adapters first, then call "
                     "`enable_group_offload` or `enable_sequential_cpu_offload`."
                 )
 
@@ -466,8 +483,9 @@ class LoraLoaderMixin(Mixed):
                 return
         try:
             index = json.loads(Path(index_file).read_text(encoding="utf-8"))
-            names, active = dict(index["adapters"]), dict(index["active"])
-        except (ValueError, KeyError, TypeError) as error:
+            names = {name: dict(counts) for name, counts in index["adapters"].items()}
+            active = {name: list(parts) for name, parts in index["active"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index_file} is damaged. Copy or save the model again.") from error
         names = {name: counts for name, counts in names.items() if any(map(self._lora_models().get, counts))}
         for name in names:
@@ -478,3 +496,27 @@ class LoraLoaderMixin(Mixed):
         for part, model in self._lora_models().items():
             adapters.activate(model, [name for name in names if part in active.get(name, ())])
         self._tell_words()
+
+
+def _names(value: object, argument: str) -> list[str]:
+    """One name, or several."""
+    names = [value] if isinstance(value, str) else [*value] if isinstance(value, Iterable) else [value]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"`{argument}` must be a name or several, but is {value!r}.")
+    return names
+
+
+def _check_name(name: object) -> None:
+    """Raise `ValueError` if an adapter cannot be called so: it is a key in PEFT, and the name of a file."""
+    if (
+        not isinstance(name, str)
+        or not name
+        or any(c in "./\\" or unicodedata.category(c) in ("Cc", "Cs") for c in name)
+        or len(f"{name}.safetensors".encode()) > LONGEST_FILE_NAME
+    ):
+        raise ValueError(
+            "`adapter_name` must be a short name without dots, slashes, backslashes and control characters, but is "
+            f"{name!r}."
+        )
+    if hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name):
+        raise ValueError(f"`adapter_name` must not be {name!r}, a word that PyTorch needs. Choose another.")

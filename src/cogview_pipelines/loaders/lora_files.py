@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
@@ -21,6 +22,7 @@ from ..pictures.png import write_whole
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 METADATA_KEY = "lora_adapter_metadata"
 WORDS_KEY = "known_words"
+HUB_OPTIONS = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
 Weights = dict[str, dict[str, torch.Tensor]]
 Configs = dict[str, dict[str, Any]]
 
@@ -59,7 +61,16 @@ def write_lora(
 
     Returns:
         `Path`: The file.
+
+    Raises:
+        ValueError: If [`read_lora`] does not read files of such a name.
     """
+    path = Path(weight_name)
+    if path.suffix != ".safetensors" or path.name != weight_name:
+        raise ValueError(
+            "`weight_name` must be the name of a file that ends in .safetensors, without folders, but is "
+            f"{weight_name!r}."
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -98,8 +109,10 @@ def read_lora(
 
     Raises:
         ValueError: If it is no adapter, is damaged, or is for other components.
+        TypeError: If there is no such option.
         OSError: If there is no such file.
     """
+    check_hub_options("read_lora", hub_options)
     if isinstance(source, Mapping):
         tensors = dict(source)
         metadata: dict[str, Any] = {}
@@ -149,6 +162,13 @@ def damaged(path: Path, error: Exception, what: str) -> ValueError:
     return ValueError(f"{path} {foreign}" if foreign else f"{path} is damaged: {error}. Copy or save {what} again.")
 
 
+def check_hub_options(function: str, options: Mapping[str, Any]) -> None:
+    """Raise `TypeError` if a function was given options that are not among [`HUB_OPTIONS`]."""
+    unknown = [name for name in options if name not in HUB_OPTIONS]
+    if unknown:
+        raise TypeError(f"`{function}` has no argument {unknown[0]!r}. Those of the Hub are {', '.join(HUB_OPTIONS)}.")
+
+
 def find_weights(
     source: str,
     weight_name: str | None = None,
@@ -179,6 +199,12 @@ def find_weights(
         if name is None or not (folder / name).is_file():
             raise OSError(f"{folder} must hold one .safetensors file, or name one by `weight_name`, but has: {names}.")
         return folder / name
+    try:
+        validate_repo_id(source)
+    except HFValidationError as error:
+        raise FileNotFoundError(
+            f"There is no file or folder {source}, and it is no id on the Hub (owner/name) either."
+        ) from error
     if weight_name is None and not hub_options.get("local_files_only"):
         files = HfApi(token=hub_options.get("token")).list_repo_files(source, revision=hub_options.get("revision"))
         prefix = f"{subfolder}/" if subfolder else ""

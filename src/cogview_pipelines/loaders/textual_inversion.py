@@ -11,7 +11,7 @@ from torch import nn
 
 from ..models.learned_tokens import check_new_token, initial_row, set_token
 from ..pictures.png import write_whole
-from .lora_files import damaged, find_weights
+from .lora_files import check_hub_options, damaged, find_weights
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline as Mixed  # what the mixin is part of
@@ -64,8 +64,10 @@ class TextualInversionLoaderMixin(Mixed):
 
         Raises:
             ValueError: If it is damaged, of another model, or the tokenizer knows such a token.
+            TypeError: If there is no such argument.
             OSError: If there is no such file.
         """
+        check_hub_options("load_textual_inversion", hub_options)
         path = find_weights(os.fspath(pretrained_model_name_or_path), weight_name, EMBEDDING_NAME, **hub_options)
         name, row, initializer = _read(path)
         token = name if token is None else token
@@ -102,7 +104,7 @@ def _read(path: Path) -> tuple[str, torch.Tensor, str]:
             initializer = (file.metadata() or {}).get(INITIALIZER_KEY, "")
     except SafetensorError as error:
         raise damaged(path, error, "it") from error
-    if row is None or row.ndim not in (1, 2) or not row.is_floating_point():
+    if row is None or row.ndim not in (1, 2) or (row.ndim == 2 and len(row) != 1) or not row.is_floating_point():
         raise ValueError(f"{path} must hold one embedding of one token, but holds {names[:3]}.")
     if not row.float().isfinite().all():
         raise ValueError(

@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -322,6 +323,19 @@ def _few(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+def finite_number(value: object, argument: str) -> float:
+    """
+    A number that adapters can be multiplied by.
+
+    Raises:
+        ValueError: If it is none, naming `argument`.
+    """
+    number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+    if not isinstance(number, Real) or not math.isfinite(number):
+        raise ValueError(f"`{argument}` must be a finite number, but is {value!r}.")
+    return float(number)
+
+
 # Looking -------------------------------------------------------------------------------------------------------------
 
 
@@ -430,14 +444,19 @@ def activate(model: nn.Module, names: Sequence[str], weights: Sequence[float] | 
 
 
 def delete_adapters(model: nn.Module, names: Sequence[str]) -> None:
-    """Remove adapters; where none is left, so are the layers of PEFT."""
+    """Remove adapters, and let the others count as before; where none is left, so are the layers of PEFT."""
     require_unfused(model)
     left = [name for name in adapter_names(model) if name not in names]
     if not left:
         return unload_adapters(model)
+    # before PEFT lets others count in the place of those that go
+    activate(model, [name for name in active_adapters(model) if name not in names])
     for parent, child, layer in adapter_layers(model):
-        for name in names:
-            layer.delete_adapter(name)  # or nothing, where it is not
+        with warnings.catch_warnings():
+            # PEFT warns of the one that it lets count in a layer where others do not; but that one is switched off
+            warnings.filterwarnings("ignore", "Adapter .* was active which is now deleted")
+            for name in names:
+                layer.delete_adapter(name)  # or nothing, where it is not
         if not layer.scaling:
             setattr(parent, child, layer.base_layer)
     for name in names:
@@ -500,9 +519,11 @@ def fuse_adapters(
         `list[str]`: Which adapters are merged.
 
     Raises:
-        ValueError: If some are merged already, there is no such adapter, or these weights cannot be merged into.
+        ValueError: If some are merged already, there is no such adapter, `scale` is not finite, or these weights
+            cannot be merged into.
     """
     require_unfused(model)
+    scale = finite_number(scale, "lora_scale")
     names = active_adapters(model) if names is None else list(names)
     unknown = [name for name in names if name not in adapter_names(model)]
     if unknown or not names:
