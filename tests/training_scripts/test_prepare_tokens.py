@@ -175,6 +175,15 @@ def test_emoji_scenes_in_sentences_keep_the_templates_for_captioning(run, tokeni
         ('{"file": "a.png", "en": "a", "weight": -1}', r"Line 3 of .* number of at least 0 as `weight`, but has -1"),
         ("not JSON", r"Line 3 of .*captions\.jsonl is not JSON .*'not JSON'"),
         ("[1]", r"Line 3 of .*captions\.jsonl must be a JSON object"),
+        (
+            r'{"file": "a.png", "zh": ["a", "\ud800 cat"]}',
+            r"Line 3 of .*captions\.jsonl must have Unicode text in 'zh', but '\\ud800 cat'",
+        ),
+        (r'{"file": "a.png", "en": "a", "style": "\udc00"}', r"`style` of Line 3 of .* must have Unicode text"),
+        (
+            r'{"file": "a.png", "en": "a", "targets": {"en": "\udc00"}}',
+            r"`targets` of Line 3 of .* must have Unicode text in 'en'",
+        ),
     ],
 )
 def test_a_bad_line_is_named_before_any_work(run, pictures, line, message, tmp_path):

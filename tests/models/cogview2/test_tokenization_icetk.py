@@ -85,6 +85,12 @@ def test_what_a_text_loses_is_told_part_by_part(released):
     assert released.unk_token_id in released.encode("ꙮꙮ")
 
 
+@pytest.mark.parametrize("method", ["unknown_parts", "encode", "tokenize", "__call__"])
+def test_half_of_a_surrogate_pair_is_refused_in_a_sentence(released, method):
+    with pytest.raises(ValueError, match=r"^`text` must be Unicode text, but '\\ud800 cat' holds half of a surrogate"):
+        getattr(released, method)("\ud800 cat")
+
+
 def write_model(path, change):
     """The fixture's model with the protobuf message changed by `change`."""
     proto = sentencepiece_model_pb2.ModelProto.FromString(MODEL.read_bytes())

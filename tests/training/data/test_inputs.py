@@ -61,6 +61,30 @@ def test_a_row_without_a_caption_is_named(row):
         captions_of(row, "Row 7")
 
 
+HALF = "\\ud800 cat"  # of a surrogate pair, as JSON writes it
+
+
+def test_half_of_a_surrogate_pair_is_a_problem_of_its_row_wherever_it_comes_from(tmp_path):
+    line = f'{{"file_name": "a.png", "text": "{HALF}"}}'
+    (tmp_path / "metadata.jsonl").write_text(line)
+    assert all_rows(tmp_path)[0][0].problem.startswith("must have Unicode text in 'en'")
+    path = write_tar(tmp_path / "a.tar", [("a.png", picture()), ("a.json", line.encode())])
+    assert all_rows(path)[0][0].problem.startswith("must have Unicode text in 'en'")
+
+
+def test_a_text_of_parquet_that_is_no_utf_8_is_a_problem_of_its_row(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    texts = pyarrow.array([b"a cat", b"\xed\xa0\x80 cat", b"a dog"]).view(pyarrow.string())
+    table = pyarrow.table({"image": pyarrow.array([picture()] * 3), "text": texts})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    (rows,) = all_rows(tmp_path)
+    assert [row.problem for row in rows] == [None, "is not UTF-8 text", None]
+    assert [row.texts.get("en") for row in rows] == [["a cat"], None, ["a dog"]]
+    assert rows[1].place.startswith("Row 1 of")
+
+
 # Lists ---------------------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...json_lines import parse_object
+from ...json_lines import is_unicode, parse_object
 from ...models.tokenization import CodesAndPiecesTokenizer
 
 LANGUAGES = ("en", "zh")
@@ -31,7 +31,8 @@ def parse_captions(line: str, place: object) -> tuple[dict[str, Any], float]:
         `tuple[dict, float]`: The captions, and under `targets` and `style` what the line has there; the weight.
 
     Raises:
-        ValueError: If the line is no object, has no caption, or its weight is no number of at least 0.
+        ValueError: If the line is no object, has no caption or one that is no Unicode text, or its weight is no number
+            of at least 0.
     """
     try:
         row = parse_object(line)
@@ -61,6 +62,12 @@ def _captions_by_language(row: object, place: object, line: str) -> dict[str, li
             texts[language] = [row[language]] if isinstance(row[language], str) else row[language]
             if not isinstance(texts[language], list) or not all(isinstance(text, str) for text in texts[language]):
                 raise ValueError(f"{place} must have a text or a list of texts in {language!r}: {row[language]!r}.")
+            for text in texts[language]:
+                if not is_unicode(text):
+                    raise ValueError(
+                        f"{place} must have Unicode text in {language!r}, but {text[:80]!r} holds half of a surrogate "
+                        "pair. Write it as UTF-8 again."
+                    )
     return texts
 
 

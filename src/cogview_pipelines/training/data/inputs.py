@@ -306,9 +306,15 @@ class ParquetPart:
                     raise ValueError(f"{self.path} has no column of pictures ({', '.join(PICTURE_NAMES)}): {names}.")
                 texts = [n for n in names if n in (*LANGUAGES, *CAPTION_NAMES, "targets", "style", "weight")]
                 for batch in file.iter_batches(64, columns=[picture, *texts]):
-                    for row in batch.to_pylist():
-                        yield self._row(f"Row {number} of {self.path}", row.pop(picture), row)
+                    for start in range(len(batch)):
+                        place = f"Row {number} of {self.path}"
                         number += 1
+                        try:
+                            (row,) = batch.slice(start, 1).to_pylist()
+                        except UnicodeDecodeError:  # Parquet does not look at the bytes of its texts
+                            yield PictureRow(place, problem="is not UTF-8 text")
+                        else:
+                            yield self._row(place, row.pop(picture), row)
         except (OSError, ArrowException) as error:
             yield PictureRow(str(self.path), problem=f"is damaged or cut off: {error}")
 
