@@ -50,7 +50,7 @@ from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
 from cogview_pipelines.pictures.colours import on_white
 from cogview_pipelines.pictures.files import find_file, read_picture
 from cogview_pipelines.training.arguments import parse_config, run_script
-from cogview_pipelines.training.data.captions import parse_captions, tell_text_losses
+from cogview_pipelines.training.data.captions import parse_captions, tell_blank, tell_text_losses
 from cogview_pipelines.training.data.draws import derived_seed
 from cogview_pipelines.training.data.duplicates import drop_duplicates
 from cogview_pipelines.training.data.inputs import Part, PictureRow, find_parts, is_packed
@@ -269,7 +269,7 @@ class FolderPictures(Dataset):
 
     def __init__(self, config: PrepareConfig, sizes: list[int]):
         self.sizes, self.fit, self.seed = sizes, config.fit, config.seed
-        rows = read_captions_file(Path(config.captions), Path(config.image_folder))
+        rows, self.num_blank = read_captions_file(Path(config.captions), Path(config.image_folder))
         places = {path: place for place, path, _ in reversed(rows)}  # of several lines, the first
         paths = list(places)
         readable = set(check_pictures(paths, config.skip_unreadable, config.data_workers, places=[*places.values()]))
@@ -285,9 +285,9 @@ class FolderPictures(Dataset):
         return [to_square(image, size, self.fit, (self.seed, index)) for size in self.sizes], texts
 
 
-def read_captions_file(captions: Path, image_folder: Path) -> list[tuple[str, Path, dict]]:
+def read_captions_file(captions: Path, image_folder: Path) -> tuple[list[tuple[str, Path, dict]], int]:
     """
-    Where each line stands, its picture, and its captions with their weight.
+    Where each line stands, its picture, and its captions with their weight; and how many blank captions there were.
 
     Raises:
         ValueError: If a file is missing, or a line is not as the docstring of this script says.
@@ -296,10 +296,11 @@ def read_captions_file(captions: Path, image_folder: Path) -> list[tuple[str, Pa
         raise ValueError(f"`captions` must be a JSONL file, but there is none at {captions}.")
     if not image_folder.is_dir():
         raise ValueError(f"`image_folder` must be a folder of pictures, but there is none at {image_folder}.")
-    rows = []
+    rows, num_blank = [], 0
     for number, line in read_lines(captions):
         place = f"Line {number} of {captions}"
-        texts, weight = parse_captions(line, place)
+        texts, weight, blank = parse_captions(line, place)
+        num_blank += blank
         name = parse_object(line).get("file")
         if not isinstance(name, str) or not name:
             raise ValueError(f"{place} must name a picture in `file`: {line.strip()[:80]!r}.")
@@ -309,7 +310,7 @@ def read_captions_file(captions: Path, image_folder: Path) -> list[tuple[str, Pa
         rows.append((place, path, {**texts, "weight": weight}))
     if not rows:
         raise ValueError(f"`captions` must have a line for each picture, but {captions} is empty.")
-    return rows
+    return rows, num_blank
 
 
 def check_config(config: PrepareConfig, vqvae: PreTrainedModel) -> None:
@@ -445,6 +446,9 @@ def report(
     num_left_out = getattr(pictures, "num_left_out", 0)
     if num_left_out:
         print(f"{num_left_out} lines were left out: their pictures cannot be read.")
+    num_blank = getattr(pictures, "num_blank", 0)
+    if num_blank:
+        print(tell_blank(num_blank))
     if reader is not None:
         tell_text_losses(captions, *reader)
 
@@ -504,6 +508,9 @@ def prepare_shards(
         count = reports["train"][reason] + held_out.get(reason, 0)
         if count:
             print(f"{count} left out: {said}.")
+    num_blank = reports["train"]["blank_captions"] + held_out.get("blank_captions", 0)
+    if num_blank:
+        print(tell_blank(num_blank))
     if reader is not None:
         tell_text_losses(ShardedCaptions(TokenShards(folders["train"])), *reader)
 
@@ -611,6 +618,7 @@ class ShardMaker:
                 continue
             if self.config.drop_duplicates:
                 self.seen.add(one.digest)
+            self.report["blank_captions"] += one.num_blank
             kept.append((one, pixels))
         if not kept:
             return

@@ -169,6 +169,7 @@ def test_emoji_scenes_in_sentences_keep_the_templates_for_captioning(run, tokeni
     "line, message",
     [
         ('{"file": "a.png"}', r"Line 3 of .*captions\.jsonl must be an object with captions"),
+        ('{"file": "a.png", "en": "   "}', r"Line 3 of .*captions\.jsonl must be an object with captions"),
         ('{"en": "a cat"}', r"Line 3 of .*captions\.jsonl must name a picture in `file`"),
         ('{"file": "z.png", "en": "a cat"}', r"Line 3 of .*captions\.jsonl names 'z\.png', which is not in"),
         ('{"file": "a.png", "en": ["a", 1]}', r"Line 3 of .*captions\.jsonl must have a text or a list of texts in"),
@@ -221,6 +222,13 @@ def test_a_line_may_hold_every_character_and_the_file_a_byte_order_mark(run, pic
     (pictures / "captions.jsonl").write_text(text_of_file, encoding=encoding, newline="")
     run()
     assert [row["en"] for row in TokenData.load(tmp_path / "tokens", tokenizer).captions] == [[text], ["a dog"]]
+
+
+def test_blank_captions_are_left_out_and_counted(run, pictures, tokenizer, tmp_path, capsys):
+    write_lines(pictures, [{"file": "a.png", "en": ["", "a cat ", "  "]}, {"file": "b.jpg", "en": " ", "zh": "猫"}])
+    run()
+    assert "3 blank captions were left out." in capsys.readouterr().out
+    assert TokenData.load(tmp_path / "tokens", tokenizer).captions == [{"en": ["a cat"]}, {"zh": ["猫"]}]
 
 
 def test_utf_16_is_named(run, pictures):
