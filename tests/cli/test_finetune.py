@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from cogview_pipelines import CogView2Pipeline, IcetkTokenizer
 from cogview_pipelines.cli import app, finetune
 from cogview_pipelines.environment import SHIPPED_MODEL
+from cogview_pipelines.models.adapters import add_adapter
 
 from ..pipelines.conftest import build
 from ..training_scripts.conftest import load_script
@@ -120,6 +121,20 @@ def test_words_of_the_captions_are_known_where_coglm_was_trained(
         assert made.tokenizer.unknown_parts("a green car") == ["green"]
         made.load_lora_weights(tmp_path / "mine")
     assert made.tokenizer.unknown_parts("a green car") == ([] if is_learned else ["green"])
+
+
+def test_adapters_that_were_saved_with_the_model_are_named_before_anything_is_done(run, model, tmp_path, monkeypatch):
+    pipe = CogView2Pipeline.from_pretrained(model)
+    add_adapter(pipe.transformer, "style", 2)
+    pipe.save_pretrained(tmp_path / "with_lora")
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune.Job, "_run", stop)
+    said = " ".join(run("--model", str(tmp_path / "with_lora")).output.split())
+    assert "the adapters ['style'] of `--model` are left out" in said and "fuse_lora" in said
+    assert "Warning" not in run("--output", str(tmp_path / "other")).output
 
 
 def test_the_same_command_goes_on_where_it_was_stopped(run, tmp_path, monkeypatch):

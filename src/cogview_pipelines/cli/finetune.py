@@ -15,7 +15,7 @@ from pathlib import Path
 import typer
 
 from ..json_lines import dump_file
-from .console import FAILURE, expand, fail, failures, finite, first_line, say
+from .console import FAILURE, bad_input, expand, fail, failures, finite, first_line, say
 from .families import SAVED_AS
 from .loading import MODEL_OPTION, find_model
 
@@ -159,6 +159,7 @@ def finetune(
         say("It is done already.", err=True)
         say(output)
         return
+    job.warn_of_adapters()
     job.prepare(asked)
     for stage in job.choose(stages):
         job.train(stage, asked, mixed_precision)
@@ -240,6 +241,15 @@ class Job:
             fail(f"`--work`: {self.work} is of another finetuning ({was}). Name another folder, or remove it.")
         with failures():
             write_whole(note, dump_file(asked).encode())
+
+    def warn_of_adapters(self) -> None:
+        """Say which adapters of the model are not trained with it."""
+        from ..training.adapters import LEFT_OUT, saved_adapters
+
+        with bad_input():
+            names = saved_adapters(self.model)
+        if names:
+            say(f"Warning: the adapters {names} of `--model` {LEFT_OUT}", err=True)
 
     def is_done(self, asked: dict) -> bool:
         """Whether the output is there; that of another finetuning is an error."""
