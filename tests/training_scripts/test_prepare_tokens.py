@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from cogview_pipelines import IcetkVQModel
+from cogview_pipelines import IcetkTokenizer, IcetkVQModel
 from cogview_pipelines.demo import Scope, captions, iterate_scenes, read_caption, render
 from cogview_pipelines.training.data.captions import MOST_LOOKED_AT, tell_text_losses
 from cogview_pipelines.training.data.tokens import TokenData
@@ -307,7 +307,7 @@ def test_a_pipeline_says_sizes_and_image_tokenizer_and_what_it_cannot_read_is_to
         r"Pieces that the tokenizer does not know: (\d+) of (\d+) \(\S+%\) in English, 0 of (\d+) \(0\.0%\) in", told
     )
     assert 0 < int(shares[1]) < int(shares[2]) and int(shares[3])
-    assert "What the tokenizer does not know of the captions" in told and "Z" in told
+    assert "Characters that have no piece, which no model reads: Z" in told and "new to the model" not in told
 
 
 def test_of_many_captions_some_of_each_language_are_looked_at(tokenizer, caplog):
@@ -327,6 +327,17 @@ def test_only_a_sample_is_called_one(tokenizer, caplog, num_captions):
     assert told.is_sample == (num_captions > 1)
     assert told.captions["zh"] == (2 if num_captions == 1 else 2 * -(-num_captions // 2))
     assert ("looked at" in caplog.text) == told.is_sample
+
+
+def test_words_that_training_teaches_are_told_apart_from_characters_that_are_lost(tokenizer_folder, caplog):
+    tokenizer = IcetkTokenizer.from_pretrained(tokenizer_folder, known_words=["a", "一棵"])
+    captions = [{"en": ["a tiger", "a ZZ"], "zh": ["一棵树", "一棵Z"]}, {"en": ["a tiger"]}]
+    losses = tell_text_losses(captions, tokenizer, 30)
+    assert losses.lost == {"Z": 1, "ZZ": 1} and losses.new_words == {"tiger": 2, "树": 1}
+    assert [record.message for record in caplog.records][1:] == [
+        "Characters that have no piece, which no model reads: ZZ, Z.",
+        "Words that are new to the model, which training on these captions teaches it: tiger, 树.",
+    ]
 
 
 def test_nothing_is_told_where_nothing_is_lost(run, pipeline_folder, caplog, pictures):

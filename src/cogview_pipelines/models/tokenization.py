@@ -322,13 +322,25 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
             TypeError: If `text` is not a string.
             ValueError: If it holds half of a surrogate pair.
         """
+        whole, left = self._unknown_words(text)
+        words = [word for word in left if any(word in one for one in whole)]
+        parts = self.parts_without_piece(text)
+        return words + [part for part in parts if not any(part.casefold() in word for word in words)]
+
+    def parts_without_piece(self, text: str) -> list[str]:
+        """
+        The parts of a text that no training can teach, each once: runs of characters that have no piece.
+
+        Args:
+            text (`str`): Any text, also empty.
+
+        Raises:
+            TypeError, ValueError: As [`unknown_parts`][CodesAndPiecesTokenizer.unknown_parts].
+        """
         space = "\u2581"  # as SentencePiece writes it; by itself it says nothing
         unknown = [part for part in self.tokenize(text) if self.convert_tokens_to_ids(part) == self.unk_token_id]
         stripped = dict.fromkeys(part.strip(space) for part in unknown)
-        parts = [part for part in stripped if part and part != self.unk_token]
-        whole, left = self._unknown_words(text)
-        words = [word for word in left if any(word in one for one in whole)]
-        return words + [part for part in parts if not any(part.casefold() in word for word in words)]
+        return [part for part in stripped if part and part != self.unk_token]
 
     # Ids to text -----------------------------------------------------------------------------------------------------
 

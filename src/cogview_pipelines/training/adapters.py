@@ -21,7 +21,6 @@ from ..models.adapters import (
     require_peft,
 )
 
-
 # Goes on from the names of adapters.
 LEFT_OUT = (
     "are left out: they were saved beside the weights of the model, which do not have what they learned. To keep it, "

@@ -44,6 +44,7 @@ def test_words_that_the_model_does_not_know_are_told_and_the_list_is_saved(tmp_p
     assert loaded.known_words == words
     assert loaded.unknown_parts("A cat and a dog, and ☃") == ["dog", "☃"]
     assert loaded.unknown_parts("猫和狗") == ["和狗"]
+    assert loaded.parts_without_piece("A cat and a dog, and ☃") == ["☃"]
     assert loaded.encode("a cat") == IcetkTokenizer(MODEL).encode("a cat")
 
 

@@ -118,7 +118,8 @@ class TextLosses:
         pieces (`dict[str, int]`): Tokens of all.
         unknown (`dict[str, int]`): Those that stand for characters without a piece.
         longest (`int`): Tokens of the longest caption.
-        words (`dict[str, int]`): Parts of the texts that it does not know, and in how many captions they are.
+        lost (`dict[str, int]`): Runs of characters without a piece, and in how many captions they are.
+        new_words (`dict[str, int]`): Words that have pieces, but are not among those that the model knows; likewise.
         is_sample (`bool`): Whether there are more captions than those that were looked at.
     """
 
@@ -127,7 +128,8 @@ class TextLosses:
     pieces: Counter = field(default_factory=Counter)
     unknown: Counter = field(default_factory=Counter)
     longest: int = 0
-    words: Counter = field(default_factory=Counter)
+    lost: Counter = field(default_factory=Counter)
+    new_words: Counter = field(default_factory=Counter)
     is_sample: bool = False
 
     def count(self, text: str, language: str, tokenizer: CodesAndPiecesTokenizer, max_text_tokens: int | None) -> None:
@@ -138,10 +140,13 @@ class TextLosses:
         self.cut[language] += max_text_tokens is not None and len(ids) > max_text_tokens
         self.pieces[language] += len(ids)
         self.unknown[language] += ids.count(tokenizer.unk_token_id)
-        self.words.update(set(tokenizer.unknown_parts(text)))
+        lost = tokenizer.parts_without_piece(text)
+        self.lost.update(lost)
+        words = tokenizer.unknown_words([text])
+        self.new_words.update(word for word in words if not any(part.casefold() in word for part in lost))
 
     def sentences(self, max_text_tokens: int | None) -> list[str]:
-        """What is lost, in words; empty if nothing is."""
+        """What is lost, and what is new to the model, in words; empty if nothing is."""
         told = []
         of_those = f" (of {self.captions.total()} captions that were looked at)" if self.is_sample else ""
         if self.cut.total():
@@ -151,11 +156,19 @@ class TextLosses:
             )
         if self.unknown.total():
             told.append(f"Pieces that the tokenizer does not know: {_shares(self.unknown, self.pieces)}{of_those}.")
-        if self.words:
-            shown = ", ".join(word for word, _ in self.words.most_common(8))
-            more = f" and {len(self.words) - 8} more" if len(self.words) > 8 else ""
-            told.append(f"What the tokenizer does not know of the captions: {shown}{more}{of_those}.")
+        if self.lost:
+            told.append(f"Characters that have no piece, which no model reads: {_most_common(self.lost)}{of_those}.")
+        if self.new_words:
+            told.append(
+                "Words that are new to the model, which training on these captions teaches it: "
+                f"{_most_common(self.new_words)}{of_those}."
+            )
         return told
+
+
+def _most_common(parts: Counter, number: int = 8) -> str:
+    shown = ", ".join(part for part, _ in parts.most_common(number))
+    return f"{shown} and {len(parts) - number} more" if len(parts) > number else shown
 
 
 def _shares(some: Counter, all_of_them: Counter) -> str:
@@ -171,8 +184,8 @@ def tell_text_losses(
     captions: Sequence[dict], tokenizer: CodesAndPiecesTokenizer, max_text_tokens: int | None
 ) -> TextLosses:
     """
-    Say, as warnings, what of the captions of some pictures is lost, by language: cut off, or unknown. Where not all
-    were looked at, the warnings say so.
+    Say, as warnings, what of the captions of some pictures is lost, by language: cut off, or without a piece; and
+    which words are new to the model. Where not all were looked at, the warnings say so.
 
     Args:
         captions (sequence of `dict`): By language, as `TokenData` has them. Of many, some are looked at:
