@@ -171,7 +171,6 @@ def test_emoji_scenes_in_sentences_keep_the_templates_for_captioning(run, tokeni
         ('{"file": "a.png"}', r"Line 3 of .*captions\.jsonl must be an object with captions"),
         ('{"file": "a.png", "en": "   "}', r"Line 3 of .*captions\.jsonl must be an object with captions"),
         ('{"en": "a cat"}', r"Line 3 of .*captions\.jsonl must name a picture in `file`"),
-        ('{"file": "z.png", "en": "a cat"}', r"Line 3 of .*captions\.jsonl names 'z\.png', which is not in"),
         ('{"file": "a.png", "en": ["a", 1]}', r"Line 3 of .*captions\.jsonl must have a text or a list of texts in"),
         ('{"file": "a.png", "en": "a", "weight": -1}', r"Line 3 of .* number of at least 0 as `weight`, but has -1"),
         ("not JSON", r"Line 3 of .*captions\.jsonl is not JSON .*'not JSON'"),
@@ -205,6 +204,35 @@ def test_an_unreadable_picture_is_named_or_left_out(run, pictures, damage, token
     assert "Line 2" in caplog.text and "b.jpg" in caplog.text
     assert len(tensors["low"]) == 4
     assert [list(texts) for texts in TokenData.load(tmp_path / "tokens", tokenizer).captions][1] == ["zh"]
+
+
+def test_missing_pictures_are_named_all_at_once_or_left_out_and_counted(
+    run, pictures, tokenizer, tmp_path, caplog, capsys
+):
+    names = ["a.png", "y.png", "b.jpg", "more/z.png"]
+    write_lines(pictures, [{"file": name, "en": f"a cat of {name}"} for name in names])
+    with pytest.raises(ValueError, match=r"2 of 4 lines name .* Line 2 of .*y\.png'; Line 4 of .*z\.png'\. Add"):
+        run()
+    with caplog.at_level(logging.WARNING):
+        run(skip_unreadable=True)
+    assert [text for text in caplog.messages if "Left out" in text and ("y.png" in text or "z.png" in text)]
+    assert "2 lines were left out: their pictures are not there." in capsys.readouterr().out
+    kept = TokenData.load(tmp_path / "tokens", tokenizer).captions
+    assert kept == [{"en": ["a cat of a.png"]}, {"en": ["a cat of b.jpg"]}]
+    write_lines(pictures, [{"file": "z.png", "en": "a cat"}])
+    with pytest.raises(ValueError, match="None of the 1 lines names a picture that is in"):
+        run(skip_unreadable=True)
+
+
+def test_pictures_without_a_line_are_counted(run, pictures, capsys):
+    run()
+    assert "no line names them" not in capsys.readouterr().out
+    for name in ("f.png", "more/G.JPG", ".hidden.png", "notes.txt"):
+        (pictures / name).write_bytes(b"never read")
+    write_lines(pictures, [{"file": name, "en": "a cat"} for name in ("more/../a.png", "c.webp", "more/d.png")])
+    run()
+    said = capsys.readouterr().out
+    assert "3 pictures are in" in said and f"4 pictures in {pictures} were left out: no line names them." in said
 
 
 def test_an_unreadable_picture_is_found_before_anything_is_encoded(run, pictures, monkeypatch):
