@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -48,9 +49,10 @@ def pictures(tmp_path):
 def run(model, pictures, tmp_path, monkeypatch):
     """Runs the command; scripts run in this process, and what they were started with is in `run.calls`."""
 
-    def start(*arguments, folder=None):
+    def start(*arguments, folder=None, **options_of_test):
         options = ["--model", str(model), "--output", str(tmp_path / "mine"), "--steps", "3", "--batch-size", "2"]
-        return CliRunner().invoke(app, ["finetune", str(folder or pictures), *options, *arguments])
+        command = ["finetune", str(folder or pictures), *options, *arguments]
+        return CliRunner().invoke(app, command, **options_of_test)
 
     def run_script(self, launcher, script, options):
         start.calls.append((script, launcher, options))
@@ -150,6 +152,34 @@ def test_the_same_command_goes_on_where_it_was_stopped(run, tmp_path, monkeypatc
     assert result.exit_code == 2 and "is of another finetuning (steps was 3)" in result.output
 
 
+def test_captions_and_pictures_that_have_changed_since_are_told(run, pictures, tmp_path):
+    captions, picture = pictures / "captions.jsonl", pictures / "3.png"
+    lines, content = captions.read_text(), picture.read_bytes()
+
+    def said(*arguments):
+        return " ".join(run("--stage", "coglm", *arguments).output.split())
+
+    captions.write_text(lines.replace("3.png", "none.png"))
+    with pytest.raises(ValueError, match=r"1 of 12 lines"):
+        run("--stage", "coglm", catch_exceptions=False)
+    captions.write_text(lines)
+    assert "The same command goes on" in said("--max-minutes", "0")  # mended, and prepared
+    captions.write_text(lines.replace("a green car", "a green bus"))
+    assert f"mine.work is of another finetuning ({captions} has changed since). Name" in said()
+    captions.write_text(lines)
+    Image.new("RGB", (99, 99), (1, 2, 3)).save(picture)
+    assert "(some of its pictures have changed since)" in said()
+    picture.unlink()
+    assert "(its pictures were 12 and are 11)" in said()
+    picture.write_bytes(content)
+    assert run("--stage", "coglm").exit_code == 0
+    assert "It is done already" in said()
+    captions.write_text(lines + "\n")
+    assert f"or remove {tmp_path / 'mine'}, too" in said()
+    shutil.rmtree(tmp_path / "mine.work")
+    assert f"mine is of another finetuning ({captions} has changed since). Name" in said()
+
+
 def test_direct_super_resolution_that_is_not_trained_keeps_the_weights_it_was_trained_with(run, model, tmp_path):
     assert run("--stage", "coglm", "--learning-rate", "0.05").exit_code == 0
     before, after = (CogView2Pipeline.from_pretrained(folder) for folder in (model, tmp_path / "mine"))
@@ -200,11 +230,16 @@ def test_captions_in_odd_letters_and_cut_metrics_end_nothing(run, pictures, tmp_
     assert samples[-1] == "" and all(" car" in line for line in samples[:-1])
 
 
-def test_sigterm_reaches_the_script_which_ends_in_its_own_way(tmp_path):
+OWN_END = "signal.signal(signal.SIGTERM, lambda *a: (open({!r}, 'w').close(), sys.exit(75)))\n"
+
+
+@pytest.mark.parametrize("kind", ["SIGTERM, which the script takes", "SIGTERM", "SIGINT"])
+def test_a_signal_reaches_the_script_which_ends_in_its_own_way_or_by_it(tmp_path, kind):
     ready, noted = tmp_path / "ready", tmp_path / "noted"
+    is_taken, is_terminal = kind.endswith("takes"), kind == "SIGINT"  # Ctrl-C reaches all programs of a terminal
     (tmp_path / "script.py").write_text(
         "import signal, sys, time\n"
-        f"signal.signal(signal.SIGTERM, lambda *a: (open({str(noted)!r}, 'w').close(), sys.exit(75)))\n"
+        f"{OWN_END.format(str(noted)) if is_taken else ''}"
         f"open({str(ready)!r}, 'w').close()\n"
         "time.sleep(60)\n"
     )
@@ -215,12 +250,15 @@ def test_sigterm_reaches_the_script_which_ends_in_its_own_way(tmp_path):
         "try:\n    job._run([sys.executable], 'script.py', {})\n"
         "except BaseException as error:\n    sys.exit(error.exit_code)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", program])
+    options = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen([sys.executable, "-c", program], **options)
     deadline = time.monotonic() + 60
     while not ready.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.terminate()
-    assert process.wait(60) == 75 and noted.exists()
+    os.killpg(process.pid, signal.SIGINT) if is_terminal else process.terminate()
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 75 and noted.exists() == is_taken
+    assert "Stopped. The same command goes on." in said
 
 
 @pytest.mark.parametrize(
