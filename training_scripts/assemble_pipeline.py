@@ -13,6 +13,7 @@ Without super-resolution:
         --output_dir MODEL
 """
 
+import logging
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,9 +29,12 @@ from cogview_pipelines import (
     LoPARScheduler,
 )
 from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
+from cogview_pipelines.training.adapters import LEFT_OUT, saved_adapters
 from cogview_pipelines.training.arguments import files_option, json_option, parse_config, read_words, run_script
 from cogview_pipelines.training.data.tokens import TokenData
 from cogview_pipelines.training.run_folder import filling
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -40,7 +44,7 @@ class AssembleConfig:
         default=None,
         metadata={
             "help": "Folder or Hub id of a pipeline: what no other option says (parts, schedulers, styles, known "
-            "words) is as there."
+            "words) is as there; adapters that were saved with it are left out, with a warning."
         },
     )
     tokenizer: str | None = field(default=None, metadata={"help": "Folder or Hub id of the tokenizer."})
@@ -144,6 +148,9 @@ def main(arguments: list[str] | None = None) -> CogView2Pipeline:
     options = {name: json_option(config, f"{name}_scheduler") for name in SCHEDULERS}
     files = files_option(config)
     parts = Parts(config)
+    adapters = [] if config.like is None else saved_adapters(config.like)
+    if adapters:
+        logger.warning("The adapters %s of `like` %s", adapters, LEFT_OUT)
     settings = {name: parts.setting(name, getattr(config, name)) for name in DEFAULTS if name != "styles"}
     settings["styles"] = parts.setting("styles", json_option(config, "styles"))
     if settings["default_style"] is not None and settings["default_style"] not in settings["styles"]:

@@ -50,11 +50,11 @@ from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
 from cogview_pipelines.pictures.colours import on_white
 from cogview_pipelines.pictures.files import find_file, read_picture
 from cogview_pipelines.training.arguments import parse_config, run_script
-from cogview_pipelines.training.data.captions import parse_captions, tell_text_losses
+from cogview_pipelines.training.data.captions import parse_captions, tell_blank, tell_text_losses
 from cogview_pipelines.training.data.draws import derived_seed
 from cogview_pipelines.training.data.duplicates import drop_duplicates
-from cogview_pipelines.training.data.inputs import Part, PictureRow, find_parts, is_packed
-from cogview_pipelines.training.data.pictures import check_pictures, to_bytes
+from cogview_pipelines.training.data.inputs import PICTURE_SUFFIXES, Part, PictureRow, find_parts, is_packed
+from cogview_pipelines.training.data.pictures import MOST_SHOWN, check_pictures, to_bytes
 from cogview_pipelines.training.data.prefetch import prefetch
 from cogview_pipelines.training.data.selection import FITS, REASONS, Filters, Selected, select, to_square
 from cogview_pipelines.training.data.shards import (
@@ -171,7 +171,9 @@ class PrepareConfig:
     )
     skip_unreadable: bool = field(
         default=False,
-        metadata={"help": "Leave out pictures that cannot be read, with a warning, instead of stopping."},
+        metadata={
+            "help": "Leave out pictures that are missing or cannot be read, with a warning, instead of stopping."
+        },
     )
     batch_size: int = field(default=32, metadata={"help": "Pictures at a time."})
     data_workers: int = field(
@@ -265,16 +267,25 @@ def thin_reversed(texts: list[str], language: str, share: float) -> list[str]:
 
 
 class FolderPictures(Dataset):
-    """The user's files with their captions; all lines and pictures are checked before the first is used."""
+    """
+    The user's files with their captions; all lines and pictures are checked before the first is used.
+
+    What is left out is counted: lines whose picture is missing (`num_missing`) or cannot be read (`num_unreadable`),
+    blank captions (`num_blank`), and pictures without a line (`num_unnamed`).
+    """
 
     def __init__(self, config: PrepareConfig, sizes: list[int]):
         self.sizes, self.fit, self.seed = sizes, config.fit, config.seed
-        rows = read_captions_file(Path(config.captions), Path(config.image_folder))
+        captions, folder = Path(config.captions), Path(config.image_folder)
+        all_rows, self.num_blank = read_captions_file(captions, folder)
+        self.num_unnamed = count_unnamed(folder, [path for _, path, _ in all_rows])
+        rows = without_missing(all_rows, folder, config.skip_unreadable)
+        self.num_missing = len(all_rows) - len(rows)
         places = {path: place for place, path, _ in reversed(rows)}  # of several lines, the first
         paths = list(places)
         readable = set(check_pictures(paths, config.skip_unreadable, config.data_workers, places=[*places.values()]))
         self.rows = [row for row in rows if row[1] in readable]
-        self.num_left_out = len(rows) - len(self.rows)
+        self.num_unreadable = len(rows) - len(self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -285,31 +296,67 @@ class FolderPictures(Dataset):
         return [to_square(image, size, self.fit, (self.seed, index)) for size in self.sizes], texts
 
 
-def read_captions_file(captions: Path, image_folder: Path) -> list[tuple[str, Path, dict]]:
+def read_captions_file(captions: Path, image_folder: Path) -> tuple[list[tuple[str, Path, dict]], int]:
     """
-    Where each line stands, its picture, and its captions with their weight.
+    Where each line stands, its picture, and its captions with their weight; and how many blank captions there were.
 
     Raises:
-        ValueError: If a file is missing, or a line is not as the docstring of this script says.
+        ValueError: If a line is not as the docstring of this script says.
     """
     if not captions.is_file():
         raise ValueError(f"`captions` must be a JSONL file, but there is none at {captions}.")
     if not image_folder.is_dir():
         raise ValueError(f"`image_folder` must be a folder of pictures, but there is none at {image_folder}.")
-    rows = []
+    rows, num_blank = [], 0
     for number, line in read_lines(captions):
         place = f"Line {number} of {captions}"
-        texts, weight = parse_captions(line, place)
+        texts, weight, blank = parse_captions(line, place)
+        num_blank += blank
         name = parse_object(line).get("file")
         if not isinstance(name, str) or not name:
             raise ValueError(f"{place} must name a picture in `file`: {line.strip()[:80]!r}.")
-        path = find_file(image_folder / name)
-        if not os.path.isfile(path):
-            raise ValueError(f"{place} names {name!r}, which is not in `image_folder` {image_folder}.")
-        rows.append((place, path, {**texts, "weight": weight}))
+        rows.append((place, find_file(image_folder / name), {**texts, "weight": weight}))
     if not rows:
         raise ValueError(f"`captions` must have a line for each picture, but {captions} is empty.")
-    return rows
+    return rows, num_blank
+
+
+def without_missing(
+    rows: list[tuple[str, Path, dict]], image_folder: Path, skip: bool
+) -> list[tuple[str, Path, dict]]:
+    """
+    The lines whose pictures are there; others are named in a warning each.
+
+    Raises:
+        ValueError: If some are not to be skipped, or none is left. The message names them.
+    """
+    missing = [(place, path) for place, path, _ in rows if not os.path.isfile(path)]
+    if missing and not skip:
+        shown = "; ".join(f"{place} names {os.fspath(path)!r}" for place, path in missing[:MOST_SHOWN])
+        more = f"; and {len(missing) - MOST_SHOWN} more" if len(missing) > MOST_SHOWN else ""
+        raise ValueError(
+            f"{len(missing)} of {len(rows)} lines name pictures that are not in `image_folder` {image_folder}: "
+            f"{shown}{more}. Add the pictures, take out the lines, or leave them out with `--skip_unreadable`."
+        )
+    if len(missing) == len(rows):
+        raise ValueError(f"None of the {len(rows)} lines names a picture that is in `image_folder` {image_folder}.")
+    for place, path in missing:
+        logger.warning("Left out: %s names %r, which is not there.", place, os.fspath(path))
+    gone = {place for place, _ in missing}
+    return [row for row in rows if row[0] not in gone]
+
+
+def count_unnamed(image_folder: Path, named: list[Path]) -> int:
+    """Pictures in a folder, and in those in it, that are not among these; hidden files are none."""
+    known = {os.path.abspath(path) for path in named}
+    count = 0
+    for place, folders, names in os.walk(image_folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        pictures = [name for name in names if os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES]
+        count += sum(
+            not name.startswith(".") and os.path.abspath(os.path.join(place, name)) not in known for name in pictures
+        )
+    return count
 
 
 def check_config(config: PrepareConfig, vqvae: PreTrainedModel) -> None:
@@ -442,9 +489,16 @@ def report(
 ) -> None:
     """Say what was written, and what was lost on the way."""
     print(f"{len(captions)} pictures are in {config.output_dir}, {num_held_out} of them held out.")
-    num_left_out = getattr(pictures, "num_left_out", 0)
-    if num_left_out:
-        print(f"{num_left_out} lines were left out: their pictures cannot be read.")
+    if isinstance(pictures, FolderPictures):
+        for number, said in (
+            (pictures.num_missing, "lines were left out: their pictures are not there."),
+            (pictures.num_unreadable, "lines were left out: their pictures cannot be read."),
+            (pictures.num_unnamed, f"pictures in {config.image_folder} were left out: no line names them."),
+        ):
+            if number:
+                print(f"{number} {said}")
+        if pictures.num_blank:
+            print(tell_blank(pictures.num_blank))
     if reader is not None:
         tell_text_losses(captions, *reader)
 
@@ -504,6 +558,9 @@ def prepare_shards(
         count = reports["train"][reason] + held_out.get(reason, 0)
         if count:
             print(f"{count} left out: {said}.")
+    num_blank = reports["train"]["blank_captions"] + held_out.get("blank_captions", 0)
+    if num_blank:
+        print(tell_blank(num_blank))
     if reader is not None:
         tell_text_losses(ShardedCaptions(TokenShards(folders["train"])), *reader)
 
@@ -611,6 +668,7 @@ class ShardMaker:
                 continue
             if self.config.drop_duplicates:
                 self.seen.add(one.digest)
+            self.report["blank_captions"] += one.num_blank
             kept.append((one, pixels))
         if not kept:
             return

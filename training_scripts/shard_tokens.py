@@ -16,9 +16,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from cogview_pipelines.json_lines import parse_object, read_lines
+from cogview_pipelines.json_lines import read_lines
 from cogview_pipelines.training.arguments import parse_config, run_script
-from cogview_pipelines.training.data.captions import parse_captions
+from cogview_pipelines.training.data.captions import Captions, parse_captions, tell_blank
 from cogview_pipelines.training.data.shards import TOKEN_ARRAYS, is_written, write_index, write_shard
 from cogview_pipelines.training.data.tokens import CAPTIONS_FILE, TOKENS_FILE
 from cogview_pipelines.training.run_folder import locked, remove_leftovers
@@ -37,12 +37,9 @@ class ShardConfig:
     )
 
 
-def read_rows(path: Path) -> Iterator[dict]:
-    """The lines of a file of captions, checked, with their weights."""
-    for number, line in read_lines(path):
-        texts, weight = parse_captions(line, f"Line {number} of {path}")
-        row = parse_object(line)
-        yield {key: row[key] for key in (*texts, "targets", "style") if row.get(key)} | {"weight": weight}
+def read_rows(path: Path) -> Iterator[Captions]:
+    """The lines of a file of captions, checked."""
+    return (parse_captions(line, f"Line {number} of {path}") for number, line in read_lines(path))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -70,13 +67,14 @@ def write_shards(config: ShardConfig, source: Path) -> None:
     counts = {name: part.get_shape()[0] for name, part in slices.items()}
     rows = read_rows(source / CAPTIONS_FILE)
     stat = (source / TOKENS_FILE).stat()
-    num_shards, count = -(-counts["low"] // config.shard_size), 0
+    num_shards, count, num_blank = -(-counts["low"] // config.shard_size), 0, 0
     largest = max(largest_code(part, config.shard_size) for part in slices.values())
     how = {"num_codes": config.num_codes, "dtype": np.uint16 if largest < 1 << 16 else np.int32}
     for number in tqdm(range(num_shards), unit="shard"):
         first, end = number * config.shard_size, min((number + 1) * config.shard_size, counts["low"])
         own = list(itertools.islice(rows, end - first))
         count += len(own)
+        num_blank += sum(each.num_blank for each in own)
         made_of = {
             "data": str(source.resolve()),
             "bytes": stat.st_size,
@@ -88,13 +86,16 @@ def write_shards(config: ShardConfig, source: Path) -> None:
             break
         if not is_written(config.output_dir, number, made_of):
             tensors = {name: np.asarray(part[first:end]) for name, part in slices.items()}
-            write_shard(config.output_dir, number, tensors, own, made_of=made_of, **how)
+            texts = [{**each.texts, "weight": each.weight} for each in own]
+            write_shard(config.output_dir, number, tensors, texts, made_of=made_of, **how)
     count += sum(1 for _ in rows)
     if {count} != set(counts.values()):
         said = " and ".join(f"{value} pictures in `{name}`" for name, value in counts.items())
         raise ValueError(f"`data` has {said}, but {count} lines of captions.")
     report = write_index(config.output_dir, num_shards)
     print(f"{report['num_pictures']} pictures are in {num_shards} shards in {config.output_dir}.")
+    if num_blank:
+        print(tell_blank(num_blank))
 
 
 def largest_code(tokens, rows: int) -> int:

@@ -34,7 +34,7 @@ import sentencepiece
 
 from cogview_pipelines import demo
 from cogview_pipelines.demo.captions import load_grammar, nouns, to_traditional
-from cogview_pipelines.json_lines import parse_object, read_lines
+from cogview_pipelines.json_lines import is_unicode, parse_object, read_lines
 from cogview_pipelines.models.cogview.tokenization_cogview import CogViewTokenizer
 from cogview_pipelines.models.cogview2.tokenization_icetk import IcetkTokenizer
 from cogview_pipelines.training.arguments import parse_config, read_words, run_script
@@ -127,7 +127,12 @@ def read_texts(path: str, keys: Iterable[str]) -> Iterator[str]:
         if not texts:
             raise ValueError(f"{path}:{number} has none of the keys {list(keys)} (`--caption_keys`): {line[:80]!r}.")
         for text in texts:
-            yield from [text] if isinstance(text, str) else text
+            for each in [text] if isinstance(text, str) else text:
+                if not is_unicode(each):
+                    raise ValueError(
+                        f"{path}:{number} must have Unicode text, but {each[:80]!r} holds half of a surrogate pair."
+                    )
+                yield each
 
 
 def emoji_texts(num_pairs: int, seed: int) -> Iterator[str]:

@@ -87,6 +87,15 @@ def dump_file(content: dict) -> str:
     return _storable(json.dumps(content, ensure_ascii=False, indent=2)) + "\n"
 
 
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold a text: an escape of JSON may stand for half of a surrogate pair, which is no letter."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _storable(text: str) -> str:
     """JSON that UTF-8 can hold: names of files may hold halves of letters (surrogates), which are escapes there."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

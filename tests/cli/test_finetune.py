@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from cogview_pipelines import CogView2Pipeline, IcetkTokenizer
 from cogview_pipelines.cli import app, finetune
 from cogview_pipelines.environment import SHIPPED_MODEL
+from cogview_pipelines.models.adapters import add_adapter
 
 from ..pipelines.conftest import build
 from ..training_scripts.conftest import load_script
@@ -47,9 +49,10 @@ def pictures(tmp_path):
 def run(model, pictures, tmp_path, monkeypatch):
     """Runs the command; scripts run in this process, and what they were started with is in `run.calls`."""
 
-    def start(*arguments, folder=None):
+    def start(*arguments, folder=None, **options_of_test):
         options = ["--model", str(model), "--output", str(tmp_path / "mine"), "--steps", "3", "--batch-size", "2"]
-        return CliRunner().invoke(app, ["finetune", str(folder or pictures), *options, *arguments])
+        command = ["finetune", str(folder or pictures), *options, *arguments]
+        return CliRunner().invoke(app, command, **options_of_test)
 
     def run_script(self, launcher, script, options):
         start.calls.append((script, launcher, options))
@@ -122,6 +125,20 @@ def test_words_of_the_captions_are_known_where_coglm_was_trained(
     assert made.tokenizer.unknown_parts("a green car") == ([] if is_learned else ["green"])
 
 
+def test_adapters_that_were_saved_with_the_model_are_named_before_anything_is_done(run, model, tmp_path, monkeypatch):
+    pipe = CogView2Pipeline.from_pretrained(model)
+    add_adapter(pipe.transformer, "style", 2)
+    pipe.save_pretrained(tmp_path / "with_lora")
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune.Job, "_run", stop)
+    said = " ".join(run("--model", str(tmp_path / "with_lora")).output.split())
+    assert "the adapters ['style'] of `--model` are left out" in said and "fuse_lora" in said
+    assert "Warning" not in run("--output", str(tmp_path / "other")).output
+
+
 def test_the_same_command_goes_on_where_it_was_stopped(run, tmp_path, monkeypatch):
     result = run("--stage", "coglm", "--max-minutes", "0")
     assert result.exit_code == 75 and "The same command goes on" in result.output
@@ -133,6 +150,34 @@ def test_the_same_command_goes_on_where_it_was_stopped(run, tmp_path, monkeypatc
     assert not run.calls[3:]
     result = run("--stage", "coglm", "--steps", "5")
     assert result.exit_code == 2 and "is of another finetuning (steps was 3)" in result.output
+
+
+def test_captions_and_pictures_that_have_changed_since_are_told(run, pictures, tmp_path):
+    captions, picture = pictures / "captions.jsonl", pictures / "3.png"
+    lines, content = captions.read_text(), picture.read_bytes()
+
+    def said(*arguments):
+        return " ".join(run("--stage", "coglm", *arguments).output.split())
+
+    captions.write_text(lines.replace("3.png", "none.png"))
+    with pytest.raises(ValueError, match=r"1 of 12 lines"):
+        run("--stage", "coglm", catch_exceptions=False)
+    captions.write_text(lines)
+    assert "The same command goes on" in said("--max-minutes", "0")  # mended, and prepared
+    captions.write_text(lines.replace("a green car", "a green bus"))
+    assert f"mine.work is of another finetuning ({captions} has changed since). Name" in said()
+    captions.write_text(lines)
+    Image.new("RGB", (99, 99), (1, 2, 3)).save(picture)
+    assert "(some of its pictures have changed since)" in said()
+    picture.unlink()
+    assert "(its pictures were 12 and are 11)" in said()
+    picture.write_bytes(content)
+    assert run("--stage", "coglm").exit_code == 0
+    assert "It is done already" in said()
+    captions.write_text(lines + "\n")
+    assert f"or remove {tmp_path / 'mine'}, too" in said()
+    shutil.rmtree(tmp_path / "mine.work")
+    assert f"mine is of another finetuning ({captions} has changed since). Name" in said()
 
 
 def test_direct_super_resolution_that_is_not_trained_keeps_the_weights_it_was_trained_with(run, model, tmp_path):
@@ -185,11 +230,16 @@ def test_captions_in_odd_letters_and_cut_metrics_end_nothing(run, pictures, tmp_
     assert samples[-1] == "" and all(" car" in line for line in samples[:-1])
 
 
-def test_sigterm_reaches_the_script_which_ends_in_its_own_way(tmp_path):
+OWN_END = "signal.signal(signal.SIGTERM, lambda *a: (open({!r}, 'w').close(), sys.exit(75)))\n"
+
+
+@pytest.mark.parametrize("kind", ["SIGTERM, which the script takes", "SIGTERM", "SIGINT"])
+def test_a_signal_reaches_the_script_which_ends_in_its_own_way_or_by_it(tmp_path, kind):
     ready, noted = tmp_path / "ready", tmp_path / "noted"
+    is_taken, is_terminal = kind.endswith("takes"), kind == "SIGINT"  # Ctrl-C reaches all programs of a terminal
     (tmp_path / "script.py").write_text(
         "import signal, sys, time\n"
-        f"signal.signal(signal.SIGTERM, lambda *a: (open({str(noted)!r}, 'w').close(), sys.exit(75)))\n"
+        f"{OWN_END.format(str(noted)) if is_taken else ''}"
         f"open({str(ready)!r}, 'w').close()\n"
         "time.sleep(60)\n"
     )
@@ -200,12 +250,15 @@ def test_sigterm_reaches_the_script_which_ends_in_its_own_way(tmp_path):
         "try:\n    job._run([sys.executable], 'script.py', {})\n"
         "except BaseException as error:\n    sys.exit(error.exit_code)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", program])
+    options = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen([sys.executable, "-c", program], **options)
     deadline = time.monotonic() + 60
     while not ready.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.terminate()
-    assert process.wait(60) == 75 and noted.exists()
+    os.killpg(process.pid, signal.SIGINT) if is_terminal else process.terminate()
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 75 and noted.exists() == is_taken
+    assert "Stopped. The same command goes on." in said
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,7 @@ def test_tsv_of_two_columns_and_of_cogviews_four(tmp_path):
     [
         ("a.jsonl", '{"id": "a"}\n', 'line 1 must have a text as "caption"'),
         ("a.jsonl", '{"id": "a", "caption": " "}\n', 'line 1 must have a text as "caption"'),
+        ("a.jsonl", '{"id": "a", "caption": "\\ud800"}\n', 'line 1 must have Unicode text as "caption"'),
         ("a.jsonl", '{"id": "a", "caption": "x", "image": 3}\n', "has 3"),
         ("a.jsonl", '{"id": 1, "caption": "x"}\n{"id": "1", "caption": "y"}\n', "has the id '1' twice"),
         ("a.jsonl", "", "holds no captions"),

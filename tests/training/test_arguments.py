@@ -120,6 +120,15 @@ def test_a_program_says_what_went_wrong_in_a_sentence(capsys, error, status):
     assert caught.value.code == status and said.endswith(f": error: {error}\n") and "Traceback" not in said
 
 
+def test_a_program_that_ctrl_c_ends_says_so_without_a_traceback(capsys):
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        run_script(stop)
+    assert caught.value.code == 130 and capsys.readouterr().err.endswith(": stopped.\n")
+
+
 def test_a_mistake_of_the_program_keeps_its_traceback():
     with pytest.raises(KeyError):
         run_script(lambda: {}["a"])

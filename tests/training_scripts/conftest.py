@@ -171,4 +171,4 @@ def assert_losses_are_told(caplog: pytest.LogCaptureFixture, max_text_tokens: in
     assert len(told) == 3
     assert told[0].startswith(f"Captions with more than {max_text_tokens} tokens (the longest has ")
     assert told[0].endswith(": 1 of 20 (5.0%) in English.") and "Pieces that the tokenizer does not know: " in told[1]
-    assert told[2] == "What the tokenizer does not know of the captions: Ω."
+    assert told[2] == "Characters that have no piece, which no model reads: Ω."

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from cogview_pipelines import CogLMModel, CogView2Pipeline
+from cogview_pipelines.models.adapters import add_adapter
 
 from .conftest import WINDOWS, as_arguments, load_script
 
@@ -140,6 +141,22 @@ def test_what_no_option_says_is_as_in_the_pipeline_that_it_is_like(parts, token_
     other = CogView2Pipeline.from_pretrained(tmp_path / "other")
     assert other.config.styles == {"plain": {}} and other.config.whole_pictures
     assert other.direct_sr_scheduler.config.top_k != first.direct_sr_scheduler.config.top_k
+
+
+@pytest.mark.parametrize("kind", ["beside", "fused"])
+def test_adapters_that_were_saved_with_the_pipeline_are_named_where_they_are_left_out(kind, parts, tmp_path, caplog):
+    script = load_script("assemble_pipeline")
+    kept = {name: parts[name] for name in ("tokenizer", "vqvae", "transformer")}
+    pipe = script.main(as_arguments({**kept, "output_dir": tmp_path / "model", "dtype": "float32"}))
+    add_adapter(pipe.transformer, "style", 2)
+    if kind == "fused":
+        pipe.fuse_lora()
+    pipe.save_pretrained(tmp_path / "with_lora")
+    caplog.clear()
+    script.main(as_arguments({"like": tmp_path / "with_lora", "output_dir": tmp_path / "same"}))
+    told = [record.message for record in caplog.records if record.name == script.__name__]
+    assert len(told) == (kind == "beside")
+    assert all("['style'] of `like` are left out" in text and "fuse_lora" in text for text in told)
 
 
 def test_without_a_pipeline_to_be_like_parts_must_be_named_and_schedulers_work(parts, tmp_path):

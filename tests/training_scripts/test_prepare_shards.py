@@ -176,6 +176,16 @@ def test_what_is_left_out_is_counted_over_all_starts(run, pictures, tmp_path, to
     assert texts(TokenData.load(again, tokenizer)) == [f"a cat of 0{number}" for number in range(6)]
 
 
+def test_blank_captions_are_left_out_and_counted_over_all_starts(run, pictures, tmp_path, tokenizer, capsys):
+    rows = [{"file": f"{number:02d}.png", "en": ["", f"a cat, {number} "]} for number in range(3)]
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"captions": tmp_path / "captions.jsonl", "shard_size": 2, "fine_size": 0}
+    folder = run(**options)
+    run(**options)  # finds all shards made
+    assert capsys.readouterr().out.count("3 blank captions were left out.") == 2
+    assert texts(TokenData.load(folder, tokenizer)) == ["a cat, 0", "a cat, 1", "a cat, 2"]
+
+
 @pytest.fixture
 def repeated(pictures, tmp_path):
     """Nine lines in three shards of three, some with the bytes of earlier ones, in the same shard and in others."""

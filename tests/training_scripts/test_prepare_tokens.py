@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from cogview_pipelines import IcetkVQModel
+from cogview_pipelines import IcetkTokenizer, IcetkVQModel
 from cogview_pipelines.demo import Scope, captions, iterate_scenes, read_caption, render
 from cogview_pipelines.training.data.captions import MOST_LOOKED_AT, tell_text_losses
 from cogview_pipelines.training.data.tokens import TokenData
@@ -169,12 +169,21 @@ def test_emoji_scenes_in_sentences_keep_the_templates_for_captioning(run, tokeni
     "line, message",
     [
         ('{"file": "a.png"}', r"Line 3 of .*captions\.jsonl must be an object with captions"),
+        ('{"file": "a.png", "en": "   "}', r"Line 3 of .*captions\.jsonl must be an object with captions"),
         ('{"en": "a cat"}', r"Line 3 of .*captions\.jsonl must name a picture in `file`"),
-        ('{"file": "z.png", "en": "a cat"}', r"Line 3 of .*captions\.jsonl names 'z\.png', which is not in"),
         ('{"file": "a.png", "en": ["a", 1]}', r"Line 3 of .*captions\.jsonl must have a text or a list of texts in"),
         ('{"file": "a.png", "en": "a", "weight": -1}', r"Line 3 of .* number of at least 0 as `weight`, but has -1"),
         ("not JSON", r"Line 3 of .*captions\.jsonl is not JSON .*'not JSON'"),
         ("[1]", r"Line 3 of .*captions\.jsonl must be a JSON object"),
+        (
+            r'{"file": "a.png", "zh": ["a", "\ud800 cat"]}',
+            r"Line 3 of .*captions\.jsonl must have Unicode text in 'zh', but '\\ud800 cat'",
+        ),
+        (r'{"file": "a.png", "en": "a", "style": "\udc00"}', r"`style` of Line 3 of .* must have Unicode text"),
+        (
+            r'{"file": "a.png", "en": "a", "targets": {"en": "\udc00"}}',
+            r"`targets` of Line 3 of .* must have Unicode text in 'en'",
+        ),
     ],
 )
 def test_a_bad_line_is_named_before_any_work(run, pictures, line, message, tmp_path):
@@ -197,6 +206,35 @@ def test_an_unreadable_picture_is_named_or_left_out(run, pictures, damage, token
     assert [list(texts) for texts in TokenData.load(tmp_path / "tokens", tokenizer).captions][1] == ["zh"]
 
 
+def test_missing_pictures_are_named_all_at_once_or_left_out_and_counted(
+    run, pictures, tokenizer, tmp_path, caplog, capsys
+):
+    names = ["a.png", "y.png", "b.jpg", "more/z.png"]
+    write_lines(pictures, [{"file": name, "en": f"a cat of {name}"} for name in names])
+    with pytest.raises(ValueError, match=r"2 of 4 lines name .* Line 2 of .*y\.png'; Line 4 of .*z\.png'\. Add"):
+        run()
+    with caplog.at_level(logging.WARNING):
+        run(skip_unreadable=True)
+    assert [text for text in caplog.messages if "Left out" in text and ("y.png" in text or "z.png" in text)]
+    assert "2 lines were left out: their pictures are not there." in capsys.readouterr().out
+    kept = TokenData.load(tmp_path / "tokens", tokenizer).captions
+    assert kept == [{"en": ["a cat of a.png"]}, {"en": ["a cat of b.jpg"]}]
+    write_lines(pictures, [{"file": "z.png", "en": "a cat"}])
+    with pytest.raises(ValueError, match="None of the 1 lines names a picture that is in"):
+        run(skip_unreadable=True)
+
+
+def test_pictures_without_a_line_are_counted(run, pictures, capsys):
+    run()
+    assert "no line names them" not in capsys.readouterr().out
+    for name in ("f.png", "more/G.JPG", ".hidden.png", "notes.txt"):
+        (pictures / name).write_bytes(b"never read")
+    write_lines(pictures, [{"file": name, "en": "a cat"} for name in ("more/../a.png", "c.webp", "more/d.png")])
+    run()
+    said = capsys.readouterr().out
+    assert "3 pictures are in" in said and f"4 pictures in {pictures} were left out: no line names them." in said
+
+
 def test_an_unreadable_picture_is_found_before_anything_is_encoded(run, pictures, monkeypatch):
     (pictures / "e.png").write_bytes(b"text")
     monkeypatch.setattr(IcetkVQModel, "encode", lambda *_: pytest.fail("worked before looking at the pictures"))
@@ -212,6 +250,13 @@ def test_a_line_may_hold_every_character_and_the_file_a_byte_order_mark(run, pic
     (pictures / "captions.jsonl").write_text(text_of_file, encoding=encoding, newline="")
     run()
     assert [row["en"] for row in TokenData.load(tmp_path / "tokens", tokenizer).captions] == [[text], ["a dog"]]
+
+
+def test_blank_captions_are_left_out_and_counted(run, pictures, tokenizer, tmp_path, capsys):
+    write_lines(pictures, [{"file": "a.png", "en": ["", "a cat ", "  "]}, {"file": "b.jpg", "en": " ", "zh": "猫"}])
+    run()
+    assert "3 blank captions were left out." in capsys.readouterr().out
+    assert TokenData.load(tmp_path / "tokens", tokenizer).captions == [{"en": ["a cat"]}, {"zh": ["猫"]}]
 
 
 def test_utf_16_is_named(run, pictures):
@@ -290,7 +335,7 @@ def test_a_pipeline_says_sizes_and_image_tokenizer_and_what_it_cannot_read_is_to
         r"Pieces that the tokenizer does not know: (\d+) of (\d+) \(\S+%\) in English, 0 of (\d+) \(0\.0%\) in", told
     )
     assert 0 < int(shares[1]) < int(shares[2]) and int(shares[3])
-    assert "What the tokenizer does not know of the captions" in told and "Z" in told
+    assert "Characters that have no piece, which no model reads: Z" in told and "new to the model" not in told
 
 
 def test_of_many_captions_some_of_each_language_are_looked_at(tokenizer, caplog):
@@ -310,6 +355,17 @@ def test_only_a_sample_is_called_one(tokenizer, caplog, num_captions):
     assert told.is_sample == (num_captions > 1)
     assert told.captions["zh"] == (2 if num_captions == 1 else 2 * -(-num_captions // 2))
     assert ("looked at" in caplog.text) == told.is_sample
+
+
+def test_words_that_training_teaches_are_told_apart_from_characters_that_are_lost(tokenizer_folder, caplog):
+    tokenizer = IcetkTokenizer.from_pretrained(tokenizer_folder, known_words=["a", "一棵"])
+    captions = [{"en": ["a tiger", "a ZZ"], "zh": ["一棵树", "一棵Z"]}, {"en": ["a tiger"]}]
+    losses = tell_text_losses(captions, tokenizer, 30)
+    assert losses.lost == {"Z": 1, "ZZ": 1} and losses.new_words == {"tiger": 2, "树": 1}
+    assert [record.message for record in caplog.records][1:] == [
+        "Characters that have no piece, which no model reads: ZZ, Z.",
+        "Words that are new to the model, which training on these captions teaches it: tiger, 树.",
+    ]
 
 
 def test_nothing_is_told_where_nothing_is_lost(run, pipeline_folder, caplog, pictures):

@@ -68,6 +68,19 @@ def test_all_pictures_are_in_the_shards_as_they_were(shards, token_folder, token
     assert [data.chances.find(place - 0.5) for place in range(1, 23)] == [0, 1, 2, 2, 2, *range(3, 20)]
 
 
+def test_blank_captions_are_told_and_in_no_shard(token_folder, tokenizer, tmp_path, capsys, caplog):
+    shutil.copytree(token_folder, tmp_path / "blank")
+    lines = (token_folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()
+    lines[0] = json.dumps({"en": ["a cat", " "], "zh": " "})
+    (tmp_path / "blank/captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    folder = shard(tmp_path / "blank", tmp_path / "shards")
+    assert "2 blank captions were left out." in capsys.readouterr().out
+    assert b'" "' not in b"".join(path.read_bytes() for path in folder.glob("*.safetensors"))
+    assert TokenData.load(folder, tokenizer).captions[0] == {"en": ["a cat"]}
+    assert TokenData.load(tmp_path / "blank", tokenizer).captions[0] == {"en": ["a cat"]}
+    assert "2 blank captions were left out." in caplog.text
+
+
 @pytest.mark.parametrize("order", ["weighted", "epochs"])
 def test_a_run_on_shards_is_the_run_on_the_folder(train, shards, order):
     assert train("folder", data_order=order) == train("shards", data=shards, data_order=order)

@@ -186,6 +186,12 @@ def test_a_bad_line_is_named_with_its_number(script, tmp_path, line, message):
         list(script.read_texts(str(tmp_path / "bad.jsonl"), ["en", "zh"]))
 
 
+def test_half_of_a_surrogate_pair_is_refused_with_its_line(script, tmp_path):
+    (tmp_path / "half.jsonl").write_text('{"en": "a cat"}\n{"en": ["a dog", "\\ud800"]}\n')
+    with pytest.raises(ValueError, match=r"half\.jsonl:2 must have Unicode text, but '\\ud800'"):
+        list(script.read_texts(str(tmp_path / "half.jsonl"), ["en", "zh"]))
+
+
 def test_files_without_text_are_refused(script, tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n", encoding="utf-8")
     with pytest.raises(ValueError, match="hold no text"):

@@ -15,13 +15,14 @@ from pathlib import Path
 import typer
 
 from ..json_lines import dump_file
-from .console import FAILURE, expand, fail, failures, finite, first_line, say
+from .console import FAILURE, bad_input, expand, fail, failures, finite, first_line, say
 from .families import SAVED_AS
 from .loading import MODEL_OPTION, find_model
 
 INTERRUPTED = 75  # exit status of a script that can be resumed
 REPORT = "finetuning.json"
 PRECISIONS = ("no", "bf16", "fp16")
+CONTENTS = ("captions_sha256", "num_pictures", "picture_bytes")  # of what was asked, what is in the files
 
 
 class Stage(str, enum.Enum):
@@ -86,7 +87,11 @@ def finetune(
     fit: str = typer.Option("crop", help="How pictures become squares: crop takes the middle, pad adds white."),
     mixed_precision: str = typer.Option(None, help="no, bf16 or fp16.  [default: bf16 on a GPU that has it, else no]"),
     max_minutes: float = typer.Option(
-        None, min=0, callback=finite, help="Stop after so many minutes; the same command goes on."
+        None,
+        min=0,
+        callback=finite,
+        help="Stop training so many minutes after the command began; the same command goes on. Pictures become tokens "
+        "whatever the time: it is looked at before each stage, and after each step of one.",
     ),
     launcher: str = typer.Option(
         shlex.quote(sys.executable),
@@ -103,7 +108,8 @@ def finetune(
 
     A line of the captions is {"file": "cat.jpg", "en": "a cat", "zh": ["一只猫", "猫"]}, with either language or both.
     The steps are those of docs/training.md: pictures to tokens, training of each stage, one pipeline, and at the end
-    the losses of held-out pictures and sample pictures. Run the same command again to go on where it was stopped.
+    the losses of held-out pictures and sample pictures. Run the same command again to go on where it was stopped;
+    pictures that were becoming tokens begin anew.
 
     \b
     Examples:
@@ -153,12 +159,14 @@ def finetune(
         "held_out": held_out,
         "fit": fit,
         "seed": seed,
+        **_contents(captions, pictures),
     }
     job.begin(asked)
     if job.is_done(asked):
         say("It is done already.", err=True)
         say(output)
         return
+    job.warn_of_adapters()
     job.prepare(asked)
     for stage in job.choose(stages):
         job.train(stage, asked, mixed_precision)
@@ -232,14 +240,27 @@ class Job:
             before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else asked
             if not isinstance(before, dict):
                 raise ValueError(f"{note} is damaged")
+            if not (self.work / "data.done").exists():  # captions may be mended until pictures are tokens
+                before |= {name: asked[name] for name in CONTENTS}
         except (OSError, ValueError, RecursionError) as error:
             fail(f"`--work`: {self.work} cannot be used: {first_line(error)}. Name another folder, or remove it.")
-        changed = [name for name in asked if before.get(name) != asked[name]]
-        if changed:
-            was = ", ".join(f"{name} was {before.get(name)!r}" for name in changed)
-            fail(f"`--work`: {self.work} is of another finetuning ({was}). Name another folder, or remove it.")
+        changes = _changes(before, asked)
+        if changes:
+            what = "Name another folder, or remove it"
+            if there:  # both would be asked for, one after the other
+                what = f"Name another `--output` and `--work`, or remove {self.output}, too"
+            fail(f"`--work`: {self.work} is of another finetuning ({changes}). {what}.")
         with failures():
             write_whole(note, dump_file(asked).encode())
+
+    def warn_of_adapters(self) -> None:
+        """Say which adapters of the model are not trained with it."""
+        from ..training.adapters import LEFT_OUT, saved_adapters
+
+        with bad_input():
+            names = saved_adapters(self.model)
+        if names:
+            say(f"Warning: the adapters {names} of `--model` {LEFT_OUT}", err=True)
 
     def is_done(self, asked: dict) -> bool:
         """Whether the output is there; that of another finetuning is an error."""
@@ -247,11 +268,11 @@ class Job:
             return False
         try:
             report = json.loads((self.output / REPORT).read_text(encoding="utf-8"))
-            is_same = all(report[name] == value for name, value in asked.items())
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
-            is_same = False
-        if not is_same:
-            fail(f"`--output`: {self.output} is of another finetuning. Name another folder, or remove it.")
+            changes = _changes(report, asked)
+        except (OSError, ValueError, AttributeError, RecursionError):
+            changes = f"{REPORT} is damaged"
+        if changes:
+            fail(f"`--output`: {self.output} is of another finetuning ({changes}). Name another folder, or remove it.")
         return True
 
     def prepare(self, asked: dict) -> None:
@@ -401,17 +422,24 @@ class Job:
         arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
         # Ctrl-C reaches both, SIGTERM only this: the script saves and ends, and this waits for it
         process = subprocess.Popen([*launcher, os.fspath(self.scripts / script), *arguments])
-        before = signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
+        stopped = False
+
+        def pass_on(number: int, frame: object) -> None:
+            nonlocal stopped
+            stopped = True
+            process.send_signal(number)
+
+        before = signal.signal(signal.SIGTERM, pass_on)
         try:
             while True:
                 try:
                     code = process.wait()
                     break
                 except KeyboardInterrupt:
-                    continue
+                    stopped = True
         finally:
             signal.signal(signal.SIGTERM, before)
-        if code == INTERRUPTED:
+        if code == INTERRUPTED or (code and stopped):  # what saves nothing on the way ends by the signal itself
             self._stop()
         if code:
             fail(f"{script} ended with exit code {code}; what it said is above. The same command goes on.", FAILURE)
@@ -419,6 +447,37 @@ class Job:
     def _stop(self) -> None:
         say("Stopped. The same command goes on.", err=True)
         raise typer.Exit(INTERRUPTED)
+
+
+def _contents(captions: Path, pictures: Path) -> dict[str, str | int]:
+    """What tells whether captions and pictures are the same: a digest, and how many pictures of how many bytes."""
+    from ..json_lines import read_whole_rows
+    from ..pictures.files import find_file
+    from ..training.run_folder import file_digest
+
+    try:
+        digest = str(file_digest(captions)["sha256"])
+        names = {row["file"] for row in read_whole_rows(captions) if isinstance(row.get("file"), str)}
+    except OSError as error:
+        fail(f"`--captions`: {captions} cannot be read: {error.strerror or error}.")
+    sizes = []
+    for name in names:
+        with contextlib.suppress(OSError, ValueError):  # preparing says what is missing
+            sizes.append(find_file(pictures / name).stat().st_size)
+    return dict(zip(CONTENTS, (digest, len(sizes), sum(sizes)), strict=True))
+
+
+def _changes(before: dict, asked: dict) -> str:
+    """What is not as it was, in words; empty if all is."""
+    changed = [name for name in asked if before.get(name) != asked[name]]
+    said = [f"{name} was {before.get(name)!r}" for name in changed if name not in CONTENTS]
+    if "captions_sha256" in changed and "captions" not in changed:
+        said.append(f"{asked['captions']} has changed since")
+    if "num_pictures" in changed:
+        said.append(f"its pictures were {before.get('num_pictures')} and are {asked['num_pictures']}")
+    elif "picture_bytes" in changed:
+        said.append("some of its pictures have changed since")
+    return ", ".join(said)
 
 
 def _on_this_machine(model: str) -> str:

@@ -19,7 +19,7 @@ from typing import Protocol
 
 from PIL import Image
 
-from ..json_lines import parse_object, read_lines
+from ..json_lines import is_unicode, parse_object, read_lines
 from ..pictures.files import FORMATS, open_picture, read_picture
 from .requirements import Requirements
 
@@ -112,6 +112,10 @@ def _read_jsonl(path: Path) -> Iterator[Captioned]:
             caption = next((row[name] for name in _CAPTION_FIELDS if name in row), None)
             if not isinstance(caption, str) or not caption.strip():
                 raise ValueError('must have a text as "caption".')
+            if not is_unicode(caption):
+                raise ValueError(
+                    f'must have Unicode text as "caption", but {caption[:80]!r} holds half of a surrogate pair.'
+                )
             picture = next((row[name] for name in _PICTURE_FIELDS if name in row), None)
             if picture is not None and not isinstance(picture, str):
                 raise ValueError(f'must have a name as "image", but has {picture!r}.')

@@ -13,6 +13,7 @@ from pathlib import Path
 import sentencepiece
 from transformers import PreTrainedTokenizer
 
+from ..json_lines import is_unicode
 from .known_words import KnownWords
 
 SENTENCE_ENDS = (".", "。", "!", "?", "！", "？")
@@ -246,7 +247,7 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
         """
         if args or kwargs or not isinstance(text, str) or self.tokens_trie.data:
             return super().encode(text, *args, **kwargs)
-        ids, first = self.sp_model.encode(text), self.num_image_tokens
+        ids, first = self._numbers(text), self.num_image_tokens
         if not self._read_otherwise.isdisjoint(ids):
             return super().encode(text)
         return [first + index for index in ids]
@@ -268,7 +269,8 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
 
         Raises:
             TypeError: If `text` is not a string.
-            ValueError: If line breaks are to be kept by a family that has no piece for them.
+            ValueError: If line breaks are to be kept by a family that has no piece for them, or the text holds half of
+                a surrogate pair.
         """
         if not isinstance(text, str):
             raise TypeError(f"`text` must be a string, but is of type `{type(text).__name__}`.")
@@ -290,12 +292,23 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
     def _tokenize(self, text: str, keep_linebreaks: bool = False) -> list[str]:
         if keep_linebreaks:
             text = text.replace("\n", self.line_break_piece or "\n")
-        ids, pieces = self.sp_model.encode(text), self.sp_model.encode(text, out_type=str)
+        ids, pieces = self._numbers(text), self.sp_model.encode(text, out_type=str)
         # An unknown run may spell a token that no text gives: "<pad>", where the model does not know "<", "p", ...
         return [
             piece if self._convert_token_to_id(piece) == self.num_image_tokens + index else self.unk_token
             for index, piece in zip(ids, pieces)
         ]
+
+    def _numbers(self, text: str) -> list[int]:
+        """The numbers of the pieces, as SentencePiece counts them."""
+        try:
+            return self.sp_model.encode(text)
+        except (RuntimeError, UnicodeError):
+            if is_unicode(text):
+                raise
+            raise ValueError(
+                f"`text` must be Unicode text, but {text[:60]!r} holds half of a surrogate pair."
+            ) from None
 
     def unknown_parts(self, text: str) -> list[str]:
         """
@@ -307,14 +320,27 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
 
         Raises:
             TypeError: If `text` is not a string.
+            ValueError: If it holds half of a surrogate pair.
+        """
+        whole, left = self._unknown_words(text)
+        words = [word for word in left if any(word in one for one in whole)]
+        parts = self.parts_without_piece(text)
+        return words + [part for part in parts if not any(part.casefold() in word for word in words)]
+
+    def parts_without_piece(self, text: str) -> list[str]:
+        """
+        The parts of a text that no training can teach, each once: runs of characters that have no piece.
+
+        Args:
+            text (`str`): Any text, also empty.
+
+        Raises:
+            TypeError, ValueError: As [`unknown_parts`][CodesAndPiecesTokenizer.unknown_parts].
         """
         space = "\u2581"  # as SentencePiece writes it; by itself it says nothing
         unknown = [part for part in self.tokenize(text) if self.convert_tokens_to_ids(part) == self.unk_token_id]
         stripped = dict.fromkeys(part.strip(space) for part in unknown)
-        parts = [part for part in stripped if part and part != self.unk_token]
-        whole, left = self._unknown_words(text)
-        words = [word for word in left if any(word in one for one in whole)]
-        return words + [part for part in parts if not any(part.casefold() in word for word in words)]
+        return [part for part in stripped if part and part != self.unk_token]
 
     # Ids to text -----------------------------------------------------------------------------------------------------
 

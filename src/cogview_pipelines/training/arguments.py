@@ -353,8 +353,8 @@ def run_script(main: Callable[[], Any], resumable: bool = False) -> NoReturn:
     Run a script's `main` as a program, and end with its exit status.
 
     That is 0 when it is done, 1 or 2 with one sentence on stderr where something cannot work (`COGVIEW_TRACEBACK=1` in
-    the environment puts a traceback before it), and 75 (`INTERRUPTED`) when a checkpoint was saved and the run goes on
-    with `--resume_from_checkpoint latest`.
+    the environment puts a traceback before it), 75 (`INTERRUPTED`) when a checkpoint was saved and the run goes on
+    with `--resume_from_checkpoint latest`, and 130 when Ctrl-C ended it at once.
 
     Args:
         main (`Callable`): Does the work.
@@ -369,6 +369,9 @@ def run_script(main: Callable[[], Any], resumable: bool = False) -> NoReturn:
             traceback.print_exc()
         print(f"{name}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, ValueError) else 1)
+    except KeyboardInterrupt:
+        print(f"{name}: stopped.", file=sys.stderr, flush=True)
+        sys.exit(130)
     sys.exit(INTERRUPTED if resumable and result is None else 0)
 
 

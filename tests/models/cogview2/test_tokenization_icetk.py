@@ -44,6 +44,7 @@ def test_words_that_the_model_does_not_know_are_told_and_the_list_is_saved(tmp_p
     assert loaded.known_words == words
     assert loaded.unknown_parts("A cat and a dog, and ☃") == ["dog", "☃"]
     assert loaded.unknown_parts("猫和狗") == ["和狗"]
+    assert loaded.parts_without_piece("A cat and a dog, and ☃") == ["☃"]
     assert loaded.encode("a cat") == IcetkTokenizer(MODEL).encode("a cat")
 
 
@@ -83,6 +84,12 @@ def test_what_a_text_loses_is_told_part_by_part(released):
     assert released.unknown_parts("") == released.unknown_parts("cat") == []
     assert released.unknown_parts("ꙮꙮ cat ☃ ꙮꙮ") == ["ꙮꙮ", "☃"]
     assert released.unk_token_id in released.encode("ꙮꙮ")
+
+
+@pytest.mark.parametrize("method", ["unknown_parts", "encode", "tokenize", "__call__"])
+def test_half_of_a_surrogate_pair_is_refused_in_a_sentence(released, method):
+    with pytest.raises(ValueError, match=r"^`text` must be Unicode text, but '\\ud800 cat' holds half of a surrogate"):
+        getattr(released, method)("\ud800 cat")
 
 
 def write_model(path, change):

@@ -45,20 +45,84 @@ def all_rows(folder, captions=None, shard_size=2):
     ],
 )
 def test_captions_have_the_language_of_their_letters_unless_the_row_says_it(row, expected):
-    assert captions_of(row, "Row 1") == expected | {"weight": 1.0}
+    texts, num_blank = captions_of(row, "Row 1")
+    assert texts == expected | {"weight": 1.0}
+    assert num_blank == len([text for text in row.get("text", ()) if not text.strip()])
 
 
 def test_weights_styles_and_targets_are_kept_as_in_a_list_of_captions():
     row = {"caption": "a cat", "weight": 2, "style": "oil painting", "targets": {"en": "cat"}, "width": 5}
-    texts = captions_of(row, "Row 1")
+    texts, _ = captions_of(row, "Row 1")
     line = json.dumps({**row, "en": "a cat"})
-    assert texts == {**parse_captions(line, "Row 1")[0], "weight": 2.0}
+    assert texts == {**parse_captions(line, "Row 1").texts, "weight": 2.0}
 
 
-@pytest.mark.parametrize("row", [{}, {"caption": ""}, {"caption": None}, {"text": [1]}, {"text": {"a": 1}}])
+@pytest.mark.parametrize(
+    "row",
+    [{}, {"caption": ""}, {"caption": None}, {"text": [1]}, {"text": {"a": 1}}, {"en": "  ", "zh": ["\u3000", ""]}],
+)
 def test_a_row_without_a_caption_is_named(row):
     with pytest.raises(ValueError, match="Row 7 has no caption"):
         captions_of(row, "Row 7")
+
+
+HALF = "\\ud800 cat"  # of a surrogate pair, as JSON writes it
+
+
+def test_half_of_a_surrogate_pair_is_a_problem_of_its_row_wherever_it_comes_from(tmp_path):
+    line = f'{{"file_name": "a.png", "text": "{HALF}"}}'
+    (tmp_path / "metadata.jsonl").write_text(line)
+    assert all_rows(tmp_path)[0][0].problem.startswith("must have Unicode text in 'en'")
+    path = write_tar(tmp_path / "a.tar", [("a.png", picture()), ("a.json", line.encode())])
+    assert all_rows(path)[0][0].problem.startswith("must have Unicode text in 'en'")
+
+
+def test_a_text_of_parquet_that_is_no_utf_8_is_a_problem_of_its_row(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    texts = pyarrow.array([b"a cat", b"\xed\xa0\x80 cat", b"a dog"]).view(pyarrow.string())
+    table = pyarrow.table({"image": pyarrow.array([picture()] * 3), "text": texts})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    (rows,) = all_rows(tmp_path)
+    assert [row.problem for row in rows] == [None, "is not UTF-8 text", None]
+    assert [row.texts.get("en") for row in rows] == [["a cat"], None, ["a dog"]]
+    assert rows[1].place.startswith("Row 1 of")
+
+
+@pytest.mark.parametrize(
+    "row, texts, num_blank",
+    [
+        ({"en": ["", " a cat\t", "\n"]}, {"en": ["a cat"]}, 2),
+        ({"en": "   ", "zh": "猫"}, {"zh": ["猫"]}, 1),
+        ({"en": "", "zh": "猫"}, {"zh": ["猫"]}, 0),  # as tables have it where there is none
+        ({"en": "   ", "caption": "a cat"}, {"en": ["a cat"]}, 0),
+        ({"caption": " ", "text": ["a cat", None]}, {"en": ["a cat"]}, 1),
+        ({"en": "a", "targets": {"en": ["b", " "]}}, {"en": ["a"], "targets": {"en": ["b"]}}, 1),
+        ({"en": "a", "style": {"en": [" ink ", ""]}}, {"en": ["a"], "style": {"en": ["ink"]}}, 1),
+        ({"en": "a", "style": "  "}, {"en": ["a"]}, 0),
+    ],
+)
+def test_white_space_is_no_caption_and_what_is_left_out_is_counted(row, texts, num_blank):
+    assert captions_of(row, "Row 1") == ({**texts, "weight": 1.0}, num_blank)
+
+
+@pytest.mark.parametrize(
+    "row, said",
+    [
+        ({"en": "   "}, "Row 7 must be an object with captions"),
+        ({"en": ["", " "], "zh": ""}, "Row 7 must be an object with captions"),
+        ({"en": "a", "targets": {"en": " "}}, "`targets` of Row 7 must be an object with captions"),
+    ],
+)
+def test_a_line_of_blank_captions_alone_is_one_without_a_caption(row, said):
+    with pytest.raises(ValueError, match=said):
+        parse_captions(json.dumps(row), "Row 7")
+
+
+def test_a_caption_that_is_no_text_is_named():
+    with pytest.raises(ValueError, match="Row 7 has a caption that is no text: 1"):
+        captions_of({"text": ["a cat", 1]}, "Row 7")
 
 
 # Lists ---------------------------------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from ...json_lines import parse_object
+from ...json_lines import is_unicode, parse_object
 from ...models.tokenization import CodesAndPiecesTokenizer
 
 LANGUAGES = ("en", "zh")
@@ -19,49 +19,92 @@ MOST_LOOKED_AT = 2000  # captions of each language, to say what is lost of them
 logger = logging.getLogger(__name__)
 
 
-def parse_captions(line: str, place: object) -> tuple[dict[str, Any], float]:
+class Captions(NamedTuple):
+    """
+    What a line of JSON says of a picture.
+
+    Args:
+        texts (`dict`): Captions by language, each a list; under `targets` and `style` what the line has there.
+        weight (`float`): How often the picture is drawn, relative to others.
+        num_blank (`int`): Texts of white space that were left out of these.
+    """
+
+    texts: dict[str, Any]
+    weight: float
+    num_blank: int
+
+
+def parse_captions(line: str, place: object) -> Captions:
     """
     Captions by language, and the weight, of a line of JSON; a caption alone counts as a list of one.
+
+    White space around texts is cut off, and what is then empty is left out.
 
     Args:
         line (`str`): A JSON object.
         place (`str`, or what becomes one): What an error calls the line, such as `"Line 7 of captions.jsonl"`.
 
-    Returns:
-        `tuple[dict, float]`: The captions, and under `targets` and `style` what the line has there; the weight.
-
     Raises:
-        ValueError: If the line is no object, has no caption, or its weight is no number of at least 0.
+        ValueError: If the line is no object, has no caption or one that is no Unicode text, or its weight is no number
+            of at least 0.
     """
     try:
         row = parse_object(line)
     except ValueError as error:
         raise ValueError(f"{place} {error}") from error
-    texts: dict[str, Any] = {**_captions_by_language(row, place, line)}
+    own, num_blank = _captions_by_language(row, place, line)
+    texts: dict[str, Any] = {**own}
     if "targets" in row:
-        texts["targets"] = _captions_by_language(row["targets"], f"`targets` of {place}", line)
+        texts["targets"], more = _captions_by_language(row["targets"], f"`targets` of {place}", line)
+        num_blank += more
     style = row.get("style")
+    if isinstance(style, str):
+        style = {"en" if style.isascii() else "zh": style} if style.strip() else None
     if style:
-        names = {"en" if style.isascii() else "zh": style} if isinstance(style, str) else style
-        texts["style"] = _captions_by_language(names, f"`style` of {place}", line)
+        texts["style"], more = _captions_by_language(style, f"`style` of {place}", line)
+        num_blank += more
     weight = row.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
         raise ValueError(f"{place} must have a number of at least 0 as `weight`, but has {weight!r}.")
-    return texts, float(weight)
+    return Captions(texts, float(weight), num_blank)
 
 
-def _captions_by_language(row: object, place: object, line: str) -> dict[str, list[str]]:
-    if not isinstance(row, dict) or not any(row.get(language) for language in LANGUAGES):
+def has_text(value: object) -> bool:
+    """Whether a value is a text or texts that are not all blank; what is neither is none of these, and counts, too."""
+    texts = [value] if isinstance(value, str) else value
+    if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
+        return any(text.strip() for text in texts)
+    return bool(value)
+
+
+def _captions_by_language(row: object, place: object, line: str) -> tuple[dict[str, list[str]], int]:
+    """The captions, and how many blank ones were left out."""
+    if not isinstance(row, dict) or not any(has_text(row.get(language)) for language in LANGUAGES):
         raise ValueError(
             f"{place} must be an object with captions in one of {LANGUAGES}, but is {line.strip()[:80]!r}."
         )
-    texts = {}
+    texts, num_blank = {}, 0
     for language in LANGUAGES:
         if row.get(language):
-            texts[language] = [row[language]] if isinstance(row[language], str) else row[language]
-            if not isinstance(texts[language], list) or not all(isinstance(text, str) for text in texts[language]):
+            own = [row[language]] if isinstance(row[language], str) else row[language]
+            if not isinstance(own, list) or not all(isinstance(text, str) for text in own):
                 raise ValueError(f"{place} must have a text or a list of texts in {language!r}: {row[language]!r}.")
-    return texts
+            for text in own:
+                if not is_unicode(text):
+                    raise ValueError(
+                        f"{place} must have Unicode text in {language!r}, but {text[:80]!r} holds half of a surrogate "
+                        "pair. Write it as UTF-8 again."
+                    )
+            kept = [text.strip() for text in own if text.strip()]
+            num_blank += len(own) - len(kept)
+            if kept:
+                texts[language] = kept
+    return texts, num_blank
+
+
+def tell_blank(num_blank: int) -> str:
+    """How many blank captions were left out, in words."""
+    return f"{num_blank} blank captions were left out."
 
 
 @dataclass
@@ -75,7 +118,8 @@ class TextLosses:
         pieces (`dict[str, int]`): Tokens of all.
         unknown (`dict[str, int]`): Those that stand for characters without a piece.
         longest (`int`): Tokens of the longest caption.
-        words (`dict[str, int]`): Parts of the texts that it does not know, and in how many captions they are.
+        lost (`dict[str, int]`): Runs of characters without a piece, and in how many captions they are.
+        new_words (`dict[str, int]`): Words that have pieces, but are not among those that the model knows; likewise.
         is_sample (`bool`): Whether there are more captions than those that were looked at.
     """
 
@@ -84,7 +128,8 @@ class TextLosses:
     pieces: Counter = field(default_factory=Counter)
     unknown: Counter = field(default_factory=Counter)
     longest: int = 0
-    words: Counter = field(default_factory=Counter)
+    lost: Counter = field(default_factory=Counter)
+    new_words: Counter = field(default_factory=Counter)
     is_sample: bool = False
 
     def count(self, text: str, language: str, tokenizer: CodesAndPiecesTokenizer, max_text_tokens: int | None) -> None:
@@ -95,10 +140,13 @@ class TextLosses:
         self.cut[language] += max_text_tokens is not None and len(ids) > max_text_tokens
         self.pieces[language] += len(ids)
         self.unknown[language] += ids.count(tokenizer.unk_token_id)
-        self.words.update(set(tokenizer.unknown_parts(text)))
+        lost = tokenizer.parts_without_piece(text)
+        self.lost.update(lost)
+        words = tokenizer.unknown_words([text])
+        self.new_words.update(word for word in words if not any(part.casefold() in word for part in lost))
 
     def sentences(self, max_text_tokens: int | None) -> list[str]:
-        """What is lost, in words; empty if nothing is."""
+        """What is lost, and what is new to the model, in words; empty if nothing is."""
         told = []
         of_those = f" (of {self.captions.total()} captions that were looked at)" if self.is_sample else ""
         if self.cut.total():
@@ -108,11 +156,19 @@ class TextLosses:
             )
         if self.unknown.total():
             told.append(f"Pieces that the tokenizer does not know: {_shares(self.unknown, self.pieces)}{of_those}.")
-        if self.words:
-            shown = ", ".join(word for word, _ in self.words.most_common(8))
-            more = f" and {len(self.words) - 8} more" if len(self.words) > 8 else ""
-            told.append(f"What the tokenizer does not know of the captions: {shown}{more}{of_those}.")
+        if self.lost:
+            told.append(f"Characters that have no piece, which no model reads: {_most_common(self.lost)}{of_those}.")
+        if self.new_words:
+            told.append(
+                "Words that are new to the model, which training on these captions teaches it: "
+                f"{_most_common(self.new_words)}{of_those}."
+            )
         return told
+
+
+def _most_common(parts: Counter, number: int = 8) -> str:
+    shown = ", ".join(part for part, _ in parts.most_common(number))
+    return f"{shown} and {len(parts) - number} more" if len(parts) > number else shown
 
 
 def _shares(some: Counter, all_of_them: Counter) -> str:
@@ -128,8 +184,8 @@ def tell_text_losses(
     captions: Sequence[dict], tokenizer: CodesAndPiecesTokenizer, max_text_tokens: int | None
 ) -> TextLosses:
     """
-    Say, as warnings, what of the captions of some pictures is lost, by language: cut off, or unknown. Where not all
-    were looked at, the warnings say so.
+    Say, as warnings, what of the captions of some pictures is lost, by language: cut off, or without a piece; and
+    which words are new to the model. Where not all were looked at, the warnings say so.
 
     Args:
         captions (sequence of `dict`): By language, as `TokenData` has them. Of many, some are looked at:

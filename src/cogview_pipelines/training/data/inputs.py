@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from ...json_lines import dump_line, parse_object, read_lines
 from ...pictures.files import find_file
-from .captions import LANGUAGES, parse_captions
+from .captions import LANGUAGES, has_text, parse_captions
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
@@ -41,12 +41,14 @@ class PictureRow:
         content (`bytes`, `Path` or `None`): The file of the picture, or where it is.
         texts (`dict`): Captions by language, and what else a line of `captions.jsonl` has.
         problem (`str`, *optional*): Why it cannot be used, in words that go on from the place.
+        num_blank (`int`): Blank captions of it that were left out.
     """
 
     place: str
     content: bytes | Path | None = None
     texts: dict = field(default_factory=dict)
     problem: str | None = None
+    num_blank: int = 0
 
 
 class Part(Protocol):
@@ -101,9 +103,9 @@ def is_packed(image_folder: str | Path) -> bool:
     return any(next(folder.glob(pattern), None) is not None for pattern in patterns)
 
 
-def captions_of(row: Mapping[str, Any], place: str) -> dict:
+def captions_of(row: Mapping[str, Any], place: str) -> tuple[dict, int]:
     """
-    Captions by language with their weight, of a row of any of these kinds.
+    Captions by language with their weight, of a row of any of these kinds; and how many blank ones were left out.
 
     A row that has neither `en` nor `zh` has its caption, or a list of them, under one of `CAPTION_NAMES`; one with a
     Chinese character is Chinese.
@@ -112,21 +114,27 @@ def captions_of(row: Mapping[str, Any], place: str) -> dict:
         ValueError: As [`parse_captions`].
     """
     row = {name: value for name, value in row.items() if value is not None}
-    if not any(row.get(language) for language in LANGUAGES):
-        texts = next((row[name] for name in CAPTION_NAMES if row.get(name)), None)
+    num_blank = 0
+    if not any(has_text(row.get(language)) for language in LANGUAGES):
+        row = {name: value for name, value in row.items() if name not in LANGUAGES}
+        texts = next((row[name] for name in CAPTION_NAMES if has_text(row.get(name))), None)
         texts = [texts] if isinstance(texts, str) else texts
         if not isinstance(texts, list) or not any(isinstance(text, str) and text.strip() for text in texts):
             raise ValueError(f"{place} has no caption ({', '.join((*LANGUAGES, *CAPTION_NAMES))}).")
         for text in texts:
-            if isinstance(text, str) and text.strip():
-                row.setdefault("zh" if _HAN.search(text) else "en", []).append(text.strip())
+            if text is None or (isinstance(text, str) and not text.strip()):
+                num_blank += 1
+            elif isinstance(text, str):
+                row.setdefault("zh" if _HAN.search(text) else "en", []).append(text)
+            else:
+                raise ValueError(f"{place} has a caption that is no text: {text!r}.")
     names = (*LANGUAGES, "targets", "style", "weight")
     try:
         line = dump_line({name: row[name] for name in names if name in row})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{place} has captions that are no texts ({error}).") from error
-    texts, weight = parse_captions(line, place)
-    return {**texts, "weight": weight}
+    found = parse_captions(line, place)
+    return {**found.texts, "weight": found.weight}, num_blank + found.num_blank
 
 
 # Lists ---------------------------------------------------------------------------------------------------------------
@@ -193,10 +201,10 @@ def _listed(place: str, row: Mapping[str, Any], folder: Path) -> PictureRow:
     if not isinstance(name, str):
         return PictureRow(place, problem="names no picture in `file` or `file_name`")
     try:
-        texts = captions_of(row, place)
+        texts, num_blank = captions_of(row, place)
     except ValueError as error:
         return PictureRow(place, problem=str(error).removeprefix(place).strip())
-    return PictureRow(f"{place} ({name})", find_file(folder / name), texts)
+    return PictureRow(f"{place} ({name})", find_file(folder / name), texts, num_blank=num_blank)
 
 
 def _line_parts(path: Path, folder: Path, size: int) -> list[Part]:
@@ -268,7 +276,7 @@ class TarPart:
         place = f"{'/'.join(filter(None, key))} of {self.path}"
         try:
             row = parse_object(files["json"].decode("utf-8")) if "json" in files else {}
-            if "txt" in files and not any(row.get(language) for language in LANGUAGES):
+            if "txt" in files and not any(has_text(row.get(language)) for language in LANGUAGES):
                 row["caption"] = files["txt"].decode("utf-8")
         except ValueError as error:
             return PictureRow(place, problem=f"has a damaged text: {error}")
@@ -276,7 +284,8 @@ class TarPart:
         if content is None:
             return PictureRow(place, problem="has no picture")
         try:
-            return PictureRow(place, content, captions_of(row, place))
+            texts, num_blank = captions_of(row, place)
+            return PictureRow(place, content, texts, num_blank=num_blank)
         except ValueError as error:
             return PictureRow(place, problem=str(error).removeprefix(place).strip())
 
@@ -306,9 +315,15 @@ class ParquetPart:
                     raise ValueError(f"{self.path} has no column of pictures ({', '.join(PICTURE_NAMES)}): {names}.")
                 texts = [n for n in names if n in (*LANGUAGES, *CAPTION_NAMES, "targets", "style", "weight")]
                 for batch in file.iter_batches(64, columns=[picture, *texts]):
-                    for row in batch.to_pylist():
-                        yield self._row(f"Row {number} of {self.path}", row.pop(picture), row)
+                    for start in range(len(batch)):
+                        place = f"Row {number} of {self.path}"
                         number += 1
+                        try:
+                            (row,) = batch.slice(start, 1).to_pylist()
+                        except UnicodeDecodeError:  # Parquet does not look at the bytes of its texts
+                            yield PictureRow(place, problem="is not UTF-8 text")
+                        else:
+                            yield self._row(place, row.pop(picture), row)
         except (OSError, ArrowException) as error:
             yield PictureRow(str(self.path), problem=f"is damaged or cut off: {error}")
 
@@ -325,6 +340,7 @@ class ParquetPart:
         if content is None:
             return PictureRow(place, problem="has no picture")
         try:
-            return PictureRow(place, content, captions_of(row, place))
+            texts, num_blank = captions_of(row, place)
+            return PictureRow(place, content, texts, num_blank=num_blank)
         except ValueError as error:
             return PictureRow(place, problem=str(error).removeprefix(place).strip())

@@ -18,6 +18,7 @@ from ...pictures.files import find_file, read_picture
 from .prefetch import draw_indices
 from .selection import to_square
 
+MOST_SHOWN = 50  # of pictures that cannot be used, in an error
 logger = logging.getLogger(__name__)
 
 
@@ -155,7 +156,9 @@ def check_pictures(
         with open(record, "w", encoding="utf-8") as file:
             write_lines(file, ({"file": name, "signature": signature} for name, signature in state.items()))
     if broken and not skip_unreadable:
-        shown = " ".join(list(broken.values())[:10])
+        shown = " ".join(list(broken.values())[:MOST_SHOWN])
+        if len(broken) > MOST_SHOWN:
+            shown += f" And {len(broken) - MOST_SHOWN} more."
         raise ValueError(
             f"{len(broken)} of {len(paths)} pictures cannot be read: {shown} Repair or remove them, or leave them out "
             "with `--skip_unreadable`."

@@ -76,6 +76,7 @@ class Selected:
         digest (`int`): 64 bits of a hash of its file.
         reason (`str`, *optional*): Why it is left out, a key of `REASONS`.
         problem (`str`, *optional*): A sentence of that, if it is unusable.
+        num_blank (`int`): Blank captions that were left out of those.
     """
 
     texts: dict
@@ -83,6 +84,7 @@ class Selected:
     digest: int = 0
     reason: str | None = None
     problem: str | None = None
+    num_blank: int = 0
 
 
 def select(row: PictureRow, filters: Filters, sizes: Sequence[int], fit: str, seed: int) -> Selected:
@@ -111,7 +113,8 @@ def select(row: PictureRow, filters: Filters, sizes: Sequence[int], fit: str, se
         return Selected({}, [], reason=reason)
     digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
     image = on_white(image)
-    return Selected(texts, [to_square(image, size, fit, (seed, digest)) for size in sizes], digest)
+    squares = [to_square(image, size, fit, (seed, digest)) for size in sizes]
+    return Selected(texts, squares, digest, num_blank=row.num_blank)
 
 
 def to_square(image: Image.Image, size: int, fit: str, key: tuple[int, ...] = (0,)) -> Image.Image:

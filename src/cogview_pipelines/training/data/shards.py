@@ -551,7 +551,7 @@ class TokenShards:
 
     def _read_texts(self, index: int) -> dict[str, dict[str, list[str]]]:
         """What the line of a picture says: its `captions`, the `targets` of captioning, and its `style`."""
-        captions, _ = parse_captions(*self.line(index))
+        captions = parse_captions(*self.line(index)).texts
         style = captions.pop("style", {})
         targets = captions.pop("targets", captions)
         return {"captions": captions, "targets": targets, "style": style}

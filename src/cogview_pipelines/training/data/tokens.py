@@ -34,7 +34,7 @@ from ..adapters import LoraOptions
 from ..arguments import UNNOTICED, TrainConfig
 from ..processes import start_processes
 from ..run_folder import replacing
-from .captions import LANGUAGES, parse_captions, tell_text_losses
+from .captions import LANGUAGES, parse_captions, tell_blank, tell_text_losses
 from .chances import Chances, EpochOrder, MixedChances, WeightedIndex
 from .draws import Draw, draw_two_indices
 from .shards import (
@@ -131,13 +131,16 @@ class TokenData:
             tensors = load_file(folder / TOKENS_FILE)
         except SafetensorError as error:
             raise ValueError(f"`data` has a damaged {TOKENS_FILE} ({error}). Make it again.") from error
-        captions, weights, targets, styles = [], [], [], []
+        captions, weights, targets, styles, num_blank = [], [], [], [], 0
         for number, line in read_lines(folder / CAPTIONS_FILE):
-            texts, weight = parse_captions(line, f"Line {number} of {folder / CAPTIONS_FILE}")
+            texts, weight, blank = parse_captions(line, f"Line {number} of {folder / CAPTIONS_FILE}")
+            num_blank += blank
             styles.append(texts.pop("style", {}))
             targets.append(texts.pop("targets", texts))
             captions.append(texts)
             weights.append(weight)
+        if num_blank:
+            logger.warning("`data` %s: %s", folder, tell_blank(num_blank))
         low, fine = tensors.get("low"), tensors.get("fine")
         if low is None or not sum(weights):
             what = "tensor `low`" if low is None else "pictures of a `weight` above 0"
