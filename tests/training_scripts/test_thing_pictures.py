@@ -55,7 +55,7 @@ def test_the_pictures_and_their_captions_are_written(script, tmp_path, monkeypat
         assert all("red heart" in text for text in row["en"]) and all("红色爱心" in text for text in row["zh"])
 
 
-def test_a_model_that_never_saw_the_thing_is_measured(script, tmp_path, monkeypatch, capsys):
+def test_a_model_that_cannot_draw_the_thing_is_measured(script, tmp_path, monkeypatch, capsys):
     few = script.plan(HEART, "twemoji", 0)
     few = script.Plan(few.learned, few.new_backgrounds[:2], few.new_companions[:1], few.without_it[:2])
     monkeypatch.setattr(script, "plan", lambda *arguments: few)

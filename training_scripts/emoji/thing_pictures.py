@@ -2,7 +2,7 @@
 r"""
 Twenty pictures of a thing to teach a model, and the measure of what it learned (docs/lora.md).
 
-Twenty pictures of a heart, which the shipped model has never seen, alone and with things that it knows:
+Twenty pictures of a heart, which the shipped model cannot draw, alone and with things that it knows:
     python training_scripts/emoji/thing_pictures.py make --output_dir heart_pictures
 What the model makes of it where it was not shown, and of what it knew, without and with an adapter:
     python training_scripts/emoji/thing_pictures.py measure --output_dir before
