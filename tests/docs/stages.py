@@ -176,8 +176,7 @@ def photographs(folder: Path) -> Stage:
     return {}, {
         "stamps.py make": "stamps.py make --stamps package --num_backgrounds 3",
         "stamps.py measure": "stamps.py measure --stamps package --num 2",
-        "--steps 1500": "--steps 2 --batch-size 2",
-        "--steps 500 --batch-size 8": "--steps 2 --batch-size 2",
+        "--steps 1500": "--stage coglm --steps 2 --batch-size 2",  # all stages of a tiny model: docs/training.md
         "--batch_size 8": "--batch_size 2",
         **FEW_STEPS,
     }
