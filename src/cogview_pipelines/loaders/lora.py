@@ -272,9 +272,7 @@ class LoraLoaderMixin(Mixed):
         unknown = [name for name in names if name not in self._all_adapters()]
         if unknown or len(set(names)) < len(names):
             raise ValueError(f"`adapter_names` must be of {self._all_adapters()}, each once, but is {names}.")
-        weights = adapter_weights
-        several = isinstance(weights, (Iterable, torch.Tensor)) and not isinstance(weights, (str, Mapping))
-        weights = [*weights] if several and getattr(weights, "ndim", 1) else [weights] * len(names)
+        weights = _per_adapter(adapter_weights, len(names))
         if len(weights) != len(names):
             raise ValueError(f"`adapter_weights` must be one for each of {names}, but has {len(weights)}.")
         models = self._unfused_models()
@@ -498,7 +496,15 @@ class LoraLoaderMixin(Mixed):
         self._tell_words()
 
 
-def _names(value: object, argument: str) -> list[str]:
+def _per_adapter(weights: Any, count: int) -> list[Any]:
+    """A weight for each adapter; a number, an object by component, or `None` is that of all of them."""
+    is_one = (
+        isinstance(weights, (str, Mapping)) or not isinstance(weights, Iterable) or not getattr(weights, "ndim", 1)
+    )
+    return [weights] * count if is_one else [*weights]
+
+
+def _names(value: Any, argument: str) -> list[str]:
     """One name, or several."""
     names = [value] if isinstance(value, str) else [*value] if isinstance(value, Iterable) else [value]
     if not all(isinstance(name, str) for name in names):
