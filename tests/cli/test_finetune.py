@@ -244,7 +244,8 @@ def test_a_signal_reaches_the_script_which_ends_in_its_own_way_or_by_it(tmp_path
         "time.sleep(60)\n"
     )
     program = (
-        "import sys; from pathlib import Path; from cogview_pipelines.cli import finetune\n"
+        "import signal, sys; from pathlib import Path; from cogview_pipelines.cli import finetune\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in what a shell runs in the background
         "job = finetune.Job.__new__(finetune.Job)\n"
         f"job.scripts = Path({str(tmp_path)!r})\n"
         "try:\n    job._run([sys.executable], 'script.py', {})\n"
