@@ -28,8 +28,9 @@ from cogview_pipelines import (
     IcetkTokenizer,
     LoPARScheduler,
 )
+from cogview_pipelines.loaders.lora import read_saved_adapters
 from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
-from cogview_pipelines.training.adapters import LEFT_OUT, saved_adapters
+from cogview_pipelines.training.adapters import LEFT_OUT
 from cogview_pipelines.training.arguments import files_option, json_option, parse_config, read_words, run_script
 from cogview_pipelines.training.data.tokens import TokenData
 from cogview_pipelines.training.run_folder import filling
@@ -148,7 +149,7 @@ def main(arguments: list[str] | None = None) -> CogView2Pipeline:
     options = {name: json_option(config, f"{name}_scheduler") for name in SCHEDULERS}
     files = files_option(config)
     parts = Parts(config)
-    adapters = [] if config.like is None else saved_adapters(config.like)
+    adapters = [] if config.like is None else [*read_saved_adapters(config.like)[0]]
     if adapters:
         logger.warning("The adapters %s of `like` %s", adapters, LEFT_OUT)
     settings = {name: parts.setting(name, getattr(config, name)) for name in DEFAULTS if name != "styles"}

@@ -255,10 +255,11 @@ class Job:
 
     def warn_of_adapters(self) -> None:
         """Say which adapters of the model are not trained with it."""
-        from ..training.adapters import LEFT_OUT, saved_adapters
+        from ..loaders.lora import read_saved_adapters
+        from ..training.adapters import LEFT_OUT
 
         with bad_input():
-            names = saved_adapters(self.model)
+            names = [*read_saved_adapters(self.model)[0]]
         if names:
             say(f"Warning: the adapters {names} of `--model` {LEFT_OUT}", err=True)
 

@@ -470,21 +470,9 @@ class LoraLoaderMixin(Mixed):
 
     def _load_saved_adapters(self, source: str | os.PathLike, **hub_options) -> None:
         """Load the adapters that were saved with a pipeline."""
-        if os.path.isdir(source):
-            index_file = Path(source) / LORA_FOLDER / LORA_INDEX
-            if not index_file.is_file():
-                return
-        else:
-            try:
-                index_file = hf_hub_download(os.fspath(source), f"{LORA_FOLDER}/{LORA_INDEX}", **hub_options)
-            except (HfHubHTTPError, OSError, ValueError):  # there are none, or none in the cache
-                return
-        try:
-            index = json.loads(Path(index_file).read_text(encoding="utf-8"))
-            names = {name: dict(counts) for name, counts in index["adapters"].items()}
-            active = {name: list(parts) for name, parts in index["active"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index_file} is damaged. Copy or save the model again.") from error
+        names, active = read_saved_adapters(source, **hub_options)
+        if not names:
+            return
         names = {name: counts for name, counts in names.items() if any(map(self._lora_models().get, counts))}
         for name in names:
             options = {"weight_name": f"{name}.safetensors", "subfolder": LORA_FOLDER, **hub_options}
@@ -494,6 +482,40 @@ class LoraLoaderMixin(Mixed):
         for part, model in self._lora_models().items():
             adapters.activate(model, [name for name in names if part in active.get(name, ())])
         self._tell_words()
+
+
+def read_saved_adapters(
+    source: str | os.PathLike, **hub_options: Any
+) -> tuple[dict[str, dict[str, float]], dict[str, list[str]]]:
+    """
+    The adapters that were saved beside the weights of a pipeline.
+
+    Args:
+        source (`str` or `os.PathLike`): The pipeline's folder or Hub id.
+        hub_options: Of `hf_hub_download`.
+
+    Returns:
+        By name, by how much each counts in each component, and the components in which it counts; empty if there are
+        none, or none in the cache.
+
+    Raises:
+        ValueError: If the list of them is damaged.
+    """
+    path = Path(source) / LORA_FOLDER / LORA_INDEX
+    if not os.path.isdir(source):
+        try:
+            path = Path(hf_hub_download(os.fspath(source), f"{LORA_FOLDER}/{LORA_INDEX}", **hub_options))
+        except (HfHubHTTPError, OSError, ValueError):
+            return {}, {}
+    if not path.is_file():
+        return {}, {}
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        names = {name: dict(counts) for name, counts in index["adapters"].items()}
+        active = {name: list(parts) for name, parts in index["active"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged. Copy or save the model again.") from error
+    return names, active
 
 
 def _per_adapter(weights: Any, count: int) -> list[Any]:

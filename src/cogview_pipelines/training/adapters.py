@@ -1,16 +1,11 @@
 """Training adapters (LoRA) instead of the weights of a model: the options of the scripts, and what is saved."""
 
-import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 
-from ..loaders.lora import LORA_FOLDER, LORA_INDEX
 from ..loaders.lora_files import write_lora
 from ..models.adapters import (
     DEFAULT_ADAPTER,
@@ -26,30 +21,6 @@ LEFT_OUT = (
     "are left out: they were saved beside the weights of the model, which do not have what they learned. To keep it, "
     "load the pipeline, call `fuse_lora()` and `save_pretrained(folder)`, and name that folder instead."
 )
-
-
-def saved_adapters(pipeline: str | os.PathLike) -> list[str]:
-    """
-    Names of the adapters that were saved with a pipeline and are no part of its weights.
-
-    Args:
-        pipeline (`str` or `os.PathLike`): Its folder or Hub id.
-
-    Raises:
-        ValueError: If the list of them is damaged.
-    """
-    path = Path(pipeline) / LORA_FOLDER / LORA_INDEX
-    if not os.path.isdir(pipeline):
-        try:
-            path = Path(hf_hub_download(os.fspath(pipeline), f"{LORA_FOLDER}/{LORA_INDEX}"))
-        except (HfHubHTTPError, OSError, ValueError):  # there are none, or none in the cache
-            return []
-    if not path.is_file():
-        return []
-    try:
-        return [*json.loads(path.read_text(encoding="utf-8"))["adapters"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged. Copy or save the model again.") from error
 
 
 @dataclass
