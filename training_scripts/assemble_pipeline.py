@@ -132,7 +132,8 @@ class Parts:
         if model.config.shares_backbone and replaced:
             print(
                 "Direct super-resolution is that of `like`, which reads tokens by the weights of its CogLM: it keeps "
-                "a copy of them. Train it on the new CogLM (train_direct_sr.py --init_from) to teach it what is new."
+                "a copy of them. Train it on the new CogLM (train_direct_sr.py --init_from, with --lend_backbone true "
+                "if from this copy) to teach it what is new."
             )
             options = {"subfolder": "transformer", "dtype": self.dtype}
             model.keep_backbone(CogLMModel.from_pretrained(self.config.like, **options))

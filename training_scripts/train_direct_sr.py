@@ -45,7 +45,14 @@ class DirectSRTrainConfig(TokenTrainConfig):
         default=None,
         metadata={
             "help": "This stage, trained on another CogLM or data, to go on from. `transformer` is lent as its "
-            "backbone, unless it has one of its own (`train_backbone`)."
+            "backbone, unless it has one of its own, which it goes on with."
+        },
+    )
+    lend_backbone: bool = field(
+        default=False,
+        metadata={
+            "help": "Lend `transformer` to `init_from` even if it has a backbone of its own: one that borrowed the "
+            "weights of another CogLM, and keeps a copy of them."
         },
     )
     vqvae: str | None = field(default=None, metadata={"help": "Image tokenizer, for sample pictures."})
@@ -61,24 +68,34 @@ class DirectSRTrainConfig(TokenTrainConfig):
     )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute layers to save memory."})
 
+    def check(self) -> None:
+        super().check()
+        # an adapter is for the stage as it is in its pipeline
+        for name in ("train_backbone", "lora_rank"):
+            if self.lend_backbone and getattr(self, name):
+                raise ValueError(f"`lend_backbone` must not be with `{name}`: that needs the backbone of `init_from`.")
+        if self.lend_backbone and self.init_from is None:
+            raise ValueError("`lend_backbone` is about a trained stage. Name it by `init_from`.")
+
 
 def make_model(config: DirectSRTrainConfig, data: TokenData) -> CogLMCanvasModel:
-    """The CogLM with a canvas; unless asked otherwise, its backbone is frozen and saved with the CogLM only."""
-    transformer = load_model(CogLMModel, config.transformer)
+    """
+    The CogLM with a canvas; unless asked otherwise, its backbone is frozen and saved with the CogLM only.
+
+    A trained stage that has a backbone of its own keeps it, since the canvas has learned to read by it.
+    """
     if config.init_from is not None:
         model = load_model(CogLMCanvasModel, config.init_from)
-        found = (model.config.super_resolution, model.config.shares_backbone, model.config.fine_grid)
-        wanted = ("direct", not config.train_backbone, tuple(data.fine.shape[1:]))
+        found = (model.config.super_resolution, model.config.fine_grid)
+        wanted = ("direct", tuple(data.fine.shape[1:]))
         if found != wanted:
-            raise ValueError(
-                "`init_from` must have `super_resolution`, `shares_backbone` (without `train_backbone`) and "
-                f"`fine_grid` {wanted}, but has {found}."
-            )
-        if model.config.shares_backbone:
-            model.share_backbone(transformer)
+            raise ValueError(f"`init_from` must have `super_resolution` and `fine_grid` {wanted}, but has {found}.")
+        if model.config.shares_backbone or config.lend_backbone:
+            take = model.keep_backbone if config.train_backbone else model.share_backbone
+            take(load_model(CogLMModel, config.transformer))
     else:
         model = CogLMCanvasModel.from_transformer(
-            transformer,
+            load_model(CogLMModel, config.transformer),
             "direct",
             tuple(data.fine.shape[1:]),
             shares_backbone=not config.train_backbone,

@@ -190,6 +190,67 @@ def test_direct_super_resolution_that_is_not_trained_keeps_the_weights_it_was_tr
     assert max(float((old[name] - new[name]).abs().max()) for name in old) > 0.02
 
 
+def test_stages_that_are_trained_one_after_the_other_are_as_if_trained_at_once(run, model, tmp_path):
+    """Direct super-resolution borrows again from the CogLM that went on without it."""
+    first = model
+    for stage in ("coglm", "direct-sr"):
+        output = tmp_path / stage
+        result = run("--stage", stage, "--model", str(model), "--learning-rate", "0.01", "--output", str(output))
+        assert result.exit_code == 0, (result.output, result.exception)
+        model = output
+    both = ("--stage", "coglm", "--stage", "direct-sr")
+    assert run(*both, "--learning-rate", "0.01", "--output", str(tmp_path / "at_once")).exit_code == 0
+    before, parts, whole = map(CogView2Pipeline.from_pretrained, (first, model, tmp_path / "at_once"))
+    assert parts.direct_sr_transformer.config.shares_backbone
+    for name, value in whole.transformer.state_dict().items():
+        assert torch.equal(value, parts.transformer.state_dict()[name]), name
+    old, own, wanted = (pipe.direct_sr_transformer.state_dict() for pipe in (before, parts, whole))
+    canvas = [name for name in old if "canvas_" in name]
+    change = sum(float((wanted[name] - old[name]).abs().sum()) for name in canvas)
+    error = sum(float((wanted[name] - own[name]).abs().sum()) for name in canvas)
+    assert error < change / 10  # weights are rounded where they are stored between
+    for folder, stage, keeps in (
+        (first, "coglm", True),
+        (first, "iterative-sr", False),
+        (tmp_path / "coglm", "iterative-sr", True),
+        (tmp_path / "coglm", "direct-sr", False),
+    ):
+        job = finetune.Job(finetune.find_scripts(), [], str(folder), None, None, None)
+        assert job._leaves_backbone({"lora_rank": None, "stages": [stage]}) is keeps, (folder, stage)
+
+
+def test_a_backbone_that_adapters_were_fused_into_is_kept(run, model, tmp_path):
+    pipe = CogView2Pipeline.from_pretrained(model)
+    add_adapter(pipe.direct_sr_transformer, "style", 2)
+    for name, value in pipe.direct_sr_transformer.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.constant_(value, 0.1)
+    pipe.fuse_lora()
+    pipe.save_pretrained(tmp_path / "fused")
+    stages = ("--stage", "coglm", "--stage", "direct-sr", "--learning-rate", "0.01")
+    result = run("--model", str(tmp_path / "fused"), *stages)
+    assert result.exit_code == 0, (result.output, result.exception)
+    before, after = (CogView2Pipeline.from_pretrained(tmp_path / name) for name in ("fused", "mine"))
+    old, new = before.direct_sr_transformer.state_dict(), after.direct_sr_transformer.state_dict()
+    changed = [name for name in old if not torch.allclose(old[name], new[name], atol=1e-3)]
+    assert changed and all("canvas_" in name for name in changed)
+
+
+@pytest.mark.parametrize("kind", ["with a copy of the weights that it borrowed", "that borrows"])
+def test_adapters_of_direct_super_resolution_are_for_the_stage_of_the_model(kind, run, model, tmp_path):
+    folder = model
+    if kind != "that borrows":
+        folder = tmp_path / "first"
+        assert run("--stage", "coglm", "--output", str(folder)).exit_code == 0
+    arguments = ("--stage", "direct-sr", "--lora-rank", "2", "--learning-rate", "0.1")
+    result = run("--model", str(folder), *arguments)
+    assert result.exit_code == 0, (result.output, result.exception)
+    pipe = CogView2Pipeline.from_pretrained(folder)
+    plain = draw(pipe)
+    pipe.load_lora_weights(tmp_path / "mine")
+    assert not torch.equal(draw(pipe), plain)
+
+
 def test_what_is_put_together_when_a_stop_comes_is_not_there_and_the_same_command_goes_on(run, tmp_path, monkeypatch):
     def stop(*arguments):
         raise KeyboardInterrupt

@@ -88,8 +88,45 @@ def test_training_goes_on_from_this_stage_on_another_coglm(run, untrained, tmp_p
         assert torch.equal(before, after) or "canvas_" not in name
     with pytest.raises(ValueError, match="`CogLMCanvasModel` reads models of the type 'coglm_canvas'"):
         run(**{**options, "init_from": other})
-    with pytest.raises(ValueError, match="`init_from` must have `super_resolution`"):
-        run("--train_backbone", **options)
+    iterative = CogLMCanvasModel.from_transformer(changed, "iterative", (12, 12), num_text_slots=4, **WINDOWS)
+    iterative.save_pretrained(tmp_path / "iterative")
+    with pytest.raises(ValueError, match="`init_from` must have `super_resolution` and `fine_grid`"):
+        run(**{**options, "init_from": tmp_path / "iterative"})
+
+
+def test_a_stage_goes_on_with_a_backbone_of_its_own_unless_another_is_lent(run, untrained, coglm_folder, tmp_path):
+    own = CogLMCanvasModel.from_transformer(untrained, "direct", (12, 12), num_text_slots=30, **WINDOWS)
+    with torch.no_grad():
+        own.final_layernorm.weight.mul_(2)
+    own.save_pretrained(tmp_path / "own")
+    options = {"init_from": tmp_path / "own", "learning_rate": 1e-2, "max_steps": 1}
+    for lends in (False, True):
+        model = run(lend_backbone=lends, output_dir=tmp_path / f"{lends}", **options)
+        assert model.config.shares_backbone is lends
+        expected = untrained if lends else own
+        assert torch.equal(model.final_layernorm.weight, expected.final_layernorm.weight)
+        trained = dict(model.named_parameters())
+        still = [name for name, value in own.named_parameters() if torch.equal(value, trained[name])]
+        assert not any("canvas_" in name for name in still)
+        assert lends or len(still) == sum("canvas_" not in name for name in trained)
+        weights = tmp_path / f"{lends}/final/model.safetensors"
+        with safe_open(weights, "pt") as file:
+            assert ("final_layernorm.weight" in file.keys()) is not lends  # noqa: SIM118
+    for name, value in (("train_backbone", True), ("lora_rank", 2)):
+        with pytest.raises(ValueError, match=f"`lend_backbone` must not be with `{name}`"):
+            run(lend_backbone=True, output_dir=tmp_path / "none", **{name: value}, **options)
+    with pytest.raises(ValueError, match="`lend_backbone` is about a trained stage"):
+        run(lend_backbone=True, output_dir=tmp_path / "none")
+
+
+def test_a_stage_that_borrowed_gets_a_backbone_of_its_own_where_all_weights_train(run, untrained, tmp_path):
+    run(output_dir=tmp_path / "first")
+    model = run("--train_backbone", init_from=tmp_path / "first/final", output_dir=tmp_path / "second")
+    assert not torch.equal(model.final_layernorm.weight, untrained.final_layernorm.weight)
+    loaded = CogLMCanvasModel.from_pretrained(tmp_path / "second/final")
+    assert not loaded.config.shares_backbone
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
 
 
 def test_with_train_backbone_everything_that_counts_trains_and_is_saved(run, untrained, tmp_path):

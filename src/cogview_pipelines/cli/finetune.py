@@ -22,6 +22,7 @@ from .loading import MODEL_OPTION, find_model
 INTERRUPTED = 75  # exit status of a script that can be resumed
 REPORT = "finetuning.json"
 PRECISIONS = ("no", "bf16", "fp16")
+KEEPS_BACKBONE = "direct_sr_keeps_backbone"  # of the report
 CONTENTS = ("captions_sha256", "num_pictures", "picture_bytes")  # of what was asked, what is in the files
 
 
@@ -336,12 +337,39 @@ class Job:
             options["transformer"] = f"{self.model}/transformer"
             if asked["lora_rank"] is None and trained.is_dir():
                 options["transformer"] = trained
+            if asked["lora_rank"] is None and self._keeps_backbone():
+                options["lend_backbone"] = True
         if self.minutes is not None:
             left = self.minutes - (time.monotonic() - self.started) / 60
             if left <= 0:
                 self._stop()
             options["max_minutes"] = round(left, 3)
         self._run(self.launcher, SCRIPTS[stage], options)
+
+    def _keeps_backbone(self) -> bool:
+        """
+        Whether this command finetuned CogLM without direct super-resolution, which keeps a copy of what it borrowed.
+
+        Then it can borrow again, as if both had been trained at once. A backbone of its own may also be one that was
+        trained, or that adapters are fused into: the canvas needs it.
+        """
+        try:
+            report = json.loads((Path(self.model) / REPORT).read_text(encoding="utf-8"))
+            return report[KEEPS_BACKBONE] is True
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # made otherwise
+            return False
+
+    def _leaves_backbone(self, asked: dict) -> bool:
+        """Whether direct super-resolution of the new model keeps a copy of what it borrowed."""
+        from ..models.cogview2.modeling_coglm_canvas import CogLMCanvasConfig
+
+        name = COMPONENTS[Stage.direct_sr]
+        if asked["lora_rank"] is not None or Stage.direct_sr.value in asked["stages"]:
+            return False
+        if self.index.get(name, [None])[0] is None:
+            return False
+        borrows = CogLMCanvasConfig.from_pretrained(self.model, subfolder=name).shares_backbone
+        return self._keeps_backbone() or (borrows and Stage.coglm.value in asked["stages"])
 
     def assemble(self, asked: dict) -> None:
         """One pipeline of all parts, or one adapter, not yet under its name."""
@@ -378,7 +406,7 @@ class Job:
         from .loading import load_pipeline
 
         losses = {stage: _losses(self.work / stage) for stage in asked["stages"]}
-        report = {**asked, "held_out_losses": losses}
+        report = {**asked, "held_out_losses": losses, KEEPS_BACKBONE: self._leaves_backbone(asked)}
         (self.part / REPORT).write_text(dump_file(report), encoding="utf-8")
         for stage, (before, after) in losses.items():
             if None not in (before, after):
