@@ -25,6 +25,7 @@ from cogview_pipelines import (
     CogViewUpscalePipeline,
 )
 from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
+from cogview_pipelines.training.adapters import warn_of_adapters
 from cogview_pipelines.training.arguments import files_option, json_option, parse_config, read_words, run_script
 from cogview_pipelines.training.run_folder import filling
 
@@ -70,6 +71,8 @@ def main(arguments: list[str] | None = None) -> CogViewPipeline | CogViewUpscale
     given = [name for name in STAGES if getattr(config, name) is not None]
     if not given:
         raise ValueError(f"One of {', '.join(f'`{name}`' for name in STAGES)} must be given.")
+    for name in given:
+        warn_of_adapters(name, getattr(config, name))
     dtype = getattr(torch, config.dtype)
     words = {}
     if config.words_file is not None:

@@ -30,7 +30,7 @@ from cogview_pipelines import (
 )
 from cogview_pipelines.loaders.lora import read_saved_adapters
 from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
-from cogview_pipelines.training.adapters import LEFT_OUT
+from cogview_pipelines.training.adapters import LEFT_OUT, warn_of_adapters
 from cogview_pipelines.training.arguments import files_option, json_option, parse_config, read_words, run_script
 from cogview_pipelines.training.data.tokens import TokenData
 from cogview_pipelines.training.run_folder import filling
@@ -153,6 +153,9 @@ def main(arguments: list[str] | None = None) -> CogView2Pipeline:
     adapters = [] if config.like is None else [*read_saved_adapters(config.like)[0]]
     if adapters:
         logger.warning("The adapters %s of `like` %s", adapters, LEFT_OUT)
+    for name in ("transformer", "direct_sr_transformer", "iterative_sr_transformer"):
+        if getattr(config, name) is not None:
+            warn_of_adapters(name, getattr(config, name))
     settings = {name: parts.setting(name, getattr(config, name)) for name in DEFAULTS if name != "styles"}
     settings["styles"] = parts.setting("styles", json_option(config, "styles"))
     if settings["default_style"] is not None and settings["default_style"] not in settings["styles"]:

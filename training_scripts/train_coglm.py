@@ -94,7 +94,7 @@ def make_model(config: CogLMTrainConfig, tokenizer: IcetkTokenizer, data: TokenD
     """A new CogLM that fits tokenizer and pictures, or a trained one that must."""
     options = json_option(config, "model") or {}
     if config.init_from is not None:
-        model = load_model(CogLMModel, config.init_from, **options)
+        model = load_model(CogLMModel, config.init_from, "init_from", **options)
         data.require_fit(model.config, tokenizer)
         config.put_adapter(model, trained=True)
         if config.new_token is not None:

@@ -147,7 +147,7 @@ def make_model(config: CogViewTrainConfig, tokenizer: CogViewTokenizer, data: To
     """A new CogView that fits tokenizer and pictures, or a trained one that must."""
     options = json_option(config, "model") or {}
     if config.init_from is not None:
-        model = load_model(CogViewModel, config.init_from, **options)
+        model = load_model(CogViewModel, config.init_from, "init_from", **options)
         data.require_fit(model.config, tokenizer)
         config.put_adapter(model, trained=True)
         return model

@@ -85,7 +85,7 @@ def make_model(config: DirectSRTrainConfig, data: TokenData) -> CogLMCanvasModel
     A trained stage that has a backbone of its own keeps it, since the canvas has learned to read by it.
     """
     if config.init_from is not None:
-        model = load_model(CogLMCanvasModel, config.init_from)
+        model = load_model(CogLMCanvasModel, config.init_from, "init_from")
         found = (model.config.super_resolution, model.config.fine_grid)
         wanted = ("direct", tuple(data.fine.shape[1:]))
         if found != wanted:

@@ -80,11 +80,11 @@ def make_model(config: IterativeSRTrainConfig, data: TokenData) -> CogLMCanvasMo
         return CogLMCanvasModel(CogLMCanvasConfig.of_transformer(coglm_config, **options))
     found, _ = CogLMConfig.get_config_dict(config.transformer)
     if found.get("super_resolution") == "iterative":  # go on with it
-        model = load_model(CogLMCanvasModel, config.transformer)
+        model = load_model(CogLMCanvasModel, config.transformer, "transformer")
         config.put_adapter(model, trained=True)
         return model
     config.put_adapter(None, trained=False)
-    transformer = load_model(CogLMModel, config.transformer)
+    transformer = load_model(CogLMModel, config.transformer, "transformer")
     return CogLMCanvasModel.from_transformer(transformer, "iterative", fine_grid, **options)
 
 

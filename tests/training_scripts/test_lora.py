@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from cogview_pipelines import CogLMCanvasModel, CogLMModel, IcetkTokenizer
 from cogview_pipelines.loaders.lora_files import WEIGHT_NAME, read_lora
-from cogview_pipelines.models.adapters import load_adapter
+from cogview_pipelines.models.adapters import add_adapter, load_adapter
+from cogview_pipelines.training.adapters import LEFT_OUT
 from cogview_pipelines.training.data.tokens import TokenData
 
 from ..utils import FINE_GRID, make_coglm, token_config
@@ -115,6 +116,32 @@ def test_mistakes_are_named(run, coglm_folder, tmp_path):
     with pytest.raises(ValueError, match="`lora_rank` adapts a trained model"):
         run("train_iterative_sr", transformer=coglm_folder)
     assert not (tmp_path / "run" / "final").exists()
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_adapters_that_were_saved_with_the_model_are_named_where_training_goes_on_without(
+    script, run, tokenizer, tmp_path, caplog
+):
+    from ..pipelines.conftest import build
+
+    pipe = build(tokenizer)
+    add_adapter(getattr(pipe, STAGES[script]), "style", 2)
+    pipe.save_pretrained(tmp_path / "MODEL")
+    own = tmp_path / "MODEL" / STAGES[script]
+    option = "transformer" if script == "train_iterative_sr" else "init_from"
+    run(script, max_steps=1, **{option: own})
+    said = [text for text in caplog.messages if LEFT_OUT in text]
+    assert said == [f"The adapters ['style'] of `{option}` {LEFT_OUT}"]
+
+
+def test_adapters_of_other_components_are_not_named(run, tokenizer, tmp_path, caplog):
+    from ..pipelines.conftest import build
+
+    pipe = build(tokenizer)
+    add_adapter(pipe.iterative_sr_transformer, "style", 2)
+    pipe.save_pretrained(tmp_path / "MODEL")
+    run("train_coglm", max_steps=1, init_from=tmp_path / "MODEL/transformer")
+    assert LEFT_OUT not in caplog.text
 
 
 def test_the_adapter_works_in_a_pipeline(run, stages, tokenizer, tmp_path):

@@ -18,10 +18,13 @@ from cogview_pipelines import (
     CogViewUpscalePipeline,
 )
 from cogview_pipelines.generation.token_sequence import IGNORED_LABEL
+from cogview_pipelines.models.adapters import add_adapter
 from cogview_pipelines.models.cogview import sequences
+from cogview_pipelines.training.adapters import LEFT_OUT
 from cogview_pipelines.training.data.draws import Draw, released_index
 from cogview_pipelines.training.data.tokens import TokenData
 
+from ..pipelines.conftest import build_cogview
 from ..utils import make_coglm
 from ..utils_cogview import make_cogview, make_cogview_vq, make_layout
 from .conftest import (
@@ -419,3 +422,16 @@ def test_models_of_another_family_or_tokenizer_are_refused(run, tmp_path):
 def test_what_is_lost_of_captions_is_told_at_the_end(run, caplog, tmp_path):
     model = run(data=write_long_captions(tmp_path / "long", write_cogview_token_folder), max_steps=1)
     assert_losses_are_told(caplog, model.config.max_text_tokens)
+
+
+def test_adapters_that_were_saved_with_the_model_are_named(run, cogview_tokenizer_folder, tmp_path, caplog):
+    pipe = build_cogview(CogViewTokenizer.from_pretrained(cogview_tokenizer_folder))
+    add_adapter(pipe.transformer, "style", 2)
+    pipe.save_pretrained(tmp_path / "MODEL")
+    parts = {"tokenizer": cogview_tokenizer_folder, "vqvae": tmp_path / "MODEL/vqvae", "output_dir": tmp_path / "made"}
+    caplog.clear()
+    run(init_from=tmp_path / "MODEL/transformer", max_steps=1)
+    assemble = load_script("assemble_cogview_pipeline").main
+    assemble(as_arguments({**parts, "transformer": tmp_path / "MODEL/transformer"}))
+    said = [text for text in caplog.messages if LEFT_OUT in text]
+    assert said == [f"The adapters ['style'] of `{option}` {LEFT_OUT}" for option in ("init_from", "transformer")]

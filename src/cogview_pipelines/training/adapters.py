@@ -1,11 +1,14 @@
 """Training adapters (LoRA) instead of the weights of a model: the options of the scripts, and what is saved."""
 
+import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import nn
 
+from ..loaders.lora import read_saved_adapters
 from ..loaders.lora_files import write_lora
 from ..models.adapters import (
     DEFAULT_ADAPTER,
@@ -16,11 +19,32 @@ from ..models.adapters import (
     require_peft,
 )
 
+logger = logging.getLogger(__name__)
+
 # Goes on from the names of adapters.
 LEFT_OUT = (
     "are left out: they were saved beside the weights of the model, which do not have what they learned. To keep it, "
     "load the pipeline, call `fuse_lora()` and `save_pretrained(folder)`, and name that folder instead."
 )
+
+
+def warn_of_adapters(option: str, component: str) -> None:
+    """
+    Say which adapters were saved with a component of a pipeline, and are not read with it.
+
+    Args:
+        option (`str`): What names the component.
+        component (`str`): Its folder, in that of the pipeline; others, and Hub ids, have no adapters.
+
+    Raises:
+        ValueError: If the list of them is damaged.
+    """
+    if not os.path.isdir(component):
+        return
+    folder = Path(os.path.abspath(component))
+    names = [name for name, counts in read_saved_adapters(folder.parent)[0].items() if folder.name in counts]
+    if names:
+        logger.warning("The adapters %s of `%s` %s", names, option, LEFT_OUT)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import LoggerType, ProjectConfiguration, set_seed
 from torch import distributed, nn
 
+from .adapters import warn_of_adapters
 from .arguments import TrainConfig
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -46,17 +47,20 @@ def make_model_once(make_model: Callable[[], Model]) -> Model:
         return make_model()
 
 
-def load_model(model_class: type[Model], folder: str, **config) -> Model:
+def load_model(model_class: type[Model], folder: str, option: str | None = None, **config) -> Model:
     """
     A trained model in float32; on the processes where [`make_model_once`] wants none, its shapes alone.
 
     Args:
         model_class (`type`): A `PreTrainedModel`.
         folder (`str`): Folder or Hub id.
+        option (`str`, *optional*): What the script calls it, for a warning of adapters that were saved with it.
         config: Fields of its config to change.
     """
     if torch.get_default_device().type == "meta":
         return model_class(model_class.config_class.from_pretrained(folder, **config))
+    if option is not None:
+        warn_of_adapters(option, folder)
     return model_class.from_pretrained(folder, dtype=torch.float32, **config)
 
 
