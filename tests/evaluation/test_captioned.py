@@ -17,6 +17,9 @@ def png(colour) -> bytes:
     return buffer.getvalue()
 
 
+COCO = '{"images": [{"id": 2, "file_name": "2.jpg"}], "annotations": [{"id": 1, "image_id": 2, "caption": "x"}]}'
+
+
 def coco(path, per_image=2, images=5):
     path.write_text(
         json.dumps(
@@ -91,6 +94,8 @@ def test_tsv_of_two_columns_and_of_cogviews_four(tmp_path):
         ("a.json", '{"images": []}', "no list of captions as COCO has them"),
         ("a.json", "[" * 100_000, "no list of captions as COCO has them"),
         ("a.json", '{"images": [], "annotations": [{"id": 1, "image_id": 2, "caption": "x"}]}', "KeyError"),
+        ("a.json", COCO.replace("x", "\\ud800"), 'annotation 1 must have Unicode text as "caption"'),
+        ("a.json", COCO.replace("x", " "), 'annotation 1 must have a text as "caption"'),
         ("a.tsv", "1\n", "line 1 must have 2 or 4 columns, but has 1"),
         ("a.tsv", "1\t \n", "line 1 has no caption"),
         ("a.txt", "x", "must be a .jsonl, .json, .tsv file"),

@@ -105,17 +105,20 @@ def _one_for_each_picture(rows: Iterator[Captioned], rng: random.Random) -> list
     return [group[0] if len(group) == 1 else rng.choice(group) for group in groups.values()]
 
 
+def _check_caption(caption: object) -> str:
+    if not isinstance(caption, str) or not caption.strip():
+        raise ValueError('must have a text as "caption".')
+    if not is_unicode(caption):
+        raise ValueError(f'must have Unicode text as "caption", but {caption[:80]!r} holds half of a surrogate pair.')
+    return caption
+
+
 def _read_jsonl(path: Path) -> Iterator[Captioned]:
     for number, line in read_lines(path):
         try:
             row = parse_object(line)
             caption = next((row[name] for name in _CAPTION_FIELDS if name in row), None)
-            if not isinstance(caption, str) or not caption.strip():
-                raise ValueError('must have a text as "caption".')
-            if not is_unicode(caption):
-                raise ValueError(
-                    f'must have Unicode text as "caption", but {caption[:80]!r} holds half of a surrogate pair.'
-                )
+            caption = _check_caption(caption)
             picture = next((row[name] for name in _PICTURE_FIELDS if name in row), None)
             if picture is not None and not isinstance(picture, str):
                 raise ValueError(f'must have a name as "image", but has {picture!r}.')
@@ -128,8 +131,10 @@ def _read_coco(path: Path) -> Iterator[Captioned]:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
         names = {image["id"]: image["file_name"] for image in content["images"]}
-        for row in sorted(content["annotations"], key=lambda row: row["id"]):
-            yield Captioned(str(row["id"]), " ".join(row["caption"].split()), names[row["image_id"]])
+        rows = [
+            Captioned(str(row["id"]), " ".join(row["caption"].split()), names[row["image_id"]])
+            for row in sorted(content["annotations"], key=lambda row: row["id"])
+        ]
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -137,6 +142,12 @@ def _read_coco(path: Path) -> Iterator[Captioned]:
             f"{path} is no list of captions as COCO has them (`images` with `id` and `file_name`, `annotations` with "
             f"`id`, `image_id` and `caption`): {type(error).__name__}: {error}."
         ) from None
+    for row in rows:
+        try:
+            _check_caption(row.caption)
+        except ValueError as error:
+            raise ValueError(f"{path}: annotation {row.id} {error}") from None
+    yield from rows
 
 
 def _read_tsv(path: Path) -> Iterator[Captioned]:
