@@ -24,7 +24,7 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,7 +53,14 @@ from cogview_pipelines.training.arguments import parse_config, run_script
 from cogview_pipelines.training.data.captions import parse_captions, tell_blank, tell_text_losses
 from cogview_pipelines.training.data.draws import derived_seed
 from cogview_pipelines.training.data.duplicates import drop_duplicates
-from cogview_pipelines.training.data.inputs import PICTURE_SUFFIXES, Part, PictureRow, find_parts, is_packed
+from cogview_pipelines.training.data.inputs import (
+    PICTURE_SUFFIXES,
+    Part,
+    PictureRow,
+    find_parts,
+    is_packed,
+    listed_pictures,
+)
 from cogview_pipelines.training.data.pictures import MOST_SHOWN, check_pictures, to_bytes
 from cogview_pipelines.training.data.prefetch import prefetch
 from cogview_pipelines.training.data.selection import FITS, REASONS, Filters, Selected, select, to_square
@@ -346,17 +353,26 @@ def without_missing(
     return [row for row in rows if row[0] not in gone]
 
 
-def count_unnamed(image_folder: Path, named: list[Path]) -> int:
+def count_unnamed(image_folder: Path, named: Iterable[Path]) -> int:
     """Pictures in a folder, and in those in it, that are not among these; hidden files are none."""
-    known = {os.path.abspath(path) for path in named}
+    # of very many, a number each is what memory holds
+    known = np.unique(np.fromiter((hash(os.path.abspath(path)) for path in named), np.int64))
     count = 0
     for place, folders, names in os.walk(image_folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        pictures = [name for name in names if os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES]
-        count += sum(
-            not name.startswith(".") and os.path.abspath(os.path.join(place, name)) not in known for name in pictures
-        )
+        pictures = [
+            hash(os.path.abspath(os.path.join(place, name)))
+            for name in names
+            if os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES and not name.startswith(".")
+        ]
+        count += len(pictures) - int(np.isin(np.array(pictures, np.int64), known).sum())
     return count
+
+
+def tell_unnamed(image_folder: str, count: int) -> None:
+    """Say how many pictures are left out since no line names them."""
+    if count:
+        print(f"{count} pictures in {image_folder} were left out: no line names them.")
 
 
 def check_config(config: PrepareConfig, vqvae: PreTrainedModel) -> None:
@@ -493,10 +509,10 @@ def report(
         for number, said in (
             (pictures.num_missing, "lines were left out: their pictures are not there."),
             (pictures.num_unreadable, "lines were left out: their pictures cannot be read."),
-            (pictures.num_unnamed, f"pictures in {config.image_folder} were left out: no line names them."),
         ):
             if number:
                 print(f"{number} {said}")
+        tell_unnamed(config.image_folder, pictures.num_unnamed)
         if pictures.num_blank:
             print(tell_blank(pictures.num_blank))
     if reader is not None:
@@ -558,6 +574,9 @@ def prepare_shards(
         count = reports["train"][reason] + held_out.get(reason, 0)
         if count:
             print(f"{count} left out: {said}.")
+    listed = listed_pictures(parts)
+    if listed is not None:
+        tell_unnamed(config.image_folder, count_unnamed(Path(config.image_folder), listed))
     num_blank = reports["train"]["blank_captions"] + held_out.get("blank_captions", 0)
     if num_blank:
         print(tell_blank(num_blank))

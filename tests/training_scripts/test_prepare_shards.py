@@ -127,6 +127,31 @@ def test_shards_that_are_there_are_not_made_again_and_other_options_are_refused(
         run(listed=False, fit="pad")
 
 
+@pytest.mark.parametrize("name", ["captions.jsonl", "metadata.csv"])
+def test_pictures_without_a_line_are_counted_once_by_whoever_writes_the_index(name, run, pictures, tmp_path, capsys):
+    """A line names its picture also where its captions, or the picture, cannot be used."""
+    folder = tmp_path / "some"
+    (folder / "more").mkdir(parents=True)
+    for picture in ("00.png", "01.png", "02.png", "03.png", "04.png", "more/05.PNG"):
+        shutil.copyfile(pictures / picture[-6:].lower(), folder / picture)
+    (folder / ".hidden.png").write_bytes(b"never read")
+    (folder / "03.png").write_bytes(b"no picture")
+    if name.endswith(".csv"):
+        lines = ["file_name,caption", "00.png,a cat", "more/../01.png,a cat", "02.png,", "03.png,a cat"]
+    else:
+        rows = [("00.png", "a cat"), ("more/../01.png", "a cat"), ("02.png", " "), ("03.png", "a cat")]
+        lines = [json.dumps({"file": file, "en": caption}) for file, caption in rows]
+    (folder / name).write_text("".join(f"{line}\n" for line in lines))
+    captions = folder / name if name.endswith(".jsonl") else None
+    options = {"image_folder": folder, "captions": captions, "shard_size": 2, "skip_unreadable": True, "fine_size": 0}
+    said = []
+    for worker in ("1/2", "2/2"):
+        run(worker=worker, **options)
+        said.append(capsys.readouterr().out)
+    assert "no line names them" not in said[0]
+    assert said[1].count(f"2 pictures in {folder} were left out: no line names them.") == 1
+
+
 def test_workers_make_a_part_each_and_the_last_writes_the_index(run, tokenizer, capsys):
     whole = TokenData.load(run("whole", listed=False), tokenizer)
     folder = run("shared", listed=False, worker="2/2")

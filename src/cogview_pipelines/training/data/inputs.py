@@ -13,7 +13,7 @@ import csv
 import itertools
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -92,6 +92,14 @@ def find_parts(image_folder: str | Path, captions: str | Path | None, shard_size
     if Path(captions).suffix == ".csv":
         return _csv_parts(Path(captions), folder, shard_size)
     return _line_parts(Path(captions), folder, shard_size)
+
+
+def listed_pictures(parts: Iterable[Part]) -> Iterator[Path] | None:
+    """The pictures that a list names, whether they can be used or not; `None` if the parts are archives."""
+    lists = [part for part in parts if isinstance(part, (ListPart, CsvPart))]
+    if not lists:
+        return None
+    return (row.content for part in lists for row in part.rows() if isinstance(row.content, Path))
 
 
 def is_packed(image_folder: str | Path) -> bool:
@@ -200,11 +208,12 @@ def _listed(place: str, row: Mapping[str, Any], folder: Path) -> PictureRow:
     name = row.get("file") or row.get("file_name")
     if not isinstance(name, str):
         return PictureRow(place, problem="names no picture in `file` or `file_name`")
+    path = find_file(folder / name)
     try:
         texts, num_blank = captions_of(row, place)
     except ValueError as error:
-        return PictureRow(place, problem=str(error).removeprefix(place).strip())
-    return PictureRow(f"{place} ({name})", find_file(folder / name), texts, num_blank=num_blank)
+        return PictureRow(place, path, problem=str(error).removeprefix(place).strip())
+    return PictureRow(f"{place} ({name})", path, texts, num_blank=num_blank)
 
 
 def _line_parts(path: Path, folder: Path, size: int) -> list[Part]:
