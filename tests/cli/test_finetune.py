@@ -258,7 +258,8 @@ def test_what_is_put_together_when_a_stop_comes_is_not_there_and_the_same_comman
     arguments = ("--stage", "coglm")
     with monkeypatch.context() as patch:
         patch.setattr(finetune, "_save_grid", stop)
-        assert run(*arguments).exit_code != 0
+        result = run(*arguments)
+        assert result.exit_code == 75 and "Stopped. The same command goes on." in result.output
     assert not (tmp_path / "mine").exists()
     assert (tmp_path / ".mine.part").is_dir()
     calls = len(run.calls)
@@ -291,7 +292,61 @@ def test_captions_in_odd_letters_and_cut_metrics_end_nothing(run, pictures, tmp_
     assert samples[-1] == "" and all(" car" in line for line in samples[:-1])
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_signal_in_the_last_step_is_told_and_changes_nothing_once_all_is_done(run, tmp_path, monkeypatch, when):
+    replace, output = os.replace, tmp_path / "mine"
+
+    def replace_and_stop(source, target):
+        if when == "after":
+            replace(source, target)
+        if target == output:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)  # which the signal ends
+        if when == "before":
+            replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_and_stop)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it does not end the tests
+    try:
+        result = run("--stage", "coglm", "--steps", "1")
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    is_done = when == "after"
+    assert result.exit_code == (0 if is_done else 75) and output.exists() is is_done
+    assert ("Stopped. The same command goes on." in result.output) is not is_done
+    assert not is_done or result.stdout.splitlines()[-1] == str(output)
+
+
 OWN_END = "signal.signal(signal.SIGTERM, lambda *a: (open({!r}, 'w').close(), sys.exit(75)))\n"
+
+
+@pytest.mark.parametrize("code", [75, 0])
+def test_a_stop_is_one_also_where_the_script_has_nothing_left_to_do(tmp_path, code):
+    """What it has done is done."""
+    ready = tmp_path / "ready"
+    (tmp_path / "prepare_tokens.py").write_text(
+        "import signal, sys, time\n"
+        f"signal.signal(signal.SIGTERM, lambda *a: sys.exit({code}))\n"
+        f"open({str(ready)!r}, 'w').close()\n"
+        "time.sleep(60)\n"
+    )
+    program = (
+        "import sys; from pathlib import Path; from cogview_pipelines.cli import finetune\n"
+        "job = finetune.Job.__new__(finetune.Job)\n"
+        f"job.scripts = job.work = Path({str(tmp_path)!r}); job.model = ''\n"
+        "asked = dict.fromkeys(('pictures', 'captions', 'held_out', 'fit', 'seed'))\n"
+        "try:\n    job.prepare(asked)\n"
+        "except BaseException as error:\n    sys.exit(error.exit_code)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not ready.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 75 and "Stopped. The same command goes on." in said
+    assert (tmp_path / "data.done").exists() is (code == 0)
 
 
 @pytest.mark.parametrize("kind", ["SIGTERM, which the script takes", "SIGTERM", "SIGINT"])

@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import typer
 
@@ -168,12 +170,13 @@ def finetune(
         say(output)
         return
     job.warn_of_adapters()
-    job.prepare(asked)
-    for stage in job.choose(stages):
-        job.train(stage, asked, mixed_precision)
-    with failures():
-        job.assemble(asked)
-        job.evaluate(asked)
+    with job.interruptions():
+        job.prepare(asked)
+        for stage in job.choose(stages):
+            job.train(stage, asked, mixed_precision)
+        with failures():
+            job.assemble(asked)
+            job.evaluate(asked)
 
 
 class Job:
@@ -292,8 +295,10 @@ class Job:
             "seed": asked["seed"],
             "output_dir": data,
         }
-        self._run([sys.executable], "prepare_tokens.py", options)
+        is_stopped = self._run([sys.executable], "prepare_tokens.py", options)
         (self.work / "data.done").touch()
+        if is_stopped:
+            self._stop()
 
     def train(self, stage: Stage, asked: dict, mixed_precision: str | None) -> None:
         """A stage, from where it stands to its last step."""
@@ -344,7 +349,8 @@ class Job:
             if left <= 0:
                 self._stop()
             options["max_minutes"] = round(left, 3)
-        self._run(self.launcher, SCRIPTS[stage], options)
+        if self._run(self.launcher, SCRIPTS[stage], options):
+            self._stop()
 
     def _keeps_backbone(self) -> bool:
         """
@@ -383,7 +389,8 @@ class Job:
             options["data"] = self.work / "data"
         for stage in asked["stages"]:
             options[COMPONENTS[Stage(stage)]] = self.work / stage / "final"
-        self._run([sys.executable], "assemble_pipeline.py", options)
+        if self._run([sys.executable], "assemble_pipeline.py", options):
+            self._stop()
 
     def _join_adapters(self, asked: dict) -> None:
         from ..loaders.lora_files import read_lora, write_lora
@@ -446,8 +453,25 @@ class Job:
 
     # Programs --------------------------------------------------------------------------------------------------------
 
-    def _run(self, launcher: list[str], script: str, options: dict) -> None:
-        """Run a script to its end, or end as it does."""
+    @contextlib.contextmanager
+    def interruptions(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C end what is done here as they end scripts; once all is done, they change nothing."""
+
+        def interrupt(number: int, frame: object) -> None:
+            raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGTERM, interrupt)
+        try:
+            yield
+        except KeyboardInterrupt:
+            if not os.path.lexists(self.output / REPORT):
+                self._stop()
+            say(self.output)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _run(self, launcher: list[str], script: str, options: dict) -> bool:
+        """Run a script to its end, or end as it does; whether a signal came that it had nothing left to do for."""
         arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
         # Ctrl-C reaches both, SIGTERM only this: the script saves and ends, and this waits for it
         process = subprocess.Popen([*launcher, os.fspath(self.scripts / script), *arguments])
@@ -472,8 +496,9 @@ class Job:
             self._stop()
         if code:
             fail(f"{script} ended with exit code {code}; what it said is above. The same command goes on.", FAILURE)
+        return stopped
 
-    def _stop(self) -> None:
+    def _stop(self) -> NoReturn:
         say("Stopped. The same command goes on.", err=True)
         raise typer.Exit(INTERRUPTED)
 
