@@ -193,21 +193,32 @@ function fold(text) {
 function unknownWords(text, known) {
   const words = new Set(known.flatMap((word) => fold(word).match(WORD) ?? []));
   const isChinese = (run) => new RegExp(`^[${CHINESE}]`, "u").test(run);
-  const chinese = [...words].filter(isChinese).sort((a, b) => b.length - a.length);
+  const longest = Math.max(0, ...[...words].filter(isChinese).map((word) => word.length));
   const found = new Set();
   for (const run of fold(text).match(WORD) ?? []) {
-    if (!isChinese(run)) {
-      if (!words.has(run)) found.add(run);
-      continue;
-    }
-    let left = "";
-    for (let at = 0; at < run.length; ) {
-      const word = chinese.find((one) => run.startsWith(one, at));
-      if (!word) left += run[at];
-      else if (left) left = (found.add(left), "");
-      at += word ? word.length : 1;
-    }
-    if (left) found.add(left);
+    if (isChinese(run)) for (const part of leftOf(run, words, longest)) found.add(part);
+    else if (!words.has(run)) found.add(run);
   }
   return [...found];
+}
+
+// What is between the known words of a run of Chinese, which are chosen so that it is least.
+function leftOf(run, words, longest) {
+  const least = new Array(run.length + 1).fill(0); // characters that are left from each place on
+  const steps = new Array(run.length).fill(0); // length of the word that begins at each place, or 0
+  for (let at = run.length - 1; at >= 0; at--) {
+    least[at] = least[at + 1] + 1;
+    for (let end = at + 1; end <= Math.min(at + longest, run.length); end++) {
+      if (least[end] > least[at] || !words.has(run.slice(at, end))) continue;
+      [least[at], steps[at]] = [least[end], end - at];
+    }
+  }
+  const parts = [];
+  let start = 0;
+  for (let at = 0; at < run.length; at += steps[at] || 1) {
+    if (!steps[at]) continue;
+    parts.push(run.slice(start, at));
+    start = at + steps[at];
+  }
+  return [...parts, run.slice(start)].filter(Boolean);
 }

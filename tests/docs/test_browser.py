@@ -70,11 +70,20 @@ def test_the_tokenizer_of_the_page_knows_added_tokens_and_known_words(tokenizer,
         tokenizer.vocab_file,
         num_image_tokens=tokenizer.num_image_tokens,
         language_ranges=tokenizer.language_ranges,
-        known_words=["tiger", "a", "老虎", "一只"],
+        known_words=["tiger", "a", "老虎", "一只", "背景上", "背景上的", "的图"],
     )
     own.add_known_words(["犛牛"])
     own.add_tokens(["<mine>", "犛"])
-    texts = ["a tiger and <mine>", "犛牛和犛羊", "<mine>", "a<mine>b", "一只老虎和猫", "Ａ TIGER, cat", *TEXTS[:3]]
+    texts = [
+        "a tiger and <mine>",
+        "犛牛和犛羊",
+        "<mine>",
+        "a<mine>b",
+        "一只老虎和猫",
+        "Ａ TIGER, cat",
+        "背景上的图",
+        *TEXTS[:3],
+    ]
     for text, one in zip(texts, encode_in_javascript(own, texts, tmp_path), strict=True):
         assert one == expected(own, text), text
 

@@ -4,7 +4,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-# Chinese characters stand without spaces: there a word is the longest known one that fits.
+# Chinese characters stand without spaces: there words are those known ones that leave the fewest characters.
 _CHINESE = "\u3400-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_CHINESE}]+|(?:(?![{_CHINESE}])[^\W_])+")
 
@@ -20,15 +20,35 @@ class KnownWords:
     def __init__(self, words: Iterable[str]):
         self._words = {run for word in words for run in _runs(word)}
         chinese = sorted((word for word in self._words if _is_chinese(word)), key=len, reverse=True)
+        self._longest = len(chinese[0]) if chinese else 0
         self._chinese = re.compile("|".join(map(re.escape, chinese)) or r"(?!)")
 
     def unknown(self, text: str) -> list[str]:
         """The words of a text that are not in the list, each once, in order; of Chinese, what known ones leave."""
         found = {}
         for run in _runs(text):
-            parts = self._chinese.split(run) if _is_chinese(run) else [run] if run not in self._words else []
-            found.update(dict.fromkeys(filter(None, parts)))
+            parts = self._left(run) if _is_chinese(run) else [run] if run not in self._words else []
+            found.update(dict.fromkeys(parts))
         return list(found)
+
+    def _left(self, run: str) -> list[str]:
+        """What is between the known words of a run of Chinese, which are chosen so that it is least."""
+        if not any(self._chinese.split(run)):  # the longest words, from the left, mostly leave nothing
+            return []
+        least = [0] * (len(run) + 1)  # characters that are left from each place on
+        steps = [0] * len(run)  # length of the word that begins at each place, or 0
+        for at in reversed(range(len(run))):
+            least[at] = least[at + 1] + 1
+            for end in range(at + 1, min(at + self._longest, len(run)) + 1):
+                if least[end] <= least[at] and run[at:end] in self._words:  # of equal ones the longest
+                    least[at], steps[at] = least[end], end - at
+        parts, at, start = [], 0, 0
+        while at < len(run):
+            if steps[at]:
+                parts.append(run[start:at])
+                start = at + steps[at]
+            at += steps[at] or 1
+        return [part for part in (*parts, run[start:]) if part]
 
 
 def has_chinese(text: str) -> bool:

@@ -94,6 +94,12 @@ def template_words(scope: Scope) -> list[str]:
     return sorted({word for text in words for word in text.split()})
 
 
+def _endings(parts: list[str], slot: str) -> set[str]:
+    """Single Chinese characters that are a word only after a slot, such as 风 in "卡通风", but not in "风车"."""
+    found = {ending for part in parts for ending in re.findall(rf"\{{{slot}\}}([^{{，：？、]+)", part)}
+    return {ending for ending in found if len(ending) == 1} - {"的"}
+
+
 def known_words(scope: Scope) -> list[str]:
     """
     All words of captions and sentences about the scenes of a scope, in both languages: what a model of that scope can
@@ -102,19 +108,22 @@ def known_words(scope: Scope) -> list[str]:
     words: set[str] = set()
     for language in LANGUAGES:
         grammar, english = load_grammar(language), language == "en"
-        for key in ("colours", "styles"):
-            chosen = scope.backgrounds if key == "colours" else scope.styles
-            words.update(word for name in chosen for word in grammar[key][name])
+        parts = [part for key in LISTS if key in grammar for part in grammar[key]]
+        pieces = {piece for part in parts for piece in re.split(r"\{\w*\}|[，：？、]", part) if piece}
+        styles = {STYLES[name].english if english else STYLES[name].chinese for name in scope.styles}
+        styles |= {word for name in scope.styles for word in grammar["styles"][name]}
+        colours = {word for name in scope.backgrounds for word in grammar["colours"][name]}
+        for slot, own in (("ground", colours), ("style", styles)):
+            endings = set() if english else _endings(parts, slot)
+            pieces -= endings
+            words |= own | {word + ending for word in own for ending in endings}
+        words |= pieces
         for key in ("places", "sides"):
             words.update(word for synonyms in grammar[key].values() for word in synonyms)
         words.update(noun.removeprefix("~") for hexcode in scope.concepts for noun in nouns(hexcode, language))
-        parts = [part for key in LISTS if key in grammar for part in grammar[key]]
-        words.update(piece for part in parts for piece in re.split(r"\{\w*\}|[，：？、]", part) if piece)
-        for name in scope.styles:
-            words.add(STYLES[name].english if english else STYLES[name].chinese)
         for relation in RELATIONS.values():
             words.add(relation.english if english else relation.chinese)
-    words |= {"a an the one", "一", "个", "和", "在", "的", "上的", "风格", "背景", "图", "图片"}
+    words |= {"a an the one", "一", "个", "和", "在", "的", "上的", "风格", "背景", "图片"}
     words |= {load_concepts()[hexcode].measure for hexcode in scope.concepts}
     words |= set(map(to_traditional, words)) | {"隻"}
     return sorted({word for text in words for word in text.split()})
