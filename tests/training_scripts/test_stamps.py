@@ -3,10 +3,11 @@
 import importlib.util
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from cogview_pipelines import CogView2Pipeline
 
@@ -27,6 +28,7 @@ def save_stamps(folder):
     for index, (name, text) in enumerate(TEXTS.items()):
         picture = Image.new("RGBA", (90, 60), (0, 0, 0, 0))
         ImageDraw.Draw(picture).ellipse((20, 10, 60, 50), (40 * index, 200 - 30 * index, 90, 255))
+        ImageDraw.Draw(picture).rectangle((20, 10, 30, 20), (200, 40 * index, 60, 255))  # not its own mirror image
         picture.save(folder / f"{name}.png")
         (folder / f"{name}.txt").write_text(text, encoding="utf-8")
 
@@ -61,7 +63,7 @@ def run(script, package):
 @pytest.fixture(scope="module")
 def made(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
-    run("make", "--num_backgrounds", 3, "--output_dir", folder)
+    run("make", "--num_backgrounds", 9, "--num_colours", 3, "--output_dir", folder)
     return folder
 
 
@@ -74,9 +76,9 @@ def test_stamps_are_those_with_a_name_in_both_languages_once(script, package):
     assert [(stamp.english, stamp.chinese) for stamp in found] == [("a bee", "蜜蜂"), ("a yak", "犛牛")]
 
 
-def test_pictures_are_composed_and_one_background_of_each_is_kept_for_the_test(script, made):
+def test_pictures_are_composed_and_some_backgrounds_of_each_are_kept_for_the_test(script, made):
     rows, tests = read_rows(made / "captions.jsonl"), read_rows(made / "test.jsonl")
-    assert len(rows) == 6 and len(tests) == 2
+    assert len(rows) == 2 * (9 * 2 + 3) and len(tests) == 2 * 2
     assert not {row["file"] for row in rows} & {row["file"] for row in tests}
     for row in tests:
         name = ("a bee", "a yak")[row["stamp"]]
@@ -86,7 +88,24 @@ def test_pictures_are_composed_and_one_background_of_each_is_kept_for_the_test(s
         assert picture.getpixel((2, 2)) == script.BACKGROUNDS[row["background"]].rgb
         assert picture.getpixel((120, 120)) != picture.getpixel((2, 2))
         assert picture.getpixel((120, 30)) != picture.getpixel((2, 2))  # cut to what is shown, then made large
-    assert all(len(row["en"]) == len(row["zh"]) == 2 for row in rows)
+    for stamp, name in enumerate(("a bee", "a yak")):
+        own = [row for row in rows if row["file"].startswith(f"{stamp:03d}")]
+        backgrounds = {row["background"] for row in tests if row["stamp"] == stamp}
+        assert not [row for row in own if any(background in row["file"] for background in backgrounds)]
+        assert [row["en"] for row in own if len(row["en"]) == 1] == [[name]] * 3  # on colours without a name
+        assert sum("mirrored" in row["file"] for row in own) == 9
+
+
+def test_a_mirrored_picture_is_the_mirror_image(script, made):
+    row = next(row for row in read_rows(made / "captions.jsonl") if "mirrored" in row["file"])
+    mirrored, picture = (Image.open(made / row["file"].replace(part, "")) for part in ("", "-mirrored"))
+    assert ImageOps.mirror(picture).tobytes() == mirrored.tobytes() != picture.tobytes()
+
+
+def test_things_are_taken_from_the_whole_list(script, package):
+    found = script.find_stamps(package)
+    assert script.choose_stamps(Namespace(stamps=str(package), num_things=1)) == found[:1]
+    assert script.choose_stamps(Namespace(stamps=str(package), num_things=9)) == found
 
 
 def test_the_model_to_begin_with_knows_the_characters_of_the_texts(made):
@@ -100,10 +119,14 @@ def test_true_pictures_are_read_as_what_they_are_and_others_are_not(script, pack
     rows, stamps = read_rows(made / "test.jsonl"), script.find_stamps(package)
     truth = [Image.open(made / row["file"]) for row in rows]
     assert script.read(truth, rows, stamps) == {"right": 1.0, "among_five": 1.0, "background": 1.0}
-    exchanged = [script.compose(stamps[1 - row["stamp"]], row["background"]) for row in rows]
+    colours = [script.BACKGROUNDS[row["background"]].rgb for row in rows]
+    mirrored = [script.compose(stamps[row["stamp"]], colour, True) for row, colour in zip(rows, colours, strict=True)]
+    assert script.read(mirrored, rows, stamps) == {"right": 1.0, "among_five": 1.0, "background": 1.0}
+    exchanged = [script.compose(stamps[1 - row["stamp"]], colour) for row, colour in zip(rows, colours, strict=True)]
     assert script.read(exchanged, rows, stamps) == {"right": 0.0, "among_five": 1.0, "background": 1.0}
     other = ["black" if row["background"] != "black" else "white" for row in rows]
-    moved = [script.compose(stamps[row["stamp"]], ground) for row, ground in zip(rows, other, strict=True)]
+    grounds = [script.BACKGROUNDS[name].rgb for name in other]
+    moved = [script.compose(stamps[row["stamp"]], ground) for row, ground in zip(rows, grounds, strict=True)]
     assert script.read(moved, rows, stamps)["background"] == 0.0
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from cogview_pipelines.demo.scenes import BACKGROUNDS
 from cogview_pipelines.environment import SHIPPED_MODEL
@@ -66,20 +66,24 @@ def find_stamps(folder: Path, largest_file: int = 2**22) -> list[Stamp]:
     return list(found.values())
 
 
-def compose(stamp: Stamp, background: str) -> Image.Image:
-    """The photograph in the middle of a plain picture."""
+def compose(stamp: Stamp, colour: tuple[int, int, int], mirrored: bool = False) -> Image.Image:
+    """The photograph in the middle of a picture of one colour."""
     with Image.open(stamp.path) as file:
         cut_out = file.convert("RGBA")
+    if mirrored:
+        cut_out = ImageOps.mirror(cut_out)
     cut_out = cut_out.crop(cut_out.getchannel("A").point(lambda alpha: 255 * (alpha > 8)).getbbox())
     scale = SHARE * SIDE / max(cut_out.size)
     cut_out = cut_out.resize([max(1, round(side * scale)) for side in cut_out.size], Image.Resampling.LANCZOS)
-    picture = Image.new("RGBA", (SIDE, SIDE), BACKGROUNDS[background].rgb)
+    picture = Image.new("RGBA", (SIDE, SIDE), colour)
     picture.alpha_composite(cut_out, ((SIDE - cut_out.width) // 2, (SIDE - cut_out.height) // 2))
     return picture.convert("RGB")
 
 
-def captions(stamp: Stamp, background: str) -> dict[str, list[str]]:
-    """What one would say of it."""
+def captions(stamp: Stamp, background: str | None) -> dict[str, list[str]]:
+    """What one would say of it; on a colour without a name, its name alone."""
+    if background is None:
+        return {"en": [stamp.english], "zh": [stamp.chinese]}
     colour = BACKGROUNDS[background].chinese
     return {
         "en": [f"{stamp.english} on a {background} background", f"{background} background, {stamp.english}"],
@@ -87,24 +91,39 @@ def captions(stamp: Stamp, background: str) -> dict[str, list[str]]:
     }
 
 
+def choose_stamps(args: argparse.Namespace) -> list[Stamp]:
+    """So many of those that are there, evenly spread."""
+    stamps = find_stamps(Path(args.stamps))
+    count = min(args.num_things, len(stamps))
+    return [stamps[index * len(stamps) // count] for index in range(count)]
+
+
 def make(args: argparse.Namespace) -> None:
     """Write pictures, captions.jsonl for training, test.jsonl, and a model that knows the characters."""
     folder, rng = Path(args.output_dir), random.Random(args.seed)
-    stamps = find_stamps(Path(args.stamps))
+    stamps = choose_stamps(args)
     if not stamps:
         raise SystemExit(f"{args.stamps} holds no stamps: apt-get install tuxpaint-stamps-default, or pass --stamps.")
     folder.mkdir(parents=True, exist_ok=True)
     rows: dict[str, list[dict]] = {"captions": [], "test": []}
     for index, stamp in enumerate(stamps):
-        for number, background in enumerate(rng.sample(list(BACKGROUNDS), args.num_backgrounds + 1)):
-            name = f"{index:03d}-{background}.png"
-            compose(stamp, background).save(folder / name)
-            texts = captions(stamp, background)
-            if number < args.num_backgrounds:
-                rows["captions"].append({"file": name, **texts})
-            else:
-                texts = {language: choices[0] for language, choices in texts.items()}
-                rows["test"].append({"file": name, "stamp": index, "background": background, **texts})
+        backgrounds = rng.sample(list(BACKGROUNDS), len(BACKGROUNDS))
+        for number, background in enumerate(backgrounds):
+            is_test = number >= args.num_backgrounds
+            for mirrored in (False,) if is_test else (False, True):
+                name = f"{index:03d}-{background}{'-mirrored' if mirrored else ''}.png"
+                compose(stamp, BACKGROUNDS[background].rgb, mirrored).save(folder / name)
+                texts = captions(stamp, background)
+                if is_test:
+                    first = {language: choices[0] for language, choices in texts.items()}
+                    rows["test"].append({"file": name, "stamp": index, "background": background, **first})
+                else:
+                    rows["captions"].append({"file": name, **texts})
+        for number in range(args.num_colours):
+            name = f"{index:03d}-{number}.png"
+            colour = rng.randrange(256), rng.randrange(256), rng.randrange(256)
+            compose(stamp, colour, mirrored=number % 2 == 1).save(folder / name)
+            rows["captions"].append({"file": name, **captions(stamp, None)})
     for name, own in rows.items():
         with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
             write_lines(file, own)
@@ -137,7 +156,7 @@ def measure(args: argparse.Namespace) -> None:
     data, folder = Path(args.data), Path(args.output_dir)
     rows = [json.loads(line) for line in (data / "test.jsonl").read_text(encoding="utf-8").splitlines()]
     rows = random.Random(args.seed).sample(rows, min(args.num, len(rows)))
-    stamps = find_stamps(Path(args.stamps))
+    stamps = choose_stamps(args)
     pipe = CogView2Pipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -171,17 +190,22 @@ def through_tokens(pipe, image: Image.Image, height: int) -> Image.Image:
 
 def read(images: list[Image.Image], rows: list[dict], stamps: list[Stamp]) -> dict[str, float]:
     """
-    Shares of the pictures that are nearer to their photograph than to all others (on their own background, by squared
-    error at 40 x 40 pixels), among the five nearest, and whose border has the colour that was asked for.
+    Shares of the pictures that are nearer to their photograph than to all others (on their own background, mirrored
+    or not, by squared error at 40 x 40 pixels), among the five nearest, and whose border has the colour asked for.
     """
     references = {
-        background: np.stack([small(compose(stamp, background)) for stamp in stamps])
+        background: np.stack(
+            [
+                [small(compose(stamp, BACKGROUNDS[background].rgb, mirrored)) for mirrored in (False, True)]
+                for stamp in stamps
+            ]
+        )
         for background in sorted({row["background"] for row in rows})
     }
     right, among_five, ground = 0, 0, 0
     for image, row in zip(images, rows, strict=True):
         pixels = small(image)
-        distances = np.square(references[row["background"]] - pixels).mean((1, 2, 3))
+        distances = np.square(references[row["background"]] - pixels).mean((2, 3, 4)).min(1)
         order = distances.argsort()
         right += order[0] == row["stamp"]
         among_five += row["stamp"] in order[:5]
@@ -207,10 +231,23 @@ def main() -> None:
         command.add_argument(
             "--stamps", default=str(PACKAGE_FOLDER / "animals"), help="Where the package put them, or a part of it."
         )
+        command.add_argument("--num_things", type=int, default=24, help="How many of them.")
         command.add_argument("--output_dir", required=True, help="Folder to write to.")
         command.add_argument("--seed", type=int, default=0, help="Of backgrounds, and of what is measured.")
     making, measuring = commands.choices["make"], commands.choices["measure"]
-    making.add_argument("--num_backgrounds", type=int, default=7, help="Pictures of each thing for training.")
+    making.add_argument(
+        "--num_backgrounds",
+        type=int,
+        default=9,
+        help=f"So many of the {len(BACKGROUNDS)} backgrounds are for training, each photograph as it is and mirrored.",
+    )
+    making.add_argument(
+        "--num_colours",
+        type=int,
+        default=12,
+        help="Further pictures of each thing, on colours by chance, with its name alone: so that the model tells the "
+        "thing from what is behind it.",
+    )
     making.add_argument("--model", default=str(SHIPPED_MODEL), help="Folder or Hub id of the model to begin with.")
     measuring.add_argument("--data", required=True, help="The folder that `make` wrote.")
     measuring.add_argument("--model", required=True, help="Folder or Hub id of a pipeline.")
