@@ -1,13 +1,30 @@
 """Settings and fixtures of all tests."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from cogview_pipelines.environment import num_cores
+
 from .hub.running import run_hub
 from .utils import make_clip, make_tokenizer, skip_or_fail
+
+MOST_WORKERS = 8  # each holds torch and tiny models, about 2 GB at its most
+
+# `pytest -n` shares the tests among processes; these share the cores, instead of taking all of them each.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ and "OMP_NUM_THREADS" not in os.environ:
+    threads = max(1, (num_cores() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of programs that tests start
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """`pytest -n auto`: a worker for every core that this process may use; xdist counts all of the machine."""
+    return None if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ else min(num_cores() or 1, MOST_WORKERS)
 
 
 def pytest_addoption(parser):
