@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -30,6 +29,8 @@ from cogview_pipelines.training import checkpoints, distribution, loop, processe
 from cogview_pipelines.training.optimizers import LossScale, Optimizers
 from cogview_pipelines.training.processes import Processes
 
+from ..utils import free_port
+
 SCRIPTS = Path(__file__).parents[2] / "training_scripts"
 
 
@@ -45,14 +46,11 @@ def launch(count: int, work: Callable, *arguments, local_count: int | None = Non
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     environment = {
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(local_count or count),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
     }
     pipes, workers = [], []
     for rank in range(count):
