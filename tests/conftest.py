@@ -14,7 +14,7 @@ from cogview_pipelines.environment import num_cores
 
 from .hub.running import run_hub
 
-MOST_WORKERS = 8  # each holds torch and tiny models, about 2 GB at its most
+MOST_WORKERS = 8  # each holds torch and tiny models, a gigabyte and more
 
 # The workers of `pytest -n` share the cores, and programs that they start do, instead of taking all of them each. It
 # counts for this process, too, since torch is not imported yet.
