@@ -1,10 +1,8 @@
 """Tiny real components that the tests share. Their ids and grids fit together, as those of a pipeline do."""
 
-import contextlib
 import io
 import os
 import random
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,18 +34,6 @@ def skip_or_fail(reason: str) -> None:
     if os.environ.get("COGVIEW_REQUIRE_BROWSER"):
         pytest.fail(reason)
     pytest.skip(reason)
-
-
-def free_port() -> int:
-    """
-    A port for a process that is about to start. It is below those that systems hand out by themselves, or a test that
-    runs meanwhile could be given it.
-    """
-    while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
-        with contextlib.suppress(OSError), socket.socket() as trial:
-            trial.bind(("127.0.0.1", port))
-            return port
 
 
 def randomize(model: torch.nn.Module, seed: int = 0, scale: float = 0.3) -> torch.nn.Module:

@@ -11,7 +11,9 @@ import io
 import json
 import multiprocessing
 import os
+import random
 import signal
+import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -28,8 +30,6 @@ from cogview_pipelines.models.image_tokenizers import auto  # noqa: F401
 from cogview_pipelines.training import checkpoints, distribution, loop, processes
 from cogview_pipelines.training.optimizers import LossScale, Optimizers
 from cogview_pipelines.training.processes import Processes
-
-from ..utils import free_port
 
 SCRIPTS = Path(__file__).parents[2] / "training_scripts"
 
@@ -77,6 +77,18 @@ def launch(count: int, work: Callable, *arguments, local_count: int | None = Non
     if failures:
         raise RuntimeError("\n".join(failures))
     return results
+
+
+def free_port() -> int:
+    """
+    A port for a process that is about to start. It is below those that systems hand out by themselves, or a test that
+    runs meanwhile could be given it.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as trial:
+            trial.bind(("127.0.0.1", port))
+            return port
 
 
 def _run(environment, sender, work, arguments) -> None:

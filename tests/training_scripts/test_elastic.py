@@ -11,9 +11,8 @@ import torch
 
 from cogview_pipelines.training.run_folder import read_run
 
-from ..utils import free_port
 from .conftest import COGLM, as_arguments
-from .launching import launch, run_script
+from .launching import free_port, launch, run_script
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
