@@ -12,8 +12,8 @@ quality:  ## Check format and code
 types:  ## Check type hints
 	mypy
 
-test:  ## Everything that needs neither weights nor a GPU
-	pytest
+test:  ## Everything that needs neither weights nor a GPU, on all cores
+	pytest -n auto --dist worksteal
 
 test-slow:  ## What takes minutes, needs released weights, or a GPU
 	pytest -m "slow or gpu"

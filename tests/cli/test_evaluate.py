@@ -6,11 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
-from cogview_pipelines.demo import Scope, Scorer, evaluation
+from cogview_pipelines.demo import Scope, evaluation
 from cogview_pipelines.demo.captions import captions
 from cogview_pipelines.demo.evaluation import choose_cases, measure_pictures
 from cogview_pipelines.demo.rendering import render
 from cogview_pipelines.demo.scenes import SPLITS, split
+from cogview_pipelines.demo.scorer import full_scorer
 from cogview_pipelines.evaluation.likelihood import caption_losses
 from cogview_pipelines.pictures.png import read_metadata
 
@@ -69,7 +70,7 @@ def test_the_ceiling_scores_true_pictures_after_the_image_tokenizer(pipeline):
     result = measure_pictures(
         pipeline, cases, baseline="ceiling", on_picture=lambda *found: shown.append(found), batch_size=2
     )
-    scorer = Scorer()
+    scorer = full_scorer()
     for index, (position, case, image, score) in enumerate(shown):
         assert (position, case) == (index, cases[index])
         assert image.size == (FULL_SIZE, FULL_SIZE)
@@ -166,7 +167,7 @@ def test_post_selection_compares_the_best_candidate_with_the_first(cogview2, pip
     )
     assert output.seeds[0] in (4, 5, 6) and output.seeds[1] in (7, 8, 9)
     scenes = [case.scene for case in cases]
-    assert report["best"] == pytest.approx(Scorer().mean(output.images, scenes))
+    assert report["best"] == pytest.approx(full_scorer().mean(output.images, scenes))
 
 
 def test_the_draft_with_the_lowest_caption_loss_is_the_best(pipeline):

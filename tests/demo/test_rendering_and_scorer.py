@@ -16,14 +16,15 @@ from cogview_pipelines.demo import (
     sample_scenes,
     slot_boxes,
 )
+from cogview_pipelines.demo.scorer import full_scorer
 
 TIGER, CAT = "1f42f", "1f431"
 PAIR = Scene("noto", "blue", (TIGER, CAT), "right of")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def scorer():
-    return Scorer()
+    return full_scorer()
 
 
 @pytest.fixture(scope="module")

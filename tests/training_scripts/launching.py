@@ -11,6 +11,7 @@ import io
 import json
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import time
@@ -45,14 +46,11 @@ def launch(count: int, work: Callable, *arguments, local_count: int | None = Non
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     environment = {
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(local_count or count),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
     }
     pipes, workers = [], []
     for rank in range(count):
@@ -79,6 +77,18 @@ def launch(count: int, work: Callable, *arguments, local_count: int | None = Non
     if failures:
         raise RuntimeError("\n".join(failures))
     return results
+
+
+def free_port() -> int:
+    """
+    A port for a process that is about to start. It is below those that systems hand out by themselves, or a test that
+    runs meanwhile could be given it.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as trial:
+            trial.bind(("127.0.0.1", port))
+            return port
 
 
 def _run(environment, sender, work, arguments) -> None:

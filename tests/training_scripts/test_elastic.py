@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from cogview_pipelines.training.run_folder import read_run
 
 from .conftest import COGLM, as_arguments
-from .launching import launch, run_script
+from .launching import free_port, launch, run_script
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -90,11 +89,8 @@ def test_a_run_whose_process_is_killed_starts_again_from_its_checkpoint_and_ends
 
 def test_launchers_of_two_machines_train_together_as_one_process_does(options, tmp_path):
     """Shared out within each, with copies between them: the groups are those of the launchers."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
     launcher = ["--nnodes", "2", "--nproc_per_node", "2", "--max_restarts", "0", "--rdzv_id", "run"]
-    launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", address, "--local_addr", "127.0.0.1"]
+    launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--local_addr", "127.0.0.1"]
     arguments = options("two", batch_size=1, sharding="hybrid")
     machines = [torchrun(launcher, -1, arguments) for _ in range(2)]
     try:
