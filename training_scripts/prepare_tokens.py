@@ -77,6 +77,7 @@ from cogview_pipelines.training.run_folder import locked, remove_leftovers
 
 logger = logging.getLogger(__name__)
 
+TARGETS_REVERSED_SHARE = 0.1  # one order to write in is easier to learn, and the other must not be strange to caption losses
 TEMPLATE_REPEATS = 4  # copies of each template caption beside one of each variant
 
 
@@ -107,7 +108,9 @@ class PrepareConfig:
         default=0.5,
         metadata={
             "help": "Share of the captions of emoji pairs that name the right or lower object first. With fewer, a "
-            "model soon learns that the first noun comes first in the picture, and then when it does not."
+            "model soon learns that the first noun comes first in the picture, and then when it does not. Beside "
+            "`sentences`, what captioning is to write names the left or upper object first in all but "
+            f"{TARGETS_REVERSED_SHARE:.0%}."
         },
     )
     max_pairs: int | None = field(default=None, metadata={"help": "At most so many emoji scenes of two objects."})
@@ -247,7 +250,10 @@ class EmojiPictures(Dataset):
             texts += [*variants["no_style"], *variants["no_background"], *variants["objects_only"]]
             texts += [text + full_stop for text in (templates[0], variants["complete"][0])]
         if scene.layout == "pair":
-            texts = thin_reversed(texts, language, self.config.reversed_share)
+            share = self.config.reversed_share
+            if self.config.sentences:
+                share = min(share, TARGETS_REVERSED_SHARE)
+            texts = thin_reversed(texts, language, share)
         return texts
 
     def _sentences(self, scene, language, rng) -> list[str]:

@@ -173,12 +173,12 @@ def photographs(folder: Path) -> Stage:
     from ..training_scripts.test_stamps import save_stamps
 
     save_stamps(folder / "package" / "animals")
+    few = "--max_steps 2 --warmup_steps 1 --decay_steps 1 --batch_size 2"
     return {}, {
-        "stamps.py make": "stamps.py make --stamps package --num_backgrounds 3",
-        "stamps.py measure": "stamps.py measure --stamps package --num 2",
-        "--steps 1500": "--stage coglm --steps 2 --batch-size 2",  # all stages of a tiny model: docs/training.md
-        "--batch_size 8": "--batch_size 2",
-        **FEW_STEPS,
+        "stamps.py make": "stamps.py make --stamps package --num_colours 1",
+        "stamps.py measure --num 48": "stamps.py measure --stamps package --num 2",
+        **{f"stamps/{name}.yaml": f"stamps/{name}.yaml {few}" for name in ("coglm", "direct_sr", "iterative_sr")},
+        "stamps/vq_decoder.yaml": "stamps/vq_decoder.yaml --max_steps 2 --batch_size 2",
     }
 
 
