@@ -77,7 +77,8 @@ from cogview_pipelines.training.run_folder import locked, remove_leftovers
 
 logger = logging.getLogger(__name__)
 
-TARGETS_REVERSED_SHARE = 0.1  # one order to write in is easier to learn, and the other must not be strange to caption losses
+# one order to write in is easier to learn; the other must not be strange to caption losses, either
+TARGETS_REVERSED_SHARE = 0.1
 TEMPLATE_REPEATS = 4  # copies of each template caption beside one of each variant
 
 

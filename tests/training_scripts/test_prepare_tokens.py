@@ -160,6 +160,10 @@ def test_emoji_scenes_in_sentences_keep_the_templates_for_captioning(run, tokeni
             requests = [read_caption(text, language).request() for text in texts[language]]
             assert len(requests) == number and all(request.is_met_by(scene) for request in requests)
             assert all(read_caption(text, language).compare(scene)["all"] for text in targets[language])
+            if scene.layout == "pair":  # captioning learns to write what is left or above first
+                words = ("right of", "below") if language == "en" else ("右边", "下面")
+                is_reversed = [any(word in text for word in words) for text in targets[language]]
+                assert sum(is_reversed) / len(is_reversed) == pytest.approx(0.1, abs=0.03)
     generator = torch.Generator().manual_seed(0)
     written = {tuple(data.draw_caption(0, generator, to_write=True)) for _ in range(40)}
     assert written <= {tuple(data.encode(text)) for texts in data.targets[0].values() for text in texts}

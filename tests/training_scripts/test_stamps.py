@@ -7,6 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image, ImageDraw, ImageOps
 
 from cogview_pipelines import CogView2Pipeline
@@ -140,6 +141,16 @@ def test_what_a_model_draws_is_measured_and_shown(run, made, tmp_path, capsys, o
     assert sorted(path.stem for path in tmp_path.glob("*.png")) == keys
     if options:
         assert result["ceiling"]["background"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["coglm", "direct_sr", "iterative_sr", "vq_decoder"])
+def test_the_configs_of_the_trainings_are_of_one_model_and_its_pictures(name):
+    options = yaml.safe_load(SCRIPT.with_name(f"{name}.yaml").read_text(encoding="utf-8"))
+    assert options["warmup_steps" if name != "vq_decoder" else "batch_size"] < options["max_steps"]
+    start = options.get("init_from", options.get("transformer"))
+    component = {"vq_decoder": "vqvae", "coglm": "transformer"}.get(name, f"{name}_transformer")
+    assert start == f"stamps/model/{component}"
+    assert options.get("data", options.get("image_folder")) in ("data/stamps", "stamps")
 
 
 def test_an_empty_folder_says_what_to_install(script, tmp_path, monkeypatch):
