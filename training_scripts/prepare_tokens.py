@@ -78,7 +78,7 @@ from cogview_pipelines.training.run_folder import locked, remove_leftovers
 logger = logging.getLogger(__name__)
 
 # one order to write in is easier to learn; the other must not be strange to caption losses, either
-TARGETS_REVERSED_SHARE = 0.1
+TARGETS_REVERSED_SHARE = 0.1  # `reversed_share` says so, too
 TEMPLATE_REPEATS = 4  # copies of each template caption beside one of each variant
 
 
@@ -110,8 +110,7 @@ class PrepareConfig:
         metadata={
             "help": "Share of the captions of emoji pairs that name the right or lower object first. With fewer, a "
             "model soon learns that the first noun comes first in the picture, and then when it does not. Beside "
-            "`sentences`, what captioning is to write names the left or upper object first in all but "
-            f"{TARGETS_REVERSED_SHARE:.0%}."
+            "`sentences`, what captioning is to write names the left or upper object first in nine of ten."
         },
     )
     max_pairs: int | None = field(default=None, metadata={"help": "At most so many emoji scenes of two objects."})
