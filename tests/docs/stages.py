@@ -174,11 +174,12 @@ def photographs(folder: Path) -> Stage:
 
     save_stamps(folder / "package" / "animals")
     few = "--max_steps 2 --warmup_steps 1 --decay_steps 1 --batch_size 2"
+    here, configs = "training_scripts/stamps", Path(__file__).parents[2] / "training_scripts" / "stamps"
     return {}, {
         "stamps.py make": "stamps.py make --stamps package --num_colours 1",
         "stamps.py measure --num 48": "stamps.py measure --stamps package --num 2",
-        **{f"stamps/{name}.yaml": f"stamps/{name}.yaml {few}" for name in ("coglm", "direct_sr", "iterative_sr")},
-        "stamps/vq_decoder.yaml": "stamps/vq_decoder.yaml --max_steps 2 --batch_size 2",
+        **{f"{here}/{name}.yaml": f"{configs}/{name}.yaml {few}" for name in ("coglm", "direct_sr", "iterative_sr")},
+        f"{here}/vq_decoder.yaml": f"{configs}/vq_decoder.yaml --max_steps 2 --batch_size 2",
     }
 
 
