@@ -7,10 +7,13 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-import yaml
 from PIL import Image, ImageDraw, ImageOps
 
 from cogview_pipelines import CogView2Pipeline
+from cogview_pipelines.training.arguments import parse_config
+
+from .conftest import load_script
+from .test_emoji_configs import CONFIG_CLASSES
 
 SCRIPT = Path(__file__).parents[2] / "training_scripts" / "stamps" / "stamps.py"
 TEXTS = {
@@ -143,14 +146,17 @@ def test_what_a_model_draws_is_measured_and_shown(run, made, tmp_path, capsys, o
         assert result["ceiling"]["background"] == 1.0
 
 
-@pytest.mark.parametrize("name", ["coglm", "direct_sr", "iterative_sr", "vq_decoder"])
-def test_the_configs_of_the_trainings_are_of_one_model_and_its_pictures(name):
-    options = yaml.safe_load(SCRIPT.with_name(f"{name}.yaml").read_text(encoding="utf-8"))
-    assert options["warmup_steps" if name != "vq_decoder" else "batch_size"] < options["max_steps"]
-    start = options.get("init_from", options.get("transformer"))
-    component = {"vq_decoder": "vqvae", "coglm": "transformer"}.get(name, f"{name}_transformer")
-    assert start == f"stamps/model/{component}"
-    assert options.get("data", options.get("image_folder")) in ("data/stamps", "stamps")
+@pytest.mark.parametrize(
+    "name, kind",
+    [("coglm", "coglm"), ("direct_sr", "direct_sr"), ("iterative_sr", "iterative_sr"), ("vq_decoder", "vq")],
+)
+def test_the_configs_of_the_trainings_go_on_from_the_model_with_its_pictures(name, kind):
+    module, config_class = CONFIG_CLASSES[kind]
+    arguments = ["--config", str(SCRIPT.with_name(f"{name}.yaml")), "--output_dir", "runs/any"]
+    config = parse_config(getattr(load_script(module), config_class), arguments)
+    component = {"vq": "vqvae", "coglm": "transformer"}.get(kind, f"{kind}_transformer")
+    assert (config.transformer if kind == "iterative_sr" else config.init_from) == f"stamps/model/{component}"
+    assert (config.image_folder if kind == "vq" else config.data) == ("stamps" if kind == "vq" else "data/stamps")
 
 
 def test_an_empty_folder_says_what_to_install(script, tmp_path, monkeypatch):
