@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """
 What a model of emoji scenes can do with pictures that are there, one JSON line a measurement: inpainting ("replace
-the apple by a pizza"), captions read back, best of 8 by caption loss, and upscaling beside its ceiling.
+the apple by a pizza"), captions of three strategies, read back, best of 8 by caption loss, and upscaling beside
+its ceiling.
 
     python benchmarks/evaluate_editing.py --num 100 --output benchmarks/results/shipped_model_editing_cpu.jsonl
     python benchmarks/evaluate_editing.py --num 8 --measures captions,upscaling
@@ -32,7 +33,7 @@ from cogview_pipelines.demo.evaluation import choose_cases, measure_post_selecti
 from cogview_pipelines.environment import SHIPPED_MODEL, stamp
 
 CAPTION_SPLITS = ("train", "test_background", "test_pair")
-CAPTION_STRATEGIES = ("greedy", "beam")
+CAPTION_STRATEGIES = ("greedy", "beam", "best_of")
 SELECTION_SPLITS = ("test_background", "test_order")
 NUM_CANDIDATES = 8
 UPSCALING_SPLITS = ("train", "test_background")
@@ -54,7 +55,9 @@ def captions(pipe: CogView2Pipeline, scope: Scope, num: int, seed: int, batch_si
                 layouts = {name: sum(case.scene.layout == name for case in cases) for name in scope.layouts}
                 what = {"split": split, "language": language, "strategy": strategy, "n": len(cases)}
                 what["layouts"] = layouts
-                yield {**what, **measure_captions(pipe, cases, language, batch_size=batch_size, strategy=strategy)}
+                own = torch.Generator().manual_seed(seed) if strategy == "best_of" else None
+                call = {"batch_size": batch_size, "strategy": strategy, "generator": own}
+                yield {**what, **measure_captions(pipe, cases, language, **call)}
 
 
 def post_selection(

@@ -79,6 +79,26 @@ def test_the_folder_is_a_pipeline_that_makes_pictures(parts, tmp_path):
     assert torch.equal(output.tokens, again.tokens)
 
 
+def test_weights_of_transformers_are_rounded_where_asked(parts, tmp_path):
+    script, names = (
+        load_script("assemble_pipeline"),
+        ("transformer", "direct_sr_transformer", "iterative_sr_transformer"),
+    )
+    for folder, options in (("as_they_are", {}), ("rounded", {"round_to": "bfloat16"})):
+        script.main(as_arguments({"output_dir": tmp_path / folder, **parts, **options}))
+
+    def weights(folder, name):
+        return load_file(tmp_path / folder / name / "model.safetensors")
+
+    for name in names:
+        before, after = weights("as_they_are", name), weights("rounded", name)
+        for key, tensor in after.items():
+            assert tensor.dtype == torch.float16 and torch.equal(tensor, before[key].bfloat16().half())
+        assert any(not torch.equal(tensor, before[key]) for key, tensor in after.items())
+    for key, tensor in weights("rounded", "vqvae").items():
+        assert torch.equal(tensor, weights("as_they_are", "vqvae")[key])
+
+
 def test_super_resolution_may_be_left_out(parts, tmp_path):
     kept = {name: parts[name] for name in ("tokenizer", "vqvae", "transformer")}
     load_script("assemble_pipeline").main(as_arguments({"output_dir": tmp_path / "model", "dtype": "float32", **kept}))

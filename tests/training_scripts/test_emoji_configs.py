@@ -16,6 +16,7 @@ from cogview_pipelines import (
     LoPARScheduler,
 )
 from cogview_pipelines.demo import NATIVE_SIZE, STYLES, Scope
+from cogview_pipelines.environment import SHIPPED_MODEL
 from cogview_pipelines.training.arguments import parse_config
 from cogview_pipelines.training.data.tokens import TokenData
 
@@ -82,23 +83,27 @@ def test_the_runs_on_sentences_take_what_the_runs_on_templates_leave():
     configs = {name: yaml.safe_load((EMOJI / f"{name}_sentences.yaml").read_text("utf-8")) for name in SENTENCES}
     tokenizer = configs["tokenizer"]["output_dir"]
     assert tokenizer == configs["coglm"]["tokenizer"] == configs["pipeline"]["tokenizer"]
-    assert configs["pipeline"]["transformer"] == "runs/coglm_sentences_sixty/final"
-    runs = [small_config(f"coglm_sentences{name}") for name in ("_first", "_mixed", "", "_long", "_even", "_sixty")]
+    assert configs["pipeline"]["transformer"] == "runs/coglm_sentences_sixty_more/final"
+    names = ("_first", "_mixed", "", "_long", "_even", "_sixty", "_sixty_more")
+    runs = [small_config(f"coglm_sentences{name}") for name in names]
     assert [run.init_from for run in runs[1:]] == [f"{run.output_dir}/final" for run in runs[:-1]]
-    endings, others = ("", "_mixed", "_mixed", "_long", "_even", "_captions"), ("things",) * 5 + ("sixty",)
-    for run, ending, other in zip(runs, endings, others, strict=True):
-        main, things = small_config(f"tokens_sentences{ending}"), small_config(f"tokens_{other}")
+    mains = [f"sentences{ending}" for ending in ("", "_mixed", "_mixed", "_long", "_even", "_captions")]
+    others = [*["things"] * 5, "sixty", "sentences_captions"]
+    for run, name, other in zip(runs, [*mains, "sixty_many"], others, strict=True):
+        main, things = small_config(f"tokens_{name}"), small_config(f"tokens_{other}")
         assert (run.tokenizer, run.data, run.auxiliary_data) == (tokenizer, main.output_dir, things.output_dir)
     grown = Path(runs[0].init_from).parent
-    directs = [small_config(f"direct_sr_sentences{name}") for name in ("", "_long", "_even", "_sixty")]
+    directs = [small_config(f"direct_sr_sentences{name}") for name in ("", "_long", "_even", "_sixty", "_sixty_more")]
     assert Path(directs[0].init_from) == grown / "direct_sr_transformer"
     assert [direct.init_from for direct in directs[1:]] == [f"{direct.output_dir}/final" for direct in directs[:-1]]
-    for direct, run in zip(directs, runs[-4:], strict=True):
+    for direct, run in zip(directs, runs[-5:], strict=True):
         assert (direct.tokenizer, direct.transformer) == (tokenizer, f"{run.output_dir}/final")
-    iterative = small_config("iterative_sr_sentences")
-    assert Path(iterative.transformer) == grown / "iterative_sr_transformer" and iterative.tokenizer == tokenizer
-    for stage, config, other in (("direct_sr", directs[-1], "sixty"), ("iterative_sr", iterative, "things")):
-        fine = [small_config(f"tokens_{name}_fine").output_dir for name in ("sentences", other)]
+    first, iterative = (small_config(f"iterative_sr_sentences{name}") for name in ("", "_sixty"))
+    assert Path(first.transformer) == grown / "iterative_sr_transformer"
+    assert iterative.transformer == f"{first.output_dir}/final"
+    assert first.tokenizer == iterative.tokenizer == tokenizer
+    for stage, config in (("direct_sr", directs[-1]), ("iterative_sr", iterative)):
+        fine = [small_config(f"tokens_{name}_fine").output_dir for name in ("sixty", "sentences")]
         assert [config.data, config.auxiliary_data] == fine
         assert configs["pipeline"][f"{stage}_transformer"] == f"{config.output_dir}/final"
     templates = yaml.safe_load((EMOJI / "pipeline_small.yaml").read_text("utf-8"))
@@ -160,11 +165,14 @@ def test_the_auxiliary_scenes_of_the_small_model_are_of_its_styles_and_of_all_co
     assert tokens.vqvae == "runs/vq_small/final"
 
 
-def test_the_last_run_of_the_shipped_coglm_meets_more_things():
+def test_the_last_runs_of_the_shipped_model_meet_more_things():
     sixty, things = (Scope.load(EMOJI / f"scope_{name}.json") for name in ("sixty", "things"))
     assert len(sixty.concepts) == 60 and sixty.concepts[:24] == Scope.small().concepts
     assert set(sixty.concepts) <= set(things.concepts) and sixty.styles == Scope.small().styles
-    for ending in ("", "_fine"):
+    shipped = Scope.load(EMOJI / "scope_shipped.json")  # what it draws well enough of them
+    assert set(Scope.small().concepts) < set(shipped.concepts) < set(sixty.concepts) and shipped.styles == sixty.styles
+    assert Scope.load(SHIPPED_MODEL) == shipped
+    for ending in ("", "_many", "_fine"):
         assert Scope.load(small_config(f"tokens_sixty{ending}").scope) == sixty
 
 

@@ -210,7 +210,7 @@ class Scope:
 
     @classmethod
     def small(cls) -> "Scope":
-        """The 24 concepts in two styles that a CPU can learn."""
+        """The 24 concepts in two styles that the shipped model learned first."""
         return cls.load(DATA_FOLDER / "scope_small.json")
 
     @classmethod
