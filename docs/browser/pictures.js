@@ -21,7 +21,7 @@ export class Pictures {
   // Ids of a prompt with the suffix of its style.
   encode(prompt, style) {
     if (!prompt.trim() || !this.tokenizer.encode(prompt).length) throw new PromptError("empty");
-    const text = prompt + style.suffix[this.tokenizer.language(prompt)];
+    const text = this.tokenizer.knownText(prompt) + style.suffix[this.tokenizer.language(prompt)];
     const ids = this.tokenizer.encodeBeforeImage(text);
     const most = this.known.text.max_text_tokens;
     if (ids.length > most) throw new PromptError("long", { tokens: ids.length, most });

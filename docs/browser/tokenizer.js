@@ -81,6 +81,21 @@ export class Tokenizer {
     return [...words, ...unknown.filter((part) => !words.some((word) => word.includes(fold(part))))];
   }
 
+  // A text without what `unknownParts` names, where the model brings the list of its words: what is drawn.
+  knownText(text) {
+    const unknown = this.tables.known_words ? this.unknownParts(text) : [];
+    if (!unknown.length) return text;
+    const without = (part) => {
+      part = withoutWords(part, new Set(unknown), this.tables.known_words);
+      const lost = this.tokenize(part).unknown.sort((a, b) => b.length - a.length);
+      for (const one of lost) part = part.replaceAll(one, HAS_CHINESE.test(one) ? "" : " ");
+      return withoutWords(part, new Set(unknown), this.tables.known_words); // what hangs in the air now
+    };
+    const parts = this.#cut(text).map((part) => (Object.hasOwn(this.tables.added_tokens, part) ? part : without(part)));
+    const known = parts.join(" ").trim();
+    return /[\p{L}\p{N}]/u.test(known) ? known : text;
+  }
+
   // Around tokens that were added to the model.
   #cut(text) {
     const parts = [""];
@@ -183,6 +198,13 @@ export class Tokenizer {
 }
 
 const CHINESE = "\\u3400-\\u9fff\\uf900-\\ufaff";
+const HAS_CHINESE = new RegExp(`[${CHINESE}]`, "u");
+const MARKS = ",;:.!?\\uff0c\\uff1b\\uff1a\\uff01\\uff1f\\u3001\\u3002";
+// What hangs in the air where a word is gone.
+const SIGNS = "[-\\u2013\\u2014'\\u2019&+/|=]+";
+const HANGING = new RegExp(`(?<![\\p{L}\\p{N}_])${SIGNS}|${SIGNS}(?![\\p{L}\\p{N}_])`, "gu");
+const MARK = new RegExp(`\\s*([${MARKS}])(?:\\s*[${MARKS}])*`, "gu"); // several, with nothing between them any more
+const END = new RegExp(`^[${MARKS}\\s]+|[,;:\\uff0c\\uff1b\\uff1a\\u3001\\s]+$`, "gu");
 const WORD = new RegExp(`[${CHINESE}]+|(?:(?![${CHINESE}])[\\p{L}\\p{N}])+`, "gu");
 
 // Letter by letter: at the end of a whole word, a small sigma would become another one.
@@ -202,8 +224,26 @@ function unknownWords(text, known) {
   return [...found];
 }
 
-// What is between the known words of a run of Chinese, which are chosen so that it is least.
+// A text without some of its unknown words, and what is left of the punctuation around them.
+function withoutWords(text, unknown, known) {
+  const words = new Set(known.flatMap((word) => fold(word).match(WORD) ?? []));
+  const longest = Math.max(0, ...[...words].filter((word) => HAS_CHINESE.test(word)).map((word) => word.length));
+  const kept = (run) => {
+    if (!HAS_CHINESE.test(run)) return (fold(run).match(WORD) ?? []).every((word) => unknown.has(word)) ? "" : run;
+    const parts = cutOf(run.normalize("NFKC"), words, longest).filter(([part, isKnown]) => isKnown || !unknown.has(part));
+    return parts.map(([part]) => part).join("");
+  };
+  text = text.replace(WORD, kept).replace(HANGING, " ").replace(MARK, "$1");
+  return text.split(/\s+/u).filter(Boolean).join(" ").replace(END, "");
+}
+
+// What is between the known words of a run of Chinese.
 function leftOf(run, words, longest) {
+  return cutOf(run, words, longest).filter(([, isKnown]) => !isKnown).map(([part]) => part);
+}
+
+// Known words of a run of Chinese, chosen so that least is between them, and what is between them.
+function cutOf(run, words, longest) {
   const least = new Array(run.length + 1).fill(0); // characters that are left from each place on
   const steps = new Array(run.length).fill(0); // length of the word that begins at each place, or 0
   for (let at = run.length - 1; at >= 0; at--) {
@@ -217,8 +257,8 @@ function leftOf(run, words, longest) {
   let start = 0;
   for (let at = 0; at < run.length; at += steps[at] || 1) {
     if (!steps[at]) continue;
-    parts.push(run.slice(start, at));
+    parts.push([run.slice(start, at), false], [run.slice(at, at + steps[at]), true]);
     start = at + steps[at];
   }
-  return [...parts, run.slice(start)].filter(Boolean);
+  return [...parts, [run.slice(start), false]].filter(([part]) => part);
 }

@@ -9,5 +9,6 @@ const encode = (text) => [
   tokenizer.encodeBeforeImage(text),
   tokenizer.language(text),
   tokenizer.unknownParts(text),
+  tokenizer.knownText(text),
 ];
 console.log(JSON.stringify(JSON.parse(readFileSync(0)).map(encode)));

@@ -38,6 +38,7 @@ TEXTS = [
     ),
     *("<start_of_chinese> a<n>", "İstanbul ß ΑΣ"),
 ]
+TYPED = ROOT / "benchmarks/typed_sentences.jsonl"
 LETTERS = "abc tigerdon. ,的一只老虎红色背景é🎈Ａ﹏\u3000\t<n>▁½"
 
 
@@ -54,12 +55,13 @@ def encode_in_javascript(tokenizer, texts, folder):
 
 def expected(tokenizer, text):
     ids, before = tokenizer.encode(text), tokenizer.encode_before_image(text)
-    return [ids, before, tokenizer.language(text), tokenizer.unknown_parts(text)]
+    return [ids, before, tokenizer.language(text), tokenizer.unknown_parts(text), tokenizer.known_text(text)]
 
 
 def test_the_tokenizer_of_the_page_encodes_as_that_of_the_shipped_model(tmp_path):
     tokenizer, source = IcetkTokenizer.from_pretrained(SHIPPED_MODEL / "tokenizer"), random.Random(0)
-    texts = TEXTS + ["".join(source.choices(LETTERS, k=source.randrange(1, 40))) for _ in range(400)]
+    typed = [json.loads(line)["text"] for line in TYPED.read_text("utf-8").splitlines()]
+    texts = TEXTS + typed + ["".join(source.choices(LETTERS, k=source.randrange(1, 40))) for _ in range(400)]
     found = encode_in_javascript(tokenizer, texts, tmp_path)
     for text, one in zip(texts, found, strict=True):
         assert one == expected(tokenizer, text), text

@@ -2,10 +2,15 @@
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 # Chinese characters stand without spaces: there words are those known ones that leave the fewest characters.
 _CHINESE = "\u3400-\u9fff\uf900-\ufaff"
+_MARKS = ",;:.!?\uff0c\uff1b\uff1a\uff01\uff1f\u3001\u3002"
+# What hangs in the air where a word is gone.
+_HANGING = re.compile(r"(?<!\w)[-\u2013\u2014'\u2019&+/|=]+|[-\u2013\u2014'\u2019&+/|=]+(?!\w)")
+_MARK = re.compile(rf"\s*([{_MARKS}])(?:\s*[{_MARKS}])*")  # several, with nothing between them any more
+_END = re.compile(rf"^[{_MARKS}\s]+|[,;:\uff0c\uff1b\uff1a\u3001\s]+$")
 _WORD = re.compile(rf"[{_CHINESE}]+|(?:(?![{_CHINESE}])[^\W_])+")
 
 
@@ -31,10 +36,31 @@ class KnownWords:
             found.update(dict.fromkeys(parts))
         return list(found)
 
+    def without(self, text: str, words: Set[str]) -> str:
+        """
+        A text without some of its [`unknown`][KnownWords.unknown] words, and without the punctuation that was around
+        them.
+        """
+
+        def kept(match: re.Match[str]) -> str:
+            run = match.group()
+            if _is_chinese(run):
+                cut = self._cut(unicodedata.normalize("NFKC", run))
+                return "".join(part for part, is_known in cut if is_known or part not in words)
+            return "" if words.issuperset(_runs(run)) else run
+
+        text = _WORD.sub(kept, text)
+        text = _MARK.sub(r"\1", _HANGING.sub(" ", text))
+        return _END.sub("", " ".join(text.split()))
+
     def _left(self, run: str) -> list[str]:
-        """What is between the known words of a run of Chinese, which are chosen so that it is least."""
+        """What is between the known words of a run of Chinese."""
+        return [part for part, is_known in self._cut(run) if not is_known]
+
+    def _cut(self, run: str) -> list[tuple[str, bool]]:
+        """Known words of a run of Chinese, chosen so that least is between them, and what is between them."""
         if not any(self._chinese.split(run)):  # the longest words, from the left, mostly leave nothing
-            return []
+            return [(run, True)]
         least = [0] * (len(run) + 1)  # characters that are left from each place on
         steps = [0] * len(run)  # length of the word that begins at each place, or 0
         for at in reversed(range(len(run))):
@@ -45,10 +71,10 @@ class KnownWords:
         parts, at, start = [], 0, 0
         while at < len(run):
             if steps[at]:
-                parts.append(run[start:at])
+                parts += [(run[start:at], False), (run[at : at + steps[at]], True)]
                 start = at + steps[at]
             at += steps[at] or 1
-        return [part for part in (*parts, run[start:]) if part]
+        return [(part, is_known) for part, is_known in (*parts, (run[start:], False)) if part]
 
 
 def has_chinese(text: str) -> bool:

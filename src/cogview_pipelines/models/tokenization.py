@@ -14,7 +14,7 @@ import sentencepiece
 from transformers import PreTrainedTokenizer
 
 from ..json_lines import is_unicode
-from .known_words import KnownWords
+from .known_words import KnownWords, has_chinese
 
 SENTENCE_ENDS = (".", "。", "!", "?", "！", "？")
 _IMAGE_TOKEN = re.compile(r"<image_(0|[1-9][0-9]*)>")
@@ -326,6 +326,34 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
         words = [word for word in left if any(word in one for one in whole)]
         parts = self.parts_without_piece(text)
         return words + [part for part in parts if not any(part.casefold() in word for word in words)]
+
+    def known_text(self, text: str) -> str:
+        """
+        A text without what [`unknown_parts`][CodesAndPiecesTokenizer.unknown_parts] names, where the model brings the
+        list of its words: what a pipeline draws. Words that training never showed are noise to such a model, and it
+        draws something else because of them.
+
+        Args:
+            text (`str`): Any text, also empty.
+
+        Returns:
+            `str`: The text as it is, if there is no such list, nothing is unknown, or nothing else would be left.
+
+        Raises:
+            TypeError, ValueError: As [`unknown_parts`][CodesAndPiecesTokenizer.unknown_parts].
+        """
+        unknown = set() if self._known_words is None else set(self.unknown_parts(text))
+        if not unknown:
+            return text
+        parts = self.tokens_trie.split(text)
+        known = " ".join(part if self._is_added(part) else self._without(part, unknown) for part in parts).strip()
+        return known if any(map(str.isalnum, known)) else text
+
+    def _without(self, text: str, unknown: set[str]) -> str:
+        text = self._known_words.without(text, unknown)
+        for part in sorted(self.parts_without_piece(text), key=len, reverse=True):
+            text = text.replace(part, "" if has_chinese(part) else " ")
+        return self._known_words.without(text, unknown)  # what hangs in the air now
 
     def parts_without_piece(self, text: str) -> list[str]:
         """

@@ -63,6 +63,36 @@ def test_words_that_the_model_has_learned_since_are_known_and_saved(tmp_path):
     assert IcetkTokenizer(MODEL).add_known_words(["a dog"]) == []
 
 
+@pytest.mark.parametrize(
+    ("text", "known"),
+    [
+        ("a cat", "a cat"),
+        ("A big cat, please", "A cat"),
+        ("wow: a cat; and, maybe, a dog", "a cat and, a"),  # there is no piece for ":" and ";"
+        ("a sky-cat and a cat-like ☃", "a cat and a cat"),
+        ("a+cat -- zzz", "a cat"),
+        ("一只猫，快", "猫"),
+        ("好猫在，蓝天下", "猫"),
+        ("Ａ　ｃａｔ zzz", "Ａ ｃａｔ"),
+        ("zzz", "zzz"),  # nothing else is left
+        ("", ""),
+    ],
+)
+def test_a_text_without_what_the_model_does_not_know(text, known):
+    tokenizer = IcetkTokenizer(MODEL, known_words=["a", "cat", "and", "猫"])
+    assert tokenizer.known_text(text) == known
+    assert known == text or not tokenizer.unknown_parts(known)
+    assert IcetkTokenizer(MODEL).known_text(text) == text  # there is no list
+
+
+def test_added_tokens_stay_in_a_text_without_what_the_model_does_not_know():
+    tokenizer = IcetkTokenizer(MODEL, known_words=["a", "cat"])
+    tokenizer.add_tokens(["<my-dog>"])
+    assert tokenizer.known_text("a cat and <my-dog>, wow") == "a cat <my-dog>"
+    tokenizer.set_adapter_words(["wow"])
+    assert tokenizer.known_text("a cat and <my-dog>, wow") == "a cat <my-dog> wow"
+
+
 def test_words_of_adapters_are_known_while_they_count_and_saved_when_they_are_fused(tmp_path):
     tokenizer = IcetkTokenizer(MODEL, known_words=["a", "cat"])
     tokenizer.set_adapter_words(["dog"], ["猫"])

@@ -57,6 +57,23 @@ def test_a_word_that_the_model_does_not_know_is_named_once(own, caplog, made_for
     assert "马" in message and "zebra" not in message
 
 
+def test_what_the_model_does_not_know_changes_no_picture(own):
+    def tokens(pipe, *prompts, **call):
+        generators = [torch.Generator().manual_seed(5) for _ in prompts]
+        return pipe(list(prompts), generator=generators, output_type="latent", **call).tokens
+
+    first, second, third = tokens(own, "a cat", "a zebra, cat ☃", "wow a cat", height=LOW)
+    assert torch.equal(first, third)
+    assert torch.equal(second, tokens(own, "a, cat", height=LOW)[0])
+    every = build(own.tokenizer.__class__(own.tokenizer.vocab_file, num_image_tokens=own.tokenizer.num_image_tokens))
+    assert own.tokenizer.known_text("wow a cat") != every.tokenizer.known_text("wow a cat")
+    drafts = own(
+        "wow a cat", num_candidates=3, generator=torch.Generator().manual_seed(5), output_type="latent", height=LOW
+    )
+    same = own("a cat", num_candidates=3, generator=torch.Generator().manual_seed(5), output_type="latent", height=LOW)
+    assert torch.equal(drafts.tokens, same.tokens) and drafts.scores == same.scores
+
+
 def test_characters_without_a_piece_are_named_by_the_first_cogview(cogview_tokenizer, caplog):
     pipe = build_cogview(cogview_tokenizer)
     pipe.check_inputs("犛")

@@ -138,7 +138,7 @@ class CogViewPipelineBase(PipelineBase):
         """Token ids of each prompt; names of command tokens in it are letters."""
         texts = []
         for prompt in prompts:
-            text = self.tokenizer.encode(prompt)
+            text = self.tokenizer.encode(self.tokenizer.known_text(prompt))
             if prompt.strip() and not text:
                 raise ValueError(f"{what} must not be empty, but {prompt!r} has no visible character.")
             if len(text) > longest:

@@ -261,7 +261,7 @@ class CogView2PipelineBase(PipelineBase):
         texts, longest = [], model.config.max_text_tokens
         for prompt in prompts:
             own_suffix = suffix if isinstance(suffix, str) else suffix[self.tokenizer.language(prompt)]
-            text = self.tokenizer.encode_before_image(prompt + own_suffix)
+            text = self.tokenizer.encode_before_image(self.tokenizer.known_text(prompt) + own_suffix)
             if prompt.strip() and not self.tokenizer.encode(prompt):
                 raise ValueError(f"`prompt` must not be empty, but {prompt!r} has no visible character.")
             if len(text) > longest:

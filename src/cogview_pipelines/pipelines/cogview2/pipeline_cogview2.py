@@ -349,7 +349,7 @@ class CogView2Pipeline(PreviewMixin, AttentionMixin, CogView2PipelineBase):
                 self.transformer,
                 self.tokenizer,
                 tokens,
-                repeated,
+                [self.tokenizer.known_text(prompt) for prompt in repeated],
                 max_batch_size=batch_size,
                 device=self._device_of(self.transformer),
             )
