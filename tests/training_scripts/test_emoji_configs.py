@@ -16,6 +16,7 @@ from cogview_pipelines import (
     LoPARScheduler,
 )
 from cogview_pipelines.demo import NATIVE_SIZE, STYLES, Scope
+from cogview_pipelines.demo.captions import known_words
 from cogview_pipelines.environment import SHIPPED_MODEL
 from cogview_pipelines.training.arguments import parse_config
 from cogview_pipelines.training.data.tokens import TokenData
@@ -172,6 +173,9 @@ def test_the_last_runs_of_the_shipped_model_meet_more_things():
     shipped = Scope.load(EMOJI / "scope_shipped.json")  # what it draws well enough of them
     assert set(Scope.small().concepts) < set(shipped.concepts) < set(sixty.concepts) and shipped.styles == sixty.styles
     assert Scope.load(SHIPPED_MODEL) == shipped
+    known = Scope.load(EMOJI / "scope_known.json")
+    assert set(shipped.concepts) < set(known.concepts) < set(sixty.concepts)
+    assert IcetkTokenizer.from_pretrained(SHIPPED_MODEL / "tokenizer").known_words == known_words(known)
     for ending in ("", "_many", "_fine"):
         assert Scope.load(small_config(f"tokens_sixty{ending}").scope) == sixty
 
