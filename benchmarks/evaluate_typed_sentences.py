@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 """
-Pictures of sentences that people typed, one JSON line for each language, layout and scope. Whoever wrote them
+Pictures of sentences written as people type, one JSON line for each language, layout and scope. Whoever wrote them
 (`typed_sentences.jsonl`) knew the list of things, but not the grammar that the model was trained with. A picture is
 right; or wrong, but the model had named words that it does not know; or wrong without a word.
 

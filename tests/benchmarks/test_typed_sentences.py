@@ -1,4 +1,4 @@
-"""Sentences that people typed: what they ask for, and how their pictures are counted."""
+"""Sentences written as people type: what they ask for, and how their pictures are counted."""
 
 import importlib.util
 import json
