@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Iterable, Set
+from collections.abc import Iterable
 
 # Chinese characters stand without spaces: there words are those known ones that leave the fewest characters.
 _CHINESE = "\u3400-\u9fff\uf900-\ufaff"
@@ -36,7 +36,7 @@ class KnownWords:
             found.update(dict.fromkeys(parts))
         return list(found)
 
-    def without(self, text: str, words: Set[str]) -> str:
+    def without(self, text: str, words: set[str]) -> str:
         """
         A text without some of its [`unknown`][KnownWords.unknown] words, and without the punctuation that was around
         them.

@@ -342,18 +342,19 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
         Raises:
             TypeError, ValueError: As [`unknown_parts`][CodesAndPiecesTokenizer.unknown_parts].
         """
-        unknown = set() if self._known_words is None else set(self.unknown_parts(text))
-        if not unknown:
+        words, unknown = self._known_words, set(self.unknown_parts(text))
+        if words is None or not unknown:
             return text
         parts = self.tokens_trie.split(text)
-        known = " ".join(part if self._is_added(part) else self._without(part, unknown) for part in parts).strip()
+        kept = [part if self._is_added(part) else self._without(part, words, unknown) for part in parts]
+        known = " ".join(kept).strip()
         return known if any(map(str.isalnum, known)) else text
 
-    def _without(self, text: str, unknown: set[str]) -> str:
-        text = self._known_words.without(text, unknown)
+    def _without(self, text: str, words: KnownWords, unknown: set[str]) -> str:
+        text = words.without(text, unknown)
         for part in sorted(self.parts_without_piece(text), key=len, reverse=True):
             text = text.replace(part, "" if has_chinese(part) else " ")
-        return self._known_words.without(text, unknown)  # what hangs in the air now
+        return words.without(text, unknown)  # what hangs in the air now
 
     def parts_without_piece(self, text: str) -> list[str]:
         """
