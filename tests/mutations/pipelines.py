@@ -283,4 +283,11 @@ MUTATIONS = [
         "random.Random(prompt)",
         "pipelines/common/test_people_words.py",
     ),
+    Mutation(
+        "prompts: words that the model does not know are drawn",
+        "pipelines/cogview2/base.py",
+        "self.tokenizer.known_text(prompt) + own_suffix",
+        "prompt + own_suffix",
+        "pipelines/common/test_unknown_words.py::test_what_the_model_does_not_know_changes_no_picture",
+    ),
 ]
