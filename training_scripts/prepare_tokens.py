@@ -20,6 +20,7 @@ or Parquet file of a folder; killed at any time, the same command goes on:
 import contextlib
 import functools
 import logging
+import math
 import os
 import random
 import time
@@ -49,7 +50,7 @@ from cogview_pipelines.json_lines import parse_object, read_lines
 from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
 from cogview_pipelines.pictures.colours import on_white
 from cogview_pipelines.pictures.files import find_file, read_picture
-from cogview_pipelines.training.arguments import parse_config, run_script
+from cogview_pipelines.training.arguments import json_option, parse_config, run_script
 from cogview_pipelines.training.data.captions import parse_captions, tell_blank, tell_text_losses
 from cogview_pipelines.training.data.draws import derived_seed
 from cogview_pipelines.training.data.duplicates import drop_duplicates
@@ -79,6 +80,7 @@ logger = logging.getLogger(__name__)
 
 # one order to write in is easier to learn; the other must not be strange to caption losses, either
 TARGETS_REVERSED_SHARE = 0.1  # `reversed_share` says so, too
+NEAR_COLOUR, FAR_COLOUR = 20, 60  # of 0..255: off in each channel and still called so; at least so far from any name
 TEMPLATE_REPEATS = 4  # copies of each template caption beside one of each variant
 
 
@@ -114,6 +116,21 @@ class PrepareConfig:
         },
     )
     max_pairs: int | None = field(default=None, metadata={"help": "At most so many emoji scenes of two objects."})
+    frequencies: str = field(
+        default="{}",
+        metadata={
+            "help": "How much more often emoji scenes with a thing are drawn, for things that are hard to learn: by "
+            "hexcode, JSON or a mapping in the YAML file. Of two things in a scene, the larger number counts."
+        },
+    )
+    other_colours_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the emoji scenes on a colour by chance: half of them near that of the scene, and called "
+            "so; half far from all that have a name, and captions leave it out. Captioning learns from them to tell a "
+            "style on backgrounds that it never met a thing on."
+        },
+    )
     sentences: int = field(
         default=0,
         metadata={
@@ -213,7 +230,12 @@ class EmojiPictures(Dataset):
         groups = [self._scenes(scope, layout) for layout in scope.layouts]
         # single objects are drawn less: there are few of them, and too many repeats are learned by heart
         shares = {"single": config.single_share, "pair": 1 - config.single_share}
-        self.scenes = [(scene, shares[scene.layout] / len(group)) for group in groups for scene in group]
+        often = read_frequencies(config, scope)
+        self.scenes = [
+            (scene, shares[scene.layout] / len(group) * max(often.get(thing, 1.0) for thing in scene.objects))
+            for group in groups
+            for scene in group
+        ]
 
     def _scenes(self, scope, layout):
         from cogview_pipelines.demo import iterate_scenes, sample_scenes
@@ -229,15 +251,21 @@ class EmojiPictures(Dataset):
         return len(self.scenes)
 
     def __getitem__(self, index: int) -> tuple[list[Image.Image], dict]:
-        from cogview_pipelines.demo import LANGUAGES, render
+        from cogview_pipelines.demo import LANGUAGES, caption_variants, render
 
         scene, weight = self.scenes[index]
-        texts = {language: self._templates(scene, language) for language in LANGUAGES}
-        if self.config.sentences:
-            rng = random.Random(f"{self.config.seed} {index}")
-            sentences = {language: self._sentences(scene, language, rng) for language in LANGUAGES}
-            texts = {**sentences, "targets": texts}
-        return [render(scene, size, self.sprites) for size in self.sizes], {**texts, "weight": weight}
+        rng = random.Random(f"{self.config.seed} {index}")
+        colour, has_name = None, True
+        if self.config.other_colours_share and rng.random() < self.config.other_colours_share:
+            colour, has_name = draw_colour(scene.background, rng)
+        if has_name:
+            texts = {language: self._templates(scene, language) for language in LANGUAGES}
+            if self.config.sentences:
+                sentences = {language: self._sentences(scene, language, rng) for language in LANGUAGES}
+                texts = {**sentences, "targets": texts}
+        else:
+            texts = {language: caption_variants(scene, language)["no_background"] for language in LANGUAGES}
+        return [render(scene, size, self.sprites, colour) for size in self.sizes], {**texts, "weight": weight}
 
     def _templates(self, scene, language) -> list[str]:
         """Mostly the templates, and other words for the same now and then."""
@@ -264,6 +292,33 @@ class EmojiPictures(Dataset):
         num_templates = -(-count // 4) if self.config.templates is None else self.config.templates
         texts = [sample_sentence(scene, language, rng, reversed_share=share).text for _ in range(count)]
         return texts + rng.choices(captions(scene, language), k=num_templates)
+
+
+def read_frequencies(config: PrepareConfig, scope) -> dict[str, float]:
+    """`frequencies`, which must be positive numbers by things of the scope."""
+    often = json_option(config, "frequencies") or {}
+    for thing, number in often.items():
+        if thing not in scope.concepts:
+            raise ValueError(f"`frequencies` must name things of `scope` by hexcode, but has {thing!r}.")
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number < float("inf"):
+            raise ValueError(f"`frequencies` must be numbers above 0, but that of {thing} is {number!r}.")
+    return often
+
+
+def draw_colour(background: str, rng: random.Random) -> tuple[tuple[int, int, int], bool]:
+    """A colour near that of a background, or one far from all that have a name; and whether it has the name."""
+    from cogview_pipelines.demo import BACKGROUNDS
+
+    palette = [ground.rgb for ground in BACKGROUNDS.values()]
+    if rng.random() < 0.5:
+        red, green, blue = (
+            min(max(value + rng.randint(-NEAR_COLOUR, NEAR_COLOUR), 0), 255) for value in BACKGROUNDS[background].rgb
+        )
+        return (red, green, blue), True
+    while True:
+        colour = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
+        if min(math.dist(colour, named) for named in palette) >= FAR_COLOUR:
+            return colour, False
 
 
 def thin_reversed(texts: list[str], language: str, share: float) -> list[str]:
@@ -389,6 +444,8 @@ def check_config(config: PrepareConfig, vqvae: PreTrainedModel) -> None:
     if bool(config.image_folder) != bool(config.captions) and not packed:
         missing = "captions" if config.image_folder else "image_folder"
         raise ValueError(f"`{missing}` is missing: pictures need captions, and captions need pictures.")
+    if not 0 <= config.other_colours_share <= 1:
+        raise ValueError(f"`other_colours_share` must be from 0 to 1, but is {config.other_colours_share}.")
     if not 0 <= config.reversed_share <= 0.5:
         raise ValueError(f"`reversed_share` must be from 0 to 0.5, but is {config.reversed_share}.")
     for name, size, unit in (

@@ -84,20 +84,20 @@ def test_the_runs_on_sentences_take_what_the_runs_on_templates_leave():
     configs = {name: yaml.safe_load((EMOJI / f"{name}_sentences.yaml").read_text("utf-8")) for name in SENTENCES}
     tokenizer = configs["tokenizer"]["output_dir"]
     assert tokenizer == configs["coglm"]["tokenizer"] == configs["pipeline"]["tokenizer"]
-    assert configs["pipeline"]["transformer"] == "runs/coglm_sentences_sixty_more/final"
-    names = ("_first", "_mixed", "", "_long", "_even", "_sixty", "_sixty_more")
+    assert configs["pipeline"]["transformer"] == "runs/coglm_sentences_sixty_words/final"
+    names = ("_first", "_mixed", "", "_long", "_even", "_sixty", "_sixty_more", "_sixty_words")
     runs = [small_config(f"coglm_sentences{name}") for name in names]
     assert [run.init_from for run in runs[1:]] == [f"{run.output_dir}/final" for run in runs[:-1]]
     mains = [f"sentences{ending}" for ending in ("", "_mixed", "_mixed", "_long", "_even", "_captions")]
-    others = [*["things"] * 5, "sixty", "sentences_captions"]
-    for run, name, other in zip(runs, [*mains, "sixty_many"], others, strict=True):
+    others = [*["things"] * 5, "sixty", "sentences_captions", "sixty_colours"]
+    for run, name, other in zip(runs, [*mains, "sixty_many", "sixty_words"], others, strict=True):
         main, things = small_config(f"tokens_{name}"), small_config(f"tokens_{other}")
         assert (run.tokenizer, run.data, run.auxiliary_data) == (tokenizer, main.output_dir, things.output_dir)
     grown = Path(runs[0].init_from).parent
-    directs = [small_config(f"direct_sr_sentences{name}") for name in ("", "_long", "_even", "_sixty", "_sixty_more")]
+    directs = [small_config(f"direct_sr_sentences{name}") for name in ("", *names[3:])]
     assert Path(directs[0].init_from) == grown / "direct_sr_transformer"
     assert [direct.init_from for direct in directs[1:]] == [f"{direct.output_dir}/final" for direct in directs[:-1]]
-    for direct, run in zip(directs, runs[-5:], strict=True):
+    for direct, run in zip(directs, runs[2:], strict=True):
         assert (direct.tokenizer, direct.transformer) == (tokenizer, f"{run.output_dir}/final")
     first, iterative = (small_config(f"iterative_sr_sentences{name}") for name in ("", "_sixty"))
     assert Path(first.transformer) == grown / "iterative_sr_transformer"
@@ -176,7 +176,7 @@ def test_the_last_runs_of_the_shipped_model_meet_more_things():
     known = Scope.load(EMOJI / "scope_known.json")
     assert set(shipped.concepts) < set(known.concepts) < set(sixty.concepts)
     assert IcetkTokenizer.from_pretrained(SHIPPED_MODEL / "tokenizer").known_words == known_words(known)
-    for ending in ("", "_many", "_fine"):
+    for ending in ("", "_many", "_words", "_colours", "_fine"):
         assert Scope.load(small_config(f"tokens_sixty{ending}").scope) == sixty
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from cogview_pipelines import IcetkTokenizer, IcetkVQModel
-from cogview_pipelines.demo import Scope, captions, iterate_scenes, read_caption, render
+from cogview_pipelines.demo import BACKGROUNDS, Scope, captions, iterate_scenes, read_caption, render
 from cogview_pipelines.training.data.captions import MOST_LOOKED_AT, tell_text_losses
 from cogview_pipelines.training.data.tokens import TokenData
 
@@ -169,6 +169,48 @@ def test_emoji_scenes_in_sentences_keep_the_templates_for_captioning(run, tokeni
     assert written <= {tuple(data.encode(text)) for texts in data.targets[0].values() for text in texts}
 
 
+def test_things_that_are_hard_to_learn_are_drawn_more_often(run, tokenizer, tmp_path):
+    scope = Scope(("1f431", "1f42f", "1f34e"), ("noto",), ("blue",), ("single", "pair"))
+    scope.save(tmp_path / "scope.json")
+    (tmp_path / "tokens.yaml").write_text('frequencies: {1f431: 3, "1f34e": 1.5}\n')
+    options = {"image_folder": None, "captions": None, "scope": tmp_path / "scope.json"}
+    run(low_size=24, fine_size=0, batch_size=8, config=tmp_path / "tokens.yaml", **options)
+    weights = TokenData.load(tmp_path / "tokens", tokenizer).weights
+    for layout, share in (("single", 0.15), ("pair", 0.85)):
+        scenes = list(iterate_scenes(scope, layout, "train"))
+        part, weights = weights[: len(scenes)], weights[len(scenes) :]
+        times = [max({"1f431": 3, "1f34e": 1.5}.get(thing, 1) for thing in scene.objects) for scene in scenes]
+        assert len(set(times)) > 1
+        assert part.tolist() == pytest.approx([share / len(scenes) * number for number in times])
+    assert not len(weights)
+
+
+@pytest.mark.parametrize("sentences", [0, 2])
+def test_scenes_on_other_colours_are_called_by_a_name_only_near_it(script, sentences):
+    options = {"sentences": sentences, "other_colours_share": 0.5}
+    drawn = script.EmojiPictures(script.PrepareConfig(output_dir="out", **options), [24])
+    plain = script.EmojiPictures(script.PrepareConfig(output_dir="out", sentences=sentences), [24])
+    kinds = dict.fromkeys(("own", "near", "far"), 0)
+    for index in range(120):
+        (picture,), texts = drawn[index]
+        (own,), own_texts = plain[index]
+        scene = plain.scenes[index][0]
+        colour, named = picture.getpixel((0, 0)), BACKGROUNDS[scene.background].rgb
+        distances = [max(abs(a - b) for a, b in zip(colour, ground.rgb)) for ground in BACKGROUNDS.values()]
+        kind = "own" if colour == named else "near" if max(map(abs, np.subtract(colour, named))) <= 20 else "far"
+        kinds[kind] += 1
+        assert (picture.tobytes() == own.tobytes()) is (kind == "own")
+        if kind == "far":
+            assert min(distances) > 30 and "targets" not in texts
+        for language in ("en", "zh"):
+            readings = [read_caption(text, language) for text in texts.get("targets", texts)[language]]
+            if kind == "far":
+                assert {(reading.background, reading.style) for reading in readings} == {(None, scene.style)}
+            else:
+                assert texts.get("targets", texts)[language] == own_texts.get("targets", own_texts)[language]
+    assert kinds["own"] > 40 and kinds["near"] > 12 and kinds["far"] > 12
+
+
 @pytest.mark.parametrize(
     "line, message",
     [
@@ -287,11 +329,28 @@ def test_a_name_is_found_however_its_accents_are_written(run, pictures, tmp_path
         ({"fine_size": 80}, "`fine_size` must be a multiple of `low_size` 32, but is 80"),
         ({"compression_rate": 16}, r"`compression_rate` must be one of \[8\], which `vqvae` has, but is 16"),
         ({"reversed_share": 0.7}, r"`reversed_share` must be from 0 to 0\.5, but is 0\.7"),
+        ({"other_colours_share": 1.5}, r"`other_colours_share` must be from 0 to 1, but is 1\.5"),
     ],
 )
 def test_options_that_cannot_work_are_named(run, options, message):
     with pytest.raises(ValueError, match=message):
         run(**options)
+
+
+@pytest.mark.parametrize(
+    "frequencies, message",
+    [
+        ('{"1f680": 2}', "`frequencies` must name things of `scope` by hexcode, but has '1f680'"),
+        ('{"1f431": 0}', "`frequencies` must be numbers above 0, but that of 1f431 is 0"),
+        ('{"1f431": "2"}', "`frequencies` must be numbers above 0, but that of 1f431 is '2'"),
+        ("[1]", "`frequencies` must be a JSON object"),
+    ],
+)
+def test_frequencies_that_cannot_be_are_named(script, frequencies, message, tmp_path):
+    Scope(("1f431", "1f42f"), ("noto",), ("blue",), ("single",)).save(tmp_path / "scope.json")
+    config = script.PrepareConfig(output_dir="out", scope=str(tmp_path / "scope.json"), frequencies=frequencies)
+    with pytest.raises(ValueError, match=message):
+        script.EmojiPictures(config, [24])
 
 
 def test_an_output_folder_that_cannot_be_written_is_found_at_once(run, pictures, monkeypatch):

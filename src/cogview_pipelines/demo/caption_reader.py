@@ -201,6 +201,7 @@ def _fillers(language: str) -> set[str]:
     if language == "en":
         fillers |= {"a", "an", "the", "one", "in", "on", "and", "it"}
     else:
+        fillers |= {filler.removeprefix("的") for filler in fillers}  # the word before may have taken it
         fillers |= set("一在的和个吗图隻")
         fillers |= {concept.measure for concept in load_concepts().values()}
     return {filler.strip() for filler in fillers} - {""}

@@ -93,7 +93,12 @@ def shipped_sprites() -> SpriteSet:
     return SpriteSet()
 
 
-def render(scene: Scene, size: int = NATIVE_SIZE, sprites: SpriteSet | None = None) -> Image.Image:
+def render(
+    scene: Scene,
+    size: int = NATIVE_SIZE,
+    sprites: SpriteSet | None = None,
+    colour: tuple[int, int, int] | None = None,
+) -> Image.Image:
     """
     Draw a scene.
 
@@ -108,6 +113,7 @@ def render(scene: Scene, size: int = NATIVE_SIZE, sprites: SpriteSet | None = No
             objects do not fall on whole pixels, and edges are soft.
         sprites (`SpriteSet`, *optional*):
             By default the drawings that come with the package, which are enough for 240 px.
+        colour (`tuple[int, int, int]`, *optional*): RGB in 0..255 of the background, in place of the scene's.
 
     Returns:
         `PIL.Image.Image`: An RGB picture.
@@ -124,16 +130,16 @@ def render(scene: Scene, size: int = NATIVE_SIZE, sprites: SpriteSet | None = No
             + advice * (composed < FULL_SIZE)
         )
     if size > 0 and composed % size == 0:
-        return _compose(scene, composed, sprites).resize((size, size), Image.Resampling.BOX)
+        return _compose(scene, composed, sprites, colour).resize((size, size), Image.Resampling.BOX)
     if size > 0 and size % GRID == 0:
-        return _compose(scene, size, sprites)
+        return _compose(scene, size, sprites, colour)
     if size < 1:
         raise ValueError(f"`size` must be from 1 to {composed} pixels, but is {size}.")
-    return _compose(scene, composed, sprites).resize((size, size), Image.Resampling.LANCZOS)
+    return _compose(scene, composed, sprites, colour).resize((size, size), Image.Resampling.LANCZOS)
 
 
-def _compose(scene: Scene, size: int, sprites: SpriteSet) -> Image.Image:
-    picture = Image.new("RGBA", (size, size), (*BACKGROUNDS[scene.background].rgb, 255))
+def _compose(scene: Scene, size: int, sprites: SpriteSet, colour: tuple[int, int, int] | None) -> Image.Image:
+    picture = Image.new("RGBA", (size, size), (*(colour or BACKGROUNDS[scene.background].rgb), 255))
     for hexcode, box in zip(scene.objects, slot_boxes(scene, size), strict=True):
         left, top, side = map(int, box)
         picture.alpha_composite(sprites.get(hexcode, scene.style, side), (left, top))

@@ -20,6 +20,7 @@ from .words import load_grammar, nouns, to_traditional
 WORDINGS = ("train", "test")
 KINDS = {"ground style": 0.45, "ground": 0.27, "style": 0.13, "": 0.15}  # what is told, and how often
 PLACES = {"pair": 0.62, "sided": 0.16, "beside": 0.12, "any": 0.1}  # how the place of two objects is told
+PLAIN_SHARE = 0.12  # of sentences stand alone, beside those for which chance draws the first frame
 SPLIT_PARTS = ("frame", "pair", "sided", "ground", "lead", "attribute", "style", "style_lead", "head")
 _HELD_OUT_PARTS = 8  # percent of the parts, and of the patterns without such a part
 _SLOT = re.compile(r"<(\w+)>")
@@ -63,7 +64,8 @@ def _draw_pattern(language: str, told: str, story_kind: str, rng: random.Random)
 
     def draw(kind: str) -> str:
         nonlocal held_out
-        part = rng.choice(grammar[kind])
+        is_plain = kind == "frame" and rng.random() < PLAIN_SHARE
+        part = grammar[kind][0] if is_plain else rng.choice(grammar[kind])
         held_out |= kind in SPLIT_PARTS and _is_held_out(language, kind, part)
         return part
 
@@ -135,7 +137,8 @@ def _mostly_first(words, rng: random.Random, share: float) -> str:
 def _fill(pattern: str, story_kind: str, scene: Scene, language: str, rng: random.Random) -> str:
     grammar, things = load_grammar(language), dict(zip("ab", scene.objects))
     name_thing = _english_thing if language == "en" else _chinese_thing
-    words = {letter: name_thing(hexcode, rng) for letter, hexcode in things.items()}
+    is_terse = rng.random() < 0.12  # "tiger, guitar, red background"
+    words = {letter: name_thing(hexcode, rng, is_terse) for letter, hexcode in things.items()}
     words["ground"] = _mostly_first(grammar["colours"][scene.background], rng, 0.75)
     words["style"] = _mostly_first(grammar["styles"][scene.style], rng, 0.8)
     if language == "en":
@@ -152,23 +155,37 @@ def _fill(pattern: str, story_kind: str, scene: Scene, language: str, rng: rando
     return pattern.format(**words)
 
 
-def _english_thing(hexcode: str, rng: random.Random) -> str:
+def _english_thing(hexcode: str, rng: random.Random, is_terse: bool) -> str:
     noun = _mostly_first(nouns(hexcode, "en"), rng, 0.55)
     is_mass, noun = noun.startswith("~"), noun.removeprefix("~")
     if rng.random() < 0.2:
         noun = f"{rng.choice(load_grammar('en')['adjectives'])} {noun}"
     chance = rng.random()
+    if is_terse:
+        return noun
     if is_mass or chance < 0.1:
         return f"the {noun}" if is_mass and chance < 0.1 else noun
     return f"the {noun}" if chance < 0.18 else f"one {noun}" if chance < 0.21 else with_article(noun)
 
 
-def _chinese_thing(hexcode: str, rng: random.Random) -> str:
+def _chinese_thing(hexcode: str, rng: random.Random, is_terse: bool) -> str:
     noun = _mostly_first(nouns(hexcode, "zh"), rng, 0.55)
     adjective = rng.choice(load_grammar("zh")["adjectives"]) if rng.random() < 0.2 else ""
+    if _begins_with_another(adjective + noun, adjective):
+        adjective = ""
     chance = rng.random()
     measure = load_concepts()[hexcode].measure if chance < 0.55 else "个"
-    return adjective + noun if chance > 0.65 else f"一{measure}{adjective}{noun}"
+    return adjective + noun if is_terse or chance > 0.65 else f"一{measure}{adjective}{noun}"
+
+
+def _begins_with_another(words: str, adjective: str) -> bool:
+    """Whether an adjective and a noun begin with the word for a thing: 小熊, a bear, would be read in 小熊猫."""
+    return any(words != noun and words.startswith(noun) for noun in _chinese_nouns() if noun.startswith(adjective))
+
+
+@cache
+def _chinese_nouns() -> tuple[str, ...]:
+    return tuple(noun for hexcode in load_concepts() for noun in nouns(hexcode, "zh"))
 
 
 def _vary(text: str, language: str, rng: random.Random) -> str:
