@@ -30,6 +30,7 @@ from cogview_pipelines.models.cogview2.sequences import SequenceLayout, text_to_
 from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
 from cogview_pipelines.models.learned_tokens import check_new_token, learn_token
 from cogview_pipelines.training.arguments import json_option, parse_config, run_script
+from cogview_pipelines.training.data.captions import with_full_stop
 from cogview_pipelines.training.data.draws import Draw, seeded_generator
 from cogview_pipelines.training.data.tokens import TokenData, TokenTrainConfig
 from cogview_pipelines.training.loop import train
@@ -74,6 +75,13 @@ class CogLMTrainConfig(TokenTrainConfig):
     )
     text_loss_weight: float = field(
         default=1.0, metadata={"help": "Weight of a text label; of an image label 1. Captions have few labels."}
+    )
+    end_captions: bool = field(
+        default=True,
+        metadata={
+            "help": "Texts that captioning writes end with a full stop, where the pipeline stops. CogLM has no other "
+            "end of a text; the released samples had none, and the model writes on."
+        },
     )
     completion_probability: float = field(
         default=0.0, metadata={"help": "Share of samples that fill rectangular holes, as inpainting does."}
@@ -210,7 +218,9 @@ def make_sample(
 ) -> TokenSequence:
     """A sample of a picture, with its tokens, whose caption, task and masks the generator draws."""
     layout, pad_token_id = model_config.layout, tokenizer.pad_token_id
-    task, _, text = draw_task(config, data, index, generator)
+    task, language, text = draw_task(config, data, index, generator)
+    if task == "captioning" and config.end_captions:
+        text = with_full_stop(text, language, data.encode)
     text = text[: model_config.max_text_tokens]
     padding = model_config.max_text_tokens + 1 - len(text)
     row = torch.cat([torch.tensor(text + [pad_token_id] * padding), picture])

@@ -28,8 +28,8 @@ from cogview_pipelines.generation.token_sequence import IGNORED_LABEL
 from cogview_pipelines.generation.tokens import TO_GENERATE, generate
 from cogview_pipelines.models.cogview import sequences
 from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
-from cogview_pipelines.models.tokenization import SENTENCE_ENDS
 from cogview_pipelines.training.arguments import json_option, parse_config, run_script
+from cogview_pipelines.training.data.captions import with_full_stop
 from cogview_pipelines.training.data.draws import Draw, draw_index, released_index, seeded_generator
 from cogview_pipelines.training.data.tokens import TokenData, TokenTrainConfig
 from cogview_pipelines.training.loop import train
@@ -46,7 +46,6 @@ from cogview_pipelines.training.samples_cogview import (
 )
 
 SIZE = "[BASE]"  # what announces every picture while generating, whatever its side
-FULL_STOPS = {"zh": "。"}  # other languages: "."
 BETWEEN = 8  # commands of a sample with two pictures: [ROI1] [BASE] [BOI1] [EOI1] [ROI2] [POS0] [BASE] [BOI2]
 
 
@@ -237,7 +236,7 @@ def make_sample(
         return picture_and_part(text, coarse.flatten().tolist(), part.flatten().tolist(), 0, layout, SIZE)
     if task == "caption":
         if config.end_captions:
-            text = with_end(text, language, data)
+            text = with_full_stop(text, language, data.encode)
         text = text[: layout.max_length - 4 - layout.image_length]
         return picture_and_text(picture.flatten().tolist(), text, layout, SIZE)
     return text_and_picture(text[: layout.max_text_tokens], picture.flatten().tolist(), layout, SIZE)
@@ -253,13 +252,6 @@ def draw_text(
         names = style[language]
         return language, data.encode(style_caption(names[draw_index(len(names), generator)], language))
     return data.draw_language_and_caption(index, generator, to_write=to_write)
-
-
-def with_end(text: list[int], language: str, data: TokenData) -> list[int]:
-    """A text that ends as a sentence does: with the full stop of its language, if it has no end of its own."""
-    *_, stop = data.encode(FULL_STOPS.get(language, "."))
-    ends = {data.encode(mark)[-1] for mark in SENTENCE_ENDS}
-    return text if text[-1] in ends else [*text, stop]
 
 
 def draw_part(

@@ -3,7 +3,6 @@
 test_resuming.py; several processes: test_sharding.py.
 """
 
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from cogview_pipelines.models.adapters import add_adapter
 from cogview_pipelines.models.cogview import sequences
 from cogview_pipelines.training.adapters import LEFT_OUT
 from cogview_pipelines.training.data.draws import Draw, released_index
+from cogview_pipelines.training.data.captions import with_full_stop
 from cogview_pipelines.training.data.tokens import TokenData
 
 from ..pipelines.conftest import build_cogview
@@ -140,7 +140,7 @@ def test_captions_are_read_as_they_are_written_and_scored(make_batch, tokenizer)
     assert (batch.label_weights[is_image] == 0.25).all() and (batch.label_weights[~is_image] == 3.0).all()
 
 
-def test_captions_that_are_learnt_end_where_the_pipeline_stops(make_batch, tokenizer, script):
+def test_captions_that_are_learnt_end_where_the_pipeline_stops(make_batch, tokenizer):
     ends = set(tokenizer.sentence_end_ids)
     ended, endless = (
         [row[4 + IMAGE_LENGTH :] for row in rows_of(make_batch(caption_probability=1.0, end_captions=end))]
@@ -153,10 +153,9 @@ def test_captions_that_are_learnt_end_where_the_pipeline_stops(make_batch, token
     expected = [text if text[-1] in ends else [*text, *tokenizer.encode(".")[-1:]] for text in endless]
     assert ended == expected
     chinese = tokenizer.encode("红色")
-    ending = SimpleNamespace(encode=tokenizer.encode)
-    assert script.with_end(chinese, "zh", ending) == [*chinese, tokenizer.encode("。")[-1]]
+    assert with_full_stop(chinese, "zh", tokenizer.encode) == [*chinese, tokenizer.encode("。")[-1]]
     question = tokenizer.encode("a cat?")
-    assert script.with_end(question, "en", ending) == question
+    assert with_full_stop(question, "en", tokenizer.encode) == question
 
 
 @pytest.mark.parametrize("restart", [True, False])

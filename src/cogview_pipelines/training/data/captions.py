@@ -5,15 +5,16 @@ Captions of pictures as a line of JSON holds them, and what of them a model does
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ...json_lines import is_unicode, parse_object
-from ...models.tokenization import CodesAndPiecesTokenizer
+from ...models.tokenization import SENTENCE_ENDS, CodesAndPiecesTokenizer
 
 LANGUAGES = ("en", "zh")
 _NAMES = {"en": "English", "zh": "Chinese"}
+FULL_STOPS = {"zh": "。"}  # other languages: "."
 MOST_LOOKED_AT = 2000  # captions of each language, to say what is lost of them
 
 logger = logging.getLogger(__name__)
@@ -205,3 +206,10 @@ def tell_text_losses(
     for sentence in losses.sentences(max_text_tokens):
         logger.warning(sentence)
     return losses
+
+
+def with_full_stop(text: list[int], language: str, encode: Callable[[str], list[int]]) -> list[int]:
+    """The token ids of a text that ends as a sentence does: with a full stop, if it has no end of its own."""
+    *_, stop = encode(FULL_STOPS.get(language, "."))
+    ends = {encode(mark)[-1] for mark in SENTENCE_ENDS}
+    return text if text and text[-1] in ends else [*text, stop]
