@@ -83,6 +83,20 @@ def test_captioning_predicts_text_after_the_start_token_of_its_language(make_bat
     assert (batch.labels[:, -IMAGE_LENGTH:] != IGNORED_LABEL).any(1).all()  # and masked patches, at once
 
 
+def test_captions_that_are_learnt_end_where_the_pipeline_stops_and_prompts_do_not(make_batch, tokenizer):
+    def texts(batch):
+        rows = [labels[: -IMAGE_LENGTH - 1] for labels in batch.labels]
+        return [row[row != IGNORED_LABEL].tolist() for row in rows]
+
+    ended, endless = (texts(make_batch(caption_probability=1.0, end_captions=end)) for end in (True, False))
+    ends, stops = set(tokenizer.sentence_end_ids), {tokenizer.encode(stop)[-1] for stop in (".", "。")}
+    assert not all(text[-1] in ends for text in endless) and all(text[-1] in ends for text in ended)
+    for text, with_end in zip(endless, ended, strict=True):
+        assert with_end == text or (text[-1] not in ends and with_end[:-1] == text and with_end[-1] in stops)
+    drawn = [make_batch(caption_probability=0.0, end_captions=end).input_ids for end in (True, False)]
+    assert torch.equal(*drawn)
+
+
 def test_captioning_of_whole_images_reads_them_as_captioning_does(make_batch):
     batch = make_batch(caption_probability=1.0, whole_image_probability=1.0)
     image = slice(batch.input_ids.shape[1] - IMAGE_LENGTH, None)
