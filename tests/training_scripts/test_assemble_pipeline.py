@@ -1,6 +1,7 @@
 """`training_scripts/assemble_pipeline.py`: parts as the training scripts leave them become a pipeline that draws."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -97,6 +98,35 @@ def test_weights_of_transformers_are_rounded_where_asked(parts, tmp_path):
         assert any(not torch.equal(tensor, before[key]) for key, tensor in after.items())
     for key, tensor in weights("rounded", "vqvae").items():
         assert torch.equal(tensor, weights("as_they_are", "vqvae")[key])
+
+
+def test_rows_of_matrices_are_rounded_to_eight_bits_where_asked(parts, tmp_path):
+    for folder, options in (("as_they_are", {}), ("rounded", {"round_to": "int8"})):
+        load_script("assemble_pipeline").main(as_arguments({"output_dir": tmp_path / folder, **parts, **options}))
+    matrices = 0
+    for name in ("transformer", "direct_sr_transformer", "iterative_sr_transformer"):
+        before, after = (
+            load_file(tmp_path / folder / name / "model.safetensors") for folder in ("as_they_are", "rounded")
+        )
+        for key, tensor in after.items():
+            if tensor.dim() != 2:
+                assert torch.equal(tensor, before[key].bfloat16().half())
+                continue
+            for row, original in zip(tensor.float(), before[key].float(), strict=True):
+                step = 2.0 ** math.ceil(math.log2(max(original.abs().max().item(), 2**-14) / 127.5))
+                assert (row / step).frac().abs().max() == 0 and (row / step).abs().max() <= 127
+                assert (row - original).abs().max() <= step / 2
+            matrices += 1
+    assert matrices > 10
+
+
+def test_rounding_keeps_rows_of_zeros_and_the_sign_and_size_of_the_largest():
+    round_rows = load_script("assemble_pipeline").round_rows
+    weights = torch.tensor([[0.0, 0.0, 0.0], [1.0, -0.25, 0.004], [-127.5, 127.4, 0.6]])
+    rounded = round_rows(weights)
+    assert torch.equal(rounded[0], weights[0])
+    assert rounded[1].tolist() == [1.0, -0.25, 0.0]
+    assert rounded[2].tolist() == [-127.0, 127.0, 1.0]
 
 
 def test_super_resolution_may_be_left_out(parts, tmp_path):

@@ -3,7 +3,6 @@
 test_resuming.py; several processes: test_sharding.py.
 """
 
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,8 +19,8 @@ from cogview_pipelines.generation.token_sequence import IGNORED_LABEL
 from cogview_pipelines.models.adapters import add_adapter
 from cogview_pipelines.models.cogview import sequences
 from cogview_pipelines.training.adapters import LEFT_OUT
-from cogview_pipelines.training.data.draws import Draw, released_index
 from cogview_pipelines.training.data.captions import with_full_stop
+from cogview_pipelines.training.data.draws import Draw, released_index
 from cogview_pipelines.training.data.tokens import TokenData
 
 from ..pipelines.conftest import build_cogview
