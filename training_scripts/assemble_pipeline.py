@@ -86,8 +86,8 @@ class AssembleConfig:
         default=None,
         metadata={
             "help": "Round the weights of the transformers before they are stored, so that files compress better. "
-            "bfloat16, which mixed precision trained them in: to four fifths of float16. int8: each row of a matrix to 255 "
-            "multiples of a power of two, and the rest to bfloat16: to three fifths.",
+            "bfloat16, which mixed precision trained them in: to four fifths of float16. int8: each row of a matrix "
+            "to 255 multiples of a power of two, and the rest to bfloat16: to three fifths.",
             "choices": ["bfloat16", "int8"],
         },
     )
