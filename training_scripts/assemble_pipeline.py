@@ -13,13 +13,9 @@ Without super-resolution:
         --output_dir MODEL
 """
 
-import logging
-import shutil
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
 
 from cogview_pipelines import (
     CogLMCanvasModel,
@@ -28,28 +24,18 @@ from cogview_pipelines import (
     IcetkTokenizer,
     LoPARScheduler,
 )
-from cogview_pipelines.loaders.lora import read_saved_adapters
-from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
-from cogview_pipelines.training.adapters import LEFT_OUT, warn_of_adapters
-from cogview_pipelines.training.arguments import files_option, json_option, parse_config, read_words, run_script
-from cogview_pipelines.training.data.tokens import TokenData
-from cogview_pipelines.training.run_folder import filling
+from cogview_pipelines.training.arguments import files_option, json_option, parse_config, run_script
+from cogview_pipelines.training.assembly import AssembleOptions, Parts, write_pipeline
 
-logger = logging.getLogger(__name__)
+MODELS = {
+    "transformer": CogLMModel,
+    "direct_sr_transformer": CogLMCanvasModel,
+    "iterative_sr_transformer": CogLMCanvasModel,
+}
 
 
 @dataclass
-class AssembleConfig:
-    output_dir: str = field(metadata={"help": "The pipeline folder to write."})
-    like: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder or Hub id of a pipeline: what no other option says (parts, schedulers, styles, known "
-            "words) is as there; adapters that were saved with it are left out, with a warning."
-        },
-    )
-    tokenizer: str | None = field(default=None, metadata={"help": "Folder or Hub id of the tokenizer."})
-    vqvae: str | None = field(default=None, metadata={"help": "The image tokenizer."})
+class AssembleConfig(AssembleOptions):
     transformer: str | None = field(default=None, metadata={"help": "The CogLM."})
     direct_sr_transformer: str | None = field(default=None, metadata={"help": "Direct super-resolution."})
     iterative_sr_transformer: str | None = field(default=None, metadata={"help": "Iterative super-resolution."})
@@ -59,28 +45,10 @@ class AssembleConfig:
     iterative_sr_scheduler: str | None = field(
         default=None, metadata={"help": "JSON: options of its LoPARScheduler; default: those of the release."}
     )
-    compression_rate: int | None = field(
-        default=None, metadata={"help": "Pixels per token along each side; default: 8."}
-    )
     styles: str | None = field(default=None, metadata={"help": "JSON: style presets by name."})
     default_style: str | None = field(default=None, metadata={"help": "The preset used when a call names none."})
     whole_pictures: bool | None = field(
         default=None, metadata={"help": "CogLM knows whole pictures only: inpainting shows it as much as it can."}
-    )
-    words_file: str | None = field(
-        default=None,
-        metadata={"help": "Text file with all words that the model knows: prompts with others are warned about."},
-    )
-    data: str | None = field(
-        default=None,
-        metadata={
-            "help": "Token folder that it was trained on: where the model has a list of all words that it knows, the "
-            "words of these captions are added."
-        },
-    )
-    dtype: str = field(
-        default="float16",
-        metadata={"help": "Type of the stored weights.", "choices": ["float32", "float16", "bfloat16"]},
     )
     round_to: str | None = field(
         default=None,
@@ -90,10 +58,6 @@ class AssembleConfig:
             "to 255 multiples of a power of two, and the rest to bfloat16: to three fifths.",
             "choices": ["bfloat16", "int8"],
         },
-    )
-    files: str = field(default="{}", metadata={"help": "JSON: files to copy beside, by their names there."})
-    config: str | None = field(
-        default=None, metadata={"help": "YAML file with any of these options; the command line wins over it."}
     )
 
 
@@ -109,46 +73,20 @@ def round_rows(weights: torch.Tensor) -> torch.Tensor:
     return (weights / step).round().clamp(-127, 127) * step
 
 
-class Parts:
-    """Where the parts of the pipeline come from: the options, else the model that it is like."""
+class CogView2Parts(Parts):
+    """With weights rounded where that is asked for, and what super-resolution has of its own."""
 
-    def __init__(self, config: AssembleConfig):
-        self.config, self.dtype = config, getattr(torch, config.dtype)
-        self.like = {} if config.like is None else dict(CogView2Pipeline.load_config(config.like))
-
-    def place(self, name: str) -> dict[str, str] | None:
-        """Arguments of `from_pretrained` for a part, or `None` where there is none."""
-        own = getattr(self.config, name, None)
-        if own is not None:
-            return {"pretrained_model_name_or_path": own}
-        if self.like.get(name, [None])[0] is None:
-            return None
-        return {"pretrained_model_name_or_path": self.config.like, "subfolder": name}
-
-    def require(self, name: str) -> dict[str, str]:
-        place = self.place(name)
-        if place is None:
-            raise ValueError(f"`{name}` must be given, or `like`, a pipeline that has one.")
-        return place
-
-    def setting(self, name: str, own):
-        return self.like.get(name, DEFAULTS[name]) if own is None else own
-
-    def model(self, model_class, name: str):
-        model = model_class.from_pretrained(**self.require(name), dtype=self.dtype)
+    def model(self, name: str):
+        model = super().model(name)
         if self.config.round_to is not None:
             for weights in model.state_dict().values():
                 is_matrix = weights.dim() == 2 and self.config.round_to == "int8"
                 weights.copy_(round_rows(weights.float()) if is_matrix else weights.bfloat16())
         return model
 
-    def image_tokenizer(self):
-        place = self.require("vqvae")
-        return load_image_tokenizer(place.pop("pretrained_model_name_or_path"), **place, dtype=self.dtype)
-
     def direct_sr(self) -> CogLMCanvasModel:
         """Direct super-resolution; one that borrowed the weights of another CogLM than this one keeps those."""
-        model = self.model(CogLMCanvasModel, "direct_sr_transformer")
+        model = self.model("direct_sr_transformer")
         replaced = self.config.transformer is not None and self.config.direct_sr_transformer is None
         if model.config.shares_backbone and replaced:
             print(
@@ -170,13 +108,7 @@ def main(arguments: list[str] | None = None) -> CogView2Pipeline:
     config = parse_config(AssembleConfig, arguments, description=__doc__)
     options = {name: json_option(config, f"{name}_scheduler") for name in SCHEDULERS}
     files = files_option(config)
-    parts = Parts(config)
-    adapters = [] if config.like is None else [*read_saved_adapters(config.like)[0]]
-    if adapters:
-        logger.warning("The adapters %s of `like` %s", adapters, LEFT_OUT)
-    for name in ("transformer", "direct_sr_transformer", "iterative_sr_transformer"):
-        if getattr(config, name) is not None:
-            warn_of_adapters(name, getattr(config, name))
+    parts = CogView2Parts(config, CogView2Pipeline, MODELS, DEFAULTS, "assemble_cogview_pipeline.py")
     settings = {name: parts.setting(name, getattr(config, name)) for name in DEFAULTS if name != "styles"}
     settings["styles"] = parts.setting("styles", json_option(config, "styles"))
     if settings["default_style"] is not None and settings["default_style"] not in settings["styles"]:
@@ -187,27 +119,17 @@ def main(arguments: list[str] | None = None) -> CogView2Pipeline:
     stages = {}
     for stage in SCHEDULERS:
         if parts.place(f"{stage}_transformer") is not None:
-            is_direct = stage == "direct_sr"
-            model = parts.direct_sr() if is_direct else parts.model(CogLMCanvasModel, f"{stage}_transformer")
+            model = parts.direct_sr() if stage == "direct_sr" else parts.model(f"{stage}_transformer")
             stages[f"{stage}_transformer"] = model
             stages[f"{stage}_scheduler"] = parts.scheduler(stage, options[stage])
-    words = {}
-    if config.words_file is not None:
-        words["known_words"] = read_words(config.words_file)
-    tokenizer = IcetkTokenizer.from_pretrained(**parts.require("tokenizer"), **words)
-    if config.data is not None:
-        tokenizer.add_known_words(TokenData.load(config.data, tokenizer).texts())
     pipeline = CogView2Pipeline(
-        tokenizer,
-        parts.model(CogLMModel, "transformer"),
+        parts.tokenizer(IcetkTokenizer),
+        parts.model("transformer"),
         parts.image_tokenizer(),
         **stages,
         **settings,
     )
-    with filling(Path(config.output_dir), DiffusionPipeline.config_name) as partial:
-        pipeline.save_pretrained(partial)
-        for name, source in files.items():
-            shutil.copyfile(source, partial / name)
+    write_pipeline(pipeline, config.output_dir, files)
     return pipeline
 
 

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from cogview_pipelines import CogLMModel, CogView2Pipeline
+from cogview_pipelines.environment import SHIPPED_MODELS
 from cogview_pipelines.models.adapters import add_adapter
 from cogview_pipelines.training.adapters import LEFT_OUT
 
@@ -219,3 +220,11 @@ def test_without_a_pipeline_to_be_like_parts_must_be_named_and_schedulers_work(p
     pipe = CogView2Pipeline.from_pretrained(tmp_path / "model")
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a cat", generator=torch.Generator().manual_seed(0)).images[0].size == (96, 96)
+
+
+def test_a_pipeline_of_the_other_family_is_refused_with_the_script_for_it(tmp_path):
+    with pytest.raises(ValueError, match=r"`like` must have a CogLMModel .* assemble_cogview_pipeline.py joins parts"):
+        load_script("assemble_pipeline").main(
+            as_arguments({"like": SHIPPED_MODELS["cogview-emoji"], "output_dir": tmp_path / "model"})
+        )
+    assert not (tmp_path / "model").exists()

@@ -190,7 +190,15 @@ def test_the_command_line_says_what_is_missing(script, capsys):
 
 
 @pytest.mark.parametrize(
-    "script", [*SCRIPTS, "train_vq_model", "train_tokenizer", "prepare_tokens", "assemble_pipeline"]
+    "script",
+    [
+        *SCRIPTS,
+        "train_vq_model",
+        "train_tokenizer",
+        "prepare_tokens",
+        "assemble_pipeline",
+        "assemble_cogview_pipeline",
+    ],
 )
 def test_help_begins_with_commands_and_gives_each_option_a_line_of_help(script, capsys):
     with pytest.raises(SystemExit):
