@@ -270,4 +270,5 @@ def test_finetuning_in_one_command_is_for_the_other_family(cogview2, cogview, pi
     captions = picture.parent / "captions.jsonl"
     captions.write_text('{"file": "picture.png", "en": "a cat"}\n', encoding="utf-8")
     result = cogview2("finetune", picture.parent, "--output", picture.parent / "out", "--model", cogview)
-    assert_bad_input(result, "holds a CogViewPipeline; this command takes models of cogview2 only")
+    said = "holds a CogViewPipeline; this command takes models of cogview2 only. A CogView is finetuned by "
+    assert_bad_input(result, said, 'train_cogview.py: docs/training.md, "The first CogView"')

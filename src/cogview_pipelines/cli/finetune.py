@@ -25,6 +25,7 @@ INTERRUPTED = 75  # exit status of a script that can be resumed
 REPORT = "finetuning.json"
 PRECISIONS = ("no", "bf16", "fp16")
 KEEPS_BACKBONE = "direct_sr_keeps_backbone"  # of the report
+OF_COGVIEW = ' A CogView is finetuned by train_cogview.py: docs/training.md, "The first CogView".'
 CONTENTS = ("captions_sha256", "num_pictures", "picture_bytes")  # of what was asked, what is in the files
 
 
@@ -145,7 +146,7 @@ def finetune(
     job = Job(
         scripts=scripts,
         launcher=_read_launcher(launcher),
-        model=find_model(model, "cogview2"),
+        model=find_model(model, "cogview2", OF_COGVIEW),
         output=output,
         work=output.with_name(f"{output.name}.work") if work is None else expand(work, "--work"),
         minutes=max_minutes,
@@ -200,7 +201,10 @@ class Job:
         except Exception as error:  # whatever a damaged file or the Hub makes the loaders raise
             fail(f"`--model`: {self.model} cannot be read: {first_line(error)}")
         if SAVED_AS.get(str(index.get("_class_name"))) != "cogview2":
-            fail(f"`--model`: {self.model} holds a {index.get('_class_name')}; this command takes a CogView2Pipeline.")
+            fail(
+                f"`--model`: {self.model} holds a {index.get('_class_name')}; this command takes a CogView2Pipeline."
+                f"{OF_COGVIEW}"
+            )
         return index
 
     def choose(self, stages: list[Stage] | None) -> list[Stage]:
