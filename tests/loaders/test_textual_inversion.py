@@ -6,7 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cogview_pipelines import CogLMModel, CogView2CaptionPipeline, CogView2Pipeline
+from cogview_pipelines import (
+    CogLMModel,
+    CogView2CaptionPipeline,
+    CogView2Pipeline,
+    CogViewPipeline,
+    CogViewUpscalePipeline,
+)
 from cogview_pipelines.loaders.textual_inversion import EMBEDDING_NAME, write_learned_token
 from cogview_pipelines.models.learned_tokens import LearnedTokens, learn_token
 
@@ -106,13 +112,68 @@ def test_tokens_without_an_embedding_are_refused_with_what_to_do(pipe, check):
     check(CogView2Pipeline.from_pipe(pipe))
 
 
-def test_tokens_without_an_embedding_are_refused_by_the_first_cogview(tmp_path):
-    pipe = build_cogview(make_cogview_tokenizer(tmp_path))
+def test_tokens_without_an_embedding_are_refused_by_the_first_cogview(cogview):
+    pipe = cogview
     pipe.check_inputs("a Zugspitze")
     room = pipe.transformer.config.vocab_size - len(pipe.tokenizer)  # the table is longer than the vocabulary
     pipe.tokenizer.add_tokens([f"<{number}>" for number in range(room)] + ["Zugspitze"])
     with pytest.raises(ValueError, match=r"`prompt` holds 'Zugspitze', a token .* Call `resize_token_embeddings"):
         pipe.check_inputs("a Zugspitze")
+
+
+@pytest.fixture
+def cogview(tmp_path):
+    """The first CogView, with a tokenizer of its own, which is changed."""
+    (tmp_path / "cogview_pieces").mkdir()
+    return build_cogview(make_cogview_tokenizer(tmp_path / "cogview_pieces"))
+
+
+def upscale(pipe, prompt):
+    tokens = make_image_tokens(1).reshape(1, 4, 4) % 48
+    upscaler = CogViewUpscalePipeline.from_pipe(pipe)
+    upscaler.set_progress_bar_config(disable=True)
+    options = {"generator": torch.Generator().manual_seed(1), "output_type": "latent"}
+    return upscaler(tokens=tokens, prompt=prompt, **options).tokens
+
+
+def test_a_learned_word_of_the_first_cogview_is_saved_and_loaded(cogview, learned, tmp_path):
+    folder, row = learned
+    before, size = draw(cogview, "a car"), len(cogview.tokenizer)
+    cogview.load_textual_inversion(folder)
+    assert cogview.tokenizer.encode(f"a {WORD}")[-1] == size
+    assert torch.equal(cogview.transformer.word_embeddings.weight[size], row)
+    # those that did not learn it read the words that it began with
+    for model in (cogview.super_resolution_transformer, cogview.caption_transformer):
+        table = model.word_embeddings.weight
+        assert torch.allclose(table[size], table[cogview.tokenizer.encode("car")].mean(0), atol=1e-6)
+    assert torch.equal(draw(cogview, "a car"), before)
+    expected = draw(cogview, f"a {WORD}"), upscale(cogview, f"a {WORD}")
+    assert not torch.equal(expected[0], before)
+    cogview.save_pretrained(tmp_path / "model")
+    loaded = CogViewPipeline.from_pretrained(tmp_path / "model")
+    assert torch.equal(draw(loaded, f"a {WORD}"), expected[0])
+    assert torch.equal(upscale(loaded, f"a {WORD}"), expected[1])
+
+
+def test_words_that_a_user_adds_to_the_first_cogview_are_saved_and_loaded(cogview, tmp_path):
+    assert cogview.tokenizer.add_tokens([f"<{number}>" for number in range(8)] + ["Zugspitze", "楚格峰"]) == 10
+    for name in ("transformer", "super_resolution_transformer", "caption_transformer"):
+        getattr(cogview, name).resize_token_embeddings(len(cogview.tokenizer))
+    texts = ("a cat on a Zugspitze", "一只猫,楚格峰")
+    expected = [(draw(cogview, text), upscale(cogview, text)) for text in texts]
+    cogview.save_pretrained(tmp_path / "model")
+    loaded = CogViewPipeline.from_pretrained(tmp_path / "model")
+    for text, tokens in zip(texts, expected):
+        assert loaded.tokenizer.encode(text) == cogview.tokenizer.encode(text)
+        assert torch.equal(draw(loaded, text), tokens[0]) and torch.equal(upscale(loaded, text), tokens[1])
+
+
+def test_a_learned_word_needs_the_model_that_learned_it(cogview, learned):
+    own = {name: getattr(cogview, name) for name in ("tokenizer", "vqvae", "super_resolution_transformer")}
+    pipe, size = CogViewUpscalePipeline(**own), len(cogview.tokenizer)
+    with pytest.raises(ValueError, match="of the `transformer`, which this CogViewUpscalePipeline does not have"):
+        pipe.load_textual_inversion(learned[0])
+    assert len(pipe.tokenizer) == size
 
 
 def test_a_word_that_was_added_is_known_whatever_the_list_of_words_says(tmp_path):

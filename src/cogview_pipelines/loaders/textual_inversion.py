@@ -63,11 +63,16 @@ class TextualInversionLoaderMixin(Mixed):
             hub_options: `subfolder`, `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
 
         Raises:
-            ValueError: If it is damaged, of another model, or the tokenizer knows such a token.
+            ValueError: If it is damaged, of another model, or the tokenizer knows such a token; or if the pipeline has
+                no `transformer`.
             TypeError: If there is no such argument.
             OSError: If there is no such file.
         """
         check_hub_options("load_textual_inversion", hub_options)
+        if getattr(self, "transformer", None) is None:
+            raise ValueError(
+                f"A learned word is of the `transformer`, which this {type(self).__name__} does not have."
+            )
         path = find_weights(os.fspath(pretrained_model_name_or_path), weight_name, EMBEDDING_NAME, **hub_options)
         name, row, initializer = _read(path)
         token = name if token is None else token
