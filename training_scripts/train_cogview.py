@@ -333,7 +333,7 @@ def main(arguments: list[str] | None = None) -> CogViewModel | None:
     vqvae = None
     if config.vqvae is not None:
         vqvae = load_image_tokenizer(config.vqvae, dtype=torch.float32).eval()
-    words = config.learned_words(data, tokenizer) if config.component == "transformer" else []
+    words = config.learned_words(data, tokenizer) if config.component != "super_resolution_transformer" else []
     trained = train(
         config,
         model,

@@ -344,10 +344,64 @@ def test_an_adapter_is_saved_for_the_stage_that_it_is_for(run, tmp_path):
     quick = {"max_steps": 1, "sample_every_steps": 0}
     run(output_dir=tmp_path / "base", **quick)
     options = {"init_from": tmp_path / "base/final", "model": {}, "lora_rank": 2, **quick}
-    for share, name in ((0.0, "transformer"), (1.0, "super_resolution_transformer")):
-        run(output_dir=tmp_path / name, super_resolution_probability=share, **options)
+    for own, name in (
+        ({}, "transformer"),
+        ({"super_resolution_probability": 1.0}, "super_resolution_transformer"),
+        ({"caption_probability": 1.0}, "caption_transformer"),
+    ):
+        run(output_dir=tmp_path / name, **own, **options)
         weights = load_file(tmp_path / name / "final/pytorch_lora_weights.safetensors")
         assert weights and all(key.startswith(f"{name}.") for key in weights)
+
+
+def test_an_adapter_of_captioning_goes_onto_the_model_that_captions(
+    run, tokenizer, cogview_tokenizer_folder, tmp_path
+):
+    """That is the one that draws, too, where there is no `caption_transformer`, as in the shipped model."""
+    pytest.importorskip("peft")
+    CogViewTokenizer.from_pretrained(cogview_tokenizer_folder, known_words=["a"]).save_pretrained(tmp_path / "words")
+    base = make_cogview(max_position_embeddings=80)
+    base.save_pretrained(tmp_path / "base")
+    options = {"init_from": tmp_path / "base", "tokenizer": tmp_path / "words", "model": {}, "lora_rank": 2}
+    trained = run(caption_probability=1.0, max_steps=10, learning_rate=0.05, **options).eval()
+    words = CogViewTokenizer.from_pretrained(tmp_path / "words")
+    pipe = CogViewCaptionPipeline(words, make_cogview_vq(), transformer=base)
+    pipe.set_progress_bar_config(disable=True)
+    ids, text = torch.randint(48, (2, 4, 4), generator=torch.Generator().manual_seed(0)), "a red tiger"
+    before = pipe(tokens=ids, top_k=1, end="length").captions
+    assert pipe.tokenizer.unknown_parts(text) == ["red", "tiger"]
+    pipe.load_lora_weights(tmp_path / "run/final")
+    assert pipe.get_list_adapters() == {"transformer": ["default_0"]}
+    sequence = sequences.caption(ids.flatten(1), base.config.layout, [tokenizer.encode(text)] * 2)
+    inputs = {"input_ids": sequence.input_ids, "position_ids": sequence.position_ids, "full_vocabulary": True}
+    with torch.no_grad():
+        assert torch.equal(pipe.transformer(**inputs).logits, trained(**inputs).logits)
+    assert pipe(tokens=ids, top_k=1, end="length").captions != before
+    assert pipe.tokenizer.unknown_parts(text) == []  # it has learned them
+    pipe.delete_adapters("default_0")
+    assert pipe(tokens=ids, top_k=1, end="length").captions == before and pipe.tokenizer.unknown_parts(text)
+
+    own = CogViewCaptionPipeline(words, make_cogview_vq(), base, caption_transformer=make_cogview(1))
+    own.load_lora_weights(tmp_path / "run/final")
+    assert own.get_list_adapters() == {"caption_transformer": ["default_0"]}
+    with pytest.raises(ValueError, match=r"for \['caption_transformer'\], which this CogViewPipeline does not have"):
+        CogViewPipeline(words, make_cogview_vq(), base).load_lora_weights(tmp_path / "run/final")
+
+
+def test_a_resumed_adapter_has_the_losses_of_the_whole_run(run, stop_after, tmp_path):
+    pytest.importorskip("peft")
+    make_cogview().save_pretrained(tmp_path / "base")
+    options = {"init_from": tmp_path / "base", "model": {}, "lora_rank": 2, "max_steps": 4, "ema_decay": 0.5}
+    options |= {"caption_probability": 0.5, "sample_every_steps": 0}
+    run(output_dir=tmp_path / "whole", **options)
+    stop_after(2)
+    assert run(output_dir=tmp_path / "parts", **options) is None
+    run(output_dir=tmp_path / "parts", **options, resume_from_checkpoint="latest")
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    names = [tmp_path / name / "final/pytorch_lora_weights.safetensors" for name in ("whole", "parts")]
+    whole, parts = map(load_file, names)
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert any(value.any() for name, value in whole.items() if "lora_B" in name)
 
 
 def test_the_validation_loss_is_that_of_the_trained_model_in_evaluation(run, script, data, tokenizer, tmp_path):

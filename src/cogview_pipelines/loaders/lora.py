@@ -43,6 +43,8 @@ class LoraLoaderMixin(Mixed):
     """
 
     model_cpu_offload_seq: str
+    # Where a component is missing, the one that does its work, and takes its adapters.
+    _lora_stand_ins: Mapping[str, str] = {}
 
     @property
     def _lora_loadable_modules(self) -> list[str]:
@@ -105,6 +107,9 @@ class LoraLoaderMixin(Mixed):
             adapter_name = f"default_{number}"
         _check_name(adapter_name)
         models = self._lora_models()
+        for part, other in self._lora_stand_ins.items():
+            if part in weights and part not in models and other in models and other not in weights:
+                weights[other], configs[other] = weights.pop(part), configs.pop(part)
         absent = [part for part in weights if part not in models]
         if len(absent) == len(weights):
             raise ValueError(f"The adapter is for {absent}, which this {type(self).__name__} does not have.")

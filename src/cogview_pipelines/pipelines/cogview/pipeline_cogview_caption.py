@@ -1,7 +1,7 @@
 """Captions of pictures with CogView, and how well captions fit."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -47,6 +47,7 @@ class CogViewCaptionPipeline(CogViewPipelineBase):
 
     _made_for = "captioning"
     _needed = ("caption_transformer", "transformer")
+    _lora_stand_ins: Mapping[str, str] = {"caption_transformer": "transformer"}
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
