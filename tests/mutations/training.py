@@ -4,6 +4,22 @@ from tests.mutations.mutation import Mutation
 
 MUTATIONS = [
     Mutation(
+        "assembling: a model like another one has the released settings",
+        "training/assembly.py",
+        "return self.like.get(name, self.defaults[name]) if own is None else own",
+        "return self.defaults[name] if own is None else own",
+        "training_scripts/test_assemble_cogview_pipeline.py"
+        "::test_what_no_option_says_is_as_in_the_pipeline_that_it_is_like",
+    ),
+    Mutation(
+        "assembling: words of the captions stay unknown",
+        "training/assembly.py",
+        "if self.config.data is not None:",
+        "if False:",
+        "training_scripts/test_assemble_cogview_pipeline.py"
+        "::test_what_no_option_says_is_as_in_the_pipeline_that_it_is_like",
+    ),
+    Mutation(
         "captions: a sample is told as if it were all",
         "training/data/captions.py",
         "losses = TextLosses(is_sample=len(pictures) < len(captions))",
