@@ -111,6 +111,17 @@ def tiny_model(folder: Path) -> None:
     )
 
 
+def tiny_cogview(folder: Path) -> None:
+    """A pipeline of the first CogView with random weights, and no model that only describes, as the shipped one."""
+    from ..pipelines.conftest import build_cogview
+    from ..utils_cogview import make_cogview_tokenizer
+
+    (folder / "pieces").mkdir()
+    pipe = build_cogview(make_cogview_tokenizer(folder / "pieces"))
+    pipe.register_modules(caption_transformer=None)
+    pipe.save_pretrained(folder / "COGVIEW")
+
+
 def save_pictures(folder: Path, word: str = "car") -> None:
     """Twelve of them, with captions."""
     folder.mkdir()
@@ -126,30 +137,16 @@ def save_pictures(folder: Path, word: str = "car") -> None:
 @stage("docs/training.md")
 @stage("docs/zh/training.md")
 def training(folder: Path) -> Stage:
-    from ..training_scripts.conftest import write_cogview_token_folder
-    from ..utils_cogview import make_cogview_tokenizer, make_cogview_vq
-
     tiny_model(folder)
+    tiny_cogview(folder)
     save_pictures(folder / "PICTURES")
-    (folder / "COGVIEW" / "pieces").mkdir(parents=True)
-    make_cogview_tokenizer(folder / "COGVIEW" / "pieces").save_pretrained(folder / "COGVIEW" / "tokenizer")
-    make_cogview_vq().save_pretrained(folder / "COGVIEW" / "vqvae")
-    write_cogview_token_folder(folder / "data" / "cogview")
     few = "--model MODEL --steps 2 --batch-size 2"
-    of_cogview = (
-        "--tokenizer MODEL/tokenizer --data data/mine --text_loss_weight",
-        "--tokenizer MODEL/tokenizer \\\n    --data data/mine --super_resolution_probability",
-        "--tokenizer MODEL/tokenizer --vqvae MODEL/vqvae \\\n    --transformer runs/cogview",
-    )
     large = '{"hidden_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 16}'
     return {}, {
         "finetune PICTURES --output my_model ": f"finetune PICTURES {few} --output my_finetuned_model ",
         "finetune PICTURES --lora": f"finetune PICTURES {few} --lora",
-        # this family has tokenizers and tokens of its own
-        **{text: text.replace("MODEL", "COGVIEW").replace("data/mine", "data/cogview") for text in of_cogview},
         f"'{large}'": "'" + json.dumps({"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}) + "'",
         " --mixed_precision fp16 --loss_scale_patience 2": "",
-        "--learning_rate 1e-5 --output_dir runs/cogview_sr": "--max_steps 2 --output_dir runs/cogview_sr",
         "--resolution 240": "--resolution 96",
         "--resolutions 240": "--resolutions 96",
         "runs/vq_decoder/final --output_dir my_model": "runs/vq_decoder/final --output_dir my_decoder",
@@ -265,9 +262,15 @@ def evaluation(folder: Path) -> Stage:
 def lora(folder: Path) -> Stage:
     tiny_model(folder)
     save_pictures(folder / "PICTURES", "<my-car>")
-    arguments = ["--like", "MODEL", "--image_folder", "PICTURES", "--captions", "PICTURES/captions.jsonl"]
-    run_script("training_scripts/prepare_tokens.py", [*arguments, "--output_dir", "data/mine"])
-    return {}, {"--data data/mine": "--data data/mine --batch_size 2", **FEW_STEPS}
+    tiny_cogview(folder)
+    pictures = ["--image_folder", "PICTURES", "--captions", "PICTURES/captions.jsonl"]
+    for model, data in (("MODEL", "data/mine"), ("COGVIEW", "data/mine_cogview")):
+        run_script("training_scripts/prepare_tokens.py", ["--like", model, *pictures, "--output_dir", data])
+    return {}, {
+        "--lora_rank 8": "--lora_rank 8 --batch_size 2",
+        "--new_token": "--batch_size 2 --new_token",
+        **FEW_STEPS,
+    }
 
 
 @stage("docs/memory.md")
