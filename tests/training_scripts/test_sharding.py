@@ -18,6 +18,7 @@ from cogview_pipelines import CogLMModel, IcetkVQModel
 from cogview_pipelines.training.checkpoints import list_checkpoints
 from cogview_pipelines.training.run_folder import read_run
 
+from ..utils_cogview import make_cogview
 from .conftest import COGLM, COGVIEW, WINDOWS, as_arguments
 from .launching import (
     first_gradients,
@@ -435,7 +436,7 @@ def test_the_image_tokenizer_trains_by_copies_and_says_that_it_cannot_be_shared_
         launch(2, run_script, "train_vq_model", sharded)
 
 
-@pytest.mark.parametrize("script", ["train_coglm", "train_direct_sr"])
+@pytest.mark.parametrize("script", ["train_coglm", "train_direct_sr", "train_cogview"])
 def test_a_sharded_adapter_is_that_of_one_process(options, coglm_folder, tmp_path, script):
     """Frozen weights and trained matrices lie side by side in a layer; an adapter alone is saved and checkpointed."""
     from cogview_pipelines import CogLMCanvasModel
@@ -444,6 +445,9 @@ def test_a_sharded_adapter_is_that_of_one_process(options, coglm_folder, tmp_pat
     more = {"lora_rank": 4, "max_steps": 3, "learning_rate": 0.01, "ema_decay": 0.5}
     if script == "train_coglm":
         more |= {"init_from": coglm_folder, "model": NO_DROPOUT}
+    elif script == "train_cogview":
+        make_cogview(**NO_DROPOUT).save_pretrained(tmp_path / "cogview")
+        more |= {"init_from": tmp_path / "cogview", "model": {}}
     else:
         transformer = CogLMModel.from_pretrained(coglm_folder)
         CogLMCanvasModel.from_transformer(
