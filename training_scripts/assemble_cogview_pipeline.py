@@ -47,7 +47,9 @@ class AssembleConfig:
         default=None, metadata={"help": "Finer pictures after coarser ones."}
     )
     caption_transformer: str | None = field(default=None, metadata={"help": "Texts after pictures."})
-    compression_rate: int = field(default=8, metadata={"help": "Pixels per token along each side."})
+    compression_rate: int | None = field(
+        default=None, metadata={"help": "Pixels per token along each side; default: the only rate of `vqvae`, or 8."}
+    )
     settings: str = field(
         default="{}", metadata={"help": "JSON: settings of the calls in place of the released ones, by pipeline."}
     )
