@@ -29,7 +29,7 @@ from cogview_pipelines import (
     LoPARScheduler,
 )
 from cogview_pipelines.loaders.lora import read_saved_adapters
-from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
+from cogview_pipelines.models.image_tokenizers.auto import DEFAULT_RATE, choose_rate, load_image_tokenizer
 from cogview_pipelines.training.adapters import LEFT_OUT, warn_of_adapters
 from cogview_pipelines.training.arguments import files_option, json_option, parse_config, read_words, run_script
 from cogview_pipelines.training.data.tokens import TokenData
@@ -60,7 +60,7 @@ class AssembleConfig:
         default=None, metadata={"help": "JSON: options of its LoPARScheduler; default: those of the release."}
     )
     compression_rate: int | None = field(
-        default=None, metadata={"help": "Pixels per token along each side; default: 8."}
+        default=None, metadata={"help": "Pixels per token along each side; default: the only rate of `vqvae`, or 8."}
     )
     styles: str | None = field(default=None, metadata={"help": "JSON: style presets by name."})
     default_style: str | None = field(default=None, metadata={"help": "The preset used when a call names none."})
@@ -98,7 +98,7 @@ class AssembleConfig:
 
 
 # Of a model that is like no other.
-DEFAULTS = {"compression_rate": 8, "styles": {}, "default_style": None, "whole_pictures": False}
+DEFAULTS = {"styles": {}, "default_style": None, "whole_pictures": False}
 SCHEDULERS = {"direct_sr": {"step_grid": [[1]], "top_k": 5}, "iterative_sr": {}}
 
 
@@ -196,12 +196,14 @@ def main(arguments: list[str] | None = None) -> CogView2Pipeline:
         words["known_words"] = read_words(config.words_file)
     tokenizer = IcetkTokenizer.from_pretrained(**parts.require("tokenizer"), **words)
     if config.data is not None:
-        tokenizer.add_known_words(TokenData.load(config.data, tokenizer).texts())
+        tokenizer.add_known_words(TokenData.load(config.data, tokenizer).texts(styles=False))
+    vqvae = parts.image_tokenizer()
     pipeline = CogView2Pipeline(
         tokenizer,
         parts.model(CogLMModel, "transformer"),
-        parts.image_tokenizer(),
+        vqvae,
         **stages,
+        compression_rate=choose_rate(vqvae, config.compression_rate, parts.like.get("compression_rate", DEFAULT_RATE)),
         **settings,
     )
     with filling(Path(config.output_dir), DiffusionPipeline.config_name) as partial:
