@@ -34,7 +34,7 @@ STAGES = {
 
 
 # Of a model that is like no other.
-DEFAULTS = {"compression_rate": 8, "settings": {}}
+DEFAULTS = {"settings": {}}
 
 
 @dataclass
@@ -51,18 +51,20 @@ class AssembleConfig(AssembleOptions):
 
 def main(arguments: list[str] | None = None) -> CogViewPipeline | CogViewUpscalePipeline | CogViewCaptionPipeline:
     config = parse_config(AssembleConfig, arguments, description=__doc__)
-    own = {"compression_rate": config.compression_rate, "settings": json_option(config, "settings")}
+    settings = json_option(config, "settings")
     files = files_option(config)
     parts = Parts(config, CogViewPipeline, dict.fromkeys(STAGES, CogViewModel), DEFAULTS, "assemble_pipeline.py")
     given = [name for name in STAGES if parts.place(name) is not None]
     if not given:
         names = ", ".join(f"`{name}`" for name in STAGES)
         raise ValueError(f"One of {names} must be given, or `like`, a pipeline that has one.")
+    vqvae = parts.image_tokenizer()
     pipeline = STAGES[given[0]](
-        parts.tokenizer(CogViewTokenizer),
-        parts.image_tokenizer(),
+        parts.tokenizer(CogViewTokenizer, styles=True),
+        vqvae,
         **{name: parts.model(name) for name in given},
-        **{name: parts.setting(name, value) for name, value in own.items()},
+        compression_rate=parts.compression_rate(vqvae),
+        settings=parts.setting("settings", settings),
     )
     write_pipeline(pipeline, config.output_dir, files)
     return pipeline

@@ -62,7 +62,7 @@ class AssembleConfig(AssembleOptions):
 
 
 # Of a model that is like no other.
-DEFAULTS = {"compression_rate": 8, "styles": {}, "default_style": None, "whole_pictures": False}
+DEFAULTS = {"styles": {}, "default_style": None, "whole_pictures": False}
 SCHEDULERS = {"direct_sr": {"step_grid": [[1]], "top_k": 5}, "iterative_sr": {}}
 
 
@@ -122,11 +122,13 @@ def main(arguments: list[str] | None = None) -> CogView2Pipeline:
             model = parts.direct_sr() if stage == "direct_sr" else parts.model(f"{stage}_transformer")
             stages[f"{stage}_transformer"] = model
             stages[f"{stage}_scheduler"] = parts.scheduler(stage, options[stage])
+    vqvae = parts.image_tokenizer()
     pipeline = CogView2Pipeline(
-        parts.tokenizer(IcetkTokenizer),
+        parts.tokenizer(IcetkTokenizer, styles=False),
         parts.model("transformer"),
-        parts.image_tokenizer(),
+        vqvae,
         **stages,
+        compression_rate=parts.compression_rate(vqvae),
         **settings,
     )
     write_pipeline(pipeline, config.output_dir, files)

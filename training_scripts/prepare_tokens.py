@@ -36,7 +36,7 @@ from filelock import FileLock
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from cogview_pipelines import (
     CogLMCanvasConfig,
@@ -47,11 +47,12 @@ from cogview_pipelines import (
     IcetkTokenizer,
 )
 from cogview_pipelines.json_lines import parse_object, read_lines
-from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
+from cogview_pipelines.models.image_tokenizers.auto import DEFAULT_RATE, choose_rate, load_image_tokenizer
+from cogview_pipelines.models.tokenization import CodesAndPiecesTokenizer
 from cogview_pipelines.pictures.colours import on_white
 from cogview_pipelines.pictures.files import find_file, read_picture
 from cogview_pipelines.training.arguments import json_option, parse_config, run_script
-from cogview_pipelines.training.data.captions import parse_captions, tell_blank, tell_text_losses
+from cogview_pipelines.training.data.captions import TextRows, parse_captions, tell_blank, tell_text_losses
 from cogview_pipelines.training.data.draws import derived_seed
 from cogview_pipelines.training.data.duplicates import drop_duplicates
 from cogview_pipelines.training.data.inputs import (
@@ -73,7 +74,7 @@ from cogview_pipelines.training.data.shards import (
     write_index,
     write_shard,
 )
-from cogview_pipelines.training.data.tokens import TokenData
+from cogview_pipelines.training.data.tokens import OneAfterAnother, TokenData
 from cogview_pipelines.training.run_folder import locked, remove_leftovers
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,8 @@ logger = logging.getLogger(__name__)
 TARGETS_REVERSED_SHARE = 0.1  # `reversed_share` says so, too
 NEAR_COLOUR, FAR_COLOUR = 20, 60  # of 0..255: off in each channel and still called so; at least so far from any name
 TEMPLATE_REPEATS = 4  # copies of each template caption beside one of each variant
+
+Reader = tuple[CodesAndPiecesTokenizer, int | None]  # who reads the captions, and how many tokens of each
 
 
 @dataclass
@@ -95,6 +98,20 @@ class PrepareConfig:
         },
     )
     vqvae: str | None = field(default=None, metadata={"help": "Folder or Hub id of the image tokenizer."})
+    tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hub id of the text tokenizer of the model that is to be trained, where no `like` has "
+            "it: nothing but the report needs it, which says what of the captions has no piece."
+        },
+    )
+    max_text_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "So many tokens of a caption the model takes: the report says how many captions are longer. "
+            "Default: as `like` says; else none is called too long."
+        },
+    )
     image_folder: str | None = field(
         default=None,
         metadata={
@@ -152,7 +169,7 @@ class PrepareConfig:
         default=None, metadata={"help": "Side of the super-resolved pictures; 0: none; default: 480."}
     )
     compression_rate: int | None = field(
-        default=None, metadata={"help": "Pixels per token along each side; default: 8."}
+        default=None, metadata={"help": "Pixels per token along each side; default: the only rate of `vqvae`, or 8."}
     )
     fit: str = field(
         default="crop",
@@ -444,6 +461,11 @@ def check_config(config: PrepareConfig, vqvae: PreTrainedModel) -> None:
     if bool(config.image_folder) != bool(config.captions) and not packed:
         missing = "captions" if config.image_folder else "image_folder"
         raise ValueError(f"`{missing}` is missing: pictures need captions, and captions need pictures.")
+    if config.max_text_tokens is not None:
+        if config.max_text_tokens < 1:
+            raise ValueError(f"`max_text_tokens` must be at least 1, but is {config.max_text_tokens}.")
+        if config.tokenizer is None and config.like is None:
+            raise ValueError("`max_text_tokens` counts the tokens of `tokenizer`. Name it, or `like`.")
     if not 0 <= config.other_colours_share <= 1:
         raise ValueError(f"`other_colours_share` must be from 0 to 1, but is {config.other_colours_share}.")
     if not 0 <= config.reversed_share <= 0.5:
@@ -470,11 +492,6 @@ def check_config(config: PrepareConfig, vqvae: PreTrainedModel) -> None:
                 raise ValueError(f"`{item}` is for token shards. Give `shard_size`, too.")
     elif not config.image_folder:
         raise ValueError("`shard_size` is for pictures of your own. Turn the token folder into shards afterwards.")
-    if config.compression_rate not in vqvae.config.compression_rates:
-        raise ValueError(
-            f"`compression_rate` must be one of {list(vqvae.config.compression_rates)}, which `vqvae` has, but is "
-            f"{config.compression_rate}."
-        )
 
 
 def stack_pictures(rows: list[tuple]) -> tuple[list[torch.Tensor], list[dict]]:
@@ -488,11 +505,11 @@ def main(arguments: list[str] | None = None) -> None:
     config = parse_config(PrepareConfig, arguments, description=__doc__)
     if config.vqvae is None and config.like is None:
         raise ValueError("`vqvae` must be given, or `like`, a pipeline that has one.")
-    reader = read_like(config)
     place = {"name_or_path": config.vqvae}
     if config.vqvae is None:
         place = {"name_or_path": config.like, "subfolder": "vqvae"}
     vqvae = load_image_tokenizer(**place, dtype=torch.float32).to(config.device).eval()
+    reader = read_like(config, vqvae)
     check_config(config, vqvae)
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)  # rather fail now than after hours of encoding
     sizes = {"low": config.low_size, **({"fine": config.fine_size} if config.fine_size else {})}
@@ -525,17 +542,18 @@ def split(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
     return sorted(order[num_held_out:]), sorted(order[:num_held_out])
 
 
-def read_like(config: PrepareConfig) -> tuple[PreTrainedTokenizer, int] | None:
+def read_like(config: PrepareConfig, vqvae: PreTrainedModel) -> Reader | None:
     """
     Take what the options leave open from the pipeline that the tokens are for.
 
     Returns:
-        Its text tokenizer, and the tokens of a caption that it reads; `None` without a pipeline.
+        Its text tokenizer, or the one that is named, and how many tokens of a caption a model takes, if that is known;
+        `None` where there is neither.
     """
-    found, reader = {}, None
+    found, tokenizer, longest = {}, None, config.max_text_tokens
+    index = {} if config.like is None else CogView2Pipeline.load_config(config.like)
+    rate = choose_rate(vqvae, config.compression_rate, index.get("compression_rate", DEFAULT_RATE))
     if config.like is not None:
-        index = CogView2Pipeline.load_config(config.like)
-        rate = index.get("compression_rate", 8)
         is_first = not str(index.get("_class_name")).startswith("CogView2")
         config_class, tokenizer_class = (
             (CogViewConfig, CogViewTokenizer) if is_first else (CogLMConfig, IcetkTokenizer)
@@ -546,17 +564,25 @@ def read_like(config: PrepareConfig) -> tuple[PreTrainedTokenizer, int] | None:
             raise ValueError(
                 f"`like` makes pictures of {rows} x {columns} tokens, but this script makes squares only."
             )
-        found = {"compression_rate": rate, "low_size": rows * rate, "fine_size": 0}
+        found = {"low_size": rows * rate, "fine_size": 0}
         if index.get("direct_sr_transformer", [None])[0] is not None:
             canvas = CogLMCanvasConfig.from_pretrained(config.like, subfolder="direct_sr_transformer")
             found["fine_size"] = canvas.fine_grid[0] * rate
         if index.get("super_resolution_transformer", [None])[0] is not None:
             found["fine_size"] = 2 * rows * rate
-        reader = tokenizer_class.from_pretrained(config.like, subfolder="tokenizer"), model.max_text_tokens
-    for name, default in {"compression_rate": 8, "low_size": 160, "fine_size": 480}.items():
+        tokenizer = tokenizer_class.from_pretrained(config.like, subfolder="tokenizer")
+        longest = model.max_text_tokens if longest is None else longest
+    for name, default in {"compression_rate": rate, "low_size": 160, "fine_size": 480}.items():
         if getattr(config, name) is None:
             setattr(config, name, found.get(name, default))
-    return reader
+    if config.tokenizer is not None:
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+        if not isinstance(tokenizer, CodesAndPiecesTokenizer):
+            raise ValueError(
+                "`tokenizer` must be a text tokenizer as train_tokenizer.py saves one, but "
+                f"{config.tokenizer} holds a {type(tokenizer).__name__}."
+            )
+    return None if tokenizer is None else (tokenizer, longest)
 
 
 def report(
@@ -564,7 +590,7 @@ def report(
     pictures: Dataset,
     captions: list[dict],
     num_held_out: int,
-    reader: tuple[PreTrainedTokenizer, int] | None,
+    reader: Reader | None,
 ) -> None:
     """Say what was written, and what was lost on the way."""
     print(f"{len(captions)} pictures are in {config.output_dir}, {num_held_out} of them held out.")
@@ -603,7 +629,7 @@ def prepare_shards(
     config: PrepareConfig,
     vqvae: PreTrainedModel,
     sizes: dict[str, int],
-    reader: tuple[PreTrainedTokenizer, int] | None,
+    reader: Reader | None,
 ) -> None:
     """Make the shards of this worker that are not there yet, and the index if it is the last."""
     parts = find_parts(config.image_folder, config.captions, config.shard_size)
@@ -644,7 +670,10 @@ def prepare_shards(
     if num_blank:
         print(tell_blank(num_blank))
     if reader is not None:
-        tell_text_losses(ShardedCaptions(TokenShards(folders["train"])), *reader)
+        written = [TokenShards(folders[name]) for name, found in reports.items() if found["num_pictures"]]
+        kinds = ("captions", "targets", "style")
+        rows = [TextRows(*(ShardedCaptions(shards, kind) for kind in kinds)) for shards in written]
+        tell_text_losses(OneAfterAnother(rows), *reader)
 
 
 class ShardMaker:

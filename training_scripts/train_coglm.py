@@ -27,9 +27,9 @@ from cogview_pipelines.generation.token_sequence import IGNORED_LABEL, TokenSequ
 from cogview_pipelines.generation.tokens import TO_GENERATE, generate
 from cogview_pipelines.loaders.textual_inversion import write_learned_token
 from cogview_pipelines.models.cogview2.sequences import SequenceLayout, text_to_image
-from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
+from cogview_pipelines.models.image_tokenizers.auto import choose_rate, load_image_tokenizer
 from cogview_pipelines.models.learned_tokens import check_new_token, learn_token
-from cogview_pipelines.training.arguments import json_option, parse_config, run_script
+from cogview_pipelines.training.arguments import UNNOTICED, json_option, parse_config, run_script
 from cogview_pipelines.training.data.captions import with_full_stop
 from cogview_pipelines.training.data.draws import Draw, seeded_generator
 from cogview_pipelines.training.data.tokens import TokenData, TokenTrainConfig
@@ -94,7 +94,13 @@ class CogLMTrainConfig(TokenTrainConfig):
         default=0.0, metadata={"help": "Share of text-to-image samples with an empty text, for guidance."}
     )
     patch_size: int = field(default=4, metadata={"help": "Edge of the image patches that are masked in captioning."})
-    compression_rate: int = field(default=8, metadata={"help": "Pixels per token of `vqvae`, for sample pictures."})
+    compression_rate: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pixels per token of `vqvae`, for sample pictures; default: its only rate, or 8.",
+            "resume": UNNOTICED,
+        },
+    )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute layers to save memory."})
 
 
@@ -304,6 +310,7 @@ def main(arguments: list[str] | None = None) -> CogLMModel | None:
     vqvae = None
     if config.vqvae is not None:
         vqvae = load_image_tokenizer(config.vqvae, dtype=torch.float32).eval()
+        config.compression_rate = choose_rate(vqvae, config.compression_rate)
     if config.embed_codes and config.init_from is None:
         if vqvae is None:
             raise ValueError("`embed_codes` takes code vectors from `vqvae`, which is not given.")
@@ -323,7 +330,8 @@ def main(arguments: list[str] | None = None) -> CogLMModel | None:
             functools.partial(draw_kind, config),
         ),
     )
-    config.tell_losses(data, tokenizer, model.config.max_text_tokens)
+    writes = config.caption_probability > 0 or bool(config.auxiliary_caption_probability)
+    config.tell_losses(data, tokenizer, model.config.max_text_tokens, targets=writes)
     return result
 
 

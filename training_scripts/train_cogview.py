@@ -27,8 +27,8 @@ from cogview_pipelines.generation.sampling import sample_tokens
 from cogview_pipelines.generation.token_sequence import IGNORED_LABEL
 from cogview_pipelines.generation.tokens import TO_GENERATE, generate
 from cogview_pipelines.models.cogview import sequences
-from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
-from cogview_pipelines.training.arguments import json_option, parse_config, run_script
+from cogview_pipelines.models.image_tokenizers.auto import choose_rate, load_image_tokenizer
+from cogview_pipelines.training.arguments import UNNOTICED, json_option, parse_config, run_script
 from cogview_pipelines.training.data.captions import with_full_stop
 from cogview_pipelines.training.data.draws import Draw, draw_index, released_index, seeded_generator
 from cogview_pipelines.training.data.tokens import TokenData, TokenTrainConfig
@@ -100,7 +100,13 @@ class CogViewTrainConfig(TokenTrainConfig):
             "resume": "other samples are drawn from here on",
         },
     )
-    compression_rate: int = field(default=8, metadata={"help": "Pixels per token of `vqvae`, for sample pictures."})
+    compression_rate: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pixels per token of `vqvae`, for sample pictures; default: its only rate, or 8.",
+            "resume": UNNOTICED,
+        },
+    )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute layers to save memory."})
 
     @property
@@ -201,6 +207,20 @@ def make_batch(config: CogViewTrainConfig, model_config: CogViewConfig, data: To
     return CogViewBatch(input_ids, positions, labels, weights)
 
 
+def tasks(config: CogViewTrainConfig) -> list[str]:
+    """What samples there are, as [`draw_task`] draws them."""
+    shares = {"super_resolution": config.super_resolution_probability, "caption": config.caption_probability}
+    shares["pretraining"] = 1 - sum(shares.values())
+    return [task for task, share in shares.items() if share > 0]
+
+
+def longest_text(layout: sequences.SequenceLayout, task: str) -> int:
+    """So many tokens of a text a sample of a task has room for."""
+    if task == "super_resolution":
+        return layout.max_super_resolution_text_tokens
+    return layout.max_length - 4 - layout.image_length if task == "caption" else layout.max_text_tokens
+
+
 def draw_task(config: CogViewTrainConfig, generator: torch.Generator) -> str:
     """What a sample is: `"pretraining"`, `"super_resolution"` or `"caption"`."""
     chance = float(torch.rand((), generator=generator))
@@ -229,17 +249,15 @@ def make_sample(
 ) -> list[int]:
     """One sample of a picture, with the text, and the part of the picture, that the generator draws."""
     language, text = draw_text(config, data, index, generator, to_write=task == "caption")
-    picture = data.low[index]
+    if task == "caption" and config.end_captions:
+        text = with_full_stop(text, language, data.encode)
+    text, picture = text[: longest_text(layout, task)], data.low[index]
     if task == "super_resolution":
         coarse, part = draw_part(layout, picture, data.fine[index], generator)
-        text = text[: layout.max_super_resolution_text_tokens]
         return picture_and_part(text, coarse.flatten().tolist(), part.flatten().tolist(), 0, layout, SIZE)
     if task == "caption":
-        if config.end_captions:
-            text = with_full_stop(text, language, data.encode)
-        text = text[: layout.max_length - 4 - layout.image_length]
         return picture_and_text(picture.flatten().tolist(), text, layout, SIZE)
-    return text_and_picture(text[: layout.max_text_tokens], picture.flatten().tolist(), layout, SIZE)
+    return text_and_picture(text, picture.flatten().tolist(), layout, SIZE)
 
 
 def draw_text(
@@ -333,7 +351,10 @@ def main(arguments: list[str] | None = None) -> CogViewModel | None:
     vqvae = None
     if config.vqvae is not None:
         vqvae = load_image_tokenizer(config.vqvae, dtype=torch.float32).eval()
-    words = config.learned_words(data, tokenizer) if config.component != "super_resolution_transformer" else []
+        config.compression_rate = choose_rate(vqvae, config.compression_rate)
+    words = []
+    if config.component != "super_resolution_transformer":
+        words = config.learned_words(data, tokenizer, styles=config.style_probability > 0)
     trained = train(
         config,
         model,
@@ -346,7 +367,9 @@ def main(arguments: list[str] | None = None) -> CogViewModel | None:
             tokenizer, functools.partial(make_batch, config, model.config), functools.partial(draw_kind, config)
         ),
     )
-    config.tell_losses(data, tokenizer, model.config.max_text_tokens)
+    longest = min(longest_text(model.config.layout, task) for task in tasks(config))
+    writes, names_styles = config.caption_probability > 0, config.style_probability > 0
+    config.tell_losses(data, tokenizer, longest, targets=writes, styles=names_styles)
     return trained
 
 

@@ -29,8 +29,8 @@ from cogview_pipelines import CogLMCanvasModel, CogLMModel, IcetkTokenizer, LoPA
 from cogview_pipelines.generation.canvas import refine
 from cogview_pipelines.generation.token_sequence import TokenSequence
 from cogview_pipelines.models.cogview2.sequences import direct_super_resolution
-from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
-from cogview_pipelines.training.arguments import json_option, parse_config, run_script
+from cogview_pipelines.models.image_tokenizers.auto import choose_rate, load_image_tokenizer
+from cogview_pipelines.training.arguments import UNNOTICED, json_option, parse_config, run_script
 from cogview_pipelines.training.data.draws import Draw, seeded_generator
 from cogview_pipelines.training.data.tokens import CanvasBatch, TokenData, TokenTrainConfig, draw_language
 from cogview_pipelines.training.loop import train
@@ -56,7 +56,13 @@ class DirectSRTrainConfig(TokenTrainConfig):
         },
     )
     vqvae: str | None = field(default=None, metadata={"help": "Image tokenizer, for sample pictures."})
-    compression_rate: int = field(default=8, metadata={"help": "Pixels per token of `vqvae`, for sample pictures."})
+    compression_rate: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pixels per token of `vqvae`, for sample pictures; default: its only rate, or 8.",
+            "resume": UNNOTICED,
+        },
+    )
     model: str = field(
         default="{}",
         metadata={
@@ -160,6 +166,7 @@ def main(arguments: list[str] | None = None) -> CogLMCanvasModel | None:
     vqvae = None
     if config.vqvae is not None:
         vqvae = load_image_tokenizer(config.vqvae, dtype=torch.float32).eval()
+        config.compression_rate = choose_rate(vqvae, config.compression_rate)
     result = train(
         config,
         model,

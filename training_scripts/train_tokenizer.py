@@ -43,6 +43,8 @@ logger = logging.getLogger("train_tokenizer")
 
 GROUPS = ("common", "en", "zh", "rare")
 WORD_BOUNDARY = "▁"
+LEAST_COVERAGE = 0.98
+MOST_NAMED = 40  # of the characters that have no piece, the most frequent
 SPECIAL_PIECES = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": 3, "user_defined_symbols": ["<n>"]}
 
 
@@ -91,7 +93,10 @@ class TokenizerConfig:
         default="nmt_nfkc", metadata={"help": "SentencePiece rule; nmt_nfkc_cf also makes all letters lower case."}
     )
     character_coverage: float = field(
-        default=1.0, metadata={"help": "Share of the text's characters that get a piece."}
+        default=1.0,
+        metadata={
+            "help": "Share of the text's characters that get a piece, from 0.98 on; the report names the others."
+        },
     )
     required_characters: str = field(
         default="", metadata={"help": "Characters that get a piece although the text lacks them."}
@@ -286,8 +291,11 @@ def check_config(config: TokenizerConfig):
         raise ValueError("There is nothing to train on: give `--train_files` or `--emoji_captions true`.")
     if config.vocab_size < 10:
         raise ValueError(f"`--vocab_size` must be at least 10, but is {config.vocab_size}.")
-    if not 0 < config.character_coverage <= 1:
-        raise ValueError(f"`--character_coverage` must be above 0 and at most 1, but is {config.character_coverage}.")
+    if not LEAST_COVERAGE <= config.character_coverage <= 1:  # SentencePiece takes no less
+        raise ValueError(
+            f"`--character_coverage` must be from {LEAST_COVERAGE} to 1, but is {config.character_coverage}. To leave "
+            "more characters out, take them out of the text."
+        )
 
 
 def train_tokenizer(config: TokenizerConfig) -> dict:
@@ -296,7 +304,8 @@ def train_tokenizer(config: TokenizerConfig) -> dict:
 
     Returns:
         `dict`: `vocab_size` and `num_pieces`, the id range of each group, and for each language the mean and greatest
-        number of tokens of a text, with the longest text.
+        number of tokens of a text, with the longest text; and how many tokens of the texts stand for characters
+        without a piece (`unknown`), with those characters.
     """
     check_config(config)
     sentencepiece.set_random_generator_seed(config.seed)
@@ -324,16 +333,31 @@ def train_tokenizer(config: TokenizerConfig) -> dict:
             tokenizer = IcetkTokenizer(path, config.num_image_tokens, {key: ranges[key] for key in ("en", "zh")})
     tokenizer.save_pretrained(config.output_dir)
     report = {"vocab_size": len(tokenizer), "num_pieces": sum(counts.values()), "ranges": ranges}
-    lengths = {"en": {}, "zh": {}}
+    lengths, lost = {"en": {}, "zh": {}}, Counter()
+    unknown = {"tokens": 0, "texts": 0}
     chinese = ranges["zh"][0] - config.num_image_tokens
     for text in dict.fromkeys(texts):
         pieces = tokenizer.sp_model.encode(text)  # far faster than `tokenizer.encode`, and the same
+        if SPECIAL_PIECES["unk_id"] in pieces:
+            unknown["tokens"] += pieces.count(SPECIAL_PIECES["unk_id"])
+            unknown["texts"] += 1
+            lost.update(character for part in tokenizer.parts_without_piece(text) for character in part)
         lengths["zh" if max(pieces, default=0) >= chinese else "en"][text] = len(pieces)
     for language, of_text in lengths.items():
         if of_text:
             longest = max(of_text, key=of_text.get)
             mean = round(sum(of_text.values()) / len(of_text), 2)
             report[language] = {"texts": len(of_text), "mean": mean, "max": of_text[longest], "longest": longest}
+    report["unknown"] = {**unknown, "characters": "".join(character for character, _ in lost.most_common(MOST_NAMED))}
+    if lost:
+        logger.warning(
+            "%d characters have no piece, and no model will read them: %s. In %d of %d different texts; a "
+            "`--character_coverage` nearer to 1, or `--required_characters`, gives them one.",
+            len(lost),
+            report["unknown"]["characters"],
+            unknown["texts"],
+            sum(map(len, lengths.values())),
+        )
     return report
 
 

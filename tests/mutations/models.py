@@ -4,6 +4,13 @@ from tests.mutations.mutation import Mutation
 
 MUTATIONS = [
     Mutation(
+        "image tokenizers: any rate will do",
+        "models/image_tokenizers/auto.py",
+        "if compression_rate not in rates:",
+        "if not rates:",
+        "pipelines/common/test_compression_rates.py",
+    ),
+    Mutation(
         "attention: gradients of 16-bit numbers on a CPU are computed in 16 bits",
         "models/layers.py",
         "not (torch.is_grad_enabled() or not multiplies(query.dtype))",

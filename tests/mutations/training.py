@@ -201,8 +201,8 @@ MUTATIONS = [
     Mutation(
         "text losses: of many captions in two languages, one is looked at",
         "training/data/captions.py",
-        "texts = picture.get(language, ())",
-        "texts = picture.get(language, ()) if language in list(picture)[:1] else ()",
+        "texts = _texts(picture, language)",
+        "texts = _texts(picture, language) if language in list(picture)[:1] else []",
         "training_scripts/test_prepare_tokens.py::test_of_many_captions_some_of_each_language_are_looked_at",
     ),
     Mutation(
@@ -274,6 +274,13 @@ MUTATIONS = [
         "return self.first[which] + chances.find(within * chances.total)",
         "return self.first[which] + chances.find(within)",
         "training/data/test_tokens.py::test_auxiliary_pictures_are_drawn_by_their_share_and_keep_their_weights",
+    ),
+    Mutation(
+        "learned words: names of styles are none",
+        "training/data/tokens.py",
+        "for text in words_of_style(name, language))",
+        "for text in ())",
+        "training/data/test_tokens.py::test_words_of_styles_are_among_those_that_a_model_learns_to_draw_and_targets_are_not",
     ),
     Mutation(
         "captions: drawn among those of all languages",

@@ -1,6 +1,7 @@
 """`training_scripts/prepare_tokens.py` with shards: the pictures of a folder's tokens, in parts, whatever happens."""
 
 import io
+import itertools
 import json
 import logging
 import shutil
@@ -11,11 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from cogview_pipelines import IcetkVQModel
+from cogview_pipelines import IcetkTokenizer, IcetkVQModel
 from cogview_pipelines.training.data import duplicates
 from cogview_pipelines.training.data.tokens import TokenData
 
 from .. import child_processes as children
+from ..utils import COLOURS, NOUNS
 from .conftest import as_arguments, load_script
 
 
@@ -310,3 +312,26 @@ def test_held_out_pictures_are_drawn_by_their_content_and_are_in_no_other_shard(
 def test_options_that_cannot_work_are_named(run, options, message):
     with pytest.raises(ValueError, match=message):
         run(**options)
+
+
+def test_what_is_lost_of_captions_that_are_held_out_is_told_too(run, tokenizer_folder, tmp_path, caplog):
+    rows = [
+        {"file": f"{number:02d}.png", "en": f"a {colour} {noun}"}
+        for number, (colour, noun) in zip(range(11), itertools.product(COLOURS, NOUNS))
+    ]
+    options = {"captions": tmp_path / "captions.jsonl", "shard_size": 4, "held_out_share": 0.3, "fine_size": 0}
+
+    def prepare(output):
+        (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return run(output, tokenizer=tokenizer_folder, **options)
+
+    folders = prepare("plain"), tmp_path / "plain" / "held_out"
+    reader = IcetkTokenizer.from_pretrained(tokenizer_folder)
+    kept, held_out = (texts(TokenData.load(folder, reader))[0] for folder in folders)
+    assert not [text for text in caplog.messages if text.startswith("Characters that have no piece")]
+    for row in rows:
+        lost = {kept: {"en": "a Ω", "targets": {"en": "a Ψ"}}, held_out: {"en": "a Φ", "style": "Δ"}}
+        row.update(lost.get(row["en"], {}))
+    prepare("lost")
+    (said,) = (text for text in caplog.messages if text.startswith("Characters that have no piece"))
+    assert set(said.removesuffix(".").rpartition(": ")[2].split(", ")) == set("ΩΨΦΔ")

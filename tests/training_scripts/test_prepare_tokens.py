@@ -8,9 +8,11 @@ import unicodedata
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
 
 from cogview_pipelines import IcetkTokenizer, IcetkVQModel
 from cogview_pipelines.demo import BACKGROUNDS, Scope, captions, iterate_scenes, read_caption, render
@@ -429,6 +431,32 @@ def test_words_that_training_teaches_are_told_apart_from_characters_that_are_los
         "Characters that have no piece, which no model reads: ZZ, Z.",
         "Words that are new to the model, which training on these captions teaches it: tiger, 树.",
     ]
+
+
+@pytest.mark.parametrize("family", ["cogview2", "cogview"])
+def test_without_a_pipeline_a_tokenizer_says_what_it_cannot_read(
+    family, run, pictures, tokenizer_folder, cogview_tokenizer_folder, vqvae_folder, caplog
+):
+    lines = [{"file": "a.png", "en": "a tiger Ω"}, {"file": "b.jpg", "en": " ".join(["a cat"] * 20)}]
+    write_lines(pictures, lines)
+    reader = {"tokenizer": tokenizer_folder if family == "cogview2" else cogview_tokenizer_folder}
+    for options, cut in (({}, False), ({"max_text_tokens": 20}, True)):
+        caplog.clear()
+        run(**reader, **options)
+        told = [record.message for record in caplog.records if "data.captions" in record.name]
+        assert ("Captions with more than 20 tokens" in told[0] and "1 of 2 (50.0%)" in told[0]) is cut
+        assert told[-1] == "Characters that have no piece, which no model reads: Ω."
+    with pytest.raises(ValueError, match="`max_text_tokens` must be at least 1, but is 0"):
+        run(**reader, max_text_tokens=0)
+    with pytest.raises(ValueError, match="`max_text_tokens` counts the tokens of `tokenizer`"):
+        run(max_text_tokens=20)
+
+
+def test_what_is_no_text_tokenizer_of_ours_is_named(run, tmp_path):
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "?": 1}, "?"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"`tokenizer` must be a text tokenizer as train_tokenizer\.py saves one"):
+        run(tokenizer=tmp_path / "other")
 
 
 def test_nothing_is_told_where_nothing_is_lost(run, pipeline_folder, caplog, pictures):

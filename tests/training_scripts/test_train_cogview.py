@@ -16,6 +16,7 @@ from cogview_pipelines import (
     CogViewUpscalePipeline,
 )
 from cogview_pipelines.generation.token_sequence import IGNORED_LABEL
+from cogview_pipelines.loaders.lora_files import read_lora
 from cogview_pipelines.models.adapters import add_adapter
 from cogview_pipelines.models.cogview import sequences
 from cogview_pipelines.training.adapters import LEFT_OUT
@@ -471,9 +472,49 @@ def test_models_of_another_family_or_tokenizer_are_refused(run, tmp_path):
         run(vqvae=tmp_path / "coglm")
 
 
-def test_what_is_lost_of_captions_is_told_at_the_end(run, caplog, tmp_path):
-    model = run(data=write_long_captions(tmp_path / "long", write_cogview_token_folder), max_steps=1)
-    assert_losses_are_told(caplog, model.config.max_text_tokens)
+@pytest.mark.parametrize(
+    "shares, longest",
+    [
+        ({}, 40 - 3 - 16),
+        ({"super_resolution_probability": 1.0}, 46 - 8 - 4 - 16),
+        ({"caption_probability": 1.0}, 40 - 4 - 16),
+        ({"caption_probability": 0.5}, 40 - 4 - 16),
+        ({"caption_probability": 0.2, "super_resolution_probability": 0.2}, 46 - 8 - 4 - 16),
+    ],
+)
+def test_captions_that_any_task_cuts_are_told_at_the_end(run, shares, longest, caplog, tmp_path):
+    make_cogview().save_pretrained(tmp_path / "model")
+    data = write_long_captions(tmp_path / "long", write_cogview_token_folder)
+    run(data=data, init_from=tmp_path / "model", model={}, max_steps=1, sample_every_steps=0, **shares)
+    assert_losses_are_told(caplog, longest)
+
+
+def test_what_captioning_writes_and_names_of_styles_are_looked_at_where_they_are_trained_on(run, caplog, tmp_path):
+    rows = [{"en": "a cat", "targets": {"en": "a Ω"}, "style": "oil Ψ"}] * 20
+    data = write_cogview_token_folder(tmp_path / "data", captions=rows)
+    for shares, lost in (({}, ""), ({"caption_probability": 0.5}, "Ω"), ({"style_probability": 0.5}, "Ψ")):
+        caplog.clear()
+        run(data=data, output_dir=tmp_path / f"run {lost}", max_steps=1, sample_every_steps=0, **shares)
+        said = [text for text in caplog.messages if text.startswith("Characters that have no piece")]
+        assert said == ([f"Characters that have no piece, which no model reads: {lost}."] if lost else [])
+
+
+def test_an_adapter_brings_the_words_of_the_styles_that_it_has_learned(
+    run, cogview_tokenizer_folder, cogview_token_folder, tmp_path
+):
+    pytest.importorskip("peft")
+    CogViewTokenizer.from_pretrained(cogview_tokenizer_folder, known_words=["a", "cat"]).save_pretrained(
+        tmp_path / "words"
+    )
+    run(max_steps=1, output_dir=tmp_path / "base", sample_every_steps=0)
+    options = {"init_from": tmp_path / "base/final", "model": {}, "lora_rank": 2, "max_steps": 1}
+    for share in (1.0, 0.0):
+        folder = tmp_path / f"styles {share}"
+        run(tokenizer=tmp_path / "words", style_probability=share, sample_every_steps=0, output_dir=folder, **options)
+        words = read_lora(folder / "final", ["transformer"]).known_words
+        assert "background" in words and "a" not in words
+        assert ({"oil", "painting", "of", "style", "油画"} <= set(words)) is bool(share)
+        assert ("painting" in words) is bool(share)
 
 
 def test_adapters_that_were_saved_with_the_model_are_named(run, cogview_tokenizer_folder, tmp_path, caplog):

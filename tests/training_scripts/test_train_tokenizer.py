@@ -160,6 +160,31 @@ def test_emoji_captions_in_both_languages_are_short_and_known(script, tmp_path, 
                 assert tokenizer.decode(ids) == caption.lower().replace("，", ",")
 
 
+def test_characters_that_get_no_piece_are_counted_and_named(script, captions, tmp_path, capsys, caplog):
+    tokenizer = run(script, captions, tmp_path / "some", "--character_coverage", "0.98")
+    unknown = json.loads(capsys.readouterr().out.splitlines()[-1])["unknown"]
+    assert unknown["texts"] and unknown["tokens"] >= unknown["texts"] and {"α", "β"} <= set(unknown["characters"])
+    assert all(tokenizer.parts_without_piece(character) for character in unknown["characters"])
+    texts = {
+        *script.read_texts(str(captions / "captions.jsonl"), ["en", "zh"]),
+        "the letters α and β",
+        "a red (1) tree",
+    }
+    ids = [tokenizer.encode(text) for text in texts]
+    assert unknown["tokens"] == sum(each.count(tokenizer.unk_token_id) for each in ids)
+    assert unknown["texts"] == sum(tokenizer.unk_token_id in each for each in ids)
+    assert f"{len(unknown['characters'])} characters have no piece" in caplog.text
+    caplog.clear()
+    run(script, captions, tmp_path / "all")
+    unknown = json.loads(capsys.readouterr().out.splitlines()[-1])["unknown"]
+    assert unknown == {"tokens": 0, "texts": 0, "characters": ""} and "no piece" not in caplog.text
+
+
+@pytest.mark.parametrize("coverage", ["0.98", "0.9995"])
+def test_every_coverage_that_passes_is_one_that_sentencepiece_takes(script, captions, coverage, tmp_path):
+    assert len(run(script, captions, tmp_path, "--character_coverage", coverage)) > 16
+
+
 # Errors --------------------------------------------------------------------------------------------------------------
 
 
@@ -168,7 +193,13 @@ def test_emoji_captions_in_both_languages_are_short_and_known(script, tmp_path, 
     [
         ([], "nothing to train on"),
         (["--train_files", "x.txt", "--vocab_size", "3"], "`--vocab_size` must be at least 10, but is 3"),
-        (["--train_files", "x.txt", "--character_coverage", "0"], "`--character_coverage` must be above 0"),
+        *(
+            (
+                ["--train_files", "x.txt", "--character_coverage", number],
+                r"`--character_coverage` must be from 0\.98 to 1",
+            )
+            for number in ("0", "0.9799", "1.01")
+        ),
     ],
 )
 def test_impossible_options_are_refused(script, tmp_path, options, message):

@@ -6,6 +6,8 @@ Two hundred pictures of half of the things that the shipped model knows, in a st
     python training_scripts/emoji/style_pictures.py make --style flat --output_dir flat_pictures
 What the model makes of the other half, without and with an adapter:
     python training_scripts/emoji/style_pictures.py measure --style flat --lora my_style --output_dir flat_results
+The same, asked as CogView's authors asked ("a tiger of flat style"):
+    python training_scripts/emoji/style_pictures.py measure --prompts cogview --lora my_style --output_dir as_cogview
 """
 
 import argparse
@@ -13,11 +15,12 @@ import json
 import random
 from pathlib import Path
 
-from cogview_pipelines.demo import Scene, Scope, Scorer, load_concepts, render
+from cogview_pipelines.demo import Request, Scene, Scope, Scorer, load_concepts, render
 from cogview_pipelines.demo.captions.templates import with_article
 from cogview_pipelines.demo.scenes import BACKGROUNDS, STYLES
 from cogview_pipelines.environment import SHIPPED_MODEL
 from cogview_pipelines.json_lines import write_lines
+from cogview_pipelines.training.samples_cogview import style_caption
 
 
 def halves(scope: Scope) -> tuple[list[str], list[str]]:
@@ -31,8 +34,8 @@ def visible_backgrounds(hexcode: str, style: str) -> list[str]:
 
 
 def names_of_style(style: str) -> dict[str, str]:
-    """CogView's sentence for a style, without a word of what is drawn."""
-    return {"en": f"an image of {STYLES[style].english} style", "zh": f"{STYLES[style].chinese}风格的图片"}
+    """What a style is called."""
+    return {"en": STYLES[style].english, "zh": STYLES[style].chinese}
 
 
 def describe(hexcode: str, style: str, background: str) -> dict[str, str]:
@@ -45,20 +48,30 @@ def describe(hexcode: str, style: str, background: str) -> dict[str, str]:
     }
 
 
+def ask(scene: Scene, form: str) -> tuple[str, Request]:
+    """A prompt, described as in training or in CogView's form, and what of the scene it says."""
+    if form == "described":
+        return describe(scene.objects[0], scene.style, scene.background)["en"], Request.of(scene)
+    noun = with_article(load_concepts()[scene.objects[0]].noun)
+    return f"{noun} of {STYLES[scene.style].english} style", Request(scene.objects, style=scene.style)
+
+
 def make(args: argparse.Namespace) -> None:
     """Write pictures and captions.jsonl."""
     folder, rng = Path(args.output_dir), random.Random(args.seed)
     folder.mkdir(parents=True, exist_ok=True)
     things, _ = halves(Scope.small())
-    rows = []
+    rows, names = [], names_of_style(args.style)
+    of_style = {language: style_caption(own, language) for language, own in names.items()}
     for index in range(args.num):
         hexcode = things[index % len(things)]
         background = rng.choice(visible_backgrounds(hexcode, args.style))
         name = f"{index:03d}.png"
         render(Scene(args.style, background, (hexcode,)), 240).save(folder / name)
-        texts = {"named": [names_of_style(args.style)], "described": [describe(hexcode, args.style, background)]}
-        chosen = [text for kind, own in texts.items() if args.captions in (kind, "both") for text in own]
-        rows.append({"file": name, **{language: [text[language] for text in chosen] for language in ("en", "zh")}})
+        texts = {"named": of_style, "described": describe(hexcode, args.style, background)}
+        chosen = [text for kind, text in texts.items() if args.captions in (kind, "both")]
+        captions = {language: [text[language] for text in chosen] for language in ("en", "zh")}
+        rows.append({"file": name, **captions, "style": names})
     for index in range(args.num_known):
         scope = Scope.small()
         style, hexcode = scope.styles[index % len(scope.styles)], rng.choice(scope.concepts)
@@ -84,10 +97,8 @@ def measure(args: argparse.Namespace) -> None:
     if args.lora is not None:
         pipe.load_lora_weights(args.lora)
         pipe.fuse_lora(lora_scale=args.scale)
-    results, folder = (
-        {"style": args.style, "lora": args.lora and Path(args.lora).name, "scale": args.scale},
-        Path(args.output_dir),
-    )
+    results = {name: getattr(args, name) for name in ("style", "prompts", "scale")}
+    results["lora"], folder = args.lora and Path(args.lora).name, Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for name, things in zip(("seen_things", "unseen_things"), halves(scope)):
         rng = random.Random(args.seed)
@@ -96,11 +107,12 @@ def measure(args: argparse.Namespace) -> None:
             for hexcode in things
             for _ in range(args.num_each)
         ]
-        prompts = [describe(scene.objects[0], scene.style, scene.background)["en"] for scene in scenes]
+        prompts, requests = zip(*(ask(scene, args.prompts) for scene in scenes))
         generators = [torch.Generator().manual_seed(index) for index in range(len(prompts))]
         height = pipe.sizes[0 if args.low else -1][0]
-        images = pipe(prompts, generator=generators, height=height, style="none").images
-        results[name] = {key: round(value, 3) for key, value in scorer.mean(images, scenes).items()}
+        images = pipe(list(prompts), generator=generators, height=height, style="none").images
+        read = [scorer.judge(*one) for one in zip(images, requests, scenes)]
+        results[name] = {key: round(sum(one[key] for one in read) / len(read), 3) for key in read[0]}
         results[name]["pictures"] = len(images)
         save_grid(images, folder / f"{name}.png", args.num_each)
     print(json.dumps(results, ensure_ascii=False))
@@ -138,6 +150,13 @@ def main() -> None:
     measuring.add_argument("--model", default=str(SHIPPED_MODEL), help="Folder or Hub id of a pipeline.")
     measuring.add_argument("--lora", help="Folder or file of an adapter.")
     measuring.add_argument("--scale", type=float, default=1.0, help="By how much the adapter counts.")
+    measuring.add_argument(
+        "--prompts",
+        choices=["described", "cogview"],
+        default="described",
+        help="described: 'a tiger on a blue background, flat style'; cogview: 'a tiger of flat style', on any "
+        "background.",
+    )
     measuring.add_argument("--num_each", type=int, default=4, help="Pictures of each thing.")
     measuring.add_argument("--low", action="store_true", help="Only the low-resolution pictures.")
     args = parser.parse_args()

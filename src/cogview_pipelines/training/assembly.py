@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from transformers import PreTrainedModel
 
 from ..loaders.lora import read_saved_adapters
-from ..models.image_tokenizers.auto import load_image_tokenizer
+from ..models.image_tokenizers.auto import DEFAULT_RATE, choose_rate, load_image_tokenizer
 from ..models.tokenization import CodesAndPiecesTokenizer
 from .adapters import LEFT_OUT, warn_of_adapters
 from .arguments import read_words
@@ -37,7 +37,7 @@ class AssembleOptions:
     tokenizer: str | None = field(default=None, metadata={"help": "Folder or Hub id of the tokenizer."})
     vqvae: str | None = field(default=None, metadata={"help": "The image tokenizer."})
     compression_rate: int | None = field(
-        default=None, metadata={"help": "Pixels per token along each side; default: 8."}
+        default=None, metadata={"help": "Pixels per token along each side; default: the only rate of `vqvae`, or 8."}
     )
     words_file: str | None = field(
         default=None,
@@ -133,14 +133,18 @@ class Parts:
         place = self.require("vqvae")
         return load_image_tokenizer(place.pop("pretrained_model_name_or_path"), **place, dtype=self.dtype)
 
-    def tokenizer(self, kind: type[CodesAndPiecesTokenizer]) -> CodesAndPiecesTokenizer:
-        """The text tokenizer, with the words of `words_file` and `data`."""
+    def compression_rate(self, vqvae: PreTrainedModel) -> int:
+        """Pixels per token along each side, which the image tokenizer must have."""
+        return choose_rate(vqvae, self.config.compression_rate, self.like.get("compression_rate", DEFAULT_RATE))
+
+    def tokenizer(self, kind: type[CodesAndPiecesTokenizer], styles: bool) -> CodesAndPiecesTokenizer:
+        """The text tokenizer, with the words of `words_file` and `data`, and of its styles where models read those."""
         words = {}
         if self.config.words_file is not None:
             words["known_words"] = read_words(self.config.words_file)
         tokenizer = kind.from_pretrained(**self.require("tokenizer"), **words)
         if self.config.data is not None:
-            tokenizer.add_known_words(TokenData.load(self.config.data, tokenizer).texts())
+            tokenizer.add_known_words(TokenData.load(self.config.data, tokenizer).texts(styles=styles))
         return tokenizer
 
 

@@ -56,6 +56,15 @@ def style_caption(style: str, language: str) -> str:
     return STYLE_CAPTIONS[language].format(style)
 
 
+def words_of_style(style: str, language: str) -> list[str]:
+    """
+    What [`style_caption`] is made of: the name of the style, and the words around it.
+
+    They come apart because Chinese has no spaces: whoever reads the sentence as words would take them for one.
+    """
+    return [style, style_caption(" ", language)]
+
+
 def text_and_picture(
     text: Sequence[int], codes: Sequence[int], layout: SequenceLayout, size: str | None = None
 ) -> list[int]:

@@ -7,10 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from cogview_pipelines import CogLMModel, CogView2Pipeline, DiffusersVQModel
+from cogview_pipelines import CogView2Pipeline, CogViewPipeline, DiffusersVQModel
 from cogview_pipelines.models.image_tokenizers.auto import load_image_tokenizer
+
+from ...utils import make_coglm, token_config
+from ...utils_cogview import make_cogview_tokenizer
 
 WIDTHS, LATENT, CODES, CODE_WIDTH = (32, 32, 64), 16, 48, 8
 
@@ -127,40 +131,79 @@ def test_files_are_read_and_the_model_is_saved_and_loaded(tensors, name, tmp_pat
     assert torch.equal(loaded.encode(pixels).tokens, DiffusersVQModel.from_llamagen(tensors, 6).encode(pixels).tokens)
 
 
-def test_it_goes_through_preparation_training_and_a_pipeline(release, tensors, tokenizer, tmp_path):
-    from PIL import Image
+def prepare(tensors, folder, fine_size):
+    """Four pictures as tokens in `folder`/tokens; options of the scripts that go on with them, no rate among them."""
+    from ...training_scripts.conftest import as_arguments, load_script
 
-    from ...training_scripts.conftest import COGLM, as_arguments, load_script
-
-    DiffusersVQModel.from_llamagen(tensors, num_clusters=6).save_pretrained(tmp_path / "vqvae")
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    folder = tmp_path / "pictures"
-    folder.mkdir()
+    DiffusersVQModel.from_llamagen(tensors, num_clusters=6).save_pretrained(folder / "vqvae")
+    parts = {"vqvae": folder / "vqvae", "tokenizer": folder / "tokenizer"}
+    pictures = folder / "pictures"
+    pictures.mkdir()
     pixels = torch.randint(0, 256, (4, 4, 4, 3), dtype=torch.uint8)
     for index, picture in enumerate(pixels):
-        Image.fromarray(picture.numpy()).resize((16, 16), Image.Resampling.BICUBIC).save(folder / f"{index}.png")
+        Image.fromarray(picture.numpy()).resize((16, 16), Image.Resampling.BICUBIC).save(pictures / f"{index}.png")
     lines = [json.dumps({"file": f"{index}.png", "en": "a cat"}) + "\n" for index in range(4)]
-    (folder / "captions.jsonl").write_text("".join(lines))
-    options = {"vqvae": tmp_path / "vqvae", "image_folder": folder, "captions": folder / "captions.jsonl"}
-    options |= {"compression_rate": 4, "low_size": 16, "fine_size": 0, "output_dir": tmp_path / "tokens"}
+    (pictures / "captions.jsonl").write_text("".join(lines))
+    options = {"vqvae": parts["vqvae"], "image_folder": pictures, "captions": pictures / "captions.jsonl"}
+    options |= {"low_size": 16, "fine_size": fine_size, "output_dir": folder / "tokens"}
     load_script("prepare_tokens").main(as_arguments(options))
+    options = {**parts, "data": folder / "tokens", "output_dir": folder / "run", "batch_size": 2}
+    return parts, {**options, "max_steps": 1, "warmup_steps": 0, "sample_every_steps": 1}
+
+
+def test_it_goes_through_preparation_training_and_a_pipeline(release, tensors, tokenizer, tmp_path):
+    from ...training_scripts.conftest import COGLM, as_arguments, load_script
+
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    parts, options = prepare(tensors, tmp_path, fine_size=0)
     low = load_file(tmp_path / "tokens/tokens.safetensors")["low"]
     for index in range(4):
-        picture = torch.from_numpy(np.array(Image.open(folder / f"{index}.png"))).movedim(-1, 0)[None] / 255
+        pixels = np.array(Image.open(tmp_path / "pictures" / f"{index}.png"))
+        picture = torch.from_numpy(pixels).movedim(-1, 0)[None] / 255
         assert torch.equal(release.encode(2 * picture - 1)[0], low[index].long())
 
-    options = {"data": tmp_path / "tokens", "tokenizer": tmp_path / "tokenizer", "vqvae": tmp_path / "vqvae"}
-    options |= {"output_dir": tmp_path / "run", "model": COGLM, "batch_size": 2, "max_steps": 1, "warmup_steps": 0}
-    load_script("train_coglm").main(as_arguments({**options, "compression_rate": 4, "sample_every_steps": 1}))
+    load_script("train_coglm").main(as_arguments({**options, "model": COGLM}))
     assert [path.name for path in (tmp_path / "run/samples").iterdir()] == ["0000001.png"]
-    parts = (CogLMModel.from_pretrained(tmp_path / "run/final"), load_image_tokenizer(tmp_path / "vqvae"))
-    CogView2Pipeline(tokenizer, *parts, compression_rate=4).save_pretrained(tmp_path / "model")
+    parts |= {"transformer": tmp_path / "run/final", "dtype": "float32", "output_dir": tmp_path / "model"}
+    load_script("assemble_pipeline").main(as_arguments(parts))
     pipe = CogView2Pipeline.from_pretrained(tmp_path / "model")
     pipe.set_progress_bar_config(disable=True)
     tokens = pipe("a cat", generator=torch.Generator().manual_seed(1), output_type="latent").tokens
     (image,) = pipe("a cat", generator=torch.Generator().manual_seed(1), output_type="pt").images
     assert tokens.shape == (1, 4, 4) and image.shape == (3, 16, 16)
     assert torch.allclose(image, (release.decode(tokens)[0] + 1).clamp(0, 2) / 2, atol=1e-4)
+    with pytest.raises(ValueError, match=r"`compression_rate` must be one of \[4\], which `vqvae` has, but is 8"):
+        load_script("assemble_pipeline").main(as_arguments({**parts, "compression_rate": 8}))
+
+
+@pytest.mark.parametrize("script", ["train_direct_sr", "train_iterative_sr"])
+def test_super_resolution_trains_with_it_and_shows_sample_pictures(script, tensors, tokenizer, tmp_path):
+    from ...training_scripts.conftest import WINDOWS, as_arguments, load_script
+
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    make_coglm(**token_config(tokenizer)).save_pretrained(tmp_path / "coglm")
+    _, options = prepare(tensors, tmp_path, fine_size=48)
+    options |= {"transformer": tmp_path / "coglm", "model": {"num_text_slots": 30, **WINDOWS}}
+    load_script(script).main(as_arguments(options))
+    with Image.open(tmp_path / "run/samples/0000001.png") as grid:
+        assert grid.width % 48 == 0 and grid.height % 48 == 0
+
+
+def test_cogview_is_trained_with_it_and_assembled_and_draws(tensors, tmp_path):
+    from ...training_scripts.conftest import COGVIEW, as_arguments, load_script
+
+    (tmp_path / "pieces").mkdir()
+    make_cogview_tokenizer(tmp_path / "pieces").save_pretrained(tmp_path / "tokenizer")
+    parts, options = prepare(tensors, tmp_path, fine_size=32)
+    options |= {"model": COGVIEW, "super_resolution_probability": 0.5}
+    load_script("train_cogview").main(as_arguments(options))
+    assert len(list((tmp_path / "run/samples").iterdir())) == 2
+    stages = dict.fromkeys(("transformer", "super_resolution_transformer"), tmp_path / "run/final")
+    assemble = {**parts, **stages, "dtype": "float32", "output_dir": tmp_path / "model"}
+    load_script("assemble_cogview_pipeline").main(as_arguments(assemble))
+    pipe = CogViewPipeline.from_pretrained(tmp_path / "model")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a cat", generator=torch.Generator().manual_seed(1)).images[0].size == (16, 16)
 
 
 class Unwanted:

@@ -6,7 +6,10 @@ import json
 import pytest
 import torch
 
+from cogview_pipelines import CogViewTokenizer
+from cogview_pipelines.environment import SHIPPED_MODELS
 from cogview_pipelines.training.data.draws import seeded_generator
+from cogview_pipelines.training.data.shards import write_index, write_shard
 from cogview_pipelines.training.data.tokens import CAPTIONS_FILE, TOKENS_FILE, TokenData
 
 from ... import child_processes as children
@@ -201,3 +204,40 @@ def test_tokens_and_captions_of_two_folders_never_come_together(folder, tokenize
         assert sorted(path.name for path in folder.iterdir()) == sorted(saved), at
         at += 1
     assert found[0] == "old" and found[-1] == "new" and "none" in found
+
+
+WITH_STYLES = [
+    {"en": "a cat", "zh": "一只猫", "style": "oil painting", "targets": {"en": ["a feline"]}},
+    {"en": "a tiger", "zh": "一只老虎", "style": {"en": "sketch", "zh": ["油画", "水墨"]}},
+]
+
+
+@pytest.mark.parametrize("in_shards", [False, True])
+def test_words_of_styles_are_among_those_that_a_model_learns_to_draw_and_targets_are_not(in_shards, tmp_path):
+    tokens = {"low": torch.zeros(2, 4, 4)}
+    if in_shards:
+        write_shard(tmp_path, 0, {"low": tokens["low"].int().numpy()}, WITH_STYLES, made_of={})
+        write_index(tmp_path, 1)
+    else:
+        TokenData.save(tmp_path, tokens, WITH_STYLES)
+
+    def reader(**options):
+        """A tokenizer with pieces for all letters, of a model that knew five words before."""
+        words = ["bird", "一", "只", "的", "风格"]
+        reader = CogViewTokenizer.from_pretrained(
+            SHIPPED_MODELS["cogview-emoji"], subfolder="tokenizer", known_words=words
+        )
+        data = TokenData.load(tmp_path, reader)
+        both = data.with_auxiliary(data, 0.5)
+        assert sorted(both.texts(**options)) == sorted([*data.texts(**options)] * 2)
+        reader.add_known_words(data.texts(**options))
+        return reader
+
+    known = reader()
+    for prompt in ("a cat of oil painting style", "a tiger of sketch style", "an image of a cat"):
+        assert known.known_text(prompt) == prompt
+    assert known.unknown_words(["油画风格的一只猫", "水墨风格的老虎", "一张猫的图片"]) == []
+    assert known.unknown_words(["a feline"]) == ["feline"]
+    captions_alone = reader(styles=False)
+    assert captions_alone.known_text("a cat of oil painting style") == "a cat"
+    assert captions_alone.unknown_words(["油画风格的猫"]) == ["油画"]

@@ -12,6 +12,7 @@ from ...generation.sampling import sample_tokens
 from ...generation.tokens import Sampler
 from ...models.cogview import sequences
 from ...models.cogview.modeling_cogview import CogViewModel
+from ...models.image_tokenizers.auto import choose_rate
 from ...pictures.pixels import Images, Picture, read_pictures
 from ...pictures.sizes import center_crop, resize_shorter_side
 from ..common.arguments import quote
@@ -51,7 +52,7 @@ class CogViewPipelineBase(PipelineBase):
         transformer: PreTrainedModel | None = None,
         caption_transformer: PreTrainedModel | None = None,
         super_resolution_transformer: PreTrainedModel | None = None,
-        compression_rate: int = 8,
+        compression_rate: int | None = None,
         settings: Mapping[str, Mapping[str, Any]] | None = None,
     ):
         super().__init__()
@@ -62,7 +63,9 @@ class CogViewPipelineBase(PipelineBase):
         }
         self._check_components(tokenizer, vqvae, given)
         self.register_modules(tokenizer=tokenizer, vqvae=vqvae, **given)
-        self.register_to_config(compression_rate=compression_rate, settings=_check_settings(settings))
+        self.register_to_config(
+            compression_rate=choose_rate(vqvae, compression_rate), settings=_check_settings(settings)
+        )
 
     @classmethod
     def check_needed(cls, there: Collection[str]) -> None:

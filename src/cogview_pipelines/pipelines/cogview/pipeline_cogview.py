@@ -45,7 +45,8 @@ class CogViewPipeline(PreviewMixin, AttentionMixin, CogViewPipelineBase):
         caption_transformer ([`CogViewModel`], *optional*):
             Describes pictures (`cogview-caption`); decides on candidates. Without it, `transformer` does.
         super_resolution_transformer ([`CogViewModel`], *optional*): Of [`CogViewUpscalePipeline`] (`cogview-sr`).
-        compression_rate (`int`): Pixels per token along each side.
+        compression_rate (`int`, *optional*): Pixels per token along each side, one of the rates of `vqvae`; by default
+            its only one, or 8.
         settings (`dict[str, dict]`, *optional*):
             Settings that this model wants in place of the released ones, by the name of the pipeline, such as
             `{"CogViewPipeline": {"temperature": 0.7}}`. What a call says counts more.

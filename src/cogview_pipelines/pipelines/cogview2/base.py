@@ -13,6 +13,7 @@ from ...generation.canvas import refine
 from ...generation.sampling import sample_cluster_tokens
 from ...generation.tokens import Sampler
 from ...models.cogview2 import sequences
+from ...models.image_tokenizers.auto import choose_rate
 from ...ops.int8_linear import is_built, set_int8
 from ...schedulers.scheduling_lopar import LoPARScheduler
 from ..common.arguments import one_per_prompt, quote
@@ -81,7 +82,7 @@ class CogView2PipelineBase(PipelineBase):
         iterative_sr_transformer: PreTrainedModel | None = None,
         direct_sr_scheduler: LoPARScheduler | None = None,
         iterative_sr_scheduler: LoPARScheduler | None = None,
-        compression_rate: int = 8,
+        compression_rate: int | None = None,
         styles: dict[str, dict] | None = None,
         default_style: str | None = None,
         whole_pictures: bool = False,
@@ -109,7 +110,7 @@ class CogView2PipelineBase(PipelineBase):
             iterative_sr_scheduler=iterative_sr_scheduler,
         )
         self.register_to_config(
-            compression_rate=compression_rate,
+            compression_rate=choose_rate(vqvae, compression_rate),
             styles=styles or {},
             default_style=default_style,
             whole_pictures=whole_pictures,

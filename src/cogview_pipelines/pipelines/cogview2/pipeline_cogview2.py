@@ -73,7 +73,8 @@ class CogView2Pipeline(PreviewMixin, AttentionMixin, CogView2PipelineBase):
             without them, pictures are low resolution.
         direct_sr_scheduler, iterative_sr_scheduler ([`LoPARScheduler`], *optional*): Which cells in which pass, and
             how they are drawn.
-        compression_rate (`int`): Pixels per token along each side.
+        compression_rate (`int`, *optional*): Pixels per token along each side, one of the rates of `vqvae`; by default
+            its only one, or 8.
         styles (`dict[str, dict]`): Presets: the `suffix` that is added to the prompt (a string, or one for each of
             `"en"` and `"zh"`), and any settings of `__call__`.
         default_style (`str`, *optional*): The preset used when a call names none.

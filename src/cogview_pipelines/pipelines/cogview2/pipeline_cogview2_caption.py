@@ -13,6 +13,7 @@ from ...generation.batching import run_in_batches, slices
 from ...generation.sampling import Generators, sample_tokens
 from ...generation.texts import WrittenText, search_texts, write_texts
 from ...models.cogview2 import sequences
+from ...models.image_tokenizers.auto import choose_rate
 from ...pictures.pixels import Images, Picture, read_pictures
 from ...pictures.sizes import center_crop, resize
 from ..common.arguments import (
@@ -80,7 +81,8 @@ class CogView2CaptionPipeline(PipelineBase):
         tokenizer ([`IcetkTokenizer`]): Ids to text.
         transformer ([`CogLMModel`]): CogLM.
         vqvae ([`IcetkVQModel`]): Pixels to tokens.
-        compression_rate (`int`): Pixels per token along each side.
+        compression_rate (`int`, *optional*): Pixels per token along each side, one of the rates of `vqvae`; by default
+            its only one, or 8.
 
     `from_pipe` takes these from any other pipeline of this package. Source: https://arxiv.org/abs/2204.14217.
     """
@@ -94,11 +96,11 @@ class CogView2CaptionPipeline(PipelineBase):
         tokenizer: PreTrainedTokenizer,
         transformer: PreTrainedModel,
         vqvae: PreTrainedModel,
-        compression_rate: int = 8,
+        compression_rate: int | None = None,
     ):
         super().__init__()
         self.register_modules(tokenizer=tokenizer, transformer=transformer, vqvae=vqvae)
-        self.register_to_config(compression_rate=compression_rate)
+        self.register_to_config(compression_rate=choose_rate(vqvae, compression_rate))
 
     @property
     def layout(self) -> sequences.SequenceLayout:

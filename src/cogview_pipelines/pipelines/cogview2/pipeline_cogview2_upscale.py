@@ -83,7 +83,7 @@ class CogView2UpscalePipeline(PreviewMixin, CogView2PipelineBase):
         transformer: PreTrainedModel | None = None,
         iterative_sr_transformer: PreTrainedModel | None = None,
         iterative_sr_scheduler: LoPARScheduler | None = None,
-        compression_rate: int = 8,
+        compression_rate: int | None = None,
         styles: dict[str, dict] | None = None,
         default_style: str | None = None,
         whole_pictures: bool = False,

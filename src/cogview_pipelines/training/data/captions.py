@@ -109,6 +109,30 @@ def tell_blank(num_blank: int) -> str:
 
 
 @dataclass
+class TextRows(Sequence):
+    """
+    What is said of each picture, in the form of a line of captions.
+
+    Args:
+        captions (sequence of `dict`): Captions by language.
+        targets, styles (sequences of `dict`, *optional*): By language, what captioning writes, and names of styles.
+    """
+
+    captions: Sequence[dict]
+    targets: Sequence[dict] | None = None
+    styles: Sequence[dict] | None = None
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[each] for each in range(len(self))[index]]
+        more = {"targets": self.targets, "style": self.styles}
+        return {**self.captions[index], **{name: rows[index] for name, rows in more.items() if rows is not None}}
+
+
+@dataclass
 class TextLosses:
     """
     What of some captions a model does not get to read.
@@ -189,8 +213,8 @@ def tell_text_losses(
     which words are new to the model. Where not all were looked at, the warnings say so.
 
     Args:
-        captions (sequence of `dict`): By language, as `TokenData` has them. Of many, some are looked at:
-            `MOST_LOOKED_AT`.
+        captions (sequence of `dict`): By language, as `TokenData` has them, or with `targets` and `style`, as
+            [`parse_captions`] gives them: these count as captions. Of many, some are looked at: `MOST_LOOKED_AT`.
         tokenizer ([`CodesAndPiecesTokenizer`]): Of the model.
         max_text_tokens (`int`, *optional*): What the model takes.
     """
@@ -199,13 +223,20 @@ def tell_text_losses(
     most = max(1, MOST_LOOKED_AT // max(1, len(pictures)))  # of a picture and language
     for picture in pictures:
         for language in LANGUAGES:
-            texts = picture.get(language, ())
+            texts = _texts(picture, language)
             for text in texts[:: -(-len(texts) // most) or 1]:
                 losses.count(text, language, tokenizer, max_text_tokens)
             losses.is_sample |= len(texts) > most
     for sentence in losses.sentences(max_text_tokens):
         logger.warning(sentence)
     return losses
+
+
+def _texts(picture: dict, language: str) -> list[str]:
+    """The captions of a picture in a language, and what there is of targets and names of styles beside them."""
+    own = picture.get(language, [])
+    more = [text for kind in ("targets", "style") for text in picture.get(kind, {}).get(language, ())]
+    return [*own, *(text for text in more if text not in own)]
 
 
 def with_full_stop(text: list[int], language: str, encode: Callable[[str], list[int]]) -> list[int]:

@@ -34,7 +34,8 @@ from ..adapters import LoraOptions
 from ..arguments import UNNOTICED, TrainConfig
 from ..processes import start_processes
 from ..run_folder import replacing
-from .captions import LANGUAGES, parse_captions, tell_blank, tell_text_losses
+from ..samples_cogview import words_of_style
+from .captions import LANGUAGES, TextRows, parse_captions, tell_blank, tell_text_losses
 from .chances import Chances, EpochOrder, MixedChances, WeightedIndex
 from .draws import Draw, draw_two_indices
 from .shards import (
@@ -228,13 +229,13 @@ class TokenData:
                     )
         has_fine = all(each.fine is not None for each in sets)
         return TokenData(
-            _OneAfterAnother([each.low for each in sets]),
-            _OneAfterAnother([each.fine for each in sets]) if has_fine else None,
-            _OneAfterAnother([each.captions for each in sets]),
+            OneAfterAnother([each.low for each in sets]),
+            OneAfterAnother([each.fine for each in sets]) if has_fine else None,
+            OneAfterAnother([each.captions for each in sets]),
             MixedChances([each.chances for each in sets], [max(rest, 0.0), *shares]),
             self.encode,
-            _OneAfterAnother([each.captions if each.targets is None else each.targets for each in sets]),
-            _OneAfterAnother([each.styles for each in sets]),
+            OneAfterAnother([each.captions if each.targets is None else each.targets for each in sets]),
+            OneAfterAnother([each.styles for each in sets]),
             any(each.has_styles for each in sets),
             self.epoch_seed,
             len(self),
@@ -285,9 +286,20 @@ class TokenData:
         with replacing(folder / CAPTIONS_FILE) as partial, open(partial, "w", encoding="utf-8") as file:
             write_lines(file, captions)
 
-    def texts(self) -> Iterator[str]:
-        """All captions that pictures are drawn from, in both languages."""
-        return (text for own in self.captions for language in LANGUAGES for text in own.get(language, ()))
+    def texts(self, styles: bool = True) -> Iterator[str]:
+        """
+        All texts that pictures are drawn from, in both languages; not `targets`, which are only ever written: a model
+        does not draw their words.
+
+        Args:
+            styles (`bool`): Also the words of what pictures are called by their style, as CogView learns styles.
+                CogView2 reads captions alone.
+        """
+        for own, names in zip(self.captions, self.styles):
+            yield from (text for language in LANGUAGES for text in own.get(language, ()))
+            if styles:
+                for language, of_style in names.items():
+                    yield from (text for name in of_style for text in words_of_style(name, language))
 
     def draw(self, generator: torch.Generator, number: int | None = None) -> int:
         """
@@ -340,7 +352,7 @@ def draw_language(data: TokenData, draw: Draw, generator: torch.Generator) -> st
     return data.draw_language_and_caption(index, generator)[0]
 
 
-class _OneAfterAnother(Sequence):
+class OneAfterAnother(Sequence):
     """Rows of several sets, indexed as those of one: by a number, a slice or numbers."""
 
     def __init__(self, sets: Sequence):
@@ -484,14 +496,38 @@ class TokenTrainConfig(LoraOptions, TrainConfig):
         excluded = [os.path.relpath(path, folder) for path in self.excluded_shards]
         return TokenData.load(folder, tokenizer, excluded, cache=self.data_cache, cache_gb=self.data_cache_gb)
 
-    def learned_words(self, data: TokenData, tokenizer: CodesAndPiecesTokenizer) -> list[str]:
-        """Words of the captions that an adapter learns: those that are not among the ones that its model knows."""
-        return [] if self.lora_rank is None else tokenizer.unknown_words(data.texts())
+    def learned_words(self, data: TokenData, tokenizer: CodesAndPiecesTokenizer, styles: bool = False) -> list[str]:
+        """
+        Words of the texts that an adapter learns to draw: those that are not among the ones that its model knows.
 
-    def tell_losses(self, data: TokenData, tokenizer: CodesAndPiecesTokenizer, max_text_tokens: int) -> None:
-        """Say at the end of a script what of the captions the model did not get to read."""
+        Args:
+            data ([`TokenData`]): What it is trained on.
+            tokenizer ([`CodesAndPiecesTokenizer`]): Of the model.
+            styles (`bool`): Whether it is trained on what pictures are called by their style, too.
+        """
+        return [] if self.lora_rank is None else tokenizer.unknown_words(data.texts(styles))
+
+    def tell_losses(
+        self,
+        data: TokenData,
+        tokenizer: CodesAndPiecesTokenizer,
+        max_text_tokens: int,
+        targets: bool = False,
+        styles: bool = False,
+    ) -> None:
+        """
+        Say at the end of a script what of the texts the model did not get to read or write.
+
+        Args:
+            data ([`TokenData`]): What it was trained on.
+            tokenizer ([`CodesAndPiecesTokenizer`]): Of the model.
+            max_text_tokens (`int`): So many tokens of a text it took.
+            targets (`bool`): Whether it wrote captions.
+            styles (`bool`): Whether it read the names of styles.
+        """
         if start_processes().is_main_process:
-            tell_text_losses(data.captions, tokenizer, max_text_tokens)
+            rows = TextRows(data.captions, data.targets if targets else None, data.styles if styles else None)
+            tell_text_losses(rows, tokenizer, max_text_tokens)
 
     def validation_batches(
         self,
