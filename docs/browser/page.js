@@ -17,6 +17,7 @@ const TEXTS = {
     drawing: (percent) => `Drawing: ${percent} %`,
     done: (seconds) => `Done in ${seconds} s.`,
     unknown: (parts) => `The model does not know this, and goes by the rest: ${parts}`,
+    nothing: (parts) => `The model knows nothing of the text: ${parts}`,
     empty: "Write what the picture shows.",
     long: ({ tokens, most }) => `The text is too long: it has ${tokens} tokens with its style, and may have ${most}. Shorten it.`,
     load: (message) => `The model could not be loaded (${message}). Reload the page to try again.`,
@@ -39,6 +40,7 @@ const TEXTS = {
     drawing: (percent) => `正在画：${percent}%`,
     done: (seconds) => `完成，用时 ${seconds} 秒。`,
     unknown: (parts) => `模型不认识这些内容，按其余部分来画：${parts}`,
+    nothing: (parts) => `模型完全不认识这些文字：${parts}`,
     empty: "请写出图片的内容。",
     long: ({ tokens, most }) => `文字太长：连同风格共 ${tokens} 个标记，最多 ${most} 个。请缩短。`,
     load: (message) => `模型加载失败（${message}）。请刷新页面重试。`,
@@ -92,7 +94,7 @@ worker.onmessage = ({ data }) => {
   } else if (data.kind === "step") {
     say(() => TEXTS[language].drawing(percent(data.done / data.total)), data.done / data.total);
   } else if (data.kind === "unknown") {
-    warning = () => TEXTS[language].unknown(data.parts.slice(0, 8).join(", "));
+    warning = () => TEXTS[language][data.hasRest ? "unknown" : "nothing"](data.parts.slice(0, 8).join(", "));
     show();
   } else if (data.kind === "picture") {
     const canvas = $("picture");

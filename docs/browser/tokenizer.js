@@ -85,15 +85,25 @@ export class Tokenizer {
   knownText(text) {
     const unknown = this.tables.known_words ? this.unknownParts(text) : [];
     if (!unknown.length) return text;
+    const known = this.#knownPart(text, unknown);
+    return SAYS_SOMETHING.test(known) ? known : text;
+  }
+
+  // Whether anything is left of a text without what `unknownParts` names.
+  knowsSome(text) {
+    return SAYS_SOMETHING.test(this.#knownPart(text, this.unknownParts(text)));
+  }
+
+  #knownPart(text, unknown) {
+    const words = this.tables.known_words ?? [];
     const without = (part) => {
-      part = withoutWords(part, new Set(unknown), this.tables.known_words);
+      part = withoutWords(part, new Set(unknown), words);
       const lost = this.tokenize(part).unknown.sort((a, b) => b.length - a.length);
       for (const one of lost) part = part.replaceAll(one, HAS_CHINESE.test(one) ? "" : " ");
-      return withoutWords(part, new Set(unknown), this.tables.known_words); // what hangs in the air now
+      return withoutWords(part, new Set(unknown), words); // what hangs in the air now
     };
     const parts = this.#cut(text).map((part) => (Object.hasOwn(this.tables.added_tokens, part) ? part : without(part)));
-    const known = parts.join(" ").trim();
-    return /[\p{L}\p{N}]/u.test(known) ? known : text;
+    return parts.join(" ").trim();
   }
 
   // Around tokens that were added to the model.
@@ -198,6 +208,7 @@ export class Tokenizer {
 }
 
 const CHINESE = "\\u3400-\\u9fff\\uf900-\\ufaff";
+const SAYS_SOMETHING = /[\p{L}\p{N}]/u;
 const HAS_CHINESE = new RegExp(`[${CHINESE}]`, "u");
 const MARKS = ",;:.!?\\uff0c\\uff1b\\uff1a\\uff01\\uff1f\\u3001\\u3002";
 // What hangs in the air where a word is gone.

@@ -60,8 +60,8 @@ async function load(model) {
 }
 
 async function draw(order) {
-  const unknown = pictures.tokenizer.unknownParts(order.prompt);
-  if (unknown.length) postMessage({ kind: "unknown", parts: unknown });
+  const parts = pictures.tokenizer.unknownParts(order.prompt);
+  if (parts.length) postMessage({ kind: "unknown", parts, hasRest: pictures.tokenizer.knowsSome(order.prompt) });
   const picture = await pictures.draw({
     ...order,
     onStep: (done, total) => postMessage({ kind: "step", done, total }),

@@ -1,13 +1,16 @@
 """`--lora`: adapters change what commands make as they change what pipelines make, and results name them."""
 
 import json
+import shutil
 
 import pytest
 import torch
+import typer
 from PIL import Image
 
 from cogview_pipelines import CogView2Pipeline
-from cogview_pipelines.cli import loading
+from cogview_pipelines.cli import app, loading
+from cogview_pipelines.loaders.textual_inversion import EMBEDDING_NAME, write_learned_token
 from cogview_pipelines.pictures.png import read_metadata
 
 from ..loaders.conftest import STAGES, random_adapter
@@ -111,25 +114,78 @@ def test_results_of_a_list_with_other_adapters_are_not_taken_for_done(cogview2, 
         assert cogview2(*first).exit_code == 0
 
 
+WORD = "<my-car>"
+
+
+@pytest.fixture(scope="module")
+def word(pipeline, tmp_path_factory):
+    """A folder with a learned word alone."""
+    width = pipeline.transformer.config.hidden_size
+    row = 3 * torch.randn(width, generator=torch.Generator().manual_seed(5))
+    return write_learned_token(tmp_path_factory.mktemp("words") / "car", WORD, row, "car").parent
+
+
+@pytest.mark.parametrize("kind", ["word", "file", "both"])
+def test_a_learned_word_is_loaded_alone_and_beside_an_adapter(cogview2, model_folder, adapter, word, tmp_path, kind):
+    source, value, prompt = word, None, f"a {WORD}"
+    if kind == "file":  # whatever it is called
+        source = tmp_path / "car.safetensors"
+        shutil.copy(word / EMBEDDING_NAME, source)
+    elif kind == "both":
+        source, value = tmp_path / "final", f"{tmp_path / 'final'}=0.5"
+        shutil.copytree(adapter, source)
+        shutil.copy(word / EMBEDDING_NAME, source)
+    made = {}
+    for name, options in (("with", ("--lora", value or source)), ("without", ("--lora", adapter))):
+        path = tmp_path / f"{name}.png"
+        made[name] = cogview2("generate", prompt, "-s", 3, "--dtype", "float32", "--height", 40, *options, "-o", path)
+        assert made[name].exit_code == 0, made[name].stderr
+    pipe = CogView2Pipeline.from_pretrained(model_folder, dtype=torch.float32)
+    pipe.load_textual_inversion(word)
+    if kind == "both":
+        pipe.load_lora_weights(adapter, "mine")
+        pipe.set_adapters("mine", 0.5)
+        pipe.fuse_lora()
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe(prompt, generator=torch.Generator().manual_seed(3), height=40).images[0]
+    assert same(tmp_path / "with.png", image) and not same(tmp_path / "without.png", image)
+    (said,) = read_metadata(tmp_path / "with.png")["lora"]
+    (other,) = read_metadata(tmp_path / "without.png")["lora"]
+    assert said["name"] == source.name and said["fingerprint"] != other["fingerprint"]
+
+
+def test_a_learned_word_that_the_model_has_already_is_told_in_a_line(cogview2, word, tmp_path):
+    result = cogview2("generate", "a cat", "--lora", word, "--lora", word, "-o", tmp_path / "a.png")
+    assert_bad_input(result, f"`--lora` {word}: `token` must be a new one")
+
+
 class Reached(Exception):
     """Adapters were asked for."""
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("generate", "a cat"),
-        ("inpaint", "a cat", "--image", "red.png", "--left", "8", "-o", "made.png"),
-        ("upscale", "red.png", "-o", "made.png"),
-        ("caption", "red.png"),
-        ("score", "red.png", "a cat"),
-        ("attend", "a cat"),
-        ("bench",),
-        ("serve", "--port", "0"),
-        ("evaluate", "--num", "2"),
-        ("evaluate", "--captions", "captions.jsonl", "--output", "evaluated"),
-    ],
-)
+CALLS = [
+    ("generate", "a cat"),
+    ("inpaint", "a cat", "--image", "red.png", "--left", "8", "-o", "made.png"),
+    ("upscale", "red.png", "-o", "made.png"),
+    ("caption", "red.png"),
+    ("score", "red.png", "a cat"),
+    ("attend", "a cat"),
+    ("bench",),
+    ("serve", "--port", "0"),
+    ("evaluate", "--num", "2"),
+    ("evaluate", "--captions", "captions.jsonl", "--output", "evaluated"),
+    ("export", "--output", "exported"),
+]
+
+
+def test_all_commands_that_load_a_model_are_tried_with_adapters():
+    commands = typer.main.get_command(app).commands
+    with_a_model = {name for name, one in commands.items() if any("--model" in part.opts for part in one.params)}
+    # it trains a model, and makes adapters
+    assert with_a_model - {"finetune"} == {command for command, *_ in CALLS}
+
+
+@pytest.mark.parametrize("arguments", CALLS)
 def test_every_command_that_loads_a_model_takes_adapters(cogview2, adapter, tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (40, 40), "red").save("red.png")

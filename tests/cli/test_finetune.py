@@ -139,6 +139,23 @@ def test_adapters_that_were_saved_with_the_model_are_named_before_anything_is_do
     assert "Warning" not in run("--output", str(tmp_path / "other")).output
 
 
+def test_a_broken_picture_is_left_out_by_the_option_that_the_script_names(run, pictures, tmp_path, caplog):
+    (pictures / "2.png").write_bytes(b"no picture")
+    options = ("--stage", "coglm", "--steps", "1")
+    with pytest.raises(ValueError, match=r"2\.png .*leave them out with `--skip_unreadable`"):
+        run(*options, catch_exceptions=False)
+    run.calls.clear()
+    result = run(*options, "--skip_unreadable", "--gradient-checkpointing")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "2.png" in caplog.text
+    (_, _, preparing), (_, _, training), _ = run.calls
+    assert preparing["skip_unreadable"] and training["gradient_checkpointing"]
+    lines = [path.read_text().splitlines() for path in (tmp_path / "mine.work/data").glob("**/captions.jsonl")]
+    assert sum(map(len, lines)) == 11
+    for option in ("--skip-unreadable", "--gradient-checkpointing"):
+        assert option in CliRunner().invoke(app, ["finetune", "--help"]).output
+
+
 def test_the_same_command_goes_on_where_it_was_stopped(run, tmp_path, monkeypatch):
     result = run("--stage", "coglm", "--max-minutes", "0")
     assert result.exit_code == 75 and "The same command goes on" in result.output

@@ -315,6 +315,11 @@ def test_characters_outside_the_vocabulary_are_named_and_no_obstacle(cogview2, t
     assert result.exit_code == 0, result.output
     assert "the model does not know this part of the prompt" in result.stderr and result.stderr.count("☃") == 1
     assert read_metadata(tmp_path / "a.png")["prompt"] == prompt
+    guided = ("--guidance-scale", 2, "--negative-prompt", "a dog ♜", "--height", LOW_SIZE)
+    result = cogview2("generate", "a cat", "--output", tmp_path / "b.png", *guided)
+    assert result.exit_code == 0, result.output
+    warning = "Warning: the model does not know this part of the negative prompt, and goes by the rest: ♜"
+    assert warning in result.stderr.splitlines()
 
 
 @pytest.mark.parametrize(

@@ -73,10 +73,11 @@ def test_what_the_model_cannot_read_of_a_text_is_told(cogview2, files):
         result = cogview2(*command)
         assert result.exit_code == 0, result.output
         (line,) = [line for line in result.stderr.splitlines() if line.startswith("Warning: ")]
-        assert "does not know this part of the prompt, and goes by the rest: ☃" in line
+        effect = "so its share in the score says little" if command[0] == "score" else "and goes by the rest"
+        assert line == f"Warning: the model does not know this part of the prompt, {effect}: ☃"
         assert "Warning" not in cogview2(*("a cat" if part == "a cat ☃" else part for part in command)).stderr
     result = cogview2("score", files / "image.png", "a cat", "☃ and a cat")
-    assert "does not know this part of prompt 2, and goes by the rest: ☃" in result.stderr
+    assert "does not know this part of prompt 2, so its share in the score says little: ☃" in result.stderr
 
 
 def test_upscale_enlarges(cogview2, files):

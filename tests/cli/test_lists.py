@@ -252,12 +252,18 @@ def test_scores_of_a_list_come_best_first_and_without_an_output_they_are_printed
 @pytest.mark.parametrize("command", ["inpaint", "upscale", "score"])
 def test_what_the_model_cannot_read_of_a_line_is_told_with_its_place(cogview2, write_list, folder, command):
     texts = {"prompts": ["a cat", "a cat ☃"]} if command == "score" else {"prompt": "a cat ☃"}
+    if command == "inpaint":
+        texts |= {"negative_prompt": "a dog ♜", "guidance_scale": 2}
     path = write_list({**COMMANDS[command], "id": "a"}, {**COMMANDS[command], "id": "b", **texts})
     result = run(cogview2, command, path)
     assert result.exit_code == 0, result.output
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("Warning: ")]
+    line, *others = [line for line in result.stderr.splitlines() if line.startswith("Warning: ")]
     name = "prompt 2" if command == "score" else "the prompt"
-    assert f"this part of {name} of {path}, line 2, and goes by the rest: ☃" in line
+    effect = "so its share in the score says little" if command == "score" else "and goes by the rest"
+    assert f"this part of {name} of {path}, line 2, {effect}: ☃" in line
+    assert [other.partition("this part of ")[2] for other in others] == (
+        [f"the negative prompt of {path}, line 2, and goes by the rest: ♜"] if command == "inpaint" else []
+    )
 
 
 def test_a_line_cut_off_by_a_stop_is_made_again_and_other_lines_stay(cogview2, write_list, folder):

@@ -10,5 +10,6 @@ const encode = (text) => [
   tokenizer.language(text),
   tokenizer.unknownParts(text),
   tokenizer.knownText(text),
+  tokenizer.knowsSome(text),
 ];
 console.log(JSON.stringify(JSON.parse(readFileSync(0)).map(encode)));

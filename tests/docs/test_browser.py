@@ -55,7 +55,8 @@ def encode_in_javascript(tokenizer, texts, folder):
 
 def expected(tokenizer, text):
     ids, before = tokenizer.encode(text), tokenizer.encode_before_image(text)
-    return [ids, before, tokenizer.language(text), tokenizer.unknown_parts(text), tokenizer.known_text(text)]
+    known = tokenizer.known_text(text), tokenizer.knows_some(text)
+    return [ids, before, tokenizer.language(text), tokenizer.unknown_parts(text), *known]
 
 
 def test_the_tokenizer_of_the_page_encodes_as_that_of_the_shipped_model(tmp_path):

@@ -183,8 +183,10 @@ ADAPTER = """
 import json, sys, tempfile
 from pathlib import Path
 import torch
-from cogview_pipelines import CogView2Pipeline, IcetkTokenizer
-from cogview_pipelines.loaders.lora_files import read_lora, write_lora
+from cogview_pipelines import CogView2CaptionPipeline, CogView2InpaintPipeline, CogView2Pipeline, IcetkTokenizer
+from cogview_pipelines.loaders.lora_files import find_trained, read_lora, write_lora
+from cogview_pipelines.loaders.textual_inversion import write_learned_token
+from huggingface_hub import HfApi
 from tests.hub.programs import call
 from tests.loaders.conftest import random_adapter
 from tests.pipelines.conftest import build
@@ -200,25 +202,38 @@ def push():
     write_lora(folder / "a", weights, configs, known_words=["red"])
     pipe.load_lora_weights(folder / "a", "style")
     pipe.push_adapter_to_hub("someone/style", base_model="someone/base", prompt="a tree")
+    for kind in (CogView2InpaintPipeline, CogView2CaptionPipeline):
+        other = f"someone/style-{kind.__name__}"
+        kind.from_pipe(pipe).push_adapter_to_hub(other, base_model="someone/base", prompt="a tree")
+    word = write_learned_token(folder / "word", "<mine>", torch.zeros(32))
+    for name in ("someone/word", "someone/style-CogView2InpaintPipeline"):
+        HfApi().create_repo(name, exist_ok=True)
+        HfApi().upload_folder(repo_id=name, folder_path=word.parent)
     whole = call(pipe)
     pipe.set_adapters("style", 0.5)
     pipe.push_to_hub("someone/with-style")
     return [whole, call(pipe)]
 
 def load():
-    from huggingface_hub import ModelCard
     pipe = CogView2Pipeline.from_pretrained("someone/base")
     unknown = [pipe.tokenizer.unknown_parts("a red tiger")]
     pipe.load_lora_weights("someone/style")
     unknown.append(pipe.tokenizer.unknown_parts("a red tiger"))
-    card = ModelCard.load("someone/style")
-    example = card.text.split("```python\\n")[1].split("```")[0]
-    names = {}
-    exec(example, names)
+    card, names = run_card("someone/style")
+    others = [run_card(f"someone/style-CogView2{kind}Pipeline")[1]["pipe"] for kind in ("Inpaint", "Caption")]
+    adapted = [[type(other).__name__, *other.get_list_adapters()] for other in others]
     saved = CogView2Pipeline.from_pretrained("someone/with-style")
     unknown.append(saved.tokenizer.unknown_parts("a red tiger"))
     results = {"same": [call(pipe), call(saved)], "card": card.data.to_dict(), "size": names["image"].size}
-    return {**results, "unknown": unknown}
+    sources = ("someone/style", "someone/word", "someone/style-CogView2InpaintPipeline")
+    trained = [[path.name for path in find_trained(source)] for source in sources]
+    return {**results, "unknown": unknown, "others": adapted, "trained": trained}
+
+def run_card(id):
+    from huggingface_hub import ModelCard
+    card, names = ModelCard.load(id), {}
+    exec(card.text.split("```python\\n")[1].split("```")[0], names)
+    return card, names
 
 print(json.dumps({"push": push, "load": load}[sys.argv[1]]()))
 """
@@ -231,4 +246,10 @@ def test_an_adapter_is_pushed_with_a_card_and_loaded_by_its_id(hub):
     assert loaded["card"]["base_model"] == "someone/base"
     assert {"lora", "cogview_pipelines", "CogView2Pipeline"} <= set(loaded["card"]["tags"])
     assert loaded["size"] == [96, 96]  # the example runs as it stands
+    assert loaded["others"] == [  # so do those of pipelines that need more than a prompt
+        ["CogView2InpaintPipeline", "transformer", "direct_sr_transformer"],
+        ["CogView2CaptionPipeline", "transformer"],
+    ]
+    adapter, word = ["pytorch_lora_weights.safetensors"], ["learned_embeds.safetensors"]
+    assert loaded["trained"] == [adapter, word, word + adapter]
     assert loaded["unknown"] == [["red"], [], []]

@@ -575,12 +575,15 @@ def test_files_are_those_of_diffusers(pipe, adapters, tmp_path):
     assert all(torch.equal(saved[name], source[name]) for name in source)
 
 
-def test_a_file_of_rank_8_for_the_shipped_model_is_below_a_megabyte(tmp_path):
-    from cogview_pipelines import CogLMModel
+def test_files_of_rank_8_for_the_shipped_model_are_as_small_as_the_pages_say(tmp_path):
     from cogview_pipelines.environment import SHIPPED_MODEL
 
-    model = CogLMModel.from_pretrained(SHIPPED_MODEL / "transformer")
-    assert random_adapter({"transformer": model}, tmp_path, rank=8).stat().st_size < 1_000_000
+    pipe = CogView2Pipeline.from_pretrained(SHIPPED_MODEL, dtype=torch.float32)
+    models = {stage: getattr(pipe, stage) for stage in STAGES}
+    bounds = {"transformer": 1_000_000, "direct_sr_transformer": 1_100_000, "iterative_sr_transformer": 1_000_000}
+    for stage, bound in bounds.items():
+        assert random_adapter({stage: models[stage]}, tmp_path / stage, rank=8).stat().st_size < bound
+    assert 2_650_000 < random_adapter(models, tmp_path / "all", rank=8).stat().st_size < 2_750_000  # "2.7 MB"
 
 
 def test_matrices_alone_are_enough(pipe, adapters):

@@ -290,4 +290,12 @@ MUTATIONS = [
         "prompt + own_suffix",
         "pipelines/common/test_unknown_words.py::test_what_the_model_does_not_know_changes_no_picture",
     ),
+    Mutation(
+        "scores: words that the model does not know are left out",
+        "pipelines/cogview/base.py",
+        "prompt if scored else self.tokenizer.known_text(prompt)",
+        "self.tokenizer.known_text(prompt)",
+        "pipelines/common/test_unknown_words.py::"
+        "test_texts_are_scored_with_all_of_their_words_and_those_not_known_are_named",
+    ),
 ]

@@ -9,6 +9,11 @@ from . import caption_and_score as texts
 from . import inpaint_and_upscale as pictures
 from .console import say
 
+
+def _with_hyphens(name: str) -> str:
+    return name.replace("_", "-")
+
+
 app = typer.Typer(
     name="cogview2",
     help="Pictures from Chinese and English prompts with CogView2.",
@@ -43,7 +48,8 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("attend")(attend.attend)
 app.command("judge")(judge.judge)
 app.command("plot")(plot.plot)
-app.command("finetune")(finetune.finetune)
+# The scripts that it runs name their options with underscores.
+app.command("finetune", context_settings={"token_normalize_func": _with_hyphens})(finetune.finetune)
 app.command("export")(export.export)
 app.command("plan")(plan.plan)
 app.command("serve")(serve.serve)

@@ -1,4 +1,4 @@
-"""`--lora`: adapters from files or the Hub, added to the weights of a model that was just loaded."""
+"""`--lora`: adapters and learned words from files or the Hub, added to a model that was just loaded."""
 
 import hashlib
 import math
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 LORA_OPTION = typer.Option(
     None,
     "--lora",
-    help="An adapter: a file, folder or Hub id; =0.7 behind it lets it count that much. May be repeated.",
+    help="An adapter, a learned word, or both: a file, folder or Hub id; =0.7 behind it lets the adapter count that "
+    "much. May be repeated.",
     metavar="SOURCE[=WEIGHT]",
 )
 
@@ -38,10 +39,10 @@ class Adapter:
     weight: float = 1.0
 
     def describe(self) -> dict[str, str | float]:
-        """What results say of it: its name, of a file a hash of what is in it, and its weight; not where it is."""
+        """What results say of it: its name, of files a hash of what is in them, and its weight; not where it is."""
         if not os.path.exists(self.source):
             return {"name": self.source, "weight": self.weight}
-        digest = hashlib.sha256(_file_of(self.source).read_bytes()).hexdigest()[:16]
+        digest = hashlib.sha256(b"".join(file.read_bytes() for file in _files_of(self.source))).hexdigest()[:16]
         name = os.path.basename(os.path.abspath(self.source))
         return {"name": name, "fingerprint": digest, "weight": self.weight}
 
@@ -62,43 +63,52 @@ def read_adapters(texts: Sequence[str] | None) -> tuple[Adapter, ...]:
         path = expand(Path(source), "--lora")
         if os.path.exists(path):
             source = os.fspath(path)
-            _file_of(source)
+            _files_of(source)
         elif not is_hub_id(source):
             fail(f"`--lora`: there is no file or folder {source}, and it is not a Hub id (owner/name) either.")
         found.append(Adapter(source, number))
     return tuple(found)
 
 
-def _file_of(source: str) -> Path:
-    """The file of weights in a file or folder that is there."""
-    from ..loaders.lora_files import find_weights
+def _files_of(source: str) -> list[Path]:
+    """The files of weights in a file or folder that is there."""
+    from ..loaders.lora_files import find_trained
 
     try:
-        return find_weights(source)
+        return find_trained(source)
     except OSError as error:
         fail(f"`--lora`: {first_line(error)}")
 
 
 def add_adapters(pipe: "PipelineBase", adapters: Sequence[Adapter]) -> None:
     """
-    Load adapters beside those that the model was saved with and that count, and add all to the weights, so that a step
-    takes as long as without.
+    Load learned words, and adapters beside those that the model was saved with and that count; these are all added to
+    the weights, so that a step takes as long as without.
     """
     if not adapters:
         return
+    from ..loaders.lora_files import find_trained
+    from ..loaders.textual_inversion import is_learned_token
+
     own = {name: _weights_of(pipe, name) for name in pipe.get_active_adapters()}
     taken = {name for names in pipe.get_list_adapters().values() for name in names}
     names = [name for name in (f"lora_{index}" for index in range(len(adapters) + len(taken))) if name not in taken]
-    names = names[: len(adapters)]
-    for name, adapter in zip(names, adapters, strict=True):
+    loaded: dict[str, float] = {}
+    for name, adapter in zip(names, adapters, strict=False):
         try:
-            pipe.load_lora_weights(adapter.source, adapter_name=name)
+            for file in find_trained(adapter.source):
+                if is_learned_token(file):
+                    pipe.load_textual_inversion(file)
+                else:
+                    pipe.load_lora_weights(file, adapter_name=name)
+                    loaded[name] = adapter.weight
         except ImportError as error:
             fail(first_line(error))
         except Exception as error:  # also whatever the Hub's client raises
             fail(f"`--lora` {adapter.source}: {first_line(error)}")
-    pipe.set_adapters([*own, *names], [*own.values(), *(adapter.weight for adapter in adapters)])
-    pipe.fuse_lora()
+    if loaded:
+        pipe.set_adapters([*own, *loaded], [*own.values(), *loaded.values()])
+        pipe.fuse_lora()
 
 
 def _weights_of(pipe: "PipelineBase", name: str) -> dict[str, float]:

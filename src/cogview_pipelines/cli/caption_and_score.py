@@ -185,7 +185,7 @@ def score(
         texts = [check_prompt(prompt) for prompt in prompts]
     pipe = _load(choice, quiet=True)
     for text in texts:
-        warn_of_unknown(pipe.tokenizer, text, _name_of_text(text, texts))
+        warn_of_unknown(pipe.tokenizer, text, _name_of_text(text, texts), scored=True)
     with bad_input((ValueError, TypeError)), failures():
         rows = _scores(pipe, picture, texts, max_batch_size)
     for row in rows:
@@ -355,7 +355,8 @@ def _score_batch(pipe, requests: Sequence[Request], pictures: list) -> Iterator[
     (request,), (picture,) = requests, pictures
     arguments = request.arguments
     for text in arguments["prompts"]:
-        warn_of_unknown(pipe.tokenizer, text, f"{_name_of_text(text, arguments['prompts'])} of {request.where}")
+        name = f"{_name_of_text(text, arguments['prompts'])} of {request.where}"
+        warn_of_unknown(pipe.tokenizer, text, name, scored=True)
     yield {"scores": _scores(pipe, picture, arguments["prompts"], arguments.get("max_batch_size"))}
 
 

@@ -7,15 +7,17 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
 from ..reports import Reports
 
+if TYPE_CHECKING:
+    from .requests import Request
+
 BAD_INPUT = 2
 FAILURE = 1
-MOST_PARTS = 8  # of a text that the model does not know, in a warning
 
 
 def say(message: object, err: bool = False) -> None:
@@ -80,14 +82,20 @@ def whole_numbers(text: str, count: int) -> tuple[int, ...] | None:
     return tuple(map(int, parts))
 
 
-def warn_of_unknown(tokenizer, text: str, name: str = "the prompt") -> None:
-    """Say on stderr which parts of a text the model does not know, if there are any; it goes by the rest."""
-    parts = tokenizer.unknown_parts(text)
-    if parts:
-        shown = ", ".join(part if len(part) <= 20 else f"{part[:20]}…" for part in parts[:MOST_PARTS])
-        more = ", …" if len(parts) > MOST_PARTS else ""
-        message = f"Warning: the model does not know this part of {name}, and goes by the rest: {shown}{more}"
-        say(message, err=True)
+def warn_of_unknown(tokenizer, text: str, name: str = "the prompt", scored: bool = False) -> None:
+    """Say on stderr which parts of a text that is drawn, or scored, the model does not know, if there are any."""
+    from ..pipelines.common.unknown_words import message
+
+    told = message(tokenizer, text, name, scored)
+    if told:
+        say(f"Warning: {told[0].lower()}{told[1:]}", err=True)
+
+
+def warn_of_unknown_in(tokenizer, request: "Request") -> None:
+    """The same of all texts of a request that is drawn."""
+    place = f" of {request.where}" if request.where else ""
+    warn_of_unknown(tokenizer, request.prompt, f"the prompt{place}")
+    warn_of_unknown(tokenizer, request.arguments.get("negative_prompt", ""), f"the negative prompt{place}")
 
 
 @contextlib.contextmanager

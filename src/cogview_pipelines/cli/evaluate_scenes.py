@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .adapters import read_adapters
-from .console import bad_input, expand, fail, failures, make_writable_folder, say, say_json
+from .console import bad_input, expand, fail, failures, make_writable_folder, say, say_json, warn_of_unknown
 from .evaluate import CommonOptions
 from .loading import describe_model, find_model, load_pipeline
 
@@ -87,6 +87,7 @@ def _check_call(pipe: "CogView2PipelineBase", cases: list["Case"], call: dict) -
         settings = pipe.check_inputs("a", **call)
         for case in cases:
             pipe.check_inputs(case.caption, **call)
+    warn_of_unknown(pipe.tokenizer, call.get("negative_prompt", ""), "the negative prompt")
     return settings
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import typer
 
+from .adapters import LORA_OPTION, read_adapters
 from .console import bad_input, expand, fail, failures, say
 from .loading import MODEL_OPTION, DType, find_model, load_pipeline
 
@@ -14,6 +15,7 @@ FORMATS = ("onnx",)
 def export(
     format: str = typer.Option("onnx", "--format", help=f"What to write: {', '.join(FORMATS)}."),
     model: str = MODEL_OPTION,
+    lora: list[str] = LORA_OPTION,
     output: Path = typer.Option(..., "--output", "-o", help="Folder to write; it must not be there yet."),
     dtype: str = typer.Option("float16", "--dtype", help="Of the weights in the files: float16 or float32."),
 ) -> None:
@@ -21,7 +23,8 @@ def export(
     Write a CogView2 model as files that programs without PyTorch run.
 
     With --format onnx: a graph for each stage with its weights beside it, the text tokenizer, and a description of the
-    rest. The page for browsers draws with such a folder. Needs the extra `onnx`.
+    rest. The page for browsers draws with such a folder. Adapters are part of the weights in the files. Needs the
+    extra `onnx`.
 
     \b
       cogview2 export --format onnx --output build/model
@@ -34,11 +37,12 @@ def export(
     if output.exists() or output.is_symlink():
         fail(f"`--output`: {output} exists already. Delete it, or choose another folder.")
     find_model(model, "cogview2")
+    adapters = read_adapters(lora)
     from ..export.onnx_folder import DTYPES, export_onnx
 
     if dtype not in DTYPES:
         fail(f"`--dtype` must be one of {', '.join(DTYPES)}, but is {dtype!r}.")
-    pipe = load_pipeline(model, "cpu", DType.float32)
+    pipe = load_pipeline(model, "cpu", DType.float32, adapters=adapters)
     with failures(), bad_input((ValueError, TypeError, FileExistsError)):
         sizes = export_onnx(pipe, output, dtype)
     for name, size in sizes.items():

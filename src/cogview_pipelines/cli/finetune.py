@@ -89,7 +89,19 @@ def finetune(
         help="Share of the pictures that is not trained on: their loss tells how well it goes.",
     ),
     fit: str = typer.Option("crop", help="How pictures become squares: crop takes the middle, pad adds white."),
+    skip_unreadable: bool = typer.Option(
+        False,
+        "--skip-unreadable",
+        help="Leave out, with a warning, pictures that are missing or cannot be read.",
+        show_default=False,
+    ),
     mixed_precision: str = typer.Option(None, help="no, bf16 or fp16.  [default: bf16 on a GPU that has it, else no]"),
+    gradient_checkpointing: bool = typer.Option(
+        False,
+        "--gradient-checkpointing",
+        help="Compute layers again in the backward pass: takes less memory, and more time.",
+        show_default=False,
+    ),
     max_minutes: float = typer.Option(
         None,
         min=0,
@@ -172,9 +184,9 @@ def finetune(
         return
     job.warn_of_adapters()
     with job.interruptions():
-        job.prepare(asked)
+        job.prepare(asked, skip_unreadable)
         for stage in job.choose(stages):
-            job.train(stage, asked, mixed_precision)
+            job.train(stage, asked, mixed_precision, gradient_checkpointing)
         with failures():
             job.assemble(asked)
             job.evaluate(asked)
@@ -284,7 +296,7 @@ class Job:
             fail(f"`--output`: {self.output} is of another finetuning ({changes}). Name another folder, or remove it.")
         return True
 
-    def prepare(self, asked: dict) -> None:
+    def prepare(self, asked: dict, skip_unreadable: bool) -> None:
         """Pictures to tokens, unless they are."""
         data = self.work / "data"
         if (self.work / "data.done").exists():
@@ -296,6 +308,7 @@ class Job:
             "captions": asked["captions"],
             "held_out_share": asked["held_out"],
             "fit": asked["fit"],
+            "skip_unreadable": skip_unreadable,
             "seed": asked["seed"],
             "output_dir": data,
         }
@@ -304,7 +317,7 @@ class Job:
         if is_stopped:
             self._stop()
 
-    def train(self, stage: Stage, asked: dict, mixed_precision: str | None) -> None:
+    def train(self, stage: Stage, asked: dict, mixed_precision: str | None, gradient_checkpointing: bool) -> None:
         """A stage, from where it stands to its last step."""
         from ..training.run_folder import read_run
 
@@ -324,6 +337,7 @@ class Job:
             "batch_size": asked["batch_size"],
             "learning_rate": asked["learning_rate"],
             "mixed_precision": mixed_precision or _best_precision(),
+            "gradient_checkpointing": gradient_checkpointing,
             "seed": asked["seed"],
             "evaluate_every_steps": max(1, steps // 10),
             "log_every_steps": max(1, steps // 20),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from .adapters import LORA_OPTION, read_adapters
-from .console import bad_input, expand, fail, fail_all, failures, make_writable_folder, say, warn_of_unknown
+from .console import bad_input, expand, fail, fail_all, failures, make_writable_folder, say, warn_of_unknown_in
 from .loading import (
     DEVICE_OPTION,
     DTYPE_OPTION,
@@ -379,9 +379,7 @@ def _plan(pipe: "PipelineBase", request: Request, paths: list[Path]) -> list[Job
 
     check_taken(pipe, request.arguments)
     settings = pipe.check_inputs(request.prompt, **request.arguments)
-    warn_of_unknown(
-        pipe.tokenizer, request.prompt, f"the prompt of {request.where}" if request.where else "the prompt"
-    )
+    warn_of_unknown_in(pipe.tokenizer, request)
     settings = chosen_settings(settings)
     seed = choose_seed(request.seed)
     candidates, batch_size = (request.arguments.get(name) for name in ("num_candidates", "max_batch_size"))

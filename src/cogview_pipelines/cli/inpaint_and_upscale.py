@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from .adapters import LORA_OPTION, read_adapters
-from .console import bad_input, expand, fail, fail_all, failures, make_writable_folder, say, warn_of_unknown
+from .console import bad_input, expand, fail, fail_all, failures, make_writable_folder, say, warn_of_unknown_in
 from .families import is_cogview, pipeline_for
 from .inputs import MOST_PIXELS, decode, describe_inputs, read_file, same_inputs
 from .loading import (
@@ -268,7 +268,7 @@ class _Run:
         if problem is not None:
             fail(f"`--output`: {problem}")
         job, pipe = _Job(request, seed, paths), self._load()
-        warn_of_unknown(pipe.tokenizer, request.prompt)
+        warn_of_unknown_in(pipe.tokenizer, request)
         with bad_input((ValueError, TypeError)), failures():
             for path, image, metadata in self._results(pipe, job, contents, pictures):
                 self._save(image, path, metadata)
@@ -318,7 +318,7 @@ class _Run:
         with failures(), manifest_of(folder, jobs, kept) as add_line:
             for job in missing:
                 assert pipe is not None
-                warn_of_unknown(pipe.tokenizer, job.request.prompt, f"the prompt of {job.request.where}")
+                warn_of_unknown_in(pipe.tokenizer, job.request)
                 try:
                     for file, image, metadata in self._results(pipe, job, *_read(job.request)):
                         with failed.of_writing(job.request.where):

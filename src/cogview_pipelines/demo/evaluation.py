@@ -328,7 +328,7 @@ def _choose_drafts(
     )
     assert not isinstance(output, tuple)
     drafts = output.tokens
-    repeated = [prompt for prompt in prompts for _ in range(num_candidates)]
+    repeated = [pipe.tokenizer.known_text(prompt) for prompt in prompts for _ in range(num_candidates)]
     losses = _caption_losses(pipe, drafts, repeated, batch_size)
     best = losses.view(len(cases), num_candidates).argsort(dim=1, stable=True)[:, 0]
     return drafts.unflatten(0, (len(cases), num_candidates)), best.tolist()

@@ -25,7 +25,8 @@ def write_adapter_card(
         base_model (`str`, *optional*): Id of the pipeline that it adapts.
         pipeline_class (`str`): Class of that pipeline.
         configs (`dict[str, dict]`): By component, fields of its `peft.LoraConfig`.
-        prompt (`str`, *optional*): A prompt that shows what it does.
+        prompt (`str`, *optional*): What the example draws, for a pipeline that draws from a prompt alone; without,
+            the card says only how the adapter is loaded.
     """
     data = ModelCardData(
         base_model=base_model, library_name="diffusers", tags=["lora", "cogview_pipelines", pipeline_class]
@@ -34,6 +35,10 @@ def write_adapter_card(
         f"| `{part}` | {config['r']} | {config['lora_alpha']:g} | {len(config.get('target_modules', ()))} |"
         for part, config in configs.items()
     ]
+    imports, example = f"from cogview_pipelines import {pipeline_class}", ""
+    if prompt is not None:
+        imports = f"import torch\n{imports}"
+        example = f"\nimage = pipe({prompt!r}, generator=torch.Generator().manual_seed(7)).images[0]"
     title = repo_id.split("/")[-1]
     text = f"""# {title}
 
@@ -44,12 +49,10 @@ An adapter (LoRA){f" for [{base_model}](https://huggingface.co/{base_model})" if
 With [cogview_pipelines](https://pypi.org/project/cogview_pipelines/) (`pip install "cogview_pipelines[lora]"`):
 
 ```python
-import torch
-from cogview_pipelines import {pipeline_class}
+{imports}
 
 pipe = {pipeline_class}.from_pretrained({(base_model or "MODEL")!r})
-pipe.load_lora_weights({repo_id!r})
-image = pipe({(prompt or "a cat")!r}, generator=torch.Generator().manual_seed(7)).images[0]
+pipe.load_lora_weights({repo_id!r}){example}
 ```
 
 ## What it adapts

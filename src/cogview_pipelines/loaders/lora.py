@@ -43,6 +43,7 @@ class LoraLoaderMixin(Mixed):
     """
 
     model_cpu_offload_seq: str
+    _made_for: str
     # Where a component is missing, the one that does its work, and takes its adapters.
     _lora_stand_ins: Mapping[str, str] = {}
 
@@ -223,7 +224,8 @@ class LoraLoaderMixin(Mixed):
             adapter_name (`str`, *optional*): Which; default: the only one.
             base_model (`str`, *optional*): Id of the pipeline that it adapts, for the card; default: the id that this
                 pipeline was loaded by, if it was.
-            prompt (`str`, *optional*): For the card, one that shows what the adapter does.
+            prompt (`str`, *optional*): For the card, one that shows what the adapter does. Only pipelines that draw
+                from a prompt alone have such an example; cards of others say how the adapter is loaded.
             private (`bool`, *optional*): Whether others may not see it; for a new repository.
             token (*optional*): Of the Hub, if not that of `hf auth login`.
             commit_message (`str`, *optional*): Of the commit.
@@ -242,7 +244,8 @@ class LoraLoaderMixin(Mixed):
             configs = read_lora(path, self._lora_loadable_modules).configs
             api = HfApi(token=token)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            write_adapter_card(folder, repo_id, base_model, type(self).__name__, configs, prompt)
+            shown = (prompt or "a cat") if self._made_for == "text to image" else None
+            write_adapter_card(folder, repo_id, base_model, type(self).__name__, configs, shown)
             message = commit_message or "Upload adapter"
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message))
 

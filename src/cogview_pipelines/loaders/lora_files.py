@@ -20,6 +20,7 @@ from ..foreign_files import describe_foreign_file
 from ..pictures.png import write_whole
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
+EMBEDDING_NAME = "learned_embeds.safetensors"  # of a learned word, which may lie beside an adapter
 METADATA_KEY = "lora_adapter_metadata"
 WORDS_KEY = "known_words"
 HUB_OPTIONS = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only")
@@ -194,7 +195,7 @@ def find_weights(
         return path
     if os.path.isdir(path):
         folder = path / (subfolder or "")
-        names = sorted(file.name for file in folder.glob("*.safetensors"))
+        names = _weight_names(source, subfolder)
         name = weight_name or _only(names, default)
         if name is None or not (folder / name).is_file():
             raise OSError(f"{folder} must hold one .safetensors file, or name one by `weight_name`, but has: {names}.")
@@ -206,11 +207,39 @@ def find_weights(
             f"There is no file or folder {source}, and it is no id on the Hub (owner/name) either."
         ) from error
     if weight_name is None and not hub_options.get("local_files_only"):
-        files = HfApi(token=hub_options.get("token")).list_repo_files(source, revision=hub_options.get("revision"))
-        prefix = f"{subfolder}/" if subfolder else ""
-        names = [name.removeprefix(prefix) for name in files if name.startswith(prefix)]
-        weight_name = _only([name for name in names if name.endswith(".safetensors") and "/" not in name], default)
+        weight_name = _only(_weight_names(source, subfolder, **hub_options), default)
     return Path(hf_hub_download(source, weight_name or default, subfolder=subfolder, **hub_options))
+
+
+def find_trained(source: str) -> list[Path]:
+    """
+    What training left in a folder or on the Hub: the file of a learned word, that of an adapter, or both; or a file by
+    itself.
+
+    Args:
+        source (`str`): A file, a folder, or a Hub id.
+
+    Raises:
+        OSError: If there is none, or several that could be the adapter.
+    """
+    if os.path.isfile(source):
+        return [Path(source)]
+    names = _weight_names(source)
+    others = [name for name in names if name != EMBEDDING_NAME]
+    found = [find_weights(source, EMBEDDING_NAME)] if EMBEDDING_NAME in names else []
+    if others or not found:
+        found.append(find_weights(source, _only(others, WEIGHT_NAME)))
+    return found
+
+
+def _weight_names(source: str, subfolder: str | None = None, **hub_options) -> list[str]:
+    """Names of the .safetensors files in a folder, or on the Hub."""
+    if os.path.isdir(source):
+        return sorted(file.name for file in Path(source, subfolder or "").glob("*.safetensors"))
+    files = HfApi(token=hub_options.get("token")).list_repo_files(source, revision=hub_options.get("revision"))
+    prefix = f"{subfolder}/" if subfolder else ""
+    names = [name.removeprefix(prefix) for name in files if name.startswith(prefix)]
+    return [name for name in names if name.endswith(".safetensors") and "/" not in name]
 
 
 def _only(names: list[str], default: str) -> str | None:

@@ -11,14 +11,13 @@ from torch import nn
 
 from ..models.learned_tokens import check_new_token, initial_row, set_token
 from ..pictures.png import write_whole
-from .lora_files import check_hub_options, damaged, find_weights
+from .lora_files import EMBEDDING_NAME, check_hub_options, damaged, find_weights
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline as Mixed  # what the mixin is part of
 else:
     Mixed = object
 
-EMBEDDING_NAME = "learned_embeds.safetensors"
 INITIALIZER_KEY = "initializer"
 
 
@@ -37,6 +36,16 @@ def write_learned_token(folder: str | os.PathLike, token: str, row: torch.Tensor
     tensors = {token: row.detach().float().cpu().contiguous()}
     write_whole(folder / EMBEDDING_NAME, save(tensors, {"format": "pt", INITIALIZER_KEY: initializer}))
     return folder / EMBEDDING_NAME
+
+
+def is_learned_token(path: Path) -> bool:
+    """Whether a file holds the embedding of a token, rather than an adapter or something else."""
+    try:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+    except (SafetensorError, OSError):  # whoever loads it says what is wrong
+        return path.name == EMBEDDING_NAME
+    return len(names) == 1 and ".lora_" not in names[0]
 
 
 class TextualInversionLoaderMixin(Mixed):

@@ -342,13 +342,29 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
         Raises:
             TypeError, ValueError: As [`unknown_parts`][CodesAndPiecesTokenizer.unknown_parts].
         """
-        words, unknown = self._known_words, set(self.unknown_parts(text))
-        if words is None or not unknown:
+        unknown = set(self.unknown_parts(text))
+        if self._known_words is None or not unknown:
             return text
+        known = self._known_part(text, unknown)
+        return known if _says_something(known) else text
+
+    def knows_some(self, text: str) -> bool:
+        """
+        Whether anything is left of a text without what [`unknown_parts`][CodesAndPiecesTokenizer.unknown_parts] names.
+
+        Args:
+            text (`str`): Any text, also empty.
+
+        Raises:
+            TypeError, ValueError: As [`unknown_parts`][CodesAndPiecesTokenizer.unknown_parts].
+        """
+        return _says_something(self._known_part(text, set(self.unknown_parts(text))))
+
+    def _known_part(self, text: str, unknown: set[str]) -> str:
+        words = self._known_words or KnownWords(())
         parts = self.tokens_trie.split(text)
         kept = [part if self._is_added(part) else self._without(part, words, unknown) for part in parts]
-        known = " ".join(kept).strip()
-        return known if any(map(str.isalnum, known)) else text
+        return " ".join(kept).strip()
 
     def _without(self, text: str, words: KnownWords, unknown: set[str]) -> str:
         text = words.without(text, unknown)
@@ -431,3 +447,7 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
     def __setstate__(self, state: dict):
         self.__dict__.update(state)
         self.sp_model = self.load_processor(self._model)
+
+
+def _says_something(text: str) -> bool:
+    return any(map(str.isalnum, text))

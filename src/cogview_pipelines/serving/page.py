@@ -7,7 +7,7 @@ import functools
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 import anyio.to_thread
@@ -15,6 +15,7 @@ import gradio as gr
 from PIL import Image
 
 from ..pictures.files import as_mask
+from ..pipelines.common import unknown_words
 from ..pipelines.common.picture_metadata import of_input
 from . import page_errors, page_html, schemas
 from .errors import ApiError, bad_request, internal_error
@@ -198,7 +199,8 @@ class Page:
             self.studio.check_generation(wanted)
             return self.studio.generation(wanted)
 
-        async for state in self._follow("generation", prepare, self._show_pictures, language):
+        answer = functools.partial(self._show_pictures, negative=negative)
+        async for state in self._follow("generation", prepare, answer, language):
             yield state
 
     async def edit(
@@ -223,7 +225,8 @@ class Page:
             self.studio.check_edit(wanted, image, white)
             return alone(functools.partial(self.studio.edit, wanted, image, white, inputs))
 
-        async for state in self._follow("edit", prepare, self._show_pictures, language):
+        answer = functools.partial(self._show_pictures, negative=negative)
+        async for state in self._follow("edit", prepare, answer, language):
             yield state
 
     async def upscale(self, picture, prompt, levels, seed, language) -> AsyncIterator[str]:
@@ -269,9 +272,9 @@ class Page:
             return alone(functools.partial(self.studio.score, wanted, image))
 
         async def show(found: list[dict], kind: str, language: str) -> str:
-            return page_html.table(
-                ["text", "loss"], [(entry["prompt"], entry["caption_loss"]) for entry in found], language
-            )
+            rows = [(entry["prompt"], entry["caption_loss"]) for entry in found]
+            notes = self._notes([entry["prompt"] for entry in found], language, scored=True)
+            return page_html.table(["text", "loss"], rows, language, notes)
 
         async for state in self._follow("score", prepare, show, language):
             yield state
@@ -308,13 +311,25 @@ class Page:
             return page_html.waiting(language)
         return page_html.progress(preview, self.studio.columns, language)
 
-    async def _show_pictures(self, made: list[Made], kind: str, language: str) -> str:
+    async def _show_pictures(self, made: list[Made], kind: str, language: str, negative: str = "") -> str:
         self.metrics.pictures.labels(kind).inc(len(made))
         contents = await anyio.to_thread.run_sync(lambda: [self.studio.encode(one) for one in made])
-        parts = dict.fromkeys(self.studio.unreadable(one.prompt) for one in made)
+        notes = self._notes([*(one.prompt for one in made), negative or ""], language)
         missing = {"edit": self.studio.inpainting, "upscale": self.studio.upscaling}
         targets = [name for name in page_html.TARGETS if missing.get(name, self.studio) is not None]
-        return page_html.pictures(made, contents, [part for part in parts if part], language, targets)
+        return page_html.pictures(made, contents, notes, language, targets)
+
+    def _notes(self, texts: Iterable[str], language: str, scored: bool = False) -> list[str]:
+        """What the model does not know of texts, each once."""
+        tokenizer = self.studio.text_to_image.tokenizer
+        unknown = {each: tokenizer.unknown_parts(each) for each in dict.fromkeys(texts)}
+        return [
+            text(
+                f"unknown_{unknown_words.outcome(tokenizer, each, scored)}", language, parts=unknown_words.show(parts)
+            )
+            for each, parts in unknown.items()
+            if parts
+        ]
 
     async def _picture(self, url: Any, name: str) -> tuple[Image.Image, dict[str, str]]:
         """What page.js sent, and what the files of results say of it."""

@@ -78,11 +78,11 @@ def failure(message: str, language: str) -> str:
 
 
 def pictures(
-    made: list[Made], contents: list[bytes], unreadable: list[str], language: str, targets: Sequence[str] = TARGETS
+    made: list[Made], contents: list[bytes], notes: Sequence[str], language: str, targets: Sequence[str] = TARGETS
 ) -> str:
     """
-    Pictures with their seeds and scores, where they can be sent (`targets`, names of tabs), and what the model could
-    not read.
+    Pictures with their seeds and scores, where they can be sent (`targets`, names of tabs), and what is to be said of
+    them all.
     """
     figures = []
     for one, content in zip(made, contents):
@@ -100,18 +100,18 @@ def pictures(
             f'{html.escape(" · ".join(facts))}</span><span class="cv-tools"><a download="{one.seed}.png" href="{url}">'
             f"{both('download')}</a>{buttons}</span></figcaption></figure>"
         )
-    notes = "".join(
-        f'<p class="cv-hint" role="status">{html.escape(text("unreadable_text", language, parts=parts))}</p>'
-        for parts in unreadable
-    )
-    return _state("done", f'{notes}<div class="cv-figures">{"".join(figures)}</div>')
+    return _state("done", f'{_hints(notes)}<div class="cv-figures">{"".join(figures)}</div>')
 
 
-def table(headings: list[str], rows: list[tuple[str, float]], language: str) -> str:
-    """Texts with their numbers."""
+def table(headings: list[str], rows: list[tuple[str, float]], language: str, notes: Sequence[str] = ()) -> str:
+    """Texts with their numbers, and what is to be said of them all."""
     head = "".join(f'<th scope="col">{text(key, language)}</th>' for key in headings)
     body = "".join(f"<tr><td>{html.escape(words)}</td><td>{number:.3f}</td></tr>" for words, number in rows)
-    return _state("done", f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+    return _state("done", f"{_hints(notes)}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+
+
+def _hints(notes: Sequence[str]) -> str:
+    return "".join(f'<p class="cv-hint" role="status">{html.escape(note)}</p>' for note in notes)
 
 
 def _state(name: str, content: str) -> str:

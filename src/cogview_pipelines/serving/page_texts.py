@@ -60,9 +60,14 @@ TEXTS = {
     "working": ("Working", "处理中"),
     "stopped": ("Stopped.", "已停止。"),
     "error": ("This did not work:", "出错了："),
-    "unreadable_text": (
-        "The model cannot read this part of the text, and went by the rest: {parts}",
-        "模型无法识别这部分文字，已按其余文字生成：{parts}",
+    "unknown_rest": (
+        "The model does not know this part of the text, and goes by the rest: {parts}",
+        "模型不认识这部分文字，已按其余文字生成：{parts}",
+    ),
+    "unknown_nothing": ("The model knows nothing of the text: {parts}", "模型完全不认识这些文字：{parts}"),
+    "unknown_score": (
+        "The model does not know this part of the text, so its share in the loss says little: {parts}",
+        "模型不认识这部分文字，它在描述损失中的部分没有多少意义：{parts}",
     ),
     "seed_of": ("seed {seed}", "种子 {seed}"),
     "score_of": ("score {score}", "得分 {score}"),

@@ -24,6 +24,7 @@ from ..pipelines.common.arguments import check_taken
 from ..pipelines.common.notifier import Callback
 from ..pipelines.common.picture_metadata import chosen_settings, of_change, of_generation, of_maker
 from ..pipelines.common.preview_budget import PreviewBudget
+from ..pipelines.common.unknown_words import message
 from .errors import ApiError, bad_request
 from .jobs import Job, Stage, Work, checkpoint
 from .schemas import (
@@ -38,7 +39,6 @@ from .settings import ServerSettings
 
 FOREIGN_STYLES = ("vivid", "natural")
 KINDS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
-MOST_PARTS = 8  # of a text that the model cannot read, in a warning
 PREVIEWED = 4  # pictures of a batch that a preview shows
 PREVIEW_SHARE = 0.1  # by which previews may make a job slower: more than in scripts, since somebody sits and watches
 # The arguments of the pipelines by other names
@@ -220,7 +220,7 @@ class Studio:
         for text in request.prompt:
             self._check_length(text)
             with explained():
-                self.text_to_image.check_inputs(text)
+                self.captioning.check_texts([text])
 
     # Work, in the thread of the worker -------------------------------------------------------------------------------
 
@@ -360,24 +360,14 @@ class Studio:
         made.image.convert("RGB" if kind == "jpeg" else made.image.mode).save(content, KINDS[kind], quality=quality)
         return content.getvalue()
 
-    def unreadable(self, text: str) -> str:
-        """What the model cannot read of a text, shortened; empty if it reads all of it."""
-        parts = self.text_to_image.tokenizer.unknown_parts(text)
-        shown = [part if len(part) <= 20 else f"{part[:20]}…" for part in parts[:MOST_PARTS]]
-        return ", ".join(shown) + (", …" if len(parts) > MOST_PARTS else "")
-
-    def warnings(self, **texts: str | None) -> list[dict[str, str]]:
-        """What an answer is to say about the texts of its request, by their fields: what the model cannot read."""
-        unreadable = {name: self.unreadable(text) for name, text in texts.items() if text}
-        return [
-            {
-                "message": f"The model cannot read this part of `{name}`, and went by the rest: {parts}",
-                "code": "unreadable_text",
-                "param": name,
-            }
-            for name, parts in unreadable.items()
-            if parts
-        ]
+    def warnings(self, scored: bool = False, **texts: str | None) -> list[dict[str, str]]:
+        """
+        What an answer is to say about the texts of its request, by their fields: what the model does not know of
+        those that are drawn, or are `scored`.
+        """
+        tokenizer = self.text_to_image.tokenizer
+        told = {name: message(tokenizer, text, f"`{name}`", scored) for name, text in texts.items() if text}
+        return [{"message": each, "code": "unreadable_text", "param": name} for name, each in told.items() if each]
 
     # Parts -----------------------------------------------------------------------------------------------------------
 

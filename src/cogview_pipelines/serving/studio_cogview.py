@@ -13,7 +13,7 @@ from ..pipelines.common.arguments import check_taken
 from ..pipelines.common.picture_metadata import of_maker
 from .errors import bad_request
 from .jobs import Job, Stage, Work, checkpoint
-from .schemas import CaptionRequest, EditRequest, GenerationRequest, ScoreRequest, UpscaleRequest
+from .schemas import CaptionRequest, EditRequest, GenerationRequest, UpscaleRequest
 from .settings import ServerSettings
 from .studio import Studio, explained, generators_of, made_of_prompt
 
@@ -82,15 +82,6 @@ class CogViewStudio(Studio):
             raise bad_request(f"`strategy` must be {' or '.join(self.strategies)} with this model.", "strategy")
         if request.strategy == "greedy" and request.n > 1:
             raise bad_request("`n` must be 1 unless `strategy` is sample: there is one greedy caption.", "n")
-
-    def check_scores(self, request: ScoreRequest) -> None:
-        """As [`Studio.check_generation`]."""
-        self._check_model(request.model)
-        self._check_count("prompt", len(request.prompt), self.bounds.max_texts)
-        for text in request.prompt:
-            self._check_length(text)
-            with explained():
-                self.captioning.check_texts([text])
 
     # Work, in the thread of the worker -------------------------------------------------------------------------------
 

@@ -82,7 +82,11 @@ def test_a_text_without_what_the_model_does_not_know(text, known):
     tokenizer = IcetkTokenizer(MODEL, known_words=["a", "cat", "and", "猫"])
     assert tokenizer.known_text(text) == known
     assert known == text or not tokenizer.unknown_parts(known)
-    assert IcetkTokenizer(MODEL).known_text(text) == text  # there is no list
+    nothing = text in ("zzz", "")
+    assert tokenizer.knows_some(text) is (not nothing)
+    without = IcetkTokenizer(MODEL)  # there is no list
+    assert without.known_text(text) == text
+    assert without.knows_some(text) is (not nothing) and not without.knows_some("☃!")  # no piece has a "z"
 
 
 def test_added_tokens_stay_in_a_text_without_what_the_model_does_not_know():

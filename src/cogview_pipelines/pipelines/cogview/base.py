@@ -137,21 +137,24 @@ class CogViewPipelineBase(PipelineBase):
             sample_tokens, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p
         )
 
-    def _encode_prompts(self, prompts: list[str], longest: int, what: str = "`prompt`") -> list[list[int]]:
-        """Token ids of each prompt; names of command tokens in it are letters."""
+    def _encode_prompts(self, prompts: list[str], longest: int, scored: bool = False) -> list[list[int]]:
+        """
+        Token ids of each prompt; names of command tokens in it are letters. Words that the model does not know are
+        left out, unless the prompts are `scored`.
+        """
         texts = []
         for prompt in prompts:
-            text = self.tokenizer.encode(self.tokenizer.known_text(prompt))
+            text = self.tokenizer.encode(prompt if scored else self.tokenizer.known_text(prompt))
             if prompt.strip() and not text:
-                raise ValueError(f"{what} must not be empty, but {prompt!r} has no visible character.")
+                raise ValueError(f"`prompt` must not be empty, but {prompt!r} has no visible character.")
             if len(text) > longest:
                 raise ValueError(
-                    f"{what} may have {longest} tokens with this model, but {quote(prompt)} has {len(text)}. Shorten "
-                    "it."
+                    f"`prompt` may have {longest} tokens with this model, but {quote(prompt)} has {len(text)}. "
+                    "Shorten it."
                 )
             texts.append(text)
-        self._require_embeddings(texts, what)
-        self._tell_unknown(prompts)
+        self._require_embeddings(texts, "`prompt`")
+        self._tell_unknown(prompts, scored=scored)
         return texts
 
     def _read_images(self, images: Images, size: tuple[int, int]) -> torch.Tensor:

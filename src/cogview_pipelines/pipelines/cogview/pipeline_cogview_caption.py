@@ -149,6 +149,7 @@ class CogViewCaptionPipeline(CogViewPipelineBase):
         Args:
             image, tokens: As for `__call__`; `image` may be `None` with tokens.
             prompt (`str` or list of `str`): Texts, one per picture; one picture or one text serves all of the others.
+                All of their words count, also those that the model does not know; a warning names them.
             reduction (`str`): `"mean"` per text token, or `"sum"` as the release scores. The order of pictures for one
                 text is the same.
             max_batch_size (`int`, defaults to 16): Pairs that are computed at a time.
@@ -163,7 +164,7 @@ class CogViewCaptionPipeline(CogViewPipelineBase):
         prompts = check_prompts(prompt)
         (max_batch_size,) = check_counts(max_batch_size=max_batch_size)
         batch_size = max_batch_size or DEFAULT_MAX_BATCH_SIZE
-        texts = self._encode_prompts(prompts, self._longest_caption)
+        texts = self._encode_prompts(prompts, self._longest_caption, scored=True)
         with self._running() as call:
             tokens = self._tokens(image, tokens, batch_size, call)
             count = max(len(tokens), len(texts))
@@ -204,7 +205,7 @@ class CogViewCaptionPipeline(CogViewPipelineBase):
         Raises:
             ValueError: If a text is empty or too long.
         """
-        self._encode_prompts(check_prompts(prompt), self._longest_caption)
+        self._encode_prompts(check_prompts(prompt), self._longest_caption, scored=True)
 
     @property
     def _longest_caption(self) -> int:

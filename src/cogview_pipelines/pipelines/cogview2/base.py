@@ -289,11 +289,13 @@ class CogView2PipelineBase(PipelineBase):
             if any(prompt.strip() for prompt in prompts):
                 raise ValueError("`negative_prompt` has no effect without `guidance_scale` above 1. Set it.")
             return None
-        texts, longest = [self.tokenizer.encode(prompt) for prompt in prompts], self.transformer.config.max_text_tokens
+        texts = [self.tokenizer.encode(self.tokenizer.known_text(prompt)) for prompt in prompts]
+        longest = self.transformer.config.max_text_tokens
         for text in texts:
             if len(text) > longest:
                 raise ValueError(f"`negative_prompt` may have {longest} tokens, but has {len(text)}. Shorten it.")
         self._require_embeddings(texts, "`negative_prompt`")
+        self._tell_unknown(prompts, "`negative_prompt`")
         return texts
 
 

@@ -236,6 +236,7 @@ class CogView2CaptionPipeline(PipelineBase):
         Args:
             image, tokens: As for `__call__`; `image` may be `None` with tokens.
             prompt (`str` or list of `str`): Texts, one per picture; a single picture or text is used for all.
+                All of their words count, also those that the model does not know; a warning names them.
             languages (sequence of `"en"` or `"zh"`, *optional*): Of each text; by default what the tokenizer says.
             max_batch_size (`int`, defaults to 16): Pairs that are computed at a time.
 
@@ -283,12 +284,13 @@ class CogView2CaptionPipeline(PipelineBase):
         Raises:
             ValueError: If a text is empty or too long.
         """
-        longest = self.transformer.config.max_text_tokens
-        for text in check_prompts(prompt):
+        longest, texts = self.transformer.config.max_text_tokens, check_prompts(prompt)
+        for text in texts:
             tokens = self.tokenizer.encode(text)
             if not 0 < len(tokens) <= longest:
                 raise ValueError(f"`prompt` must have 1 to {longest} tokens, but {quote(text)} has {len(tokens)}.")
             self._require_embeddings([tokens], "`prompt`")
+        self._tell_unknown(texts, scored=True)
 
     # Stages ----------------------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from .memory import execution_device, pictures_that_fit
 from .notifier import Callback
 from .offloading import offload_stages
 from .outputs import PreviewOutput
+from .unknown_words import MESSAGES, outcome
 
 # A logger of its own: programs that tell their users in another way, as the command line does, switch it off.
 unknown_words = logging.getLogger("cogview_pipelines.unknown_words")
@@ -53,7 +54,7 @@ class PipelineBase(LoraLoaderMixin, TextualInversionLoaderMixin, DiffusionPipeli
         self._calls = RunningCalls()
         self._decoding = Decoding()
         self._loaded_from: str | os.PathLike | None = None
-        self._told: set[str] = set()
+        self._told: set[tuple[str, str]] = set()
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "PipelineBase":
@@ -388,13 +389,16 @@ class PipelineBase(LoraLoaderMixin, TextualInversionLoaderMixin, DiffusionPipeli
             if not self._calls:  # offloaded weights stay where another call needs them
                 self.maybe_free_model_hooks()
 
-    def _tell_unknown(self, prompts: Sequence[str]) -> None:
+    def _tell_unknown(self, texts: Sequence[str], name: str = "`prompt`", scored: bool = False) -> None:
         """Warn of the words and characters that the model does not know, of each once in the life of this pipeline."""
-        found = dict.fromkeys(part for prompt in prompts for part in self.tokenizer.unknown_parts(prompt))
-        parts = [part for part in found if part not in self._told]
-        if parts:
-            self._told.update(parts)
-            unknown_words.warning(f"The model does not know this part of `prompt`, and goes by the rest: {parts}.")
+        found: dict[str, list[str]] = {}
+        for text in texts:
+            parts = [part for part in self.tokenizer.unknown_parts(text) if (name, part) not in self._told]
+            self._told.update((name, part) for part in parts)
+            if parts:
+                found.setdefault(outcome(self.tokenizer, text, scored), []).extend(parts)
+        for kind, parts in found.items():
+            unknown_words.warning(f"{MESSAGES[kind].format(name=name, parts=parts)}.")
 
     def _require_embeddings(self, texts: Sequence[Sequence[int]], name: str) -> None:
         """Raise `ValueError` if the tokenizer got tokens since, for which the models have no embedding."""
