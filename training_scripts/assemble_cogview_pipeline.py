@@ -58,9 +58,9 @@ def main(arguments: list[str] | None = None) -> CogViewPipeline | CogViewUpscale
     if not given:
         names = ", ".join(f"`{name}`" for name in STAGES)
         raise ValueError(f"One of {names} must be given, or `like`, a pipeline that has one.")
-    vqvae = parts.image_tokenizer()
+    tokenizer, vqvae = parts.tokenizer(CogViewTokenizer, styles=True), parts.image_tokenizer()
     pipeline = STAGES[given[0]](
-        parts.tokenizer(CogViewTokenizer, styles=True),
+        tokenizer,
         vqvae,
         **{name: parts.model(name) for name in given},
         compression_rate=parts.compression_rate(vqvae),

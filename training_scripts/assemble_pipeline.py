@@ -122,9 +122,9 @@ def main(arguments: list[str] | None = None) -> CogView2Pipeline:
             model = parts.direct_sr() if stage == "direct_sr" else parts.model(f"{stage}_transformer")
             stages[f"{stage}_transformer"] = model
             stages[f"{stage}_scheduler"] = parts.scheduler(stage, options[stage])
-    vqvae = parts.image_tokenizer()
+    tokenizer, vqvae = parts.tokenizer(IcetkTokenizer, styles=False), parts.image_tokenizer()
     pipeline = CogView2Pipeline(
-        parts.tokenizer(IcetkTokenizer, styles=False),
+        tokenizer,
         parts.model("transformer"),
         vqvae,
         **stages,

@@ -109,14 +109,15 @@ def known_words(scope: Scope) -> list[str]:
     for language in LANGUAGES:
         grammar, english = load_grammar(language), language == "en"
         parts = [part for key in LISTS if key in grammar for part in grammar[key]]
-        pieces = {piece for part in parts for piece in re.split(r"\{\w*\}|[，：？、]", part) if piece}
         styles = {STYLES[name].english if english else STYLES[name].chinese for name in scope.styles}
         styles |= {word for name in scope.styles for word in grammar["styles"][name]}
         colours = {word for name in scope.backgrounds for word in grammar["colours"][name]}
         for slot, own in (("ground", colours), ("style", styles)):
             endings = set() if english else _endings(parts, slot)
-            pieces -= endings
             words |= own | {word + ending for word in own for ending in endings}
+            after_slot = rf"\{{{slot}\}}(?:{'|'.join(sorted(endings))})(?=[{{，：？、]|$)"
+            parts = [re.sub(after_slot, f"{{{slot}}}", part) for part in parts] if endings else parts
+        pieces = {piece for part in parts for piece in re.split(r"\{\w*\}|[，：？、]", part) if piece}
         words |= pieces
         for key in ("places", "sides"):
             words.update(word for synonyms in grammar[key].values() for word in synonyms)
