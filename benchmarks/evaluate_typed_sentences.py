@@ -1,10 +1,13 @@
 #!/usr/bin/env python
 """
 Pictures of sentences written as people type, one JSON line for each language, layout and scope. Whoever wrote them
-(`typed_sentences.jsonl`) knew the list of things, but not the grammar that the model was trained with. A picture is
-right; or wrong, but the model had named words that it does not know; or wrong without a word.
+knew the list of things, but not the grammar that the model was trained with. What went wrong with the first of them
+(`typed_sentences.jsonl`) was read before the grammar was made wider; nobody has looked at those of
+`typed_sentences_new.jsonl`, which were written afterwards. A picture is right; or wrong, but the model had named words
+that it does not know; or wrong without a word.
 
     python benchmarks/evaluate_typed_sentences.py
+    python benchmarks/evaluate_typed_sentences.py --sentences benchmarks/typed_sentences_new.jsonl
     python benchmarks/evaluate_typed_sentences.py --model MODEL --save wrong --output results.jsonl
 """
 

@@ -23,17 +23,18 @@ def script():
     return module
 
 
-def test_the_sentences_ask_for_what_the_shipped_model_was_trained_on(script):
+@pytest.mark.parametrize("name, count", [("typed_sentences", 120), ("typed_sentences_new", 100)])
+def test_the_sentences_ask_for_what_the_shipped_model_was_trained_on(script, name, count):
     scope = Scope.load(SCRIPT.parents[1] / "training_scripts/emoji/scope_sixty.json")
-    cases = script.read_cases(script.SENTENCES, scope, 0)
-    assert len({case.caption for _, case in cases}) == len(cases) == 240
-    assert [language for language, _ in cases] == ["en"] * 120 + ["zh"] * 120
+    cases = script.read_cases(SCRIPT.with_name(f"{name}.jsonl"), scope, 0)
+    assert len({case.caption for _, case in cases}) == len(cases) == 2 * count
+    assert [language for language, _ in cases] == ["en"] * count + ["zh"] * count
     for _, case in cases:
         request = case.request
         assert set(request.objects) <= set(scope.concepts) and request.style in (None, *scope.styles)
         assert request.relations in ([()] if len(request.objects) == 1 else [*RELATIONS[1:], ANYWHERE])
         assert request.is_met_by(case.scene)
-    assert [case.seed for _, case in cases] == list(range(240))
+    assert [case.seed for _, case in cases] == list(range(2 * count))
 
 
 def test_cells_part_the_sentences_by_language_layout_and_scope(script):
