@@ -94,17 +94,17 @@ def test_the_runs_on_sentences_take_what_the_runs_on_templates_leave():
         main, things = small_config(f"tokens_{name}"), small_config(f"tokens_{other}")
         assert (run.tokenizer, run.data, run.auxiliary_data) == (tokenizer, main.output_dir, things.output_dir)
     grown = Path(runs[0].init_from).parent
-    directs = [small_config(f"direct_sr_sentences{name}") for name in ("", *names[3:])]
+    directs = [small_config(f"direct_sr_sentences{name}") for name in ("", *names[3:], "_sixty_hard")]
     assert Path(directs[0].init_from) == grown / "direct_sr_transformer"
     assert [direct.init_from for direct in directs[1:]] == [f"{direct.output_dir}/final" for direct in directs[:-1]]
-    for direct, run in zip(directs, runs[2:], strict=True):
+    for direct, run in zip(directs, [*runs[2:], runs[-1]], strict=True):
         assert (direct.tokenizer, direct.transformer) == (tokenizer, f"{run.output_dir}/final")
     first, iterative = (small_config(f"iterative_sr_sentences{name}") for name in ("", "_sixty"))
     assert Path(first.transformer) == grown / "iterative_sr_transformer"
     assert iterative.transformer == f"{first.output_dir}/final"
     assert first.tokenizer == iterative.tokenizer == tokenizer
-    for stage, config in (("direct_sr", directs[-1]), ("iterative_sr", iterative)):
-        fine = [small_config(f"tokens_{name}_fine").output_dir for name in ("sixty", "sentences")]
+    for stage, config, name in (("direct_sr", directs[-1], "sixty_hard"), ("iterative_sr", iterative, "sixty")):
+        fine = [small_config(f"tokens_{each}_fine").output_dir for each in (name, "sentences")]
         assert [config.data, config.auxiliary_data] == fine
         assert configs["pipeline"][f"{stage}_transformer"] == f"{config.output_dir}/final"
     templates = yaml.safe_load((EMOJI / "pipeline_small.yaml").read_text("utf-8"))
@@ -176,7 +176,7 @@ def test_the_last_runs_of_the_shipped_model_meet_more_things():
     known = Scope.load(EMOJI / "scope_known.json")
     assert set(shipped.concepts) < set(known.concepts) < set(sixty.concepts)
     assert IcetkTokenizer.from_pretrained(SHIPPED_MODEL / "tokenizer").known_words == known_words(known)
-    for ending in ("", "_many", "_words", "_colours", "_fine"):
+    for ending in ("", "_many", "_words", "_colours", "_fine", "_hard_fine"):
         assert Scope.load(small_config(f"tokens_sixty{ending}").scope) == sixty
 
 
