@@ -100,7 +100,8 @@ def main(
     pipe = CogView2Pipeline.from_pretrained(model, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     scope = Scope.load(model)
-    context = {"seed": seed, "model": "shipped" if Path(model) == SHIPPED_MODEL else model, **stamp(str(pipe.device))}
+    name = "shipped" if Path(model) == SHIPPED_MODEL else model
+    context = {"sentences": sentences.name, "seed": seed, "model": name, **stamp(str(pipe.device))}
     for folder in filter(None, (save, output and output.parent)):
         folder.mkdir(parents=True, exist_ok=True)
     for cell, cases in cells(read_cases(sentences, scope, seed), scope):

@@ -353,7 +353,7 @@ def test_a_stop_is_one_also_where_the_script_has_nothing_left_to_do(tmp_path, co
         "job = finetune.Job.__new__(finetune.Job)\n"
         f"job.scripts = job.work = Path({str(tmp_path)!r}); job.model = ''\n"
         "asked = dict.fromkeys(('pictures', 'captions', 'held_out', 'fit', 'seed'))\n"
-        "try:\n    job.prepare(asked)\n"
+        "try:\n    job.prepare(asked, False)\n"
         "except BaseException as error:\n    sys.exit(error.exit_code)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)

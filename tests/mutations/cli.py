@@ -216,8 +216,8 @@ MUTATIONS = [
     Mutation(
         "--lora: its weight is not used",
         "cli/adapters.py",
-        "*(adapter.weight for adapter in adapters)",
-        "*(1.0 for adapter in adapters)",
+        "loaded[name] = adapter.weight",
+        "loaded[name] = 1.0",
         "cli/test_adapters.py::test_pictures_are_those_of_the_pipeline_with_the_adapter_at_its_weight",
     ),
     Mutation(

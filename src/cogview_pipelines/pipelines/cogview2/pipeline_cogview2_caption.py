@@ -288,7 +288,10 @@ class CogView2CaptionPipeline(PipelineBase):
         for text in texts:
             tokens = self.tokenizer.encode(text)
             if not 0 < len(tokens) <= longest:
-                raise ValueError(f"`prompt` must have 1 to {longest} tokens, but {quote(text)} has {len(tokens)}.")
+                advice = " Shorten it." * (len(tokens) > longest)
+                raise ValueError(
+                    f"`prompt` must have 1 to {longest} tokens, but {quote(text)} has {len(tokens)}.{advice}"
+                )
             self._require_embeddings([tokens], "`prompt`")
         self._tell_unknown(texts, scored=True)
 
