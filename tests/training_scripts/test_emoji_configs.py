@@ -110,6 +110,10 @@ def test_the_runs_on_sentences_take_what_the_runs_on_templates_leave():
     templates = yaml.safe_load((EMOJI / "pipeline_small.yaml").read_text("utf-8"))
     same = ("vqvae", "direct_sr_scheduler", "default_style", "whole_pictures")
     assert all(configs["pipeline"][name] == templates[name] for name in same)
+    for stage in ("direct_sr", "iterative_sr"):
+        shipped = LoPARScheduler.from_pretrained(SHIPPED_MODEL, subfolder=f"{stage}_scheduler").config
+        options = configs["pipeline"][f"{stage}_scheduler"]
+        assert {name: shipped[name] for name in options} == options
     suffixes = [
         {name: style.get("suffix") for name, style in each["styles"].items()}
         for each in (configs["pipeline"], templates)

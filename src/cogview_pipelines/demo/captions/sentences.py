@@ -21,6 +21,7 @@ WORDINGS = ("train", "test")
 KINDS = {"ground style": 0.45, "ground": 0.27, "style": 0.13, "": 0.15}  # what is told, and how often
 PLACES = {"pair": 0.62, "sided": 0.16, "beside": 0.12, "any": 0.1}  # how the place of two objects is told
 PLAIN_SHARE = 0.12  # of sentences stand alone, beside those for which chance draws the first frame
+TERSE_SHARE = 0.12  # of sentences have bare nouns: "tiger, guitar, red background"
 SPLIT_PARTS = ("frame", "pair", "sided", "ground", "lead", "attribute", "style", "style_lead", "head")
 _HELD_OUT_PARTS = 8  # percent of the parts, and of the patterns without such a part
 _SLOT = re.compile(r"<(\w+)>")
@@ -137,7 +138,7 @@ def _mostly_first(words, rng: random.Random, share: float) -> str:
 def _fill(pattern: str, story_kind: str, scene: Scene, language: str, rng: random.Random) -> str:
     grammar, things = load_grammar(language), dict(zip("ab", scene.objects))
     name_thing = _english_thing if language == "en" else _chinese_thing
-    is_terse = rng.random() < 0.12  # "tiger, guitar, red background"
+    is_terse = rng.random() < TERSE_SHARE
     words = {letter: name_thing(hexcode, rng, is_terse) for letter, hexcode in things.items()}
     words["ground"] = _mostly_first(grammar["colours"][scene.background], rng, 0.75)
     words["style"] = _mostly_first(grammar["styles"][scene.style], rng, 0.8)
@@ -171,7 +172,7 @@ def _english_thing(hexcode: str, rng: random.Random, is_terse: bool) -> str:
 def _chinese_thing(hexcode: str, rng: random.Random, is_terse: bool) -> str:
     noun = _mostly_first(nouns(hexcode, "zh"), rng, 0.55)
     adjective = rng.choice(load_grammar("zh")["adjectives"]) if rng.random() < 0.2 else ""
-    if _begins_with_another(adjective + noun, adjective):
+    if adjective and _begins_with_another(adjective + noun, adjective):
         adjective = ""
     chance = rng.random()
     measure = load_concepts()[hexcode].measure if chance < 0.55 else "个"
