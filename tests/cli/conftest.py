@@ -3,9 +3,10 @@
 import json
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
-from cogview_pipelines.cli import app, loading
+from cogview_pipelines.cli import app, finetune, loading
 from cogview_pipelines.demo import Scope
 from cogview_pipelines.pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
 from cogview_pipelines.schedulers.scheduling_lopar import LoPARScheduler
@@ -81,6 +82,47 @@ def no_model(monkeypatch):
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(loading, "load_pipeline", load_pipeline)
+
+
+@pytest.fixture
+def captioned_pictures(tmp_path):
+    """Twelve pictures to finetune on, one of them no square, with captions; one caption is far too long."""
+    folder, lines = tmp_path / "pictures", []
+    folder.mkdir()
+    colours = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 70, 220)}
+    for index in range(12):
+        name = [*colours][index % 3]
+        Image.new("RGB", (96, 96 + 10 * (index == 0)), colours[name]).save(folder / f"{index}.png")
+        lines.append({"file": f"{index}.png", "en": f"a {name} car" if index else " ".join(["a red car"] * 20)})
+    (folder / "captions.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return folder
+
+
+@pytest.fixture
+def finetuning(captioned_pictures, tmp_path, monkeypatch):
+    """
+    Of a model, what runs `cogview2 finetune` on it; scripts run in this process, and what they were started with is in
+    the `calls` of what it gives.
+    """
+    from ..training_scripts.conftest import load_script  # it imports much that other commands do without
+
+    def of(model):
+        def start(*arguments, folder=None, **options_of_test):
+            options = ["--model", str(model), "--output", str(tmp_path / "mine"), "--steps", "3", "--batch-size", "2"]
+            command = ["finetune", str(folder or captioned_pictures), *options, *arguments]
+            return CliRunner().invoke(app, command, **options_of_test)
+
+        def run_script(self, launcher, script, options):
+            start.calls.append((script, launcher, options))
+            arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+            if load_script(script.removesuffix(".py")).main(arguments) is None and "max_steps" in options:
+                self._stop()
+
+        start.calls = []
+        monkeypatch.setattr(finetune.Job, "_run", run_script)
+        return start
+
+    return of
 
 
 def assert_bad_input(result, *parts):

@@ -264,11 +264,3 @@ def test_evaluate_measures_pictures_captions_and_candidates(cogview2, cogview, t
         assert result.exit_code == 0, result.output
         assert keys <= set(json.loads(result.stdout))
     assert_bad_input(cogview2(*arguments, "--height", 32), "`height` has no meaning for this model")
-
-
-def test_finetuning_in_one_command_is_for_the_other_family(cogview2, cogview, picture):
-    captions = picture.parent / "captions.jsonl"
-    captions.write_text('{"file": "picture.png", "en": "a cat"}\n', encoding="utf-8")
-    result = cogview2("finetune", picture.parent, "--output", picture.parent / "out", "--model", cogview)
-    said = "holds a CogViewPipeline; this command takes models of cogview2 only. A CogView is finetuned by "
-    assert_bad_input(result, said, 'train_cogview.py: docs/training.md, "The first CogView"')

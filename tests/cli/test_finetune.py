@@ -15,13 +15,11 @@ from typer.testing import CliRunner
 
 from cogview_pipelines import CogView2Pipeline, IcetkTokenizer
 from cogview_pipelines.cli import app, finetune
-from cogview_pipelines.environment import SHIPPED_MODEL
+from cogview_pipelines.cli.finetune_families import read_family
+from cogview_pipelines.environment import SHIPPED_MODELS
 from cogview_pipelines.models.adapters import add_adapter
 
 from ..pipelines.conftest import build
-from ..training_scripts.conftest import load_script
-
-COLOURS = {"red": (200, 30, 30), "green": (30, 160, 60), "blue": (40, 70, 220)}
 
 
 @pytest.fixture(scope="module")
@@ -33,36 +31,13 @@ def model(tokenizer, tmp_path_factory):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Twelve pictures, one of them no square, with captions; one caption is far too long."""
-    folder, lines = tmp_path / "pictures", []
-    folder.mkdir()
-    for index in range(12):
-        name = [*COLOURS][index % 3]
-        Image.new("RGB", (96, 96 + 10 * (index == 0)), COLOURS[name]).save(folder / f"{index}.png")
-        lines.append({"file": f"{index}.png", "en": f"a {name} car" if index else " ".join(["a red car"] * 20)})
-    (folder / "captions.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    return folder
+def pictures(captioned_pictures):
+    return captioned_pictures
 
 
 @pytest.fixture
-def run(model, pictures, tmp_path, monkeypatch):
-    """Runs the command; scripts run in this process, and what they were started with is in `run.calls`."""
-
-    def start(*arguments, folder=None, **options_of_test):
-        options = ["--model", str(model), "--output", str(tmp_path / "mine"), "--steps", "3", "--batch-size", "2"]
-        command = ["finetune", str(folder or pictures), *options, *arguments]
-        return CliRunner().invoke(app, command, **options_of_test)
-
-    def run_script(self, launcher, script, options):
-        start.calls.append((script, launcher, options))
-        arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-        if load_script(script.removesuffix(".py")).main(arguments) is None and "max_steps" in options:
-            self._stop()
-
-    start.calls = []
-    monkeypatch.setattr(finetune.Job, "_run", run_script)
-    return start
+def run(model, finetuning):
+    return finetuning(model)
 
 
 def draw(pipe):
@@ -232,8 +207,8 @@ def test_stages_that_are_trained_one_after_the_other_are_as_if_trained_at_once(r
         (tmp_path / "coglm", "iterative-sr", True),
         (tmp_path / "coglm", "direct-sr", False),
     ):
-        job = finetune.Job(finetune.find_scripts(), [], str(folder), None, None, None)
-        assert job._leaves_backbone({"lora_rank": None, "stages": [stage]}) is keeps, (folder, stage)
+        notes = read_family(str(folder)).notes({"lora_rank": None, "stages": [stage]})
+        assert notes == {"direct_sr_keeps_backbone": keeps}, (folder, stage)
 
 
 def test_a_backbone_that_adapters_were_fused_into_is_kept(run, model, tmp_path):
@@ -438,6 +413,8 @@ def test_a_folder_of_pictures_whose_name_is_too_long_is_none(run):
 def test_mistakes_are_named_before_anything_is_trained(run, pictures, tmp_path):
     for arguments, message in (
         (["--fit", "stretch"], "must be crop or pad, but is stretch"),
+        (["--stage", "base"], "`--stage`: the model, a CogView2, has no base; it has coglm, direct-sr, iterative-sr."),
+        (["--style-probability", "1"], "`--style-probability` is for the base of a CogView"),
         (["--captions", str(tmp_path / "none.jsonl")], "there is no file"),
         (["--model", str(tmp_path)], "not a saved pipeline"),
     ):
@@ -451,6 +428,9 @@ def test_mistakes_are_named_before_anything_is_trained(run, pictures, tmp_path):
     assert not run.calls
 
 
-def test_the_learning_rate_fits_the_size_of_the_model():
-    job = finetune.Job(finetune.find_scripts(), [], str(SHIPPED_MODEL), None, None, None)
-    assert job.learning_rate(adapters=False) == 5e-4 and job.learning_rate(adapters=True) == 5e-3
+def test_the_learning_rate_fits_the_size_of_the_model(tmp_path):
+    for model in SHIPPED_MODELS.values():
+        job = finetune.Job(finetune.find_scripts(), [], read_family(str(model)), tmp_path, tmp_path, None)
+        assert job.learning_rate(adapters=False) == 5e-4 and job.learning_rate(adapters=True) == 5e-3
+        job.family.width = lambda: 2048
+        assert job.learning_rate(adapters=False) == 1e-5 and job.learning_rate(adapters=True) == 1e-4

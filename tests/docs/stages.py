@@ -158,7 +158,6 @@ def training(folder: Path) -> Stage:
 def style_learning(folder: Path) -> Stage:
     (folder / "COGVIEW").symlink_to(SHIPPED_MODELS["cogview-emoji"])
     few = {"--style flat --output_dir": "--style flat --num 6 --output_dir", "--steps 120": "--steps 2"}
-    few |= {"--max_steps 120 --batch_size 8": "--max_steps 2 --batch_size 2 --warmup_steps 1"}
     return {}, {**few, "--batch-size 8": "--batch-size 2", "--num_each 2": "--num_each 1"}
 
 

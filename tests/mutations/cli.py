@@ -4,6 +4,20 @@ from tests.mutations.mutation import Mutation
 
 MUTATIONS = [
     Mutation(
+        "finetuning: words of captions that only super-resolution or captioning learned count as known",
+        "cli/finetune_families.py",
+        "return (Stage.base if Stage.base in self.stages else Stage.caption) in stages",
+        "return True",
+        "cli/test_finetune_cogview.py::test_words_of_the_captions_are_known_where_what_draws_them_was_trained",
+    ),
+    Mutation(
+        "finetuning: super-resolution of a CogView learns other positions than it will have",
+        "cli/finetune_families.py",
+        '"restart_on_roi2": False',
+        '"restart_on_roi2": True',
+        "cli/test_finetune_cogview.py::test_each_stage_learns_what_it_does",
+    ),
+    Mutation(
         "evaluation: the scorer that was asked for does not decide",
         "cli/evaluate_captions.py",
         'call if scorer is None else {**call, "scorer": scorer}',

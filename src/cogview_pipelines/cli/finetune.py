@@ -1,7 +1,6 @@
 """`cogview2 finetune`: pictures and captions to a model that knows them, over the training scripts."""
 
 import contextlib
-import enum
 import json
 import os
 import shlex
@@ -12,41 +11,21 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
 from ..json_lines import dump_file
 from .console import FAILURE, bad_input, expand, fail, failures, finite, first_line, say
-from .families import SAVED_AS
+from .families import pipeline_for
+from .finetune_families import REPORT, Family, Stage, read_family
 from .loading import MODEL_OPTION, find_model
 
 INTERRUPTED = 75  # exit status of a script that can be resumed
-REPORT = "finetuning.json"
 PRECISIONS = ("no", "bf16", "fp16")
-KEEPS_BACKBONE = "direct_sr_keeps_backbone"  # of the report
-OF_COGVIEW = ' A CogView is finetuned by train_cogview.py: docs/training.md, "The first CogView".'
 CONTENTS = ("captions_sha256", "num_pictures", "picture_bytes")  # of what was asked, what is in the files
 
 
-class Stage(str, enum.Enum):
-    """Transformers of a pipeline that can be trained."""
-
-    coglm = "coglm"
-    direct_sr = "direct-sr"
-    iterative_sr = "iterative-sr"
-
-
-COMPONENTS = {
-    Stage.coglm: "transformer",
-    Stage.direct_sr: "direct_sr_transformer",
-    Stage.iterative_sr: "iterative_sr_transformer",
-}
-SCRIPTS = {
-    Stage.coglm: "train_coglm.py",
-    Stage.direct_sr: "train_direct_sr.py",
-    Stage.iterative_sr: "train_iterative_sr.py",
-}
 # Peak learning rates by the width of the model, of all weights and of adapters: small models take larger steps.
 SMALL = 1024
 LEARNING_RATES = {"small": (5e-4, 5e-3), "large": (1e-5, 1e-4)}
@@ -68,7 +47,10 @@ def finetune(
     output: Path = typer.Option(..., "--output", "-o", help="Folder of the new model, or of the adapter."),
     model: str = MODEL_OPTION,
     stages: list[Stage] = typer.Option(
-        None, "--stage", help="What to train; may be given several times.  [default: all that the model has]"
+        None,
+        "--stage",
+        help="What to train; may be given several times: coglm, direct-sr, iterative-sr of a CogView2; base, "
+        "super-resolution, caption of a CogView.  [default: all that the model has]",
     ),
     lora_rank: int = typer.Option(
         None, min=1, help="Train adapters (LoRA) of this rank; --output then is an adapter of all stages, no model."
@@ -87,6 +69,13 @@ def finetune(
         max=0.9,
         callback=finite,
         help="Share of the pictures that is not trained on: their loss tells how well it goes.",
+    ),
+    style_probability: float = typer.Option(
+        None,
+        min=0,
+        max=1,
+        callback=finite,
+        help="Of a CogView: share of the pictures with a `style` whose text, for the base, names the style instead.",
     ),
     fit: str = typer.Option("crop", help="How pictures become squares: crop takes the middle, pad adds white."),
     skip_unreadable: bool = typer.Option(
@@ -158,21 +147,25 @@ def finetune(
     job = Job(
         scripts=scripts,
         launcher=_read_launcher(launcher),
-        model=find_model(model, "cogview2", OF_COGVIEW),
+        family=read_family(_on_this_machine(find_model(model))),
         output=output,
         work=output.with_name(f"{output.name}.work") if work is None else expand(work, "--work"),
         minutes=max_minutes,
     )
+    chosen = job.family.choose(stages or ())
+    if style_probability and Stage.base not in chosen:
+        fail("`--style-probability` is for the base of a CogView, which is not trained here. Leave it out.")
     asked = {
         "model": model,
         "pictures": os.fspath(pictures.absolute()),
         "captions": os.fspath(captions.absolute()),
-        "stages": [stage.value for stage in job.choose(stages)],
+        "stages": [stage.value for stage in chosen],
         "lora_rank": lora_rank,
         "steps": steps,
         "batch_size": batch_size,
         "learning_rate": job.learning_rate(lora_rank is not None) if learning_rate is None else learning_rate,
         "held_out": held_out,
+        "style_probability": style_probability or None,
         "fit": fit,
         "seed": seed,
         **_contents(captions, pictures),
@@ -185,7 +178,7 @@ def finetune(
     job.warn_of_adapters()
     with job.interruptions():
         job.prepare(asked, skip_unreadable)
-        for stage in job.choose(stages):
+        for stage in chosen:
             job.train(stage, asked, mixed_precision, gradient_checkpointing)
         with failures():
             job.assemble(asked)
@@ -196,48 +189,17 @@ class Job:
     """A finetuning, whose folder `work` says what is done."""
 
     def __init__(
-        self, scripts: Path, launcher: list[str], model: str, output: Path, work: Path, minutes: float | None
+        self, scripts: Path, launcher: list[str], family: Family, output: Path, work: Path, minutes: float | None
     ):
-        self.scripts, self.launcher, self.model = scripts, launcher, _on_this_machine(model)
+        self.scripts, self.launcher, self.family, self.model = scripts, launcher, family, family.folder
         self.output, self.work, self.minutes = output, work, minutes
         # what is made is put together here, so that `output` is whole or is not there
-        self.part = None if output is None else output.with_name(f".{output.name}.part")
+        self.part = output.with_name(f".{output.name}.part")
         self.started = time.monotonic()
-        self.index = self._read_index()
-
-    def _read_index(self) -> dict:
-        from ..pipelines.cogview2.pipeline_cogview2 import CogView2Pipeline
-
-        try:
-            index = dict(CogView2Pipeline.load_config(self.model))
-        except Exception as error:  # whatever a damaged file or the Hub makes the loaders raise
-            fail(f"`--model`: {self.model} cannot be read: {first_line(error)}")
-        if SAVED_AS.get(str(index.get("_class_name"))) != "cogview2":
-            fail(
-                f"`--model`: {self.model} holds a {index.get('_class_name')}; this command takes a CogView2Pipeline."
-                f"{OF_COGVIEW}"
-            )
-        return index
-
-    def choose(self, stages: list[Stage] | None) -> list[Stage]:
-        """The stages to train, in order."""
-        there = [stage for stage, name in COMPONENTS.items() if self.index.get(name, [None])[0] is not None]
-        missing = [stage.value for stage in stages or () if stage not in there]
-        if missing:
-            fail(
-                f"`--stage`: the model has no {', '.join(missing)}; it has {', '.join(each.value for each in there)}."
-            )
-        return [stage for stage in there if not stages or stage in stages]
 
     def learning_rate(self, adapters: bool) -> float:
         """What fits the size of the model."""
-        from ..models.cogview2.modeling_coglm import CogLMConfig
-
-        try:
-            config = CogLMConfig.from_pretrained(self.model, subfolder="transformer")
-        except Exception as error:  # as above
-            fail(f"`--model`: the transformer of {self.model} cannot be read: {first_line(error)}")
-        return LEARNING_RATES["small" if config.hidden_size <= SMALL else "large"][adapters]
+        return LEARNING_RATES["small" if self.family.width() <= SMALL else "large"][adapters]
 
     # Steps -----------------------------------------------------------------------------------------------------------
 
@@ -348,52 +310,14 @@ class Job:
             options["validation_data"] = held_out
         if asked["lora_rank"] is not None:
             options["lora_rank"] = asked["lora_rank"]
-        component = f"{self.model}/{COMPONENTS[stage]}"
-        if stage is Stage.coglm:
-            options["init_from"] = component
-        elif stage is Stage.iterative_sr:
-            options["transformer"] = component
-        else:
-            options["init_from"] = component
-            trained = self.work / Stage.coglm.value / "final"
-            # an adapter leaves the weights that this stage borrows as they were
-            options["transformer"] = f"{self.model}/transformer"
-            if asked["lora_rank"] is None and trained.is_dir():
-                options["transformer"] = trained
-            if asked["lora_rank"] is None and self._keeps_backbone():
-                options["lend_backbone"] = True
+        script, own = self.family.training(stage, asked, self.work)
         if self.minutes is not None:
             left = self.minutes - (time.monotonic() - self.started) / 60
             if left <= 0:
                 self._stop()
             options["max_minutes"] = round(left, 3)
-        if self._run(self.launcher, SCRIPTS[stage], options):
+        if self._run(self.launcher, script, options | own):
             self._stop()
-
-    def _keeps_backbone(self) -> bool:
-        """
-        Whether this command finetuned CogLM without direct super-resolution, which keeps a copy of what it borrowed.
-
-        Then it can borrow again, as if both had been trained at once. A backbone of its own may also be one that was
-        trained, or that adapters are fused into: the canvas needs it.
-        """
-        try:
-            report = json.loads((Path(self.model) / REPORT).read_text(encoding="utf-8"))
-            return report[KEEPS_BACKBONE] is True
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # made otherwise
-            return False
-
-    def _leaves_backbone(self, asked: dict) -> bool:
-        """Whether direct super-resolution of the new model keeps a copy of what it borrowed."""
-        from ..models.cogview2.modeling_coglm_canvas import CogLMCanvasConfig
-
-        name = COMPONENTS[Stage.direct_sr]
-        if asked["lora_rank"] is not None or Stage.direct_sr.value in asked["stages"]:
-            return False
-        if self.index.get(name, [None])[0] is None:
-            return False
-        borrows = CogLMCanvasConfig.from_pretrained(self.model, subfolder=name).shares_backbone
-        return self._keeps_backbone() or (borrows and Stage.coglm.value in asked["stages"])
 
     def assemble(self, asked: dict) -> None:
         """One pipeline of all parts, or one adapter, not yet under its name."""
@@ -403,11 +327,11 @@ class Job:
             return self._join_adapters(asked)
         say("One pipeline of all parts", err=True)
         options = {"like": self.model, "output_dir": self.part}
-        if Stage.coglm.value in asked["stages"]:  # super-resolution alone knows no new words
+        if self.family.learns_words(asked["stages"]):
             options["data"] = self.work / "data"
         for stage in asked["stages"]:
-            options[COMPONENTS[Stage(stage)]] = self.work / stage / "final"
-        if self._run([sys.executable], "assemble_pipeline.py", options):
+            options[self.family.components[Stage(stage)]] = self.work / stage / "final"
+        if self._run([sys.executable], self.family.assembled_by, options):
             self._stop()
 
     def _join_adapters(self, asked: dict) -> None:
@@ -417,36 +341,22 @@ class Job:
         configs: dict[str, dict] = {}
         words: list[str] = []
         for stage in asked["stages"]:
-            own = read_lora(self.work / stage / "final", [*COMPONENTS.values()])
+            own = read_lora(self.work / stage / "final", [*self.family.components.values()])
             weights, configs, words = weights | own.weights, configs | own.configs, words + own.known_words
-        write_lora(self.part, weights, configs, known_words=words)
+        write_lora(self.part, weights, configs, known_words=list(dict.fromkeys(words)))
 
     def evaluate(self, asked: dict) -> None:
         """
         Losses of held-out pictures before and after, and sample pictures from held-out captions; then all is whole,
         and gets its name.
         """
-        import torch
-
-        from .loading import load_pipeline
-
         losses = {stage: _losses(self.work / stage) for stage in asked["stages"]}
-        report = {**asked, "held_out_losses": losses, KEEPS_BACKBONE: self._leaves_backbone(asked)}
+        report = {**asked, "held_out_losses": losses, **self.family.notes(asked)}
         (self.part / REPORT).write_text(dump_file(report), encoding="utf-8")
         for stage, (before, after) in losses.items():
             if None not in (before, after):
                 say(f"{stage}: loss of held-out pictures {before:.3f} before, {after:.3f} after", err=True)
-        pipe = load_pipeline(self.model if asked["lora_rank"] is not None else os.fspath(self.part))
-        if asked["lora_rank"] is not None:
-            pipe.load_lora_weights(self.part)
-            pipe.fuse_lora()
-        pipe.set_progress_bar_config(disable=True)
-        prompts = self._prompts(pipe)
-        if prompts:
-            generators = [torch.Generator().manual_seed(asked["seed"] + index) for index in range(len(prompts))]
-            _save_grid(pipe(prompts, generator=generators).images, self.part / "samples.png")
-            lines = "".join(f"{' '.join(prompt.split())}\n" for prompt in prompts)
-            (self.part / "samples.txt").write_text(lines, encoding="utf-8")
+        self._write_samples(asked)
         if os.path.lexists(self.output):  # and empty
             self.output.rmdir()
         os.replace(self.part, self.output)
@@ -454,20 +364,52 @@ class Job:
         if asked["lora_rank"] is not None:
             say(f"Use it by `pipe.load_lora_weights({os.fspath(self.output)!r})`.", err=True)
 
-    def _prompts(self, pipe, most: int = 9) -> list[str]:
-        """Captions of held-out pictures, or else of those that were trained on; such that the model reads whole."""
-        from ..json_lines import parse_object, read_lines
+    def _write_samples(self, asked: dict, most: int = 9) -> None:
+        """
+        What the new model draws of captions of held-out pictures, or else of those that were trained on, and what it
+        says of these pictures; of such captions as it reads whole.
+        """
+        import torch
+        from safetensors.torch import load_file
 
+        from ..training.data.tokens import TOKENS_FILE
+
+        pipes = self._load_pipelines(asked)
         folder = self.work / "data" / "held_out"
         folder = folder if folder.is_dir() else self.work / "data"
-        texts = []
-        for _, line in read_lines(folder / "captions.jsonl"):
-            captions = parse_object(line)
-            text = next((captions[language][0] for language in ("en", "zh") if captions.get(language)), "")
-            with contextlib.suppress(ValueError):
-                pipe.check_inputs(text)
-                texts.append(text)
-        return texts[:: max(1, -(-len(texts) // most))]
+        texts = _read_prompts(folder, [pipe for work, pipe in pipes.items() if work != "caption"])
+        rows = [*texts][:: max(1, -(-len(texts) // most))]
+        if not rows:
+            return
+        prompts, true_tokens = [texts[row] for row in rows], load_file(folder / TOKENS_FILE)["low"][rows].long()
+        generators = [torch.Generator().manual_seed(asked["seed"] + index) for index in range(len(rows))]
+        images, tokens = [], true_tokens
+        if "generate" in pipes:
+            drawn = pipes["generate"](prompts, generator=generators)
+            images, tokens = drawn.images, drawn.tokens
+        if "upscale" in pipes:
+            images = pipes["upscale"](prompt=prompts, tokens=tokens, generator=generators).images
+        if images:
+            _save_grid(images, self.part / "samples.png")
+        _write_texts(prompts, self.part / "samples.txt")
+        if "caption" in pipes:
+            said = pipes["caption"](tokens=true_tokens, generator=generators).captions
+            _write_texts(said, self.part / "captions.txt")
+
+    def _load_pipelines(self, asked: dict) -> dict[str, Any]:
+        """The new model as pipelines, by what they do."""
+        from .loading import load_pipeline
+
+        first, *others = self.family.works(asked["stages"])
+        is_adapter = asked["lora_rank"] is not None
+        pipe = load_pipeline(self.model if is_adapter else os.fspath(self.part), work=first)
+        if is_adapter:
+            pipe.load_lora_weights(self.part)
+            pipe.fuse_lora()
+        pipes = {first: pipe, **{work: pipeline_for(pipe, work) for work in others}}
+        for each in pipes.values():
+            each.set_progress_bar_config(disable=True)
+        return pipes
 
     # Programs --------------------------------------------------------------------------------------------------------
 
@@ -588,6 +530,27 @@ def _best_precision() -> str:
     import torch
 
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+
+
+def _read_prompts(folder: Path, pipes: list) -> dict[int, str]:
+    """Captions of a token folder by their rows; of each row the first one, where all of these pipelines read it."""
+    from ..json_lines import parse_object, read_lines
+    from ..training.data.tokens import CAPTIONS_FILE
+
+    texts = {}
+    for row, (_, line) in enumerate(read_lines(folder / CAPTIONS_FILE)):
+        captions = parse_object(line)
+        text = next((captions[language][0] for language in ("en", "zh") if captions.get(language)), "")
+        with contextlib.suppress(ValueError):
+            for pipe in pipes:
+                pipe.check_inputs(text)
+            texts[row] = text
+    return texts
+
+
+def _write_texts(texts: list[str], path: Path) -> None:
+    """Write each on a line."""
+    path.write_text("".join(f"{' '.join(text.split())}\n" for text in texts), encoding="utf-8")
 
 
 def _save_grid(images: list, path: Path) -> None:

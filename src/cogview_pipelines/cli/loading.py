@@ -88,10 +88,9 @@ def choose_dtype(dtype: DType | None, device: str) -> str:
     return "float32"
 
 
-def find_model(model: str, family: str | None = None, hint: str = "") -> str:
+def find_model(model: str, family: str | None = None) -> str:
     """
-    The folder or Hub id behind `--model`; a folder is checked for being a saved pipeline (of a family, and else the
-    hint says what to do).
+    The folder or Hub id behind `--model`; a folder is checked for being a saved pipeline (of a family).
     """
     shipped = None if os.path.exists(model) else SHIPPED_MODELS.get(model)
     folder = shipped or expand(Path(model), "--model")
@@ -103,7 +102,7 @@ def find_model(model: str, family: str | None = None, hint: str = "") -> str:
         fail(f"`--model`: there is no folder {model}, and it is not a Hub id (owner/name) either.")
     name = _read_index(folder)["_class_name"]
     if family not in (None, SAVED_AS[name]):
-        fail(f"`--model`: {folder} holds a {name}; this command takes models of {family} only.{hint}")
+        fail(f"`--model`: {folder} holds a {name}; this command takes models of {family} only.")
     return os.fspath(folder)
 
 
