@@ -12,31 +12,34 @@ language or both, and perhaps a "weight" above or below 1 for pictures that shal
         --like MODEL --held_out_share 0.1 --output_dir data/mine
 Without a pipeline, for the image tokenizer alone: --vqvae VQVAE --low_size 160 --fine_size 480 in place of --like.
 Many pictures, in memory that does not grow: token shards, of a list of pictures with --shard_size, or one for each tar
-or Parquet file of a folder; killed at any time, the same command goes on:
+or Parquet file of a folder:
     python training_scripts/prepare_tokens.py --image_folder TARS --like MODEL --skip_unreadable true \
         --output_dir data/many
+Stopped or killed at any time, each of these goes on when it is run again.
 """
 
 import contextlib
 import functools
+import hashlib
 import logging
 import math
 import os
 import random
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from cogview_pipelines import (
     CogLMCanvasConfig,
@@ -75,6 +78,7 @@ from cogview_pipelines.training.data.shards import (
     write_shard,
 )
 from cogview_pipelines.training.data.tokens import OneAfterAnother, TokenData
+from cogview_pipelines.training.data.unfinished import UnfinishedTokens
 from cogview_pipelines.training.run_folder import locked, remove_leftovers
 
 logger = logging.getLogger(__name__)
@@ -83,6 +87,24 @@ logger = logging.getLogger(__name__)
 TARGETS_REVERSED_SHARE = 0.1  # `reversed_share` says so, too
 NEAR_COLOUR, FAR_COLOUR = 20, 60  # of 0..255: off in each channel and still called so; at least so far from any name
 TEMPLATE_REPEATS = 4  # copies of each template caption beside one of each variant
+UNFINISHED = ".unfinished"  # in the output folder: tokens of pictures, until there are those of all
+
+# Of each family the models that say how large pictures are and how long texts may be; the first that is there does.
+Sizes = dict[str, tuple[type[PreTrainedConfig], Callable[[Any], int]]]
+SIZES: dict[str, Sizes] = {
+    "CogView2": {
+        "transformer": (CogLMConfig, lambda config: config.max_text_tokens),
+        "direct_sr_transformer": (
+            CogLMCanvasConfig,
+            lambda config: min(config.num_text_slots - 1, config.max_text_tokens),
+        ),
+    },
+    "CogView": {
+        "transformer": (CogViewConfig, lambda config: config.layout.max_text_tokens),
+        "caption_transformer": (CogViewConfig, lambda config: config.layout.max_caption_tokens),
+        "super_resolution_transformer": (CogViewConfig, lambda config: config.layout.max_super_resolution_text_tokens),
+    },
+}
 
 Reader = tuple[CodesAndPiecesTokenizer, int | None]  # who reads the captions, and how many tokens of each
 
@@ -268,7 +290,24 @@ class EmojiPictures(Dataset):
         return len(self.scenes)
 
     def __getitem__(self, index: int) -> tuple[list[Image.Image], dict]:
-        from cogview_pipelines.demo import LANGUAGES, caption_variants, render
+        from cogview_pipelines.demo import render
+
+        scene, (colour, texts) = self.scenes[index][0], self._draw(index)
+        return [render(scene, size, self.sprites, colour) for size in self.sizes], texts
+
+    def texts(self, index: int) -> dict:
+        """The captions of a picture, with its weight."""
+        return self._draw(index)[1]
+
+    def made_of(self) -> dict[str, Any]:
+        """What tells these pictures from others."""
+        scenes = "".join(f"{scene}\n" for scene, _ in self.scenes)
+        options = {name: getattr(self.config, name) for name in ("sprites", "other_colours_share")}
+        return {"pictures": hashlib.sha256(scenes.encode()).hexdigest(), **options}
+
+    def _draw(self, index: int) -> tuple[tuple[int, int, int] | None, dict]:
+        """The colour of a scene's background, if it is not its own, and its captions, with its weight."""
+        from cogview_pipelines.demo import LANGUAGES, caption_variants
 
         scene, weight = self.scenes[index]
         rng = random.Random(f"{self.config.seed} {index}")
@@ -282,7 +321,7 @@ class EmojiPictures(Dataset):
                 texts = {**sentences, "targets": texts}
         else:
             texts = {language: caption_variants(scene, language)["no_background"] for language in LANGUAGES}
-        return [render(scene, size, self.sprites, colour) for size in self.sizes], {**texts, "weight": weight}
+        return colour, {**texts, "weight": weight}
 
     def _templates(self, scene, language) -> list[str]:
         """Mostly the templates, and other words for the same now and then."""
@@ -362,13 +401,17 @@ class FolderPictures(Dataset):
     def __init__(self, config: PrepareConfig, sizes: list[int]):
         self.sizes, self.fit, self.seed = sizes, config.fit, config.seed
         captions, folder = Path(config.captions), Path(config.image_folder)
+        self.folder = folder
         all_rows, self.num_blank = read_captions_file(captions, folder)
         self.num_unnamed = count_unnamed(folder, [path for _, path, _ in all_rows])
         rows = without_missing(all_rows, folder, config.skip_unreadable)
         self.num_missing = len(all_rows) - len(rows)
         places = {path: place for place, path, _ in reversed(rows)}  # of several lines, the first
         paths = list(places)
-        readable = set(check_pictures(paths, config.skip_unreadable, config.data_workers, places=[*places.values()]))
+        record = Path(config.output_dir) / UNFINISHED / "pictures.jsonl"  # what was good is not read again
+        readable = set(
+            check_pictures(paths, config.skip_unreadable, config.data_workers, record, places=[*places.values()])
+        )
         self.rows = [row for row in rows if row[1] in readable]
         self.num_unreadable = len(rows) - len(self.rows)
 
@@ -379,6 +422,18 @@ class FolderPictures(Dataset):
         _, path, texts = self.rows[index]
         image = on_white(read_picture(path))
         return [to_square(image, size, self.fit, (self.seed, index)) for size in self.sizes], texts
+
+    def texts(self, index: int) -> dict:
+        """The captions of a picture, with its weight."""
+        return self.rows[index][2]
+
+    def made_of(self) -> dict[str, Any]:
+        """What tells these pictures from others: names, sizes and times of change, in order."""
+        digest = hashlib.sha256()
+        for _, path, _ in self.rows:
+            name, stat = os.path.relpath(path, self.folder), path.stat()
+            digest.update(os.fsencode(f"{name}\0{stat.st_size} {stat.st_mtime_ns}\0"))
+        return {"pictures": digest.hexdigest()}
 
 
 def read_captions_file(captions: Path, image_folder: Path) -> tuple[list[tuple[str, Path, dict]], int]:
@@ -505,11 +560,14 @@ def main(arguments: list[str] | None = None) -> None:
     config = parse_config(PrepareConfig, arguments, description=__doc__)
     if config.vqvae is None and config.like is None:
         raise ValueError("`vqvae` must be given, or `like`, a pipeline that has one.")
+    like = {} if config.like is None else dict(CogView2Pipeline.load_config(config.like))
     place = {"name_or_path": config.vqvae}
     if config.vqvae is None:
+        if not has(like, "vqvae"):
+            raise ValueError(f"`like` {config.like} has no image tokenizer (`vqvae`). Name one by `vqvae`.")
         place = {"name_or_path": config.like, "subfolder": "vqvae"}
     vqvae = load_image_tokenizer(**place, dtype=torch.float32).to(config.device).eval()
-    reader = read_like(config, vqvae)
+    reader = read_like(config, like, vqvae)
     check_config(config, vqvae)
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)  # rather fail now than after hours of encoding
     sizes = {"low": config.low_size, **({"fine": config.fine_size} if config.fine_size else {})}
@@ -517,22 +575,54 @@ def main(arguments: list[str] | None = None) -> None:
         prepare_shards(config, vqvae, sizes, reader)
         return
     pictures = (FolderPictures if config.image_folder else EmojiPictures)(config, list(sizes.values()))
-    batches = DataLoader(pictures, config.batch_size, num_workers=config.data_workers, collate_fn=stack_pictures)
-    tokens, captions = {name: [] for name in sizes}, []
-    with tqdm(total=len(pictures), unit="picture") as bar:
+    with locked(config.output_dir):
+        made_of = {**made_how(config, vqvae), **pictures.made_of()}
+        unfinished = UnfinishedTokens(Path(config.output_dir) / UNFINISHED, made_of)
+        captions = encode_pictures(config, vqvae, sizes, pictures, unfinished)
+        tensors = unfinished.joined()
+        kept, held_out = split(len(captions), config.held_out_share, config.seed)
+        for folder, indices in ((Path(config.output_dir), kept), (Path(config.output_dir) / "held_out", held_out)):
+            if indices:
+                chosen = {name: value[indices] for name, value in tensors.items()}
+                TokenData.save(folder, chosen, [captions[index] for index in indices])
+        unfinished.remove()
+    report(config, pictures, captions, len(held_out), reader)
+
+
+def made_how(config: PrepareConfig, vqvae: PreTrainedModel) -> dict[str, Any]:
+    """What tokens depend on beside the pictures; of how many are encoded at a time, and where, by near ties."""
+    digest = hashlib.sha256(type(vqvae).__name__.encode())
+    for name, value in sorted(vqvae.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(value.cpu().flatten().numpy())
+    names = ("low_size", "fine_size", "compression_rate", "fit", "seed", "batch_size", "device")
+    return {"image_tokenizer": digest.hexdigest(), **{name: getattr(config, name) for name in names}}
+
+
+def encode_pictures(
+    config: PrepareConfig,
+    vqvae: PreTrainedModel,
+    sizes: dict[str, int],
+    pictures: "FolderPictures | EmojiPictures",
+    unfinished: UnfinishedTokens,
+) -> list[dict]:
+    """Add the tokens of the pictures that have none yet; gives back the captions of all."""
+    first = unfinished.count
+    if first:
+        print(f"{first} of {len(pictures)} pictures have tokens already: this goes on where it was stopped.")
+    captions = [pictures.texts(index) for index in range(first)]
+    rest = Subset(pictures, range(first, len(pictures)))
+    batches = DataLoader(rest, config.batch_size, num_workers=config.data_workers, collate_fn=stack_pictures)
+    with unfinished, tqdm(total=len(pictures), initial=first, unit="picture") as bar:
         for pixels, texts in batches:
+            encoded = {}
             for name, values in zip(sizes, pixels):
-                encoded = vqvae.encode(values.to(config.device).float() / 255, config.compression_rate).tokens
-                tokens[name].append(encoded.cpu())
+                batch = values.to(config.device).float() / 255
+                encoded[name] = vqvae.encode(batch, config.compression_rate).tokens
+            unfinished.add(encoded)
             captions += texts
             bar.update(len(texts))
-    tensors = {name: torch.cat(parts) for name, parts in tokens.items()}
-    kept, held_out = split(len(captions), config.held_out_share, config.seed)
-    for folder, indices in ((Path(config.output_dir), kept), (Path(config.output_dir) / "held_out", held_out)):
-        if indices:
-            chosen = {name: value[indices] for name, value in tensors.items()}
-            TokenData.save(folder, chosen, [captions[index] for index in indices])
-    report(config, pictures, captions, len(held_out), reader)
+    return captions
 
 
 def split(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -542,36 +632,54 @@ def split(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
     return sorted(order[num_held_out:]), sorted(order[:num_held_out])
 
 
-def read_like(config: PrepareConfig, vqvae: PreTrainedModel) -> Reader | None:
+def has(like: Mapping[str, Any], component: str) -> bool:
+    """Whether a pipeline has a component, by its `model_index.json`."""
+    return like.get(component, [None])[0] is not None
+
+
+def read_like(config: PrepareConfig, like: Mapping[str, Any], vqvae: PreTrainedModel) -> Reader | None:
     """
     Take what the options leave open from the pipeline that the tokens are for.
+
+    Args:
+        config ([`PrepareConfig`]): The options; those that are left open are set.
+        like (mapping): What the `model_index.json` of the pipeline says, if there is one.
+        vqvae: The image tokenizer.
 
     Returns:
         Its text tokenizer, or the one that is named, and how many tokens of a caption a model takes, if that is known;
         `None` where there is neither.
+
+    Raises:
+        ValueError: If no component of the pipeline says how large its pictures are.
     """
     found, tokenizer, longest = {}, None, config.max_text_tokens
-    index = {} if config.like is None else CogView2Pipeline.load_config(config.like)
-    rate = choose_rate(vqvae, config.compression_rate, index.get("compression_rate", DEFAULT_RATE))
+    rate = choose_rate(vqvae, config.compression_rate, like.get("compression_rate", DEFAULT_RATE))
     if config.like is not None:
-        is_first = not str(index.get("_class_name")).startswith("CogView2")
-        config_class, tokenizer_class = (
-            (CogViewConfig, CogViewTokenizer) if is_first else (CogLMConfig, IcetkTokenizer)
-        )
-        model = config_class.from_pretrained(config.like, subfolder="transformer")
+        family = "CogView2" if str(like.get("_class_name")).startswith("CogView2") else "CogView"
+        name = next((name for name in SIZES[family] if has(like, name)), None)
+        if name is None:
+            raise ValueError(
+                f"`like` {config.like}, a {like.get('_class_name')}, has none of {', '.join(SIZES[family])}, which "
+                "say how large pictures are. Name another, or give `vqvae`, `low_size` and `fine_size` in its place."
+            )
+        config_class, count_tokens = SIZES[family][name]
+        model = config_class.from_pretrained(config.like, subfolder=name)
         rows, columns = model.image_grid
         if rows != columns:
             raise ValueError(
                 f"`like` makes pictures of {rows} x {columns} tokens, but this script makes squares only."
             )
         found = {"low_size": rows * rate, "fine_size": 0}
-        if index.get("direct_sr_transformer", [None])[0] is not None:
+        if has(like, "direct_sr_transformer"):
             canvas = CogLMCanvasConfig.from_pretrained(config.like, subfolder="direct_sr_transformer")
             found["fine_size"] = canvas.fine_grid[0] * rate
-        if index.get("super_resolution_transformer", [None])[0] is not None:
+        if has(like, "super_resolution_transformer"):
             found["fine_size"] = 2 * rows * rate
-        tokenizer = tokenizer_class.from_pretrained(config.like, subfolder="tokenizer")
-        longest = model.max_text_tokens if longest is None else longest
+        if has(like, "tokenizer"):
+            tokenizer_class = IcetkTokenizer if family == "CogView2" else CogViewTokenizer
+            tokenizer = tokenizer_class.from_pretrained(config.like, subfolder="tokenizer")
+        longest = count_tokens(model) if longest is None else longest
     for name, default in {"compression_rate": rate, "low_size": 160, "fine_size": 480}.items():
         if getattr(config, name) is None:
             setattr(config, name, found.get(name, default))

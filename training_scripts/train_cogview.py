@@ -218,7 +218,7 @@ def longest_text(layout: sequences.SequenceLayout, task: str) -> int:
     """So many tokens of a text a sample of a task has room for."""
     if task == "super_resolution":
         return layout.max_super_resolution_text_tokens
-    return layout.max_length - 4 - layout.image_length if task == "caption" else layout.max_text_tokens
+    return layout.max_caption_tokens if task == "caption" else layout.max_text_tokens
 
 
 def draw_task(config: CogViewTrainConfig, generator: torch.Generator) -> str:

@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from cogview_pipelines import CogView2Pipeline, IcetkTokenizer
+from cogview_pipelines import CogView2Pipeline, IcetkTokenizer, IcetkVQModel
 from cogview_pipelines.cli import app, finetune
 from cogview_pipelines.cli.finetune_families import read_family
 from cogview_pipelines.environment import SHIPPED_MODELS
 from cogview_pipelines.models.adapters import add_adapter
+from cogview_pipelines.training.data.tokens import TokenData
 
 from ..pipelines.conftest import build
 
@@ -142,6 +143,19 @@ def test_the_same_command_goes_on_where_it_was_stopped(run, tmp_path, monkeypatc
     assert not run.calls[3:]
     result = run("--stage", "coglm", "--steps", "5")
     assert result.exit_code == 2 and "is of another finetuning (steps was 3)" in result.output
+
+
+def test_pictures_that_were_becoming_tokens_go_on(run, tmp_path, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenData, "save", stop)
+        assert run().exit_code == 75
+    assert not (tmp_path / "mine.work/data.done").exists()
+    monkeypatch.setattr(IcetkVQModel, "encode", lambda *_: pytest.fail("made tokens again"))
+    result = run("--max-minutes", "0")
+    assert result.exit_code == 75 and (tmp_path / "mine.work/data.done").exists(), (result.output, result.exception)
 
 
 def test_captions_and_pictures_that_have_changed_since_are_told(run, pictures, tmp_path):

@@ -116,6 +116,23 @@ def test_stages_that_are_named_are_trained_and_the_others_stay(run, model, tmp_p
     assert (tmp_path / "mine/samples.png").is_file() and not (tmp_path / "mine/captions.txt").exists()
 
 
+@pytest.mark.parametrize(
+    "kind, name, samples",
+    [
+        (CogViewUpscalePipeline, "super_resolution_transformer", {"samples.png", "samples.txt"}),
+        (CogViewCaptionPipeline, "caption_transformer", {"samples.txt", "captions.txt"}),
+    ],
+)
+def test_models_that_only_enlarge_or_describe_are_trained(run, save_with, tmp_path, kind, name, samples):
+    folder = save_with(kind, name)
+    result = run("--model", folder, "--learning-rate", "0.01")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert len(run.calls) == 3
+    before, after = (getattr(kind.from_pretrained(each), name).state_dict() for each in (folder, tmp_path / "mine"))
+    assert max(float((before[key] - after[key]).abs().max()) for key in before) > 5e-3
+    assert {path.name for path in (tmp_path / "mine").glob("*s.*")} == samples
+
+
 def test_an_adapter_is_one_file_for_all_stages_and_leaves_the_model_alone(run, model, pipe, tmp_path):
     result = run("--lora-rank", "2", "--learning-rate", "0.1")
     assert result.exit_code == 0, (result.output, result.exception)

@@ -528,6 +528,20 @@ MUTATIONS = [
         "training_scripts/test_prepare_shards.py::test_shards_that_are_there_are_not_made_again_and_other_options_are_refused",
     ),
     Mutation(
+        "unfinished tokens: taken although they are of other pictures or made otherwise",
+        "training/data/unfinished.py",
+        "said = differences(before, made_of)",
+        "said = {}",
+        "training_scripts/test_prepare_resuming.py::test_what_would_make_other_tokens_is_told_with_what_to_do",
+    ),
+    Mutation(
+        "unfinished tokens: taken behind a gap",
+        "training/data/unfinished.py",
+        'if path.name.startswith(f"{self.count:09d}-"):',
+        "if True:",
+        "training_scripts/test_prepare_resuming.py::test_what_is_damaged_is_made_again_and_what_comes_after_it",
+    ),
+    Mutation(
         "validation: kinds are drawn with another seed than their samples",
         "training/data/tokens.py",
         "draw_kind(data, draw, *draw.generators(self.seed))",

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import unicodedata
 
 import numpy as np
@@ -14,7 +15,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
-from cogview_pipelines import IcetkTokenizer, IcetkVQModel
+from cogview_pipelines import (
+    CogView2CaptionPipeline,
+    CogView2UpscalePipeline,
+    CogViewCaptionPipeline,
+    CogViewPipeline,
+    CogViewTokenizer,
+    CogViewUpscalePipeline,
+    IcetkTokenizer,
+    IcetkVQModel,
+)
 from cogview_pipelines.demo import BACKGROUNDS, Scope, captions, iterate_scenes, read_caption, render
 from cogview_pipelines.training.data.captions import MOST_LOOKED_AT, tell_text_losses
 from cogview_pipelines.training.data.tokens import TokenData
@@ -401,6 +411,58 @@ def test_a_pipeline_says_sizes_and_image_tokenizer_and_what_it_cannot_read_is_to
     )
     assert 0 < int(shares[1]) < int(shares[2]) and int(shares[3])
     assert "Characters that have no piece, which no model reads: Z" in told and "new to the model" not in told
+
+
+@pytest.mark.parametrize(
+    "kind, parts, fine, longest",
+    [
+        (CogViewPipeline, ["transformer"], None, 21),
+        (CogViewPipeline, ["transformer", "super_resolution_transformer"], (8, 8), 21),
+        (CogViewUpscalePipeline, ["super_resolution_transformer"], (8, 8), 18),
+        (CogViewCaptionPipeline, ["caption_transformer"], None, 20),
+        (CogView2CaptionPipeline, ["transformer"], None, 30),
+        (CogView2UpscalePipeline, ["direct_sr_transformer", "direct_sr_scheduler"], (12, 12), 29),
+    ],
+)
+def test_whatever_a_pipeline_has_says_sizes_and_how_long_texts_may_be(
+    run, pictures, tokenizer, cogview_tokenizer_folder, tmp_path, caplog, kind, parts, fine, longest
+):
+    from ..pipelines.conftest import build, build_cogview
+
+    is_first = not kind.__name__.startswith("CogView2")
+    pipe = build_cogview(CogViewTokenizer.from_pretrained(cogview_tokenizer_folder)) if is_first else build(tokenizer)
+    names = ["tokenizer", "vqvae", *parts]
+    kind(**{name: getattr(pipe, name) for name in names}).save_pretrained(tmp_path / "like")
+    write_lines(pictures, [{"file": "a.png", "en": " ".join(["a cat"] * 20)}, {"file": "b.jpg", "en": "a cat"}])
+    tensors = run(like=tmp_path / "like", vqvae=None, low_size=None, fine_size=None)
+    expected = {"low": (2, 4, 4), **({"fine": (2, *fine)} if fine else {})}
+    assert {name: tuple(value.shape) for name, value in tensors.items()} == expected
+    assert f"Captions with more than {longest} tokens" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "absent, message",
+    [
+        (["vqvae"], r"has no image tokenizer \(`vqvae`\)\. Name one by `vqvae`"),
+        (
+            ["transformer", "direct_sr_transformer"],
+            "a CogView2Pipeline, has none of transformer, direct_sr_transformer, ",
+        ),
+    ],
+)
+def test_what_a_pipeline_lacks_is_named(run, pipeline_folder, tmp_path, absent, message):
+    shutil.copytree(pipeline_folder, tmp_path / "like")
+    index = json.loads((tmp_path / "like/model_index.json").read_text())
+    (tmp_path / "like/model_index.json").write_text(json.dumps(index | {name: [None, None] for name in absent}))
+    with pytest.raises(ValueError, match=message):
+        run(like=tmp_path / "like", vqvae=None, low_size=None)
+
+
+def test_a_pipeline_without_a_text_tokenizer_says_sizes(run, pipeline_folder, tmp_path):
+    shutil.copytree(pipeline_folder, tmp_path / "like")
+    index = json.loads((tmp_path / "like/model_index.json").read_text())
+    (tmp_path / "like/model_index.json").write_text(json.dumps(index | {"tokenizer": [None, None]}))
+    assert run(like=tmp_path / "like", vqvae=None, low_size=None)["low"].shape == (5, 4, 4)
 
 
 def test_of_many_captions_some_of_each_language_are_looked_at(tokenizer, caplog):

@@ -113,8 +113,8 @@ def finetune(
 
     A line of the captions is {"file": "cat.jpg", "en": "a cat", "zh": ["一只猫", "猫"]}, with either language or both.
     The steps are those of docs/training.md: pictures to tokens, training of each stage, one pipeline, and at the end
-    the losses of held-out pictures and sample pictures. Run the same command again to go on where it was stopped;
-    pictures that were becoming tokens begin anew.
+    the losses of held-out pictures and sample pictures. Run the same command again to go on where it was stopped, also
+    among the pictures that were becoming tokens.
 
     \b
     Examples:

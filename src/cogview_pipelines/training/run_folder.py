@@ -206,8 +206,13 @@ def write_run(config: TrainConfig, state: str, step: int, final_step: int | None
 
 def read_run(folder: str | Path) -> dict:
     """What `run.json` says; empty if there is none that can be read."""
+    return read_json(Path(folder) / RUN_FILE)
+
+
+def read_json(path: Path) -> dict:
+    """What a file that [`write_json`] wrote says; empty if there is none that can be read."""
     try:
-        content = json.loads((Path(folder) / RUN_FILE).read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

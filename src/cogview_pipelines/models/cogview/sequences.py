@@ -65,6 +65,11 @@ class SequenceLayout:
         return self.max_length - 3 - self.image_length
 
     @property
+    def max_caption_tokens(self) -> int:
+        """The longest text behind a picture (release: 61)."""
+        return self.max_length - 4 - self.image_length
+
+    @property
     def max_super_resolution_text_tokens(self) -> int:
         """The longest text of super-resolution (release: 57)."""
         length = self.max_super_resolution_length - 3 - len(SECOND_PICTURE)

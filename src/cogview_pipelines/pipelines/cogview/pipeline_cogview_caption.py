@@ -209,7 +209,7 @@ class CogViewCaptionPipeline(CogViewPipelineBase):
 
     @property
     def _longest_caption(self) -> int:
-        return self.layout.max_length - 4 - self.layout.image_length
+        return self.layout.max_caption_tokens
 
     def _tokens(self, image: Images | None, tokens: torch.Tensor | None, batch_size: int, call: Call) -> torch.Tensor:
         """Tokens of what came: `(num_images, rows, columns)`."""

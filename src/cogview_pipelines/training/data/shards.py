@@ -173,16 +173,21 @@ def is_written(folder: str | Path, number: int, made_of: Mapping[str, Any]) -> b
     note = _read_receipt(Path(folder) / f"{shard_name(number)}.json")
     if note is None:
         return False
-    before = note["made_of"]
-    wanted = json.loads(json.dumps(dict(made_of)))
-    changed = sorted(key for key in {*before, *wanted} if before.get(key) != wanted.get(key))
+    changed = differences(note["made_of"], made_of)
     if changed:
-        said = "; ".join(f"`{key}` was {before.get(key)!r} and is {wanted.get(key)!r}" for key in changed)
         raise ValueError(
-            f"`output_dir` {folder} has shards that were made otherwise ({said}). Choose another folder, or remove it."
+            f"`output_dir` {folder} has shards that were made otherwise ({'; '.join(changed.values())}). Choose "
+            "another folder, or remove it."
         )
     path = Path(folder) / (note.get("file") or f"{shard_name(number)}.json")
     return path.is_file() and (not note["num_pictures"] or path.stat().st_size == note["bytes"])
+
+
+def differences(before: Mapping[str, Any], made_of: Mapping[str, Any]) -> dict[str, str]:
+    """What tokens that are there were made of otherwise than others would be: a clause for each name, in order."""
+    wanted = json.loads(json.dumps(dict(made_of)))  # as it would be read from a file
+    changed = sorted(key for key in {*before, *wanted} if before.get(key) != wanted.get(key))
+    return {key: f"`{key}` was {before.get(key)!r} and is {wanted.get(key)!r}" for key in changed}
 
 
 def _read_receipt(path: Path) -> dict | None:
