@@ -145,6 +145,7 @@ def training(folder: Path) -> Stage:
     return {}, {
         "finetune PICTURES --output my_model ": f"finetune PICTURES {few} --output my_finetuned_model ",
         "finetune PICTURES --lora": f"finetune PICTURES {few} --lora",
+        "--model COGVIEW --output": "--model COGVIEW --steps 2 --batch-size 2 --output",
         f"'{large}'": "'" + json.dumps({"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}) + "'",
         " --mixed_precision fp16 --loss_scale_patience 2": "",
         "--resolution 240": "--resolution 96",

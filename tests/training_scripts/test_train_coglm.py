@@ -314,6 +314,23 @@ def test_the_loss_of_other_pictures_is_told_by_task_and_language_and_changes_not
     assert told[2] == pytest.approx({name: total / count for name, (total, count) in sums.items()}, rel=1e-4)
 
 
+def test_the_loss_before_is_told_once_also_where_a_stop_came_before_the_first_line(
+    script, coglm_folder, token_folder, tokenizer_folder, tmp_path, stop_after
+):
+    options = {"init_from": coglm_folder, "tokenizer": tokenizer_folder, "data": token_folder, "batch_size": 2}
+    options |= {"max_steps": 4, "warmup_steps": 0, "log_every_steps": 2, "resume_from_checkpoint": "latest"}
+    options |= {"validation_data": token_folder, "validation_samples": 4}
+    script.main(as_arguments({**options, "output_dir": tmp_path / "whole"}))
+    for steps in (1, 2):
+        stop_after(steps)
+        assert script.main(as_arguments({**options, "output_dir": tmp_path / "parts"})) is None
+    script.main(as_arguments({**options, "output_dir": tmp_path / "parts"}))
+    whole, parts = (
+        [line.get("validation_loss_before") for line in metrics(tmp_path / name)] for name in ("whole", "parts")
+    )
+    assert whole == parts and whole[0] is not None and whole[1:] == [None]
+
+
 def test_what_is_lost_of_captions_is_told_at_the_end(run, caplog, tmp_path):
     run(data=write_long_captions(tmp_path / "long"), model=COGLM)
     assert_losses_are_told(caplog, 30)

@@ -31,9 +31,11 @@ class MetricsLog:
         self.accelerator, self.processes, self.config = accelerator, processes, config
         self.path = Path(config.output_dir) / "metrics.jsonl"
         self.bar = tqdm(total=config.max_steps, initial=start_step, disable=not processes.is_main, unit="step")
+        self.is_empty = True  # of lines; known where they are written
         if processes.is_main:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             kept = kept_lines(self.path, start_step)
+            self.is_empty = not kept
             with replacing(self.path) as partial:
                 partial.write_text("".join(map(dump_line, kept)), encoding="utf-8")
         if config.log_with is not None:

@@ -180,7 +180,10 @@ class _Run:
         clock = Clock(config)
         self.model.train()
         if state.step == 0 and self.validation:
-            log.note(validation_loss_before=self.validation_losses()["validation_loss"])
+            # a checkpoint keeps it: a stop may come before the first line
+            state.numbers["validation_loss_before"] = self.validation_losses()["validation_loss"]
+        if "validation_loss_before" in state.numbers and log.is_empty:
+            log.note(validation_loss_before=state.numbers["validation_loss_before"])
         batches = prefetch(make_batch, self.draws(), config.data_workers, config.data_processes)
         with contextlib.closing(batches), contextlib.closing(log):
             while passes := list(islice(batches, config.gradient_accumulation_steps)):
