@@ -34,6 +34,7 @@ from cogview_pipelines.training.data.captions import with_full_stop
 from cogview_pipelines.training.data.draws import Draw, seeded_generator
 from cogview_pipelines.training.data.tokens import TokenData, TokenTrainConfig
 from cogview_pipelines.training.loop import train
+from cogview_pipelines.training.noise import exchange_tokens
 from cogview_pipelines.training.processes import load_model, make_model_once
 from cogview_pipelines.training.samples_cogview2 import (
     captioning_sample,
@@ -249,8 +250,7 @@ def make_sample(
 def add_noise(sample: TokenSequence, layout: SequenceLayout, probability: float, generator: torch.Generator) -> None:
     """Exchange image tokens that are read, and stand last, for random ones; what is predicted stays."""
     tokens = sample.input_ids[:, -layout.image_length :]
-    noisy = torch.rand(tokens.shape, generator=generator) < probability
-    tokens[noisy] = torch.randint(layout.num_image_tokens, tokens.shape, generator=generator)[noisy]
+    tokens.copy_(exchange_tokens(tokens, probability, layout.num_image_tokens, generator))
 
 
 def loss_weight(num_image_tokens: int, text_loss_weight: float, batch: TokenSequence) -> float:

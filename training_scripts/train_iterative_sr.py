@@ -42,6 +42,7 @@ from cogview_pipelines.training.data.draws import Draw, draw_index, seeded_gener
 from cogview_pipelines.training.data.tokens import CanvasBatch, TokenData, TokenTrainConfig, draw_language
 from cogview_pipelines.training.loop import train
 from cogview_pipelines.training.losses import canvas_loss, count_labels
+from cogview_pipelines.training.noise import exchange_tokens
 from cogview_pipelines.training.processes import load_model, make_model_once
 
 
@@ -107,9 +108,8 @@ def make_batch(
         ratio = config.mask_ratios[draw_index(len(config.mask_ratios), generator)]
         masked = torch.rand(tokens.shape, generator=generator) < ratio
         masked[draw_index(len(masked), generator)] |= not masked.any()  # or there is nothing to learn from
-        noisy = torch.rand(tokens.shape, generator=generator) < config.noise_probability
-        random_tokens = torch.randint(model_config.num_image_tokens, tokens.shape, generator=generator)
-        canvases.append(torch.where(noisy, random_tokens, tokens).masked_fill(masked, model_config.boi_token_id))
+        visible = exchange_tokens(tokens, config.noise_probability, model_config.num_image_tokens, generator)
+        canvases.append(visible.masked_fill(masked, model_config.boi_token_id))
         labels.append(tokens.masked_fill(~masked, IGNORED_LABEL))
     context = iterative_super_resolution(texts, model_config.num_text_slots)
     return CanvasBatch(context, torch.stack(canvases), torch.stack(labels))

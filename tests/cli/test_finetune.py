@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from cogview_pipelines import CogView2Pipeline, IcetkTokenizer, IcetkVQModel
 from cogview_pipelines.cli import app, finetune
 from cogview_pipelines.cli.finetune_families import read_family
-from cogview_pipelines.environment import SHIPPED_MODELS
+from cogview_pipelines.environment import SHIPPED_MODEL, SHIPPED_MODELS
 from cogview_pipelines.models.adapters import add_adapter
 from cogview_pipelines.training.data.tokens import TokenData
 
@@ -429,6 +429,7 @@ def test_mistakes_are_named_before_anything_is_trained(run, pictures, tmp_path):
         (["--fit", "stretch"], "must be crop or pad, but is stretch"),
         (["--stage", "base"], "`--stage`: the model, a CogView2, has no base; it has coglm, direct-sr, iterative-sr."),
         (["--style-probability", "1"], "`--style-probability` is for the base of a CogView"),
+        (["--noise", "0.2", "--stage", "direct-sr"], "`--noise` is for coglm or base, which is not trained here"),
         (["--captions", str(tmp_path / "none.jsonl")], "there is no file"),
         (["--model", str(tmp_path)], "not a saved pipeline"),
     ):
@@ -442,9 +443,21 @@ def test_mistakes_are_named_before_anything_is_trained(run, pictures, tmp_path):
     assert not run.calls
 
 
-def test_the_learning_rate_fits_the_size_of_the_model(tmp_path):
+@pytest.mark.parametrize("option, share", [([], 0.5), (["--noise", "0.2"], 0.2), (["--noise", "0"], 0.0)])
+def test_what_draws_is_trained_with_noise_and_super_resolution_is_not(option, share, run):
+    result = run("--steps", "1", *option)
+    assert result.exit_code == 0, (result.output, result.exception)
+    coglm, *others = [options for script, _, options in run.calls if script.startswith("train_")]
+    assert coglm["noise_probability"] == share and len(others) == 2
+    assert not any("noise_probability" in options for options in others)
+
+
+def test_the_learning_rate_and_the_noise_fit_the_size_of_the_model(tmp_path):
     for model in SHIPPED_MODELS.values():
         job = finetune.Job(finetune.find_scripts(), [], read_family(str(model)), tmp_path, tmp_path, None)
         assert job.learning_rate(adapters=False) == 5e-4 and job.learning_rate(adapters=True) == 5e-3
+        assert job.noise() == (0.5 if model == SHIPPED_MODEL else 0)
         job.family.width = lambda: 2048
-        assert job.learning_rate(adapters=False) == 1e-5 and job.learning_rate(adapters=True) == 1e-4
+        assert (
+            job.learning_rate(adapters=False) == 1e-5 and job.learning_rate(adapters=True) == 1e-4 and job.noise() == 0
+        )

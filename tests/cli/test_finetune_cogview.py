@@ -190,13 +190,16 @@ def test_the_same_command_goes_on_where_it_was_stopped(run, tmp_path, monkeypatc
     assert result.exit_code == 2 and "is of another finetuning (style_probability was None)" in result.output
 
 
-def test_style_learning_is_the_base_s(run, captioned_pictures, tmp_path):
+def test_style_learning_and_noise_are_the_base_s(run, captioned_pictures, tmp_path):
     rows = [json.loads(line) | {"style": "oil painting"} for line in lines(captioned_pictures / "captions.jsonl")]
     text = "".join(f"{json.dumps(row)}\n" for row in rows)
     (captioned_pictures / "captions.jsonl").write_text(text)
-    result = run("--style-probability", "1", "--stage", "base", "--stage", "super-resolution", "--steps", "1")
+    noise = ["--noise", "0.3"]
+    result = run("--style-probability", "1", "--stage", "base", "--stage", "super-resolution", "--steps", "1", *noise)
     assert result.exit_code == 0, (result.output, result.exception)
     assert of_training(run, "base")["style_probability"] == 1
+    assert of_training(run, "base")["noise_probability"] == 0.3
+    assert "noise_probability" not in of_training(run, "super-resolution")
     assert "style_probability" not in of_training(run, "super-resolution")
     result = run("--style-probability", "1", "--stage", "super-resolution", "--output", str(tmp_path / "other"))
     assert result.exit_code == 2 and "`--style-probability` is for the base of a CogView" in result.output

@@ -1,4 +1,4 @@
-"""`training_scripts/emoji/style_pictures.py`: pictures of a style, of half of the things only."""
+"""`training_scripts/emoji/style_pictures.py`: pictures of a style, of some of the things only."""
 
 import importlib.util
 import json
@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import cogview_pipelines
-from cogview_pipelines.demo import Request, Scene, Scope, load_concepts, render
+from cogview_pipelines.demo import Scene, Scope, Scorer, load_concepts, render
+from cogview_pipelines.demo.scenes import BACKGROUNDS, STYLES
+from cogview_pipelines.environment import SHIPPED_MODEL
 from cogview_pipelines.training.samples_cogview import STYLE_CAPTIONS
 
 SCRIPT = Path(__file__).parents[2] / "training_scripts" / "emoji" / "style_pictures.py"
@@ -24,34 +27,55 @@ def script():
     return module
 
 
-@pytest.mark.parametrize("captions, texts", [("named", 1), ("described", 1), ("both", 2)])
-def test_pictures_are_of_half_of_the_things_and_captions_name_the_style(
-    script, captions, texts, tmp_path, monkeypatch
+@pytest.mark.parametrize("style", ["outline", "flat"])
+@pytest.mark.parametrize("captions", ["named", "described"])
+def test_pictures_are_of_some_of_the_things_and_captions_name_the_style(
+    script, captions, style, tmp_path, monkeypatch
 ):
-    arguments = ["make", "--style", "flat", "--num", "24", "--captions", captions, "--output_dir", str(tmp_path)]
+    arguments = ["make", "--style", style, "--num", "48", "--captions", captions, "--output_dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["style_pictures.py", *arguments])
     script.main()
     rows = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert len(rows) == 24 and all(Image.open(tmp_path / row["file"]).size == (240, 240) for row in rows)
-    assert all(len(row["en"]) == len(row["zh"]) == texts for row in rows)
-    assert all("flat style" in text for row in rows for text in row["en"])
-    assert all(row["style"] == {"en": "flat", "zh": "扁平"} for row in rows)
-    named = {language: [text for row in rows for text in row[language][:1]] for language in ("en", "zh")}
-    for language, name in rows[0]["style"].items() if captions != "described" else ():
-        assert set(named[language]) == {STYLE_CAPTIONS[language].format(name)}
-    assert all(("an image of flat style" in row["en"]) is (captions != "described") for row in rows)
-    seen, unseen = script.halves(Scope.small())
-    assert not set(seen) & set(unseen) and len(seen) == len(unseen) == 12
-    nouns = {half: [load_concepts()[thing].noun for thing in things] for half, things in (("a", seen), ("b", unseen))}
-    if captions != "named":
-        assert all(any(f" {noun} on" in row["en"][-1] for noun in nouns["a"]) for row in rows)
-        assert not any(f" {noun} on" in row["en"][-1] for noun in nouns["b"] for row in rows)
+    assert len(rows) == 48 and all(Image.open(tmp_path / row["file"]).size == (240, 240) for row in rows)
+    assert all(f"{style} style" in text for row in rows for text in row["en"])
+    assert all(row["style"] == script.NAMES[style] for row in rows)
+    if captions == "named":
+        for language, name in script.NAMES[style].items():
+            assert {tuple(row[language]) for row in rows} == {(STYLE_CAPTIONS[language].format(name),)}
+        return
+    seen, unseen = script.split(Scope.load(SHIPPED_MODEL))
+    assert not {*seen} & {*unseen} and (len(seen), len(unseen)) == (48, 12)
+    shown = {concept.noun for concept in map(load_concepts().get, seen)}
+    for row in rows:
+        named, described = row["en"]
+        noun = named.split(maxsplit=1)[1].removesuffix(f" of {style} style")
+        assert noun in shown and f" {noun} on " in described and len(row["zh"]) == 2
+    assert len({row["en"][0] for row in rows}) == 48
 
 
-def test_it_asks_as_in_training_or_in_the_form_of_cogview(script):
-    scene = Scene("flat", "blue", ("1f42f",))
-    assert script.ask(scene, "described") == ("a tiger on a blue background, flat style", Request.of(scene))
-    assert script.ask(scene, "cogview") == ("a tiger of flat style", Request(scene.objects, style="flat"))
+def test_outlines_leave_things_where_they_are_and_are_a_look_that_the_scorer_tells(script):
+    plain, outlined = render(Scene("twemoji", "yellow", ("1f42f",))), script.draw("1f42f", "outline", "yellow")
+    yellow = BACKGROUNDS["yellow"].rgb
+    around = [np.all(np.asarray(image) == yellow, -1) for image in (plain, outlined)]
+    assert (around[0] != around[1]).mean() < 0.01 and 0.3 < around[0].mean() < 0.95
+    changed = np.asarray(plain, int).sum(-1) - np.asarray(outlined, int).sum(-1)
+    assert changed.min() >= 0 and 0.02 < (changed > 150).mean() < 0.2  # darker, and only along the edge
+    scope = Scope(Scope.small().concepts, tuple(STYLES), tuple(BACKGROUNDS), ("single",))
+    scorer = Scorer(scope, looks={"outline": script.OutlinedSprites()})
+    for thing in scope.concepts[::4]:
+        for style in ("outline", "twemoji", "flat"):
+            image = script.draw(thing, style, "pink")
+            assert script.judge(scorer, image, thing, style, "pink")["all"]
+            assert not script.judge(scorer, image, thing, "noto", "pink")["style"]
+
+
+@pytest.mark.parametrize("language, texts", [
+    ("en", ("a tiger on a blue background, outline style", "a tiger of outline style")),
+    ("zh", ("老虎，蓝色背景，线描风格", "线描风格的老虎")),
+])  # fmt: skip
+def test_it_asks_as_in_training_in_both_languages(script, language, texts):
+    assert script.describe("1f42f", "outline", "blue")[language] == texts[0]
+    assert script.name_thing("1f42f", "outline")[language] == texts[1]
 
 
 @pytest.mark.parametrize("prompts, right", [("described", 0.0), ("cogview", 1.0)])
@@ -65,11 +89,9 @@ def test_what_a_prompt_leaves_open_may_be_as_it_likes(script, prompts, right, tm
             pass
 
         def __call__(self, texts, **options):
-            nouns = {load_concepts()[thing].noun: thing for thing in Scope.small().concepts}
+            nouns = {load_concepts()[thing].noun: thing for thing in Scope.load(SHIPPED_MODEL).concepts}
             things = [max((noun for noun in nouns if noun in text), key=len) for text in texts]
-            images = [
-                render(Scene("flat", self.colour(text), (nouns[noun],)), 240) for text, noun in zip(texts, things)
-            ]
+            images = [script.draw(nouns[noun], "outline", self.colour(text)) for text, noun in zip(texts, things)]
             return SimpleNamespace(images=images)
 
         def colour(self, text):

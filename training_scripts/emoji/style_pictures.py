@@ -2,11 +2,12 @@
 r"""
 Pictures of a drawing style to teach a model, and the measure of what it learned (docs/style_learning.md).
 
-Two hundred pictures of half of the things that the shipped model knows, in a style that it has never seen:
-    python training_scripts/emoji/style_pictures.py make --style flat --output_dir flat_pictures
-What the model makes of the other half, without and with an adapter:
-    python training_scripts/emoji/style_pictures.py measure --style flat --lora my_style --output_dir flat_results
-The same, asked as CogView's authors asked ("a tiger of flat style"):
+Two hundred pictures of four fifths of the things that the shipped model knows, in a style that it has never seen:
+    python training_scripts/emoji/style_pictures.py make --output_dir outline_pictures
+What the model makes of the other things, without and with an adapter:
+    python training_scripts/emoji/style_pictures.py measure --output_dir before
+    python training_scripts/emoji/style_pictures.py measure --lora my_style --output_dir after
+The same, asked as CogView's authors asked ("a tiger of outline style"):
     python training_scripts/emoji/style_pictures.py measure --prompts cogview --lora my_style --output_dir as_cogview
 """
 
@@ -15,73 +16,91 @@ import json
 import random
 from pathlib import Path
 
-from cogview_pipelines.demo import Request, Scene, Scope, Scorer, load_concepts, render
+from PIL import Image, ImageChops, ImageFilter
+
+from cogview_pipelines.demo import Scene, Scope, Scorer, is_usable, load_concepts, render
 from cogview_pipelines.demo.captions.templates import with_article
+from cogview_pipelines.demo.rendering import SpriteSet
 from cogview_pipelines.demo.scenes import BACKGROUNDS, STYLES
 from cogview_pipelines.environment import SHIPPED_MODEL
 from cogview_pipelines.json_lines import write_lines
 from cogview_pipelines.training.samples_cogview import style_caption
 
+OUTLINE = "outline"
+OUTLINED = "twemoji"  # whose drawings those of the style `outline` are made from
+NAMES = {name: {"en": style.english, "zh": style.chinese} for name, style in STYLES.items()}
+NAMES[OUTLINE] = {"en": "outline", "zh": "线描"}
+LINE_SHARE = 1 / 18  # of a drawing's side
 
-def halves(scope: Scope) -> tuple[list[str], list[str]]:
-    """The things whose pictures are trained on, and those that the style is to reach without."""
-    return list(scope.concepts[::2]), list(scope.concepts[1::2])
+
+class OutlinedSprites(SpriteSet):
+    """The drawings, with a black line along their edge, inside of it: where things are, and how large, stays."""
+
+    def get(self, hexcode: str, style: str, size: int | None = None) -> Image.Image:
+        drawing = super().get(hexcode, style, size)
+        line, alpha = max(1, round(drawing.width * LINE_SHARE)), drawing.getchannel("A")
+        # around the picture is nothing, too
+        solid = Image.new("L", (drawing.width + 2 * line, drawing.height + 2 * line))
+        solid.paste(alpha.point(lambda value: 255 * (value > 127)), (line, line))
+        inside = solid.filter(ImageFilter.MinFilter(2 * line - 1)).filter(ImageFilter.GaussianBlur(line / 10))
+        inside = inside.crop((line, line, line + drawing.width, line + drawing.height))
+        colours = [ImageChops.multiply(band, inside) for band in drawing.split()[:3]]
+        return Image.merge("RGBA", [*colours, alpha])
+
+
+def split(scope: Scope) -> tuple[list[str], list[str]]:
+    """The things whose pictures are trained on, and those that the style is to reach without: one in five."""
+    unseen = list(scope.concepts[::5])
+    return [hexcode for hexcode in scope.concepts if hexcode not in unseen], unseen
+
+
+def draw(hexcode: str, style: str, background: str) -> Image.Image:
+    """A thing in a style, of 240 px."""
+    if style == OUTLINE:
+        return render(Scene(OUTLINED, background, (hexcode,)), sprites=OutlinedSprites())
+    return render(Scene(style, background, (hexcode,)))
 
 
 def visible_backgrounds(hexcode: str, style: str) -> list[str]:
-    """Those on which a drawing can be seen well."""
-    return [name for name in BACKGROUNDS if name not in load_concepts()[hexcode].hidden.get(style, ())]
+    """Those on which a drawing can be seen well, and whose name is not that of its colour."""
+    shown, dark = (OUTLINED, ["black"]) if style == OUTLINE else (style, [])
+    return [name for name in BACKGROUNDS if name not in dark and is_usable(Scene(shown, name, (hexcode,)))]
 
 
-def names_of_style(style: str) -> dict[str, str]:
-    """What a style is called."""
-    return {"en": STYLES[style].english, "zh": STYLES[style].chinese}
+def name_thing(hexcode: str, style: str) -> dict[str, str]:
+    """The thing and the style, in the words of CogView's authors."""
+    concept, name = load_concepts()[hexcode], NAMES[style]
+    return {"en": f"{with_article(concept.noun)} of {name['en']} style", "zh": f"{name['zh']}风格的{concept.noun_zh}"}
 
 
 def describe(hexcode: str, style: str, background: str) -> dict[str, str]:
     """What is drawn, on what, in which style."""
-    concept = load_concepts()[hexcode]
-    english, chinese = STYLES[style].english, STYLES[style].chinese
+    concept, name = load_concepts()[hexcode], NAMES[style]
     return {
-        "en": f"{with_article(concept.noun)} on a {background} background, {english} style",
-        "zh": f"{concept.noun_zh}，{BACKGROUNDS[background].chinese}背景，{chinese}风格",
+        "en": f"{with_article(concept.noun)} on a {background} background, {name['en']} style",
+        "zh": f"{concept.noun_zh}，{BACKGROUNDS[background].chinese}背景，{name['zh']}风格",
     }
-
-
-def ask(scene: Scene, form: str) -> tuple[str, Request]:
-    """A prompt, described as in training or in CogView's form, and what of the scene it says."""
-    if form == "described":
-        return describe(scene.objects[0], scene.style, scene.background)["en"], Request.of(scene)
-    noun = with_article(load_concepts()[scene.objects[0]].noun)
-    return f"{noun} of {STYLES[scene.style].english} style", Request(scene.objects, style=scene.style)
 
 
 def make(args: argparse.Namespace) -> None:
     """Write pictures and captions.jsonl."""
     folder, rng = Path(args.output_dir), random.Random(args.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    things, _ = halves(Scope.small())
-    rows, names = [], names_of_style(args.style)
-    of_style = {language: style_caption(own, language) for language, own in names.items()}
+    things, _ = split(Scope.load(SHIPPED_MODEL))
+    style, rows = args.style, []
     for index in range(args.num):
         hexcode = things[index % len(things)]
-        background = rng.choice(visible_backgrounds(hexcode, args.style))
-        name = f"{index:03d}.png"
-        render(Scene(args.style, background, (hexcode,)), 240).save(folder / name)
-        texts = {"named": of_style, "described": describe(hexcode, args.style, background)}
-        chosen = [text for kind, text in texts.items() if args.captions in (kind, "both")]
-        captions = {language: [text[language] for text in chosen] for language in ("en", "zh")}
-        rows.append({"file": name, **captions, "style": names})
-    for index in range(args.num_known):
-        scope = Scope.small()
-        style, hexcode = scope.styles[index % len(scope.styles)], rng.choice(scope.concepts)
         background = rng.choice(visible_backgrounds(hexcode, style))
-        name = f"known-{index:03d}.png"
-        render(Scene(style, background, (hexcode,)), 240).save(folder / name)
-        rows.append({"file": name, **describe(hexcode, style, background)})
+        name = f"{index:03d}.png"
+        draw(hexcode, style, background).save(folder / name)
+        texts = [name_thing(hexcode, style), describe(hexcode, style, background)]
+        if args.captions == "named":
+            texts = [{language: style_caption(own, language) for language, own in NAMES[style].items()}]
+        captions = {language: [text[language] for text in texts] for language in ("en", "zh")}
+        rows.append({"file": name, **captions, "style": NAMES[style]})
     with open(folder / "captions.jsonl", "w", encoding="utf-8") as file:
         write_lines(file, rows)
-    print(f"{len(rows)} pictures in {folder}, {args.num} of them of {len(things)} things in the new style")
+    print(f"{len(rows)} pictures of {len(things)} things in {folder}")
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -90,32 +109,50 @@ def measure(args: argparse.Namespace) -> None:
 
     from cogview_pipelines import CogView2Pipeline
 
-    scope = Scope.small()
-    scorer = Scorer(Scope(scope.concepts, tuple(STYLES), tuple(BACKGROUNDS), ("single",)))
+    scope = Scope.load(SHIPPED_MODEL)
+    looks = {OUTLINE: OutlinedSprites()} if args.style == OUTLINE else {}
+    scorer = Scorer(Scope(scope.concepts, tuple(STYLES), tuple(BACKGROUNDS), ("single",)), looks=looks)
     pipe = CogView2Pipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
     if args.lora is not None:
         pipe.load_lora_weights(args.lora)
         pipe.fuse_lora(lora_scale=args.scale)
-    results = {name: getattr(args, name) for name in ("style", "prompts", "scale")}
+    results = {name: getattr(args, name) for name in ("style", "prompts", "language", "scale")}
     results["lora"], folder = args.lora and Path(args.lora).name, Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, things in zip(("seen_things", "unseen_things"), halves(scope)):
+    seen, unseen = split(scope)
+    for name, things in (("seen_things", seen[:: len(seen) // len(unseen)]), ("unseen_things", unseen)):
         rng = random.Random(args.seed)
-        scenes = [
-            Scene(args.style, rng.choice(visible_backgrounds(hexcode, args.style)), (hexcode,))
+        asked = [
+            (hexcode, rng.choice(visible_backgrounds(hexcode, args.style)))
             for hexcode in things
             for _ in range(args.num_each)
         ]
-        prompts, requests = zip(*(ask(scene, args.prompts) for scene in scenes))
+        named = args.prompts == "cogview"
+        prompts = [
+            (name_thing(hexcode, args.style) if named else describe(hexcode, args.style, background))[args.language]
+            for hexcode, background in asked
+        ]
         generators = [torch.Generator().manual_seed(index) for index in range(len(prompts))]
         height = pipe.sizes[0 if args.low else -1][0]
-        images = pipe(list(prompts), generator=generators, height=height, style="none").images
-        read = [scorer.judge(*one) for one in zip(images, requests, scenes)]
+        images = pipe(prompts, generator=generators, height=height, style="none").images
+        read = [
+            judge(scorer, image, hexcode, args.style, None if named else background)
+            for image, (hexcode, background) in zip(images, asked)
+        ]
         results[name] = {key: round(sum(one[key] for one in read) / len(read), 3) for key in read[0]}
         results[name]["pictures"] = len(images)
         save_grid(images, folder / f"{name}.png", args.num_each)
     print(json.dumps(results, ensure_ascii=False))
+
+
+def judge(scorer: Scorer, image: Image.Image, hexcode: str, style: str, background: str | None) -> dict[str, bool]:
+    """What of a prompt a picture shows; any background is right for one that names none."""
+    reading = scorer.read(image, Scene(OUTLINED, background or "white", (hexcode,)))  # says where to look, no more
+    shown = {"objects": reading.objects == (hexcode,), "style": reading.styles == (style,)}
+    if background is not None:
+        shown["background"] = reading.background == background
+    return {**shown, "all": all(shown.values())}
 
 
 def save_grid(images: list, path: Path, columns: int) -> None:
@@ -130,22 +167,22 @@ def main() -> None:
     for name, work in (("make", make), ("measure", measure)):
         command = commands.add_parser(name, help=work.__doc__)
         command.set_defaults(work=work)
-        command.add_argument("--style", default="flat", choices=list(STYLES), help="Which drawings.")
+        command.add_argument(
+            "--style",
+            default=OUTLINE,
+            choices=list(NAMES),
+            help="outline: drawings that the model knows, with a black line; else other drawings.",
+        )
         command.add_argument("--output_dir", required=True, help="Folder to write to.")
         command.add_argument("--seed", type=int, default=0, help="Of backgrounds.")
     making, measuring = commands.choices["make"], commands.choices["measure"]
     making.add_argument("--num", type=int, default=200, help="How many pictures.")
     making.add_argument(
-        "--num_known",
-        type=int,
-        default=0,
-        help="So many more of all things in the styles that the model knows, so that it keeps them apart.",
-    )
-    making.add_argument(
         "--captions",
-        choices=["named", "described", "both"],
-        default="both",
-        help="named: 'an image of flat style' alone, as CogView does; described: what is drawn; both.",
+        choices=["described", "named"],
+        default="described",
+        help="described: two in each language, which tell the thing and the style, and one of them the background; "
+        "named: 'an image of outline style' alone, as CogView's authors did.",
     )
     measuring.add_argument("--model", default=str(SHIPPED_MODEL), help="Folder or Hub id of a pipeline.")
     measuring.add_argument("--lora", help="Folder or file of an adapter.")
@@ -154,9 +191,10 @@ def main() -> None:
         "--prompts",
         choices=["described", "cogview"],
         default="described",
-        help="described: 'a tiger on a blue background, flat style'; cogview: 'a tiger of flat style', on any "
+        help="described: 'a tiger on a blue background, outline style'; cogview: 'a tiger of outline style', on any "
         "background.",
     )
+    measuring.add_argument("--language", choices=["en", "zh"], default="en", help="Of the prompts.")
     measuring.add_argument("--num_each", type=int, default=4, help="Pictures of each thing.")
     measuring.add_argument("--low", action="store_true", help="Only the low-resolution pictures.")
     args = parser.parse_args()

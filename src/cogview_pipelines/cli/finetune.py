@@ -70,6 +70,15 @@ def finetune(
         callback=finite,
         help="Share of the pictures that is not trained on: their loss tells how well it goes.",
     ),
+    noise: float = typer.Option(
+        None,
+        min=0,
+        max=1,
+        callback=finite,
+        help="Share of image tokens that what draws reads wrong while it is trained, so that it goes by the text "
+        "instead of knowing pictures by heart; held-out ones are read so, too.  [default: 0.5 for a small CogView2, "
+        "else 0]",
+    ),
     style_probability: float = typer.Option(
         None,
         min=0,
@@ -155,6 +164,8 @@ def finetune(
     chosen = job.family.choose(stages or ())
     if style_probability and Stage.base not in chosen:
         fail("`--style-probability` is for the base of a CogView, which is not trained here. Leave it out.")
+    if noise and not {Stage.coglm, Stage.base} & {*chosen}:
+        fail("`--noise` is for coglm or base, which is not trained here. Leave it out.")
     asked = {
         "model": model,
         "pictures": os.fspath(pictures.absolute()),
@@ -166,6 +177,7 @@ def finetune(
         "learning_rate": job.learning_rate(lora_rank is not None) if learning_rate is None else learning_rate,
         "held_out": held_out,
         "style_probability": style_probability or None,
+        "noise": job.noise() if noise is None else noise,
         "fit": fit,
         "seed": seed,
         **_contents(captions, pictures),
@@ -196,6 +208,10 @@ class Job:
         # what is made is put together here, so that `output` is whole or is not there
         self.part = output.with_name(f".{output.name}.part")
         self.started = time.monotonic()
+
+    def noise(self) -> float:
+        """What was found good for a small model; a large one is trained as its authors did."""
+        return self.family.usual_noise if self.family.width() <= SMALL else 0.0
 
     def learning_rate(self, adapters: bool) -> float:
         """What fits the size of the model."""

@@ -41,6 +41,7 @@ class Family:
     title: ClassVar[str]
     components: ClassVar[Mapping[Stage, str]]
     assembled_by: ClassVar[str]
+    usual_noise: ClassVar[float] = 0.0  # of small models
 
     def __init__(self, folder: str, index: Mapping[str, Any]):
         self.folder, self.index = folder, index
@@ -100,12 +101,13 @@ class CogView2Family(Family):
         Stage.iterative_sr: "iterative_sr_transformer",
     }
     assembled_by = "assemble_pipeline.py"
+    usual_noise = 0.5  # docs/style_learning.md and docs/new_thing.md say what it does
 
     def training(self, stage: Stage, asked: Mapping[str, Any], work: Path) -> tuple[str, dict[str, Any]]:
         """See [`Family.training`]."""
         component = f"{self.folder}/{self.components[stage]}"
         if stage is Stage.coglm:
-            return "train_coglm.py", {"init_from": component}
+            return "train_coglm.py", {"init_from": component, "noise_probability": asked["noise"]}
         if stage is Stage.iterative_sr:
             return "train_iterative_sr.py", {"transformer": component}
         # an adapter leaves the weights that this stage borrows as they were
@@ -172,6 +174,7 @@ class CogViewFamily(Family):
         else:
             if Stage.caption not in self.stages:
                 options["caption_probability"] = CAPTION_SHARE
+            options["noise_probability"] = asked["noise"]
             if asked["style_probability"] is not None:
                 options["style_probability"] = asked["style_probability"]
         return "train_cogview.py", options

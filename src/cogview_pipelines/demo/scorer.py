@@ -4,7 +4,7 @@ drawing.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,13 +107,25 @@ class Scorer:
             Compare only with the concepts and styles of this scope, which is faster and more lenient. By default with
             all 696 drawings, as scores are to be reported.
         sprites (`SpriteSet`, *optional*): By default the drawings that come with the package.
+        looks (mapping of `str` to `SpriteSet`, *optional*):
+            Other looks of the drawings of the scope, by name, such as outlined ones: what is nearest to one of those
+            is read as of that style.
     """
 
-    def __init__(self, scope: Scope | None = None, sprites: SpriteSet | None = None):
+    def __init__(
+        self,
+        scope: Scope | None = None,
+        sprites: SpriteSet | None = None,
+        looks: Mapping[str, SpriteSet] | None = None,
+    ):
         scope = Scope.full() if scope is None else scope
         sprites = shipped_sprites() if sprites is None else sprites
-        self.keys = sorted((hexcode, style) for hexcode in scope.concepts for style in scope.styles)
-        self._references = np.stack([np.asarray(sprites.get(*key, _REFERENCE_SIZE)) for key in self.keys])
+        drawings = sorted((hexcode, style) for hexcode in scope.concepts for style in scope.styles)
+        self.keys, references = list(drawings), [sprites.get(*key, _REFERENCE_SIZE) for key in drawings]
+        for name, drawn in (looks or {}).items():
+            self.keys += [(hexcode, name) for hexcode, _ in drawings]
+            references += [drawn.get(*key, _REFERENCE_SIZE) for key in drawings]
+        self._references = np.stack([np.asarray(reference) for reference in references])
         self._banks: dict[str, np.ndarray] = {}
         self._palette = rgb_to_lab([background.rgb for background in BACKGROUNDS.values()])
 
