@@ -354,7 +354,7 @@ def main(arguments: list[str] | None = None) -> CogViewModel | None:
         config.compression_rate = choose_rate(vqvae, config.compression_rate)
     words = []
     if config.component != "super_resolution_transformer":
-        words = config.learned_words(data, tokenizer, styles=config.style_probability > 0)
+        words = config.learned_words(data, tokenizer, config.component, styles=config.style_probability > 0)
     trained = train(
         config,
         model,
