@@ -15,7 +15,6 @@ On eight GPUs:
 
 import functools
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
@@ -25,15 +24,14 @@ from cogview_pipelines import CogLMConfig, CogLMModel, IcetkTokenizer
 from cogview_pipelines.generation.sampling import sample_tokens
 from cogview_pipelines.generation.token_sequence import IGNORED_LABEL, TokenSequence, stack
 from cogview_pipelines.generation.tokens import TO_GENERATE, generate
-from cogview_pipelines.loaders.textual_inversion import write_learned_token
 from cogview_pipelines.models.cogview2.sequences import SequenceLayout, text_to_image
 from cogview_pipelines.models.image_tokenizers.auto import choose_rate, load_image_tokenizer
-from cogview_pipelines.models.learned_tokens import check_new_token, learn_token
 from cogview_pipelines.training.arguments import UNNOTICED, json_option, parse_config, run_script
 from cogview_pipelines.training.data.captions import with_full_stop
 from cogview_pipelines.training.data.draws import Draw, seeded_generator
 from cogview_pipelines.training.data.tokens import TokenData, TokenTrainConfig
 from cogview_pipelines.training.loop import train
+from cogview_pipelines.training.new_tokens import NewTokenOptions
 from cogview_pipelines.training.noise import exchange_tokens
 from cogview_pipelines.training.processes import load_model, make_model_once
 from cogview_pipelines.training.samples_cogview2 import (
@@ -46,17 +44,9 @@ from cogview_pipelines.training.samples_cogview2 import (
 
 
 @dataclass
-class CogLMTrainConfig(TokenTrainConfig):
+class CogLMTrainConfig(NewTokenOptions, TokenTrainConfig):
     vqvae: str | None = field(default=None, metadata={"help": "Image tokenizer, for sample pictures."})
     init_from: str | None = field(default=None, metadata={"help": "Trained CogLM to go on from."})
-    new_token: str | None = field(
-        default=None,
-        metadata={
-            "help": "Textual inversion: a new word of the captions, such as '<my-cat>'. Its embedding is learned, all "
-            "weights stay as they are, and final/ holds the embedding alone."
-        },
-    )
-    initializer: str = field(default="", metadata={"help": "Known words that the new one begins with."})
     model: str = field(default="{}", metadata={"help": "Options of CogLMConfig: JSON, or a mapping in the YAML file."})
     embed_codes: bool = field(
         default=False,
@@ -112,12 +102,8 @@ def make_model(config: CogLMTrainConfig, tokenizer: IcetkTokenizer, data: TokenD
         model = load_model(CogLMModel, config.init_from, "init_from", **options)
         data.require_fit(model.config, tokenizer)
         config.put_adapter(model, trained=True)
-        if config.new_token is not None:
-            token_id = tokenizer.convert_tokens_to_ids(config.new_token)
-            learn_token(model, token_id, tokenizer.encode(config.initializer))
+        config.learn_new_token(model, tokenizer)
         return model
-    if config.new_token is not None:
-        raise ValueError("`new_token` is learned by a trained model. Name it by `init_from`.")
     model = CogLMModel(
         CogLMConfig(
             **{
@@ -150,28 +136,6 @@ def embed_codes(model: CogLMModel, vqvae: PreTrainedModel) -> None:
     weight = codes @ turn.T
     table = model.word_embeddings.weight[: len(codes)]
     table.mul_(0.3).add_(weight * (model.config.initializer_range / weight.std()))
-
-
-def add_new_token(config: CogLMTrainConfig, tokenizer: IcetkTokenizer) -> None:
-    """Let the tokenizer know the word that is to be learned."""
-    if config.new_token is None:
-        return
-    check_new_token(tokenizer, config.new_token, "new_token")
-    tokenizer.add_tokens([config.new_token])
-
-
-def saving(config: CogLMTrainConfig, words: list[str]):
-    """What saves the trained model: all of it, or what was learned beside it, such as an adapter and these words."""
-    save_adapter = config.saving("transformer", words)
-    if config.new_token is None:
-        return save_adapter
-
-    def save(model: CogLMModel, folder: Path) -> None:
-        write_learned_token(folder, config.new_token, model.word_embeddings.rows[0], config.initializer)
-        if save_adapter is not None:
-            save_adapter(model, folder)
-
-    return save
 
 
 def make_batch(
@@ -302,8 +266,9 @@ def main(arguments: list[str] | None = None) -> CogLMModel | None:
     config = parse_config(CogLMTrainConfig, arguments, description=__doc__)
     set_seed(config.seed)
     tokenizer = IcetkTokenizer.from_pretrained(config.tokenizer)
-    add_new_token(config, tokenizer)
+    config.add_new_token(tokenizer, trained=config.init_from is not None)
     data = config.load_data(tokenizer)
+    config.require_new_token(data)
     model = make_model_once(functools.partial(make_model, config, tokenizer, data))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -323,7 +288,7 @@ def main(arguments: list[str] | None = None) -> CogLMModel | None:
         functools.partial(compute_loss, model.config.num_image_tokens, config.text_loss_weight),
         functools.partial(loss_weight, model.config.num_image_tokens, config.text_loss_weight),
         None if vqvae is None else functools.partial(make_samples, config, vqvae, data),
-        save=saving(config, config.learned_words(data, tokenizer)),
+        save=config.saving("transformer", config.learned_words(data, tokenizer)),
         validation=config.validation_batches(
             tokenizer,
             functools.partial(make_batch, config, model.config, tokenizer),

@@ -33,6 +33,7 @@ from cogview_pipelines.training.data.captions import with_full_stop
 from cogview_pipelines.training.data.draws import Draw, draw_index, released_index, seeded_generator
 from cogview_pipelines.training.data.tokens import TokenData, TokenTrainConfig
 from cogview_pipelines.training.loop import train
+from cogview_pipelines.training.new_tokens import NewTokenOptions
 from cogview_pipelines.training.processes import load_model, make_model_once
 from cogview_pipelines.training.samples_cogview import (
     CogViewBatch,
@@ -50,7 +51,7 @@ BETWEEN = 8  # commands of a sample with two pictures: [ROI1] [BASE] [BOI1] [EOI
 
 
 @dataclass
-class CogViewTrainConfig(TokenTrainConfig):
+class CogViewTrainConfig(NewTokenOptions, TokenTrainConfig):
     vqvae: str | None = field(default=None, metadata={"help": "Image tokenizer, for sample pictures."})
     init_from: str | None = field(default=None, metadata={"help": "Trained CogView to go on from."})
     model: str = field(
@@ -130,11 +131,19 @@ class CogViewTrainConfig(TokenTrainConfig):
         for name in ("text_loss_weight", "caption_image_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must be at least 0, but is {getattr(self, name)}.")
+        if self.new_token is not None and self.component != "transformer":
+            task = "super_resolution" if self.super_resolution_probability == 1 else "caption"
+            raise ValueError(
+                f"`new_token` is learned by the `transformer`, which draws pictures, but `{task}_probability` is 1, "
+                f"so that a `{self.component}` is trained. Lower it, or leave `new_token` out."
+            )
 
 
 def load_data(config: CogViewTrainConfig, tokenizer: CogViewTokenizer) -> TokenData:
     """The pictures to train on, if they are as the samples need them."""
+    config.add_new_token(tokenizer, trained=config.init_from is not None)
     data = config.load_data(tokenizer)
+    config.require_new_token(data, styles=config.style_probability > 0)
     if config.super_resolution_probability:
         rows, columns = data.require_fine().low.shape[1:]
         if tuple(data.fine.shape[1:]) != (2 * rows, 2 * columns):
@@ -155,6 +164,7 @@ def make_model(config: CogViewTrainConfig, tokenizer: CogViewTokenizer, data: To
         model = load_model(CogViewModel, config.init_from, "init_from", **options)
         data.require_fit(model.config, tokenizer)
         config.put_adapter(model, trained=True)
+        config.learn_new_token(model, tokenizer)
         return model
     rows, columns = data.low.shape[1:]
     positions = rows * columns + 3 + config.max_text_tokens
@@ -354,7 +364,7 @@ def main(arguments: list[str] | None = None) -> CogViewModel | None:
         config.compression_rate = choose_rate(vqvae, config.compression_rate)
     words = []
     if config.component != "super_resolution_transformer":
-        words = config.learned_words(data, tokenizer, styles=config.style_probability > 0)
+        words = config.learned_words(data, tokenizer, config.component, styles=config.style_probability > 0)
     trained = train(
         config,
         model,

@@ -210,13 +210,16 @@ export class Tokenizer {
 const CHINESE = "\\u3400-\\u9fff\\uf900-\\ufaff";
 const SAYS_SOMETHING = /[\p{L}\p{N}]/u;
 const HAS_CHINESE = new RegExp(`[${CHINESE}]`, "u");
+const BEGINS_CHINESE = new RegExp(`^[${CHINESE}]`, "u");
 const MARKS = ",;:.!?\\uff0c\\uff1b\\uff1a\\uff01\\uff1f\\u3001\\u3002";
 // What hangs in the air where a word is gone.
 const SIGNS = "[-\\u2013\\u2014'\\u2019&+/|=]+";
 const HANGING = new RegExp(`(?<![\\p{L}\\p{N}_])${SIGNS}|${SIGNS}(?![\\p{L}\\p{N}_])`, "gu");
 const MARK = new RegExp(`\\s*([${MARKS}])(?:\\s*[${MARKS}])*`, "gu"); // several, with nothing between them any more
 const END = new RegExp(`^[${MARKS}\\s]+|[,;:\\uff0c\\uff1b\\uff1a\\u3001\\s]+$`, "gu");
-const WORD = new RegExp(`[${CHINESE}]+|(?:(?![${CHINESE}])[\\p{L}\\p{N}])+`, "gu");
+// What stands in angle brackets is a word of its own: learned words are mostly called so.
+const BRACKETED = "[<\\uff1c][^<>\\uff1c\\uff1e\\s]+[>\\uff1e]";
+const WORD = new RegExp(`${BRACKETED}|[${CHINESE}]+|(?:(?![${CHINESE}])[\\p{L}\\p{N}])+`, "gu");
 
 // Letter by letter: at the end of a whole word, a small sigma would become another one.
 function fold(text) {
@@ -225,7 +228,6 @@ function fold(text) {
 
 function unknownWords(text, known) {
   const words = new Set(known.flatMap((word) => fold(word).match(WORD) ?? []));
-  const isChinese = (run) => new RegExp(`^[${CHINESE}]`, "u").test(run);
   const longest = Math.max(0, ...[...words].filter(isChinese).map((word) => word.length));
   const found = new Set();
   for (const run of fold(text).match(WORD) ?? []) {
@@ -238,14 +240,19 @@ function unknownWords(text, known) {
 // A text without some of its unknown words, and what is left of the punctuation around them.
 function withoutWords(text, unknown, known) {
   const words = new Set(known.flatMap((word) => fold(word).match(WORD) ?? []));
-  const longest = Math.max(0, ...[...words].filter((word) => HAS_CHINESE.test(word)).map((word) => word.length));
+  const longest = Math.max(0, ...[...words].filter(isChinese).map((word) => word.length));
   const kept = (run) => {
-    if (!HAS_CHINESE.test(run)) return (fold(run).match(WORD) ?? []).every((word) => unknown.has(word)) ? "" : run;
+    if (!isChinese(run)) return (fold(run).match(WORD) ?? []).every((word) => unknown.has(word)) ? "" : run;
     const parts = cutOf(run.normalize("NFKC"), words, longest).filter(([part, isKnown]) => isKnown || !unknown.has(part));
     return parts.map(([part]) => part).join("");
   };
   text = text.replace(WORD, kept).replace(HANGING, " ").replace(MARK, "$1");
   return text.split(/\s+/u).filter(Boolean).join(" ").replace(END, "");
+}
+
+// Whether a run of letters is one of Chinese characters.
+function isChinese(run) {
+  return BEGINS_CHINESE.test(run);
 }
 
 // What is between the known words of a run of Chinese.

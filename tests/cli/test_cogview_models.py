@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from cogview_pipelines import CogViewCaptionPipeline, CogViewPipeline, CogViewUpscalePipeline
+from cogview_pipelines.loaders.textual_inversion import write_learned_token
 from cogview_pipelines.pictures.png import read_metadata
 
 from ..utils_cogview import make_cogview, make_cogview_tokenizer, make_cogview_vq
@@ -176,6 +177,28 @@ def test_attention_is_that_of_the_picture_that_is_drawn(cogview2, cogview, tmp_p
     assert files <= {path.name for path in (tmp_path / "out").iterdir()}
     assert_bad_input(cogview2("attend", CAT, "--style", "cool", "--model", cogview, "-o", tmp_path / "a"), "style")
     assert_bad_input(cogview2("attend", CAT, "--head", "2,0", "--model", cogview, "-o", tmp_path / "b"), "below 2,4")
+
+
+def test_a_learned_word_is_loaded_by_every_command_that_reads_texts(cogview2, cogview, picture, tmp_path):
+    word, row = "<my-car>", torch.randn(32, generator=torch.Generator().manual_seed(5))
+    lora = ("--model", cogview, "--lora", write_learned_token(tmp_path / "word", word, 3 * row, "car").parent)
+    path, finer = tmp_path / "made.png", tmp_path / "finer.png"
+    for command in (
+        ("generate", word, "--seed", 3, "--num-candidates", 2, "--output", path),
+        ("upscale", picture, "--prompt", word, "--seed", 3, "--output", finer),
+        ("score", picture, word),
+    ):
+        result = cogview2(*command, *lora)
+        assert result.exit_code == 0 and "Warning" not in result.stderr, result.stderr
+    loss = float(result.stdout.split()[0])
+    pipe = load(CogViewPipeline, cogview)
+    pipe.load_textual_inversion(tmp_path / "word")
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    assert np.array_equal(pixels(path), np.asarray(pipe(word, num_candidates=2, generator=generators).images[0]))
+    upscaler, captioner = (kind.from_pipe(pipe) for kind in (CogViewUpscalePipeline, CogViewCaptionPipeline))
+    made = upscaler(Image.open(picture), word, generator=torch.Generator().manual_seed(3)).images[0]
+    assert np.array_equal(pixels(finer), np.asarray(made))
+    assert loss == pytest.approx(float(captioner.caption_loss(Image.open(picture), word)), abs=1e-3)
 
 
 def test_whole_numbers_are_for_cogview2(cogview2, cogview, tmp_path):

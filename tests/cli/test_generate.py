@@ -322,6 +322,26 @@ def test_characters_outside_the_vocabulary_are_named_and_no_obstacle(cogview2, t
     assert warning in result.stderr.splitlines()
 
 
+def test_what_the_model_does_not_know_is_told_once_in_a_command(cogview2, tmp_path):
+    guided = ("--guidance-scale", 2, "--negative-prompt", "a dog ♜", "--height", LOW_SIZE)
+    result = cogview2("generate", "a cat ☃", "a ☃ dog", "Ж", *guided, "--output", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert [line for line in result.stderr.splitlines() if line.startswith("Warning")] == [
+        "Warning: the model does not know this part of the prompt, and goes by the rest: ☃",
+        "Warning: the model does not know this part of the negative prompt, and goes by the rest: ♜",
+        "Warning: the model knows nothing of the prompt: Ж",
+    ]
+    lines = [{"id": str(index), "prompt": f"a cat {end}"} for index, end in enumerate(("", "☃", "☃ ♜", "☃"))]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    result = cogview2("generate", "--requests", tmp_path / "list.jsonl", *guided, "--output", tmp_path / "made")
+    assert result.exit_code == 0, result.output
+    told = "Warning: the model does not know this part of the {} of {}, line {}, and goes by the rest: {}"
+    assert [line for line in result.stderr.splitlines() if line.startswith("Warning")] == [
+        told.format(name, tmp_path / "list.jsonl", number, part)
+        for name, number, part in (("negative prompt", 1, "♜"), ("prompt", 2, "☃"), ("prompt", 3, "♜"))
+    ]
+
+
 @pytest.mark.parametrize(
     "arguments, parts",
     [

@@ -76,8 +76,9 @@ def test_what_the_model_cannot_read_of_a_text_is_told(cogview2, files):
         effect = "so its share in the score says little" if command[0] == "score" else "and goes by the rest"
         assert line == f"Warning: the model does not know this part of the prompt, {effect}: ☃"
         assert "Warning" not in cogview2(*("a cat" if part == "a cat ☃" else part for part in command)).stderr
-    result = cogview2("score", files / "image.png", "a cat", "☃ and a cat")
-    assert "does not know this part of prompt 2, so its share in the score says little: ☃" in result.stderr
+    result = cogview2("score", files / "image.png", "a cat", "☃ and a cat", "a ☃ ♜")
+    assert "does not know this part of the prompts, so its share in the score says little: ☃, ♜" in result.stderr
+    assert result.stderr.count("Warning: ") == 1
 
 
 def test_upscale_enlarges(cogview2, files):

@@ -258,7 +258,7 @@ def test_what_the_model_cannot_read_of_a_line_is_told_with_its_place(cogview2, w
     result = run(cogview2, command, path)
     assert result.exit_code == 0, result.output
     line, *others = [line for line in result.stderr.splitlines() if line.startswith("Warning: ")]
-    name = "prompt 2" if command == "score" else "the prompt"
+    name = "the prompts" if command == "score" else "the prompt"
     effect = "so its share in the score says little" if command == "score" else "and goes by the rest"
     assert f"this part of {name} of {path}, line 2, {effect}: ☃" in line
     assert [other.partition("this part of ")[2] for other in others] == (

@@ -137,6 +137,12 @@ def test_pieces_are_put_together_to_words(pieces, words):
     assert words_of(pieces) == words
 
 
+def test_a_piece_that_was_added_is_a_word_of_its_own():
+    pieces = ["▁a", "<my-cat>", "s", "▁on", "<my-cat>", "."]
+    expected = [("a", [0]), ("<my-cat>", [1]), ("s", [2]), ("on", [3]), ("<my-cat>", [4]), (".", [5])]
+    assert words_of(pieces, ["<my-cat>"]) == expected
+
+
 @pytest.mark.parametrize(("layout", "at_least"), [("single", 0.8), ("pair", 0.5)])
 def test_on_drawings_a_word_is_looked_at_where_its_object_is(layout, at_least):
     pipe = CogView2Pipeline.from_pretrained(SHIPPED_MODEL)

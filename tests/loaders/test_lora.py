@@ -11,14 +11,24 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from cogview_pipelines import CogView2CaptionPipeline, CogView2Pipeline, CogView2UpscalePipeline, IcetkTokenizer
+from cogview_pipelines import (
+    CogView2CaptionPipeline,
+    CogView2Pipeline,
+    CogView2UpscalePipeline,
+    CogViewCaptionPipeline,
+    CogViewPipeline,
+    CogViewTokenizer,
+    IcetkTokenizer,
+)
 from cogview_pipelines.generation import decoders
 from cogview_pipelines.generation.decoders import fused_decoding_refusals
 from cogview_pipelines.loaders.lora_files import read_lora, write_lora
+from cogview_pipelines.loaders.textual_inversion import write_learned_token
 from cogview_pipelines.models.adapters import active_adapters, adapter_layers
 
-from ..pipelines.conftest import build
+from ..pipelines.conftest import build, build_cogview
 from ..utils import make_image_tokens
+from ..utils_cogview import make_cogview_tokenizer
 from .conftest import STAGES, random_adapter
 
 NAN = float("nan")
@@ -831,6 +841,129 @@ def test_words_of_a_fused_adapter_are_those_of_the_model(worded, unload, tmp_pat
         pipe.unload_lora_weights()
         assert pipe.tokenizer.known_words == ["a", "tiger", "老虎"]
         assert pipe.tokenizer.unknown_parts(PROMPT) == ["red", "红色"]
+
+
+@pytest.fixture
+def worded_cogview(tmp_path):
+    """A CogView that knows some words, and the folder of adapters that know another: of what draws, of what scores."""
+    make_cogview_tokenizer(tmp_path).save_pretrained(tmp_path / "tokenizer")
+    pipe = build_cogview(CogViewTokenizer.from_pretrained(tmp_path / "tokenizer", known_words=["a", "tiger"]))
+    for part, word in (("transformer", "red"), ("caption_transformer", "blue")):
+        path = random_adapter({part: getattr(pipe, part)}, tmp_path / word)
+        weights, configs, _ = read_lora(path, [part])
+        write_lora(tmp_path / word, weights, configs, known_words=[word])
+    return pipe, tmp_path
+
+
+def unknown_of(pipe):
+    """What a CogView does not know of a text that it draws, and of one that it scores."""
+    tokenizer, prompt = pipe.tokenizer, "a red tiger blue"
+    drawn = tokenizer.unknown_parts(prompt)
+    assert tokenizer.known_text(prompt).split() == [word for word in prompt.split() if word not in drawn]
+    return drawn, tokenizer.unknown_parts(prompt, CogViewCaptionPipeline.from_pipe(pipe).caption_component)
+
+
+def test_words_of_an_adapter_are_known_to_the_model_that_it_is_for(worded_cogview):
+    pipe, folder = worded_cogview
+    nothing = (["red", "blue"], ["red", "blue"])
+    assert unknown_of(pipe) == nothing
+    pipe.load_lora_weights(folder / "red", "red")
+    assert unknown_of(pipe) == (["blue"], ["red", "blue"])
+    pipe.load_lora_weights(folder / "blue", "blue")
+    assert unknown_of(pipe) == (["blue"], ["red"])
+    for off, on in (
+        (lambda: pipe.set_adapters("red"), lambda: pipe.set_adapters(["red", "blue"])),
+        (lambda: pipe.set_adapters(["red", "blue"], [1.0, 0.0]), lambda: pipe.set_adapters(["red", "blue"])),
+        (lambda: pipe.delete_adapters("blue"), lambda: pipe.load_lora_weights(folder / "blue", "blue")),
+    ):
+        off()
+        assert unknown_of(pipe) == (["blue"], ["red", "blue"])
+        on()
+        assert unknown_of(pipe) == (["blue"], ["red"])
+    pipe.disable_lora()
+    assert unknown_of(pipe) == nothing
+    pipe.enable_lora()
+    assert unknown_of(pipe) == (["blue"], ["red"])
+    pipe.unload_lora_weights()
+    assert unknown_of(pipe) == nothing
+
+
+@pytest.mark.parametrize("way", ["loaded", "fused", "unloaded"])
+def test_words_that_one_model_of_several_knows_are_saved(worded_cogview, way):
+    pipe, folder = worded_cogview
+    for word in ("red", "blue"):
+        pipe.load_lora_weights(folder / word, word)
+    if way != "loaded":
+        pipe.fuse_lora()
+    if way == "unloaded":
+        pipe.unload_lora_weights()
+    assert unknown_of(pipe) == (["blue"], ["red"])
+    for name in ("first", "second"):  # what was saved is saved again
+        pipe.save_pretrained(folder / name)
+        pipe = CogViewPipeline.from_pretrained(folder / name)
+        assert unknown_of(pipe) == (["blue"], ["red"])
+        assert pipe.tokenizer.known_words == ["a", "tiger", *(["red"] if way != "loaded" else [])]
+    assert pipe.tokenizer.add_known_words(["red, blue"]) == ["red", "blue"]  # to all of them
+    pipe.save_pretrained(folder / "third")
+    assert unknown_of(pipe) == unknown_of(CogViewPipeline.from_pretrained(folder / "third")) == ([], [])
+
+
+def test_words_that_a_model_learns_are_its_own_whatever_adapters_know(worded):
+    pipe, folder = worded
+    pipe.load_lora_weights(folder, "warm")
+    assert pipe.tokenizer.add_known_words(["a red tiger"]) == ["red"]
+    pipe.unload_lora_weights()
+    assert pipe.tokenizer.unknown_parts(PROMPT) == ["红色"]
+
+
+def test_where_one_model_draws_and_scores_it_knows_the_words_in_both(worded_cogview):
+    pipe, folder = worded_cogview
+    parts = {name: getattr(pipe, name) for name in ("tokenizer", "vqvae", "transformer")}
+    pipe = CogViewPipeline(**parts)
+    pipe.load_lora_weights(folder / "red", "red")
+    assert unknown_of(pipe) == (["blue"], ["blue"])
+    CogViewCaptionPipeline.from_pipe(pipe).load_lora_weights(folder / "blue", "blue")
+    assert unknown_of(pipe) == ([], [])
+
+
+def test_words_of_an_adapter_of_two_models_are_known_to_both(worded_cogview, tmp_path):
+    pipe, folder = worded_cogview
+    found = [read_lora(folder / word, ["transformer", "caption_transformer"]) for word in ("red", "blue")]
+    weights, configs = ({**found[0][part], **found[1][part]} for part in (0, 1))
+    write_lora(tmp_path / "both", weights, configs, known_words=["red", "blue"])
+    pipe.load_lora_weights(tmp_path / "both", "both")
+    assert unknown_of(pipe) == ([], [])
+    pipe.save_adapter(tmp_path / "again", "both")
+    assert read_lora(tmp_path / "again", ["transformer", "caption_transformer"]).known_words == ["red", "blue"]
+    pipe.set_adapters("both", {"transformer": 0.0})
+    assert unknown_of(pipe) == (["red", "blue"], [])
+
+
+def test_the_warning_is_that_of_the_model_that_reads_the_text(worded_cogview, caplog):
+    caplog.set_level("WARNING", "cogview_pipelines.unknown_words")
+    pipe, folder = worded_cogview
+    pipe.load_lora_weights(folder / "blue")
+    pipe.check_inputs("a blue tiger")
+    CogViewCaptionPipeline.from_pipe(pipe).check_texts("a blue tiger")
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "cogview_pipelines.unknown_words"]
+    assert message == "The model does not know this part of `prompt`, and goes by the rest: ['blue']."
+
+
+def test_a_learned_word_is_known_whatever_adapters_count(worded, tmp_path):
+    pipe, folder = worded
+    prompt = "a <my-car>, red tiger"
+    pipe.load_lora_weights(folder, "warm")
+    assert pipe.tokenizer.unknown_parts(prompt) == ["<my-car>"]
+    assert pipe.tokenizer.known_text(prompt) == "a, red tiger"
+    write_learned_token(tmp_path, "<my-car>", torch.zeros(pipe.transformer.config.hidden_size), "tiger")
+    pipe.load_textual_inversion(tmp_path)
+    assert pipe.tokenizer.unknown_parts(prompt) == []
+    for change in (pipe.disable_lora, pipe.enable_lora, lambda: pipe.set_adapters("warm", 0.0), pipe.fuse_lora):
+        change()
+        assert "<my-car>" not in pipe.tokenizer.unknown_parts(prompt)
+        assert "<my-car>" in pipe.tokenizer.known_text(prompt)
+    pipe.unload_lora_weights()
+    assert pipe.tokenizer.unknown_parts(f"{prompt}, <your-car>") == ["red", "<your-car>"]
 
 
 @pytest.mark.parametrize("words", ['"warm"', "[1]", "{", "[" * 100_000])

@@ -1,17 +1,21 @@
 """Learned words: trained on frozen weights, loaded into all stages, saved; and words that users add themselves."""
 
 import json
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from cogview_pipelines import (
-    CogLMModel,
     CogView2CaptionPipeline,
     CogView2Pipeline,
+    CogViewCaptionPipeline,
+    CogViewModel,
     CogViewPipeline,
+    CogViewTokenizer,
     CogViewUpscalePipeline,
+    IcetkTokenizer,
 )
 from cogview_pipelines.loaders.textual_inversion import EMBEDDING_NAME, write_learned_token
 from cogview_pipelines.models.learned_tokens import LearnedTokens, learn_token
@@ -20,15 +24,17 @@ from ..pipelines.conftest import build, build_cogview
 from ..training_scripts.conftest import (  # noqa: F401 - fixtures
     as_arguments,
     coglm_folder,
+    cogview_tokenizer_folder,
     fresh_accelerate_state,
     load_script,
     metrics,
     stop_after,
     tokenizer_folder,
+    write_cogview_token_folder,
     write_token_folder,
 )
 from ..utils import make_coglm, make_image_tokens, make_tokenizer, token_config
-from ..utils_cogview import make_cogview_tokenizer
+from ..utils_cogview import make_cogview, make_cogview_tokenizer, make_cogview_vq
 
 WORD = "<my-car>"
 
@@ -177,8 +183,6 @@ def test_a_learned_word_needs_the_model_that_learned_it(cogview, learned):
 
 
 def test_a_word_that_was_added_is_known_whatever_the_list_of_words_says(tmp_path):
-    from cogview_pipelines import IcetkTokenizer
-
     make_tokenizer(tmp_path).save_pretrained(tmp_path / "saved")
     tokenizer = IcetkTokenizer.from_pretrained(tmp_path / "saved", known_words=["a", "cat"])
     tokenizer.add_tokens(["Zugspitze"])
@@ -227,7 +231,7 @@ def test_mistakes_are_named_and_change_nothing(pipe, learned, tmp_path):
 def test_a_learned_row_acts_like_a_row_of_the_table(tokenizer):
     model, plain = (make_coglm(**token_config(tokenizer)) for _ in range(2))
     size = model.config.vocab_size
-    learned = learn_token(model, size, [50, 51])
+    learned = learn_token(model, size, tokenizer, "a car")
     plain.resize_token_embeddings(size + 1, mean_resizing=False)
     with torch.no_grad():
         plain.word_embeddings.weight[size] = learned.rows[0]
@@ -241,32 +245,47 @@ def test_a_learned_row_acts_like_a_row_of_the_table(tokenizer):
 
 
 @pytest.fixture
-def run(coglm_folder, tokenizer_folder, tmp_path):  # noqa: F811
+def cogview_folder(tmp_path_factory):
+    """A tiny CogView, saved as the shipped one is: in float16."""
+    folder = tmp_path_factory.mktemp("saved_cogview") / "transformer"
+    make_cogview().half().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=["train_coglm", "train_cogview"])
+def trained(request):
+    """A script that learns words, and the folders of the model and of the tokenizer that it goes on from."""
+    names = {
+        "train_coglm": ("coglm_folder", "tokenizer_folder"),
+        "train_cogview": ("cogview_folder", "cogview_tokenizer_folder"),
+    }[request.param]
+    return request.param, *map(request.getfixturevalue, names)
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    script, model, tokenizer = trained
     captions = [{"en": [f"a {WORD} on a blue background."]} for _ in range(20)]
-    data = write_token_folder(tmp_path / "data", captions=captions)
+    write = write_token_folder if script == "train_coglm" else write_cogview_token_folder
+    data = write(tmp_path / "data", captions=captions)
 
     def start(folder="run", **options):
-        common = {
-            "init_from": coglm_folder,
-            "tokenizer": tokenizer_folder,
-            "data": data,
-            "output_dir": tmp_path / folder,
-        }
+        common = {"init_from": model, "tokenizer": tokenizer, "data": data, "output_dir": tmp_path / folder}
         common |= {"new_token": WORD, "initializer": "a car", "batch_size": 4, "max_steps": 6, "warmup_steps": 0}
         common |= {"learning_rate": 0.05, "log_every_steps": 1}
-        result = load_script("train_coglm").main(as_arguments({**common, **options}))
-        return result, tmp_path / folder
+        options = {name: value for name, value in {**common, **options}.items() if value is not None}
+        return load_script(script).main(as_arguments(options)), tmp_path / folder
 
     return start
 
 
-def test_one_word_is_learned_on_frozen_weights(run, coglm_folder):  # noqa: F811
+def test_one_word_is_learned_on_frozen_weights(run, trained):
     model, folder = run()
     assert [path.name for path in (folder / "final").iterdir()] == [EMBEDDING_NAME]
     assert isinstance(model.word_embeddings, LearnedTokens)
     losses = [line["loss"] for line in metrics(folder)]
     assert losses[-1] < losses[0]
-    before = CogLMModel.from_pretrained(coglm_folder, dtype=torch.float32).state_dict()
+    before = type(model).from_pretrained(trained[1], dtype=torch.float32).state_dict()
     after = {name.replace(".table.", "."): value for name, value in model.state_dict().items()}
     assert all(torch.equal(after[name], value) for name, value in before.items())
     row = load_file(folder / "final" / EMBEDDING_NAME)[WORD]
@@ -287,6 +306,106 @@ def test_a_resumed_run_learns_the_same_word_and_an_adapter_may_be_learned_with_i
     assert json.loads((parts / "run.json").read_text())["state"] == "finished"
 
 
-def test_a_word_must_be_new_and_the_model_trained(run):
-    with pytest.raises(ValueError, match="`new_token` must be a new one, but the tokenizer has '<start_of_image>'"):
-        run(new_token="<start_of_image>")
+def test_a_word_must_be_new_stand_in_captions_and_begin_with_what_is_known(run, trained, tmp_path):
+    script, _, tokenizer = trained
+    old = "▁a"  # a piece of both tokenizers
+    for message, options in (
+        (f"`new_token` must be a new one, but the tokenizer has '{old}'", {"new_token": old}),
+        (
+            "`new_token` must be a word of the captions in `data`, but none of them has '<other>'",
+            {"new_token": "<other>"},
+        ),
+        ("`new_token` is learned by a trained model. Name it by `init_from`.", {"init_from": None}),
+        (
+            "`initializer` must be words that the model knows, but is 'a ☃', of which it does not know ☃.",
+            {"initializer": "a ☃"},
+        ),
+        ("`initializer` is what a new word begins with, but there is none, and it is 'a car'.", {"new_token": None}),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            run(**options)
+    kind = IcetkTokenizer if script == "train_coglm" else CogViewTokenizer
+    kind.from_pretrained(tokenizer, known_words=["a", "blue", "background", "on"]).save_pretrained(tmp_path / "words")
+    with pytest.raises(ValueError, match=r"`initializer` must be words that the model knows, .* does not know car"):
+        run(tokenizer=tmp_path / "words")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("task", ["caption", "super_resolution"])
+def test_a_word_is_learned_by_the_model_that_draws(
+    cogview_folder,
+    cogview_tokenizer_folder,  # noqa: F811
+    tmp_path,
+    task,
+):
+    """Others read, in its place, what it began with."""
+    options = {"init_from": cogview_folder, "tokenizer": cogview_tokenizer_folder, "data": tmp_path}
+    options |= {"output_dir": tmp_path / "run", "new_token": WORD, f"{task}_probability": 1.0}
+    message = f"`{task}_probability` is 1, so that a `{task}_transformer` is trained. Lower it"
+    with pytest.raises(ValueError, match=message):
+        load_script("train_cogview").main(as_arguments(options))
+
+
+def test_a_word_without_an_initializer_begins_as_the_mean_of_all_pieces(cogview):
+    model, tokenizer = cogview.transformer, cogview.tokenizer
+    pieces = model.word_embeddings.weight[tokenizer.num_image_tokens : tokenizer.command_token_id]
+    assert torch.allclose(learn_token(model, len(tokenizer), tokenizer, "").rows[0], pieces.mean(0), atol=1e-6)
+
+
+def test_a_row_has_its_whole_gradient_where_those_of_the_table_are_shrunk(tokenizer):
+    """Else it would learn how it is written rather than what it means."""
+    gradients = []
+    for scale in (1.0, 0.1):
+        model = make_coglm(**token_config(tokenizer), embedding_gradient_scale=scale)
+        size = model.config.vocab_size
+        learned = learn_token(model, size, tokenizer, "car")
+        ids = make_image_tokens(1)
+        ids[0, 3] = size
+        model(ids, torch.arange(ids.shape[1])[None]).logits.logsumexp(-1).sum().backward()
+        gradients.append(learned.rows.grad)
+    assert torch.equal(*gradients) and gradients[0].any()
+
+
+def test_a_word_that_a_cogview_learned_is_read_by_all_that_read_texts(
+    cogview_folder,
+    cogview_tokenizer_folder,  # noqa: F811
+    tmp_path,
+):
+    """As with the shipped model, one transformer draws, describes and chooses."""
+    folder = write_cogview_token_folder(tmp_path / "data", captions=[{"en": f"a {WORD}"}] * 20)
+    options = {"init_from": cogview_folder, "tokenizer": cogview_tokenizer_folder, "data": folder, "new_token": WORD}
+    options |= {"initializer": "car", "max_steps": 2, "warmup_steps": 0, "learning_rate": 0.5, "batch_size": 2}
+    options |= {"caption_probability": 0.5, "output_dir": tmp_path / "run"}
+    load_script("train_cogview").main(as_arguments(options))
+    tokenizer = CogViewTokenizer.from_pretrained(cogview_tokenizer_folder, known_words=["a", "car"])
+    tokenizer.save_pretrained(tmp_path / "words")
+    tokenizer = CogViewTokenizer.from_pretrained(tmp_path / "words")
+    pipe = CogViewPipeline(tokenizer, make_cogview_vq(), CogViewModel.from_pretrained(cogview_folder))
+    pipe.set_progress_bar_config(disable=True)
+
+    def results(pipe, prompt):
+        generator = torch.Generator().manual_seed(1)
+        chosen = pipe(prompt, num_candidates=3, generator=generator, output_type="latent")
+        captioner = CogViewCaptionPipeline.from_pipe(pipe)
+        loss = captioner.caption_loss(None, prompt, tokens=torch.arange(16).view(1, 4, 4)).tolist()
+        return chosen.tokens.tolist(), chosen.scores, loss
+
+    assert tokenizer.unknown_parts(f"a {WORD}") == [WORD] and tokenizer.known_text(f"a {WORD}") == "a"
+    pipe.load_textual_inversion(tmp_path / "run/final")
+    assert tokenizer.unknown_parts(f"a {WORD}") == [] and tokenizer.known_text(f"a {WORD}") == f"a {WORD}"
+    expected = results(pipe, f"a {WORD}")
+    for one, other in zip(expected, results(pipe, "a car")):
+        assert one != other
+    pipe.save_pretrained(tmp_path / "model")
+    loaded = CogViewPipeline.from_pretrained(tmp_path / "model")
+    loaded.set_progress_bar_config(disable=True)
+    assert results(loaded, f"a {WORD}") == expected
+    assert loaded.tokenizer.unknown_parts(f"a {WORD} truck") == ["truck"]
+
+
+@pytest.mark.parametrize("family", ["pipe", "cogview"])
+def test_attention_maps_have_a_learned_word_by_itself(request, learned, family):
+    pipe = request.getfixturevalue(family)
+    pipe.load_textual_inversion(learned[0])
+    maps = pipe.attention_maps(f"a {WORD} on", generator=torch.Generator().manual_seed(3))
+    assert maps.words == ["a", WORD, "on"]

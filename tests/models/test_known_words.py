@@ -19,6 +19,14 @@ def test_unknown_words_are_named_once_and_in_order():
     assert words.unknown("") == words.unknown("... 。") == []
 
 
+def test_what_stands_in_angle_brackets_is_a_word_of_its_own():
+    words = KnownWords(["a", "my", "cat", "<Mine>", "<猫>", "猫"])
+    text = "a <my-cat> cat, <mine>, ＜my-cat＞, <猫>猫, a < b >"
+    assert words.unknown(text) == ["<my-cat>", "b"]
+    assert words.without(text, {"<my-cat>"}) == "a cat, <mine>, <猫>猫, a < b >"
+    assert KnownWords(["猫"]).unknown("<猫>猫") == ["<猫>"]
+
+
 def test_those_chinese_words_count_that_leave_the_fewest_characters():
     assert KnownWords(["熊", "熊猫"]).unknown("熊猫猫") == ["猫"]
     assert KnownWords(["甲", "甲乙", "乙丙丁"]).unknown("甲乙丙丁") == []

@@ -216,7 +216,7 @@ MUTATIONS = [
     Mutation(
         "inpaint: what the model cannot read is not told",
         "cli/inpaint_and_upscale.py",
-        "        warn_of_unknown_in(pipe.tokenizer, request)\n",
+        "        warn_of_unknown_in(pipe, request)\n",
         "",
         "cli/test_inpaint_and_upscale.py::test_what_the_model_cannot_read_of_a_text_is_told",
     ),

@@ -123,4 +123,11 @@ MUTATIONS = [
         '""',
         f"{TESTS}::test_a_weight_that_changes_counts_in_steps_that_are_kept",
     ),
+    Mutation(
+        "adapters: words of the model that scores are known to the one that draws",
+        "loaders/lora.py",
+        "adapters.fused_words(model), part)",
+        'adapters.fused_words(model), "transformer")',
+        f"{TESTS}::test_words_of_an_adapter_are_known_to_the_model_that_it_is_for",
+    ),
 ]

@@ -298,4 +298,11 @@ MUTATIONS = [
         "pipelines/common/test_unknown_words.py::"
         "test_texts_are_scored_with_all_of_their_words_and_those_not_known_are_named",
     ),
+    Mutation(
+        "warnings: words that the model does not know are named in every call",
+        "pipelines/common/base.py",
+        "told = self._told.setdefault(name, set())",
+        "told: set[str] = set()",
+        "pipelines/common/test_unknown_words.py::test_a_word_that_the_model_does_not_know_is_named_once",
+    ),
 ]

@@ -73,12 +73,12 @@ def test_prompts_and_negative_prompts_go_by_the_rest_if_there_is_any(running):
 @pytest.mark.parametrize("family", ["running", "running_cogview"])
 def test_texts_that_are_scored_keep_all_words(request, family):
     server = request.getfixturevalue(family)
-    form = {"data": {"prompt": ["a cat", "a zebra cat"]}, "files": {"image": png(picture(32, 32))}}
+    form = {"data": {"prompt": ["a cat", "a zebra cat", "zebra"]}, "files": {"image": png(picture(32, 32))}}
     told = "The model does not know this part of `prompt`, so its share in the score says little: zebra"
     assert warnings(server, "scores", **form) == {"prompt": told}
     with server.client() as client:
         losses = [row["caption_loss"] for row in client.post("/v1/images/scores", **form).json()["data"]]
-    assert len(set(losses)) == 2
+    assert len(set(losses)) == 3
 
 
 def shown(states):
@@ -105,8 +105,16 @@ def test_the_page_tells_what_it_leaves_out_of_prompts_and_negative_prompts(page)
     ):
         found = shown(state)
         assert 'data-state="done"' in found, found
-        for word in ("zebra", "unicorn"):
-            assert f"does not know this part of the text, and goes by the rest: {word}<" in found
+        assert "does not know this part of the text, and goes by the rest: zebra, unicorn<" in found
+
+
+def test_the_page_tells_each_part_once(page):
+    """However many texts have it."""
+    common = {"count": 1, "seed": "1", "style": "", "temperature": "", "language": "en", "guidance": "2"}
+    asked = {"prompt": "a zebra cat", "negative": "a zebra", "candidates": 1, "size": f"{LOW}x{LOW}", "steps": 0}
+    assert shown(page.create(**asked, **common)).count("zebra<") == 1
+    found = shown(page.score(url(picture()), "a cat\na zebra\nzebra", "en"))
+    assert "so its share in the loss says little: zebra<" in found and found.count("says little") == 1
 
 
 def test_the_page_tells_what_it_scores_without_knowing_it(page):

@@ -517,6 +517,20 @@ def test_an_adapter_brings_the_words_of_the_styles_that_it_has_learned(
         assert ("painting" in words) is bool(share)
 
 
+def test_an_adapter_of_captioning_brings_the_words_that_it_writes(script, cogview_tokenizer_folder, tmp_path):
+    rows = [{"en": "a red cat", "targets": {"en": "a blue cat"}}] * 20
+    tokenizer = CogViewTokenizer.from_pretrained(
+        cogview_tokenizer_folder, known_words=["a", "cat"], component_words={"transformer": ["red"]}
+    )
+    data = TokenData.load(write_cogview_token_folder(tmp_path, styles=False, captions=rows), tokenizer)
+    for share, words in ((0.5, []), (1.0, ["blue"])):
+        config = script.CogViewTrainConfig(
+            output_dir="", data="", tokenizer="", lora_rank=2, caption_probability=share
+        )
+        assert config.learned_words(data, tokenizer, config.component) == words
+    assert config.learned_words(data, CogViewTokenizer.from_pretrained(cogview_tokenizer_folder)) == []
+
+
 def test_adapters_that_were_saved_with_the_model_are_named(run, cogview_tokenizer_folder, tmp_path, caplog):
     pipe = build_cogview(CogViewTokenizer.from_pretrained(cogview_tokenizer_folder))
     add_adapter(pipe.transformer, "style", 2)

@@ -56,7 +56,7 @@ def attend(
     config = pipe.transformer.config
     if chosen is not None and not (chosen[0] < config.num_hidden_layers and chosen[1] < config.num_attention_heads):
         fail(f"`--head` must be below {config.num_hidden_layers},{config.num_attention_heads}, but is {head}.")
-    warn_of_unknown(pipe.tokenizer, prompt)
+    warn_of_unknown(pipe, [prompt])
     pipe.set_progress_bar_config(disable=None)
     import torch
 

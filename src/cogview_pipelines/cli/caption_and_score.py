@@ -184,8 +184,7 @@ def score(
     with bad_input():
         texts = [check_prompt(prompt) for prompt in prompts]
     pipe = _load(choice, quiet=True)
-    for text in texts:
-        warn_of_unknown(pipe.tokenizer, text, _name_of_text(text, texts), scored=True)
+    _warn_of_unknown(pipe, texts)
     with bad_input((ValueError, TypeError)), failures():
         rows = _scores(pipe, picture, texts, max_batch_size)
     for row in rows:
@@ -354,15 +353,13 @@ def _caption_batch(pipe, requests: Sequence[Request], pictures: list) -> Iterato
 def _score_batch(pipe, requests: Sequence[Request], pictures: list) -> Iterator[dict]:
     (request,), (picture,) = requests, pictures
     arguments = request.arguments
-    for text in arguments["prompts"]:
-        name = f"{_name_of_text(text, arguments['prompts'])} of {request.where}"
-        warn_of_unknown(pipe.tokenizer, text, name, scored=True)
+    _warn_of_unknown(pipe, arguments["prompts"], request.where)
     yield {"scores": _scores(pipe, picture, arguments["prompts"], arguments.get("max_batch_size"))}
 
 
-def _name_of_text(text: str, texts: Sequence[str]) -> str:
-    """What warnings call one of several texts."""
-    return "the prompt" if len(texts) == 1 else f"prompt {texts.index(text) + 1}"
+def _warn_of_unknown(pipe, texts: Sequence[str], place: str = "") -> None:
+    """Say which parts of texts that are scored the model does not know."""
+    warn_of_unknown(pipe, texts, "the prompt" if len(texts) == 1 else "the prompts", place, scored=True)
 
 
 # Both ----------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -14,6 +14,7 @@ import typer
 from ..reports import Reports
 
 if TYPE_CHECKING:
+    from ..pipelines.common.base import PipelineBase
     from .requests import Request
 
 BAD_INPUT = 2
@@ -82,20 +83,24 @@ def whole_numbers(text: str, count: int) -> tuple[int, ...] | None:
     return tuple(map(int, parts))
 
 
-def warn_of_unknown(tokenizer, text: str, name: str = "the prompt", scored: bool = False) -> None:
-    """Say on stderr which parts of a text that is drawn, or scored, the model does not know, if there are any."""
-    from ..pipelines.common.unknown_words import message
+def warn_of_unknown(
+    pipe: "PipelineBase", texts: Sequence[str], name: str = "the prompt", place: str = "", scored: bool = False
+) -> None:
+    """
+    Say on stderr which parts of texts that are drawn, or scored, the model does not know, each part once in a command:
+    with the place of the text that has it first.
+    """
+    from ..pipelines.common.unknown_words import messages
 
-    told = message(tokenizer, text, name, scored)
-    if told:
+    where = f"{name} of {place}" if place else name
+    for told in messages(pipe.find_unknown(texts, name, scored), where):
         say(f"Warning: {told[0].lower()}{told[1:]}", err=True)
 
 
-def warn_of_unknown_in(tokenizer, request: "Request") -> None:
+def warn_of_unknown_in(pipe: "PipelineBase", request: "Request") -> None:
     """The same of all texts of a request that is drawn."""
-    place = f" of {request.where}" if request.where else ""
-    warn_of_unknown(tokenizer, request.prompt, f"the prompt{place}")
-    warn_of_unknown(tokenizer, request.arguments.get("negative_prompt", ""), f"the negative prompt{place}")
+    warn_of_unknown(pipe, [request.prompt], "the prompt", request.where)
+    warn_of_unknown(pipe, [request.arguments.get("negative_prompt", "")], "the negative prompt", request.where)
 
 
 @contextlib.contextmanager

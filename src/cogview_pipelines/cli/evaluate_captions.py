@@ -159,7 +159,7 @@ def _build_run(options, chosen, radii, rows, references, made, folder: Path) -> 
         check_taken(pipe, call)
         used = pipe.check_inputs("a", **call)  # what is wrong with all captions is said once
         _check_captions(rows, lambda caption: pipe.check_inputs(caption, **call))
-        warn_of_unknown(pipe.tokenizer, call.get("negative_prompt", ""), "the negative prompt")
+        warn_of_unknown(pipe, [call.get("negative_prompt", "")], "the negative prompt")
     scores = {"caption_loss": _caption_loss(captioner)}
     clip = None if options.clip is None else _load_clip(options.clip, device)
     if clip is not None:

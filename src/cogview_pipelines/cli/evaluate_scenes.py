@@ -87,7 +87,7 @@ def _check_call(pipe: "CogView2PipelineBase", cases: list["Case"], call: dict) -
         settings = pipe.check_inputs("a", **call)
         for case in cases:
             pipe.check_inputs(case.caption, **call)
-    warn_of_unknown(pipe.tokenizer, call.get("negative_prompt", ""), "the negative prompt")
+    warn_of_unknown(pipe, [call.get("negative_prompt", "")], "the negative prompt")
     return settings
 
 

@@ -379,7 +379,7 @@ def _plan(pipe: "PipelineBase", request: Request, paths: list[Path]) -> list[Job
 
     check_taken(pipe, request.arguments)
     settings = pipe.check_inputs(request.prompt, **request.arguments)
-    warn_of_unknown_in(pipe.tokenizer, request)
+    warn_of_unknown_in(pipe, request)
     settings = chosen_settings(settings)
     seed = choose_seed(request.seed)
     candidates, batch_size = (request.arguments.get(name) for name in ("num_candidates", "max_batch_size"))

@@ -268,7 +268,7 @@ class _Run:
         if problem is not None:
             fail(f"`--output`: {problem}")
         job, pipe = _Job(request, seed, paths), self._load()
-        warn_of_unknown_in(pipe.tokenizer, request)
+        warn_of_unknown_in(pipe, request)
         with bad_input((ValueError, TypeError)), failures():
             for path, image, metadata in self._results(pipe, job, contents, pictures):
                 self._save(image, path, metadata)
@@ -318,7 +318,7 @@ class _Run:
         with failures(), manifest_of(folder, jobs, kept) as add_line:
             for job in missing:
                 assert pipe is not None
-                warn_of_unknown_in(pipe.tokenizer, job.request)
+                warn_of_unknown_in(pipe, job.request)
                 try:
                     for file, image, metadata in self._results(pipe, job, *_read(job.request)):
                         with failed.of_writing(job.request.where):

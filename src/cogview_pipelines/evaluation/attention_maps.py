@@ -1,7 +1,7 @@
 """Where a model looks while it writes a picture: attention to words and cells, of every head of every layer."""
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import PIL.Image
@@ -159,18 +159,19 @@ def read_attention(
     )
 
 
-def words_of(pieces: Sequence[str]) -> list[tuple[str, list[int]]]:
+def words_of(pieces: Sequence[str], whole: Collection[str] = ()) -> list[tuple[str, list[int]]]:
     """
     Words, each with the indices of its pieces: a word ends at a space, at punctuation, and with every Chinese piece.
 
     Args:
         pieces (sequence of `str`): Of a SentencePiece tokenizer.
+        whole (collection of `str`): Pieces that are a word each, such as those that were added to the tokenizer.
     """
     words: list[tuple[str, list[int]]] = []
     for index, piece in enumerate(pieces):
         text = piece.replace(_WORD_START, "")
         before = words[-1][0] if words else ""
-        stands_alone = _is_chinese(text[:1]) or _is_chinese(before[-1:])
+        stands_alone = _is_chinese(text[:1]) or _is_chinese(before[-1:]) or piece in whole or before in whole
         begins = piece.startswith(_WORD_START) or stands_alone or _is_mark(text[:1]) != _is_mark(before[-1:])
         if words and (not before or not begins):
             words[-1] = (before + text, [*words[-1][1], index])

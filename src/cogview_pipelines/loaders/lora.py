@@ -28,7 +28,7 @@ logger = logging.get_logger(__name__)
 # In the folder of a saved pipeline: its adapters, one file each, and by how much they count.
 LORA_FOLDER, LORA_INDEX = "lora", "adapters.json"
 LONGEST_FILE_NAME = 255  # bytes, on the file systems in use
-READS_TEXT = "transformer"  # the component whose adapter knows new words, or does not
+READ_TEXTS = ("transformer", "caption_transformer")  # the components whose adapters know new words, or do not
 
 AdapterWeights = float | Mapping[str, float] | Sequence[float | Mapping[str, float] | None] | None
 
@@ -80,7 +80,8 @@ class LoraLoaderMixin(Mixed):
     ) -> None:
         """
         Load an adapter; it counts from now on, beside those that do already. The words that it has learned are known
-        as long as it counts.
+        as long as it counts, to the model that it is for: `transformer`, which draws prompts (and scores them, where
+        there is no other model for it), or `caption_transformer`.
 
         Args:
             pretrained_model_name_or_path_or_dict: A folder, a file, a Hub id, or the matrices.
@@ -122,7 +123,7 @@ class LoraLoaderMixin(Mixed):
         try:
             for part, own in weights.items():
                 if part in models:
-                    own_words = words if part == READS_TEXT else []
+                    own_words = words if part in READ_TEXTS else []
                     adapters.load_adapter(models[part], adapter_name, own, configs[part], own_words)
                     done.append(models[part])
         except BaseException:  # the one that failed has cleaned up behind itself
@@ -202,8 +203,8 @@ class LoraLoaderMixin(Mixed):
         """Write an adapter of these components, which all have it."""
         weights = {part: adapters.adapter_weights(model, adapter_name) for part, model in models.items()}
         configs = {part: adapters.adapter_config(model, adapter_name) for part, model in models.items()}
-        words = adapters.adapter_words(models[READS_TEXT], [adapter_name]) if READS_TEXT in models else []
-        return write_lora(folder, weights, configs, weight_name, words)
+        words = [word for model in models.values() for word in adapters.adapter_words(model, [adapter_name])]
+        return write_lora(folder, weights, configs, weight_name, list(dict.fromkeys(words)))
 
     def push_adapter_to_hub(
         self,
@@ -337,19 +338,22 @@ class LoraLoaderMixin(Mixed):
 
     def unload_lora_weights(self) -> None:
         """Remove all adapters. Those that are fused stay in the weights, and their words are known for good."""
-        text_model = self._lora_models().get(READS_TEXT)
-        stay = [] if text_model is None else adapters.fused_words(text_model)
-        for model in self._lora_models().values():
+        models = self._lora_models()
+        stay = {part: adapters.fused_words(model) for part, model in models.items()}
+        for model in models.values():
             adapters.unload_adapters(model)
         self._tell_words()
-        if stay and self.tokenizer is not None:
-            self.tokenizer.add_known_words(stay)
+        for part, words in stay.items():
+            if words and self.tokenizer is not None:
+                self.tokenizer.add_known_words(words, part)
 
     def _tell_words(self) -> None:
-        """Let the tokenizer know which words the adapters bring, as things stand now."""
-        model = self._lora_models().get(READS_TEXT)
-        if model is not None and self.tokenizer is not None:
-            self.tokenizer.set_adapter_words(adapters.active_words(model), adapters.fused_words(model))
+        """Let the tokenizer know which words the adapters of each component bring, as things stand now."""
+        if self.tokenizer is None:
+            return
+        for part, model in self._lora_models().items():
+            if part in READ_TEXTS:
+                self.tokenizer.set_adapter_words(adapters.active_words(model), adapters.fused_words(model), part)
 
     # Fusing ----------------------------------------------------------------------------------------------------------
 

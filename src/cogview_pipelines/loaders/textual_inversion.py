@@ -89,7 +89,6 @@ class TextualInversionLoaderMixin(Mixed):
         width = self.transformer.config.hidden_size
         if row.shape != (width,):
             raise ValueError(f"{path} is of a model of width {row.numel()}, but this one has {width}.")
-        token_ids = self.tokenizer.encode(initializer)
         self.tokenizer.add_tokens([token])
         token_id = self.tokenizer.convert_tokens_to_ids(token)
         lent = []
@@ -99,7 +98,7 @@ class TextualInversionLoaderMixin(Mixed):
             elif model is self.transformer:
                 set_token(model, token_id, row)
             else:
-                set_token(model, token_id, initial_row(model, token_ids, model.config.num_image_tokens))
+                set_token(model, token_id, initial_row(model, self.tokenizer, initializer))
         for model in lent:
             model.share_backbone(self.transformer)
 

@@ -11,7 +11,8 @@ _MARKS = ",;:.!?\uff0c\uff1b\uff1a\uff01\uff1f\u3001\u3002"
 _HANGING = re.compile(r"(?<!\w)[-\u2013\u2014'\u2019&+/|=]+|[-\u2013\u2014'\u2019&+/|=]+(?!\w)")
 _MARK = re.compile(rf"\s*([{_MARKS}])(?:\s*[{_MARKS}])*")  # several, with nothing between them any more
 _END = re.compile(rf"^[{_MARKS}\s]+|[,;:\uff0c\uff1b\uff1a\u3001\s]+$")
-_WORD = re.compile(rf"[{_CHINESE}]+|(?:(?![{_CHINESE}])[^\W_])+")
+# What stands in angle brackets is a word of its own: learned words are mostly called so.
+_WORD = re.compile(rf"[<\uff1c][^<>\uff1c\uff1e\s]+[>\uff1e]|[{_CHINESE}]+|(?:(?![{_CHINESE}])[^\W_])+")
 
 
 class KnownWords:

@@ -1,13 +1,12 @@
 """New tokens of a trained model (textual inversion): their embeddings are learned, all weights stay as they are."""
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedTokenizer
 
 from .layers import TokenEmbedding
+from .tokenization import CodesAndPiecesTokenizer
 
 
 class LearnedTokens(nn.Module):
@@ -65,33 +64,36 @@ def check_new_token(tokenizer: PreTrainedTokenizer, token: str, name: str = "tok
         raise ValueError(f"`{name}` must be a new one, but the tokenizer has {token!r}. Choose another.")
 
 
-def initial_row(model: nn.Module, token_ids: Sequence[int], num_image_tokens: int) -> torch.Tensor:
+def initial_row(model: nn.Module, tokenizer: CodesAndPiecesTokenizer, text: str) -> torch.Tensor:
     """
-    What the embedding of a new token begins with: the mean of those of other tokens, `(hidden_size,)`.
+    What the embedding of a new token begins with: the mean of those of a text, `(hidden_size,)`.
 
     Args:
         model (`PreTrainedModel`): The model.
-        token_ids (sequence of `int`): The other tokens; without any, all of text.
-        num_image_tokens (`int`): Where text begins in the table.
+        tokenizer ([`CodesAndPiecesTokenizer`]): Of the model.
+        text (`str`): The text; if it is empty, the mean is that of all pieces.
     """
     table = model.get_input_embeddings().weight.detach()
-    return (table[list(token_ids)] if token_ids else table[num_image_tokens:]).float().mean(0)
+    first = tokenizer.num_image_tokens
+    return table[tokenizer.encode(text) or slice(first, first + tokenizer.num_pieces)].float().mean(0)
 
 
-def learn_token(model: nn.Module, token_id: int, token_ids: Sequence[int]) -> LearnedTokens:
+def learn_token(model: nn.Module, token_id: int, tokenizer: CodesAndPiecesTokenizer, text: str) -> LearnedTokens:
     """
     Freeze a model but for the embedding of a new token.
 
     Args:
         model (`PreTrainedModel`): The model; trainable adapters on it stay trainable.
         token_id (`int`): Of the new token.
-        token_ids (sequence of `int`): The tokens whose mean it begins with.
+        tokenizer, text: Of [`initial_row`], which it begins with.
     """
-    row = initial_row(model, token_ids, model.config.num_image_tokens)
+    row = initial_row(model, tokenizer, text)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name and parameter.requires_grad)
+    # shrunk gradients keep a whole table steady; a single row would learn how it is written rather than what it means
+    model.config.embedding_gradient_scale = 1.0
     learned = LearnedTokens(model.get_input_embeddings(), token_id, row[None])
-    model.word_embeddings = learned
+    model.set_input_embeddings(learned)
     return learned
 
 

@@ -6,8 +6,8 @@ of a SentencePiece model, then tokens of the family's own.
 import functools
 import os
 import re
-from collections.abc import Iterable, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, groupby
 from pathlib import Path
 
 import sentencepiece
@@ -17,6 +17,7 @@ from ..json_lines import is_unicode
 from .known_words import KnownWords, has_chinese
 
 SENTENCE_ENDS = (".", "。", "!", "?", "！", "？")
+DRAWS = "transformer"  # what the model that reads texts to draw them is called in a pipeline
 _IMAGE_TOKEN = re.compile(r"<image_(0|[1-9][0-9]*)>")
 
 
@@ -36,6 +37,9 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
         known_words (sequence of `str`, *optional*):
             All words that the model was trained on, where those are few: others are parts of a text that it does not
             know, although they have pieces. Saved with the tokenizer.
+        component_words (`dict[str, list[str]]`, *optional*):
+            By component of the pipeline, words that this one knows, and others do not; those of the one that draws are
+            among `known_words`, too. Saved with the tokenizer.
         kwargs: As for [`~transformers.PreTrainedTokenizer`].
     """
 
@@ -51,6 +55,7 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
         special_tokens: dict[str, str],
         extra_special_tokens: Sequence[str] = (),
         known_words: Sequence[str] | None = None,
+        component_words: Mapping[str, Sequence[str]] | None = None,
         **kwargs,
     ):
         special = {name: kwargs.pop(name, None) or token for name, token in special_tokens.items()}
@@ -64,77 +69,103 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
         # The special pieces are looked up again: their saved ids are wrong if `num_image_tokens` is another one now.
         added = kwargs.pop("added_tokens_decoder", {})
         kwargs["added_tokens_decoder"] = {i: token for i, token in added.items() if not self._is_own(token.content)}
-        self._own_words = None if known_words is None else list(known_words)
-        self._fused_words: list[str] = []
-        self._known_words: KnownWords | None = None
+        self._component_words = {name: list(words) for name, words in (component_words or {}).items()}
+        alone = set(self._component_words.get(DRAWS, ()))
+        self._own_words = None if known_words is None else [word for word in known_words if word not in alone]
+        # By component, words of adapters that count, and of those that are part of the weights.
+        self._active_words: dict[str, list[str]] = {}
+        self._fused_words: dict[str, list[str]] = {}
+        self._lists: dict[str, KnownWords] = {}
         if known_words is not None:
             kwargs["known_words"] = list(known_words)  # saved by this name
         super().__init__(extra_special_tokens=extra, **special, **kwargs)
-        self.set_adapter_words()
+        self._keep_words()
 
     @property
     def known_words(self) -> list[str] | None:
-        """All words that the weights know, fused adapters among them; `None` where there is no list of them."""
-        return None if self._own_words is None else list(dict.fromkeys([*self._own_words, *self._fused_words]))
+        """All words that the weights that draw know, fused adapters among them; `None` where there is no list."""
+        return None if self._own_words is None else _once(self._own_words, self._words_of(DRAWS))
 
-    def unknown_words(self, texts: Iterable[str]) -> list[str]:
+    def unknown_words(self, texts: Iterable[str], component: str = DRAWS) -> list[str]:
         """
         Words of these texts that are not in the list `known_words`, nor tokens that were added, each once; none where
         there is no list.
 
         Args:
             texts (iterable of `str`): Such as captions.
+            component (`str`): What the model that reads them is called in a pipeline.
         """
-        found: dict[str, None] = {}
-        if self._known_words is not None:
-            for text in texts:
-                whole, left = self._unknown_words(text)
-                found.update(dict.fromkeys(word for word in whole if any(part in word for part in left)))
-        return list(found)
+        return [] if self._own_words is None else self._words_outside(self._known_to(component), texts)
 
-    def add_known_words(self, texts: Iterable[str]) -> list[str]:
+    def add_known_words(self, texts: Iterable[str], component: str | None = None) -> list[str]:
         """
         Say that the model knows the words of these texts now, because it was trained on them.
 
         Args:
             texts (iterable of `str`): Such as captions.
+            component (`str`, *optional*): The one that does, by its name in a pipeline; default: all of the model.
 
         Returns:
-            `list[str]`: The words that were not in the list `known_words` before. Nothing is done, and the list is
-            empty, if there is none: then no word counts as unknown.
+            `list[str]`: The words that were not in its list before, whatever adapters know. Nothing is done, and the
+            list is empty, if there is none: then no word counts as unknown.
         """
-        added = self.unknown_words(texts)
-        if added and self._own_words is not None:
-            self._own_words += added
-            self._keep_words(self._lent_words)
+        if self._own_words is None:
+            return []
+        more = [] if component is None else self._component_words.setdefault(component, [])
+        added = self._words_outside(KnownWords([*self._own_words, *more]), texts)
+        (self._own_words if component is None else more).extend(added)
+        self._keep_words()
         return added
 
-    def set_adapter_words(self, active: Iterable[str] = (), fused: Iterable[str] = ()) -> None:
+    def set_adapter_words(self, active: Iterable[str] = (), fused: Iterable[str] = (), component: str = DRAWS) -> None:
         """
-        Say which words the adapters of the model bring, in place of what was said before; nothing is done where there
-        is no list `known_words`.
+        Say which words the adapters of a model bring, in place of what was said of it before; nothing is done where
+        there is no list `known_words`.
 
         Args:
             active (iterable of `str`): Words of adapters that count: known, but not saved with the tokenizer.
             fused (iterable of `str`): Words of adapters that are part of the weights: they are saved.
+            component (`str`): What the model is called in a pipeline.
         """
-        self._fused_words = list(fused)
-        self._keep_words(active)
+        self._active_words[component], self._fused_words[component] = list(active), list(fused)
+        self._keep_words()
 
-    def _keep_words(self, lent: Iterable[str]) -> None:
-        self._lent_words = list(lent)
-        words = self.known_words
-        if words is not None:
-            self.init_kwargs["known_words"] = words  # what is saved
-            self._known_words = KnownWords([*words, *self._lent_words])
+    def _keep_words(self) -> None:
+        self._lists.clear()  # made again when they are asked for
+        if self._own_words is None:
+            return
+        self.init_kwargs["known_words"] = self.known_words  # what is saved
+        self.init_kwargs.pop("component_words", None)
+        words = {name: self._words_of(name) for name in (*self._component_words, *self._fused_words)}
+        if any(words.values()):
+            self.init_kwargs["component_words"] = {name: own for name, own in words.items() if own}
 
-    def _unknown_words(self, text: str) -> tuple[list[str], list[str]]:
-        """Words of a text that are not in the list, and what added tokens leave of them."""
-        if self._known_words is None:
-            return [], []
+    def _words_of(self, component: str) -> list[str]:
+        """Words that the weights of a component know, and those of others do not."""
+        words = _once(self._component_words.get(component, ()), self._fused_words.get(component, ()))
+        known_to_all = set(self._own_words or ())
+        return [word for word in words if word not in known_to_all]
+
+    def _known_to(self, component: str) -> KnownWords:
+        """All words that a component knows now, where there is a list."""
+        if component not in self._lists:
+            active = self._active_words.get(component, ())
+            self._lists[component] = KnownWords([*(self._own_words or ()), *self._words_of(component), *active])
+        return self._lists[component]
+
+    def _words_outside(self, known: KnownWords, texts: Iterable[str]) -> list[str]:
+        """Words of texts that are not in a list, nor added tokens, each once."""
+        found: dict[str, None] = {}
+        for text in texts:
+            whole, left = self._split_by(known, text)
+            found.update(dict.fromkeys(word for word in whole if any(part in word for part in left)))
+        return list(found)
+
+    def _split_by(self, known: KnownWords, text: str) -> tuple[list[str], list[str]]:
+        """Words of a text that are not in a list, and what added tokens leave of them."""
         # A token that was added since is known, whatever the list says, and a word of the list whatever is added.
-        own = [part for part in self.tokens_trie.split(text) if not self._is_added(part)]
-        return self._known_words.unknown(text), self._known_words.unknown(" ".join(own))
+        own = [part for part in self.tokens_trie.split(text) if not self.is_added(part)]
+        return known.unknown(text), known.unknown(" ".join(own))
 
     def load_model(self, vocab_file: str | os.PathLike, num_image_tokens: int) -> None:
         """Read the SentencePiece model and check the number of image codes."""
@@ -282,11 +313,11 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
             return self._tokenize(text, keep_linebreaks)
         pieces: list[str] = []
         for part in self.tokens_trie.split(text):
-            pieces += [part] if self._is_added(part) else self._tokenize(part, keep_linebreaks)
+            pieces += [part] if self.is_added(part) else self._tokenize(part, keep_linebreaks)
         return pieces
 
-    def _is_added(self, part: str) -> bool:
-        """Whether a part of a text is a token that `add_tokens` added."""
+    def is_added(self, part: str) -> bool:
+        """Whether a part of a text is a token that `add_tokens` added, such as a learned word."""
         return self._added_tokens_encoder.get(part, -1) >= self.vocab_size
 
     def _tokenize(self, text: str, keep_linebreaks: bool = False) -> list[str]:
@@ -310,19 +341,20 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
                 f"`text` must be Unicode text, but {text[:60]!r} holds half of a surrogate pair."
             ) from None
 
-    def unknown_parts(self, text: str) -> list[str]:
+    def unknown_parts(self, text: str, component: str = DRAWS) -> list[str]:
         """
         The parts of a text that are lost on a model, each once: runs of characters that have no piece, and where the
         model brings the list of its words (`known_words`), words that are not among them.
 
         Args:
             text (`str`): Any text, also empty.
+            component (`str`): What the model that reads it is called in a pipeline.
 
         Raises:
             TypeError: If `text` is not a string.
             ValueError: If it holds half of a surrogate pair.
         """
-        whole, left = self._unknown_words(text)
+        whole, left = ([], []) if self._own_words is None else self._split_by(self._known_to(component), text)
         words = [word for word in left if any(word in one for one in whole)]
         parts = self.parts_without_piece(text)
         return words + [part for part in parts if not any(part.casefold() in word for word in words)]
@@ -343,7 +375,7 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
             TypeError, ValueError: As [`unknown_parts`][CodesAndPiecesTokenizer.unknown_parts].
         """
         unknown = set(self.unknown_parts(text))
-        if self._known_words is None or not unknown:
+        if self._own_words is None or not unknown:
             return text
         known = self._known_part(text, unknown)
         return known if _says_something(known) else text
@@ -361,9 +393,9 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
         return _says_something(self._known_part(text, set(self.unknown_parts(text))))
 
     def _known_part(self, text: str, unknown: set[str]) -> str:
-        words = self._known_words or KnownWords(())
+        words = self._known_to(DRAWS)
         parts = self.tokens_trie.split(text)
-        kept = [part if self._is_added(part) else self._without(part, words, unknown) for part in parts]
+        kept = [part if self.is_added(part) else self._without(part, words, unknown) for part in parts]
         return " ".join(kept).strip()
 
     def _without(self, text: str, words: KnownWords, unknown: set[str]) -> str:
@@ -447,6 +479,11 @@ class CodesAndPiecesTokenizer(PreTrainedTokenizer):
     def __setstate__(self, state: dict):
         self.__dict__.update(state)
         self.sp_model = self.load_processor(self._model)
+
+
+def _once(*lists: Iterable[str]) -> list[str]:
+    """What is in several lists, each once."""
+    return list(dict.fromkeys(chain(*lists)))
 
 
 def _says_something(text: str) -> bool:

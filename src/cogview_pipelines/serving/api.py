@@ -130,7 +130,7 @@ class _Api:
             [image] = await read_pictures(files, "image", self.settings)
             work = alone(functools.partial(self.studio.score, wanted, image))
             data = await _result(request, place, "score", work)
-            warnings = self.studio.warnings(scored=True, prompt=" ".join(wanted.prompt))
+            warnings = self.studio.warnings(scored=True, prompt=wanted.prompt)
             return JSONResponse({"object": "list", "model": self.studio.name, "data": data, "warnings": warnings})
 
     async def _pictures(

@@ -320,16 +320,9 @@ class Page:
         return page_html.pictures(made, contents, notes, language, targets)
 
     def _notes(self, texts: Iterable[str], language: str, scored: bool = False) -> list[str]:
-        """What the model does not know of texts, each once."""
-        tokenizer = self.studio.text_to_image.tokenizer
-        unknown = {each: tokenizer.unknown_parts(each) for each in dict.fromkeys(texts)}
-        return [
-            text(
-                f"unknown_{unknown_words.outcome(tokenizer, each, scored)}", language, parts=unknown_words.show(parts)
-            )
-            for each, parts in unknown.items()
-            if parts
-        ]
+        """What the model does not know of texts, each part once."""
+        found = self.studio.find_unknown(texts, scored)
+        return [text(f"unknown_{kind}", language, parts=unknown_words.show(parts)) for kind, parts in found.items()]
 
     async def _picture(self, url: Any, name: str) -> tuple[Image.Image, dict[str, str]]:
         """What page.js sent, and what the files of results say of it."""

@@ -7,7 +7,7 @@ import inspect
 import io
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from ..pipelines.common.arguments import check_taken
 from ..pipelines.common.notifier import Callback
 from ..pipelines.common.picture_metadata import chosen_settings, of_change, of_generation, of_maker
 from ..pipelines.common.preview_budget import PreviewBudget
-from ..pipelines.common.unknown_words import message
+from ..pipelines.common.unknown_words import find_unknown, messages
 from .errors import ApiError, bad_request
 from .jobs import Job, Stage, Work, checkpoint
 from .schemas import (
@@ -360,14 +360,24 @@ class Studio:
         made.image.convert("RGB" if kind == "jpeg" else made.image.mode).save(content, KINDS[kind], quality=quality)
         return content.getvalue()
 
-    def warnings(self, scored: bool = False, **texts: str | None) -> list[dict[str, str]]:
+    def find_unknown(self, texts: Iterable[str], scored: bool = False) -> dict[str, list[str]]:
+        """What the model does not know of texts that are drawn, or scored, by what becomes of it; each part once."""
+        pipe = self.text_to_image
+        return find_unknown(pipe.tokenizer, texts, pipe.caption_component if scored else None)
+
+    def warnings(self, scored: bool = False, **texts: str | list[str] | None) -> list[dict[str, str]]:
         """
         What an answer is to say about the texts of its request, by their fields: what the model does not know of
         those that are drawn, or are `scored`.
         """
-        tokenizer = self.text_to_image.tokenizer
-        told = {name: message(tokenizer, text, f"`{name}`", scored) for name, text in texts.items() if text}
-        return [{"message": each, "code": "unreadable_text", "param": name} for name, each in told.items() if each]
+        told = {
+            name: messages(self.find_unknown([own] if isinstance(own, str) else own, scored), f"`{name}`")
+            for name, own in texts.items()
+            if own
+        }
+        return [
+            {"message": each, "code": "unreadable_text", "param": name} for name, own in told.items() for each in own
+        ]
 
     # Parts -----------------------------------------------------------------------------------------------------------
 

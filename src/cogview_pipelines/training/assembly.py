@@ -139,9 +139,9 @@ class Parts:
 
     def tokenizer(self, kind: type[CodesAndPiecesTokenizer], styles: bool) -> CodesAndPiecesTokenizer:
         """The text tokenizer, with the words of `words_file` and `data`, and of its styles where models read those."""
-        words = {}
+        words: dict[str, Any] = {}
         if self.config.words_file is not None:
-            words["known_words"] = read_words(self.config.words_file)
+            words = {"known_words": read_words(self.config.words_file), "component_words": None}
         tokenizer = kind.from_pretrained(**self.require("tokenizer"), **words)
         if self.config.data is not None:
             tokenizer.add_known_words(TokenData.load(self.config.data, tokenizer).texts(styles=styles))

@@ -102,16 +102,36 @@ def test_words_of_adapters_are_known_while_they_count_and_saved_when_they_are_fu
     tokenizer.set_adapter_words(["dog"], ["猫"])
     assert tokenizer.unknown_parts("a cat, a dog, 猫 and") == ["and"]
     assert tokenizer.known_words == ["a", "cat", "猫"]
-    assert tokenizer.add_known_words(["a dog and"]) == ["and"]  # the adapter knows the dog
     tokenizer.save_pretrained(tmp_path)
-    assert IcetkTokenizer.from_pretrained(tmp_path).known_words == tokenizer.known_words == ["a", "cat", "and", "猫"]
+    assert IcetkTokenizer.from_pretrained(tmp_path).known_words == tokenizer.known_words
     tokenizer.set_adapter_words()
-    assert tokenizer.unknown_parts("a cat, a dog, 猫 and") == ["dog", "猫"]
+    assert tokenizer.unknown_parts("a cat, a dog, 猫 and") == ["dog", "猫", "and"]
+    tokenizer.set_adapter_words(["dog"], ["猫"])
+    assert tokenizer.add_known_words(["a dog and"]) == ["dog", "and"]  # whatever an adapter knows besides
+    assert tokenizer.known_words == ["a", "cat", "dog", "and", "猫"]
+    tokenizer.set_adapter_words()
+    assert tokenizer.unknown_parts("a cat, a dog, 猫 and") == ["猫"]
     tokenizer.save_pretrained(tmp_path)
-    assert IcetkTokenizer.from_pretrained(tmp_path).known_words == ["a", "cat", "and"]
+    assert IcetkTokenizer.from_pretrained(tmp_path).known_words == ["a", "cat", "dog", "and"]
     without = IcetkTokenizer(MODEL)
     without.set_adapter_words(["dog"], ["cat"])
     assert without.known_words is None and without.unknown_words(["a dog"]) == without.unknown_parts("a dog") == []
+
+
+def test_words_that_one_component_knows_are_unknown_to_others(tmp_path):
+    tokenizer = IcetkTokenizer(MODEL, known_words=["a"], component_words={"other": ["cat"]})
+    tokenizer.set_adapter_words(["dog"], ["猫"], "other")
+    for _ in range(2):  # as it is, and loaded
+        assert tokenizer.unknown_parts("a cat, 猫") == tokenizer.unknown_words(["a cat, 猫"]) == ["cat", "猫"]
+        assert tokenizer.unknown_parts("a cat, 猫, dog", "other") == (["dog"] if tokenizer.name_or_path else [])
+        assert tokenizer.unknown_words(["a cat, 猫"], "other") == [] and tokenizer.known_words == ["a"]
+        tokenizer.save_pretrained(tmp_path)
+        tokenizer = IcetkTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.add_known_words(["a bird, cat"], "other") == ["bird"]
+    assert tokenizer.unknown_parts("a cat, a bird") == ["cat", "bird"]
+    assert tokenizer.add_known_words(["a cat"]) == ["cat"] and tokenizer.unknown_parts("a cat, a bird") == ["bird"]
+    replaced = IcetkTokenizer.from_pretrained(tmp_path, known_words=["dog"], component_words=None)
+    assert replaced.unknown_parts("a dog, a cat", "other") == ["a", "cat"]
 
 
 def test_what_a_text_loses_is_told_part_by_part(released):

@@ -107,6 +107,19 @@ def test_what_guidance_leads_away_from_is_treated_as_the_prompt_is(own, caplog, 
     assert [("`prompt`" in message, "zebra" in message) for message in told(caplog)] == [(False, True), (True, False)]
 
 
+def test_a_negative_prompt_for_several_prompts_is_told_of_once(own, caplog):
+    own.check_inputs(["a cat", "a", "cat"], negative_prompt="wow, a 老虎", **GUIDED)
+    assert told(caplog) == ["The model does not know this part of `negative_prompt`, and goes by the rest: ['wow']."]
+
+
+def test_a_prompt_that_super_resolution_does_not_read_to_its_end_is_told_of_once(own, caplog):
+    own.direct_sr_transformer.config.num_text_slots = 3
+    own.check_inputs(["a cat, a cat", "a cat, a 老虎"])
+    own("a cat, a cat, a cat", output_type="latent")
+    found = [text for text in caplog.messages if text.startswith("Direct super-resolution reads")]
+    assert found == ["Direct super-resolution reads the first 2 tokens of a prompt; the longest has more."]
+
+
 def test_where_nothing_is_known_it_does_not_say_that_there_is_a_rest(own, caplog):
     own.check_inputs(["a wow", "a zebra, cat", "unicorn"], negative_prompt=["", "", "heraldry"], **GUIDED)
     assert told(caplog) == [

@@ -116,7 +116,9 @@ def check_text_length(texts: Sequence[Sequence[int]], max_text_tokens: int, what
 
 
 def _text_mask(ids: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
-    return (ids >= layout.num_image_tokens) & (ids < layout.command_token_id)
+    """True at pieces, and at words that were added behind the command tokens."""
+    end = layout.command_token_id + len(COMMAND_TOKENS)
+    return (ids >= layout.num_image_tokens) & ((ids < layout.command_token_id) | (ids >= end))
 
 
 def text_to_image(

@@ -113,6 +113,11 @@ class CogViewPipelineBase(PipelineBase):
         return next(name for name in self._needed if getattr(self, name) is not None)
 
     @property
+    def caption_component(self) -> str:
+        """Name of the component that writes captions, and reads those that are scored."""
+        return "transformer" if self.caption_transformer is None else "caption_transformer"
+
+    @property
     def layout(self) -> sequences.SequenceLayout:
         """Where things stand in the sequences of the model."""
         return getattr(self, self._model).config.layout

@@ -270,9 +270,8 @@ class CogViewPipeline(PreviewMixin, AttentionMixin, CogViewPipelineBase):
         """Indices of the `num_kept` best drafts of each prompt, best first, and their scores."""
         num_candidates = len(tokens) // len(prompts)
         if scorer is None:
-            name = "transformer" if self.caption_transformer is None else "caption_transformer"
-            with call.measure(name):
-                scores = self._caption_scores(name, tokens, texts, batch_size)
+            with call.measure(self.caption_component):
+                scores = self._caption_scores(self.caption_component, tokens, texts, batch_size)
         else:
             repeated = [prompt for prompt in prompts for _ in range(num_candidates)]
             scores = torch.as_tensor(scorer(self._decode(tokens, "pil"), repeated), dtype=torch.float32).detach().cpu()

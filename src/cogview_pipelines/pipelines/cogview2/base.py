@@ -275,9 +275,10 @@ class CogView2PipelineBase(PipelineBase):
         self._tell_unknown(prompts)
         if super_resolve and max(map(len, texts)) >= self.direct_sr_transformer.config.num_text_slots:
             slots = self.direct_sr_transformer.config.num_text_slots - 1
-            logger.warning(
-                f"Direct super-resolution reads the first {slots} tokens of a prompt; the longest has more."
-            )
+            told = f"Direct super-resolution reads the first {slots} tokens of a prompt; the longest has more."
+            if told not in self._told:
+                self._told[told] = set()
+                logger.warning(told)
         return texts
 
     def _encode_negative_prompts(

@@ -47,9 +47,10 @@ class AttentionMixin(Mixed):
             raise ValueError(f"`tokens` must have the shape ({rows}, {columns}), but have {tuple(tokens.shape)}.")
         sequence, ids, bias = self._written_sequence(prompts[0], tokens[None], call)
         places = sequence.text_mask[0].nonzero().flatten().tolist()
+        names = self.tokenizer.convert_ids_to_tokens(ids)
         words = [
             (word, [places[piece] for piece in pieces])
-            for word, pieces in words_of(self.tokenizer.convert_ids_to_tokens(ids))
+            for word, pieces in words_of(names, list(filter(self.tokenizer.is_added, names)))
         ]
         with self._running() as running, running.measure("transformer"):
             maps = read_attention(

@@ -23,7 +23,7 @@ from .memory import execution_device, pictures_that_fit
 from .notifier import Callback
 from .offloading import offload_stages
 from .outputs import PreviewOutput
-from .unknown_words import MESSAGES, outcome
+from .unknown_words import MESSAGES, find_unknown
 
 # A logger of its own: programs that tell their users in another way, as the command line does, switch it off.
 unknown_words = logging.getLogger("cogview_pipelines.unknown_words")
@@ -54,7 +54,7 @@ class PipelineBase(LoraLoaderMixin, TextualInversionLoaderMixin, DiffusionPipeli
         self._calls = RunningCalls()
         self._decoding = Decoding()
         self._loaded_from: str | os.PathLike | None = None
-        self._told: set[tuple[str, str]] = set()
+        self._told: dict[str, set[str]] = {}  # by what it is about, what warnings have said
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "PipelineBase":
@@ -389,15 +389,29 @@ class PipelineBase(LoraLoaderMixin, TextualInversionLoaderMixin, DiffusionPipeli
             if not self._calls:  # offloaded weights stay where another call needs them
                 self.maybe_free_model_hooks()
 
+    @property
+    def caption_component(self) -> str:
+        """Name of the component that writes captions, and reads those that are scored."""
+        return "transformer"
+
+    def find_unknown(self, texts: Sequence[str], name: str, scored: bool = False) -> dict[str, list[str]]:
+        """
+        What is to be told of texts that the model does not know all of, each part once in the life of this pipeline.
+
+        Args:
+            texts (sequence of `str`): The texts.
+            name (`str`): What they are: what was told of others does not count.
+            scored (`bool`): Whether they are scored, rather than drawn.
+
+        Returns:
+            `dict[str, list[str]]`: By a key of `unknown_words.MESSAGES`, the parts.
+        """
+        told = self._told.setdefault(name, set())
+        return find_unknown(self.tokenizer, texts, self.caption_component if scored else None, told)
+
     def _tell_unknown(self, texts: Sequence[str], name: str = "`prompt`", scored: bool = False) -> None:
-        """Warn of the words and characters that the model does not know, of each once in the life of this pipeline."""
-        found: dict[str, list[str]] = {}
-        for text in texts:
-            parts = [part for part in self.tokenizer.unknown_parts(text) if (name, part) not in self._told]
-            self._told.update((name, part) for part in parts)
-            if parts:
-                found.setdefault(outcome(self.tokenizer, text, scored), []).extend(parts)
-        for kind, parts in found.items():
+        """Warn of the words and characters that the model does not know."""
+        for kind, parts in self.find_unknown(texts, name, scored).items():
             unknown_words.warning(f"{MESSAGES[kind].format(name=name, parts=parts)}.")
 
     def _require_embeddings(self, texts: Sequence[Sequence[int]], name: str) -> None:

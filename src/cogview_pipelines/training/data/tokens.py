@@ -286,16 +286,17 @@ class TokenData:
         with replacing(folder / CAPTIONS_FILE) as partial, open(partial, "w", encoding="utf-8") as file:
             write_lines(file, captions)
 
-    def texts(self, styles: bool = True) -> Iterator[str]:
+    def texts(self, styles: bool = True, targets: bool = False) -> Iterator[str]:
         """
-        All texts that pictures are drawn from, in both languages; not `targets`, which are only ever written: a model
-        does not draw their words.
+        All texts that pictures are drawn from, in both languages.
 
         Args:
             styles (`bool`): Also the words of what pictures are called by their style, as CogView learns styles.
                 CogView2 reads captions alone.
+            targets (`bool`): The texts that captioning writes in their place, whose words a model does not draw.
         """
-        for own, names in zip(self.captions, self.styles):
+        captions = self.targets if targets and self.targets is not None else self.captions
+        for own, names in zip(captions, self.styles):
             yield from (text for language in LANGUAGES for text in own.get(language, ()))
             if styles:
                 for language, of_style in names.items():
@@ -496,16 +497,25 @@ class TokenTrainConfig(LoraOptions, TrainConfig):
         excluded = [os.path.relpath(path, folder) for path in self.excluded_shards]
         return TokenData.load(folder, tokenizer, excluded, cache=self.data_cache, cache_gb=self.data_cache_gb)
 
-    def learned_words(self, data: TokenData, tokenizer: CodesAndPiecesTokenizer, styles: bool = False) -> list[str]:
+    def learned_words(
+        self,
+        data: TokenData,
+        tokenizer: CodesAndPiecesTokenizer,
+        component: str = "transformer",
+        styles: bool = False,
+    ) -> list[str]:
         """
-        Words of the texts that an adapter learns to draw: those that are not among the ones that its model knows.
+        Words of the texts that an adapter learns: those that are not among the ones that its model knows.
 
         Args:
             data ([`TokenData`]): What it is trained on.
             tokenizer ([`CodesAndPiecesTokenizer`]): Of the model.
+            component (`str`): What the model is called in a pipeline; a `caption_transformer` learns what it writes.
             styles (`bool`): Whether it is trained on what pictures are called by their style, too.
         """
-        return [] if self.lora_rank is None else tokenizer.unknown_words(data.texts(styles))
+        if self.lora_rank is None:
+            return []
+        return tokenizer.unknown_words(data.texts(styles, targets=component == "caption_transformer"), component)
 
     def tell_losses(
         self,
