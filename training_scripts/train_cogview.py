@@ -34,6 +34,7 @@ from cogview_pipelines.training.data.draws import Draw, draw_index, released_ind
 from cogview_pipelines.training.data.tokens import TokenData, TokenTrainConfig
 from cogview_pipelines.training.loop import train
 from cogview_pipelines.training.new_tokens import NewTokenOptions
+from cogview_pipelines.training.noise import exchange_tokens
 from cogview_pipelines.training.processes import load_model, make_model_once
 from cogview_pipelines.training.samples_cogview import (
     CogViewBatch,
@@ -210,10 +211,10 @@ def make_batch(config: CogViewTrainConfig, model_config: CogViewConfig, data: To
     weights[is_caption[:, None] & is_picture] = config.caption_image_weight
     if config.noise_probability:
         for row, (sample, generator) in enumerate(zip(samples, generators)):
-            wrong = torch.rand(len(sample), generator=generator) < config.noise_probability
-            codes = torch.randint(layout.num_image_tokens, (len(sample),), generator=generator)
-            own = is_picture[row, : len(sample)] & wrong[:length]
-            input_ids[row, : len(sample)][own] = codes[:length][own]
+            read = torch.as_tensor(sample)
+            read = exchange_tokens(read, config.noise_probability, layout.num_image_tokens, generator)[:length]
+            own = is_picture[row, : len(read)]
+            input_ids[row, : len(read)][own] = read[own]
     return CogViewBatch(input_ids, positions, labels, weights)
 
 
