@@ -17,7 +17,7 @@ from PIL import Image
 # Of each tutorial, the grids that it wrote, how many pictures stand in a row of them, and how large they are shown.
 GRIDS = {
     "new_thing": (("new_backgrounds", "new_companions"), None, 120),
-    "style_learning": (("seen_things", "unseen_things"), 2, 80),
+    "style_learning": (("seen_things", "unseen_things"), 4, 80),
 }
 
 

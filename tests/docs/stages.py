@@ -158,8 +158,9 @@ def training(folder: Path) -> Stage:
 @stage("docs/style_learning.md")
 def style_learning(folder: Path) -> Stage:
     (folder / "COGVIEW").symlink_to(SHIPPED_MODELS["cogview-emoji"])
-    few = {"--style flat --output_dir": "--style flat --num 6 --output_dir", "--steps 120": "--steps 2"}
-    return {}, {**few, "--batch-size 8": "--batch-size 2", "--num_each 2": "--num_each 1"}
+    few = {"make --output_dir": "make --num 6 --output_dir", "measure": "measure --low --num_each 1"}
+    steps = {f"--steps {number} --batch-size 8": "--steps 2 --batch-size 2" for number in (120, 240)}
+    return {}, {**few, **steps, "outline_pictures --lora-rank": "outline_pictures --stage coglm --lora-rank"}
 
 
 @stage("docs/new_thing.md")
