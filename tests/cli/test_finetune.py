@@ -384,6 +384,26 @@ def test_a_signal_reaches_the_script_which_ends_in_its_own_way_or_by_it(tmp_path
     assert "Stopped. The same command goes on." in said
 
 
+def test_how_a_script_ended_is_known_where_ctrl_c_comes_at_that_moment(tmp_path):
+    (tmp_path / "script.py").write_text("import sys; sys.exit(3)")
+    program = (
+        "import os, signal, subprocess; from pathlib import Path; from cogview_pipelines.cli import finetune\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "try_wait = subprocess.Popen._try_wait\n"
+        "def wait(process, flags):\n"
+        "    ended = try_wait(process, flags)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)  # the system has told, and nobody noted it yet\n"
+        "    return ended\n"
+        "subprocess.Popen._try_wait = wait\n"
+        "job = finetune.Job.__new__(finetune.Job)\n"
+        f"job.scripts = Path({str(tmp_path)!r})\n"
+        "try:\n    job._run([os.sys.executable], 'script.py', {})\n"
+        "except finetune.typer.Exit as error:\n    os.sys.exit(error.exit_code)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 75 and "Stopped. The same command goes on." in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

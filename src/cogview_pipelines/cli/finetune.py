@@ -449,25 +449,24 @@ class Job:
     def _run(self, launcher: list[str], script: str, options: dict) -> bool:
         """Run a script to its end, or end as it does; whether a signal came that it had nothing left to do for."""
         arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-        # Ctrl-C reaches both, SIGTERM only this: the script saves and ends, and this waits for it
         process = subprocess.Popen([*launcher, os.fspath(self.scripts / script), *arguments])
         stopped = False
 
         def pass_on(number: int, frame: object) -> None:
+            # Ctrl-C reaches both, SIGTERM only this: the script saves and ends, and this waits for it
             nonlocal stopped
             stopped = True
-            process.send_signal(number)
+            if number == signal.SIGTERM:
+                process.send_signal(number)
 
-        before = signal.signal(signal.SIGTERM, pass_on)
+        # Nothing is raised while it waits: how the script ended would be lost where both come at once.
+        taken = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, pass_on) for number in taken}
         try:
-            while True:
-                try:
-                    code = process.wait()
-                    break
-                except KeyboardInterrupt:
-                    stopped = True
+            code = process.wait()
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
         if code == INTERRUPTED or (code and stopped):  # what saves nothing on the way ends by the signal itself
             self._stop()
         if code:
