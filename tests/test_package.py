@@ -20,7 +20,7 @@ HEAVY = ("torch", "transformers", "diffusers", "accelerate", "sentencepiece", "P
 # A file belongs to the longest of these names that its path begins with. It may import from the layers above it in
 # this list, and from what has its own name.
 LAYERS = (
-    {"_version", "json_lines", "foreign_files", "short_names", "registration", "reports"},
+    {"_version", "json_lines", "model_index", "foreign_files", "short_names", "registration", "reports"},
     {"generation.sampling", "generation.token_sequence", "generation.batching", "ops", "pictures", "environment"},
     {"models"},
     {"schedulers"},

@@ -24,6 +24,7 @@ from cogview_pipelines import (
     IcetkTokenizer,
     LoPARScheduler,
 )
+from cogview_pipelines.model_index import has_component
 from cogview_pipelines.training.arguments import files_option, json_option, parse_config, run_script
 from cogview_pipelines.training.assembly import AssembleOptions, Parts, write_pipeline
 
@@ -99,7 +100,7 @@ class CogView2Parts(Parts):
         return model
 
     def scheduler(self, stage: str, options: dict | None) -> LoPARScheduler:
-        if options is None and self.like.get(f"{stage}_scheduler", [None])[0] is not None:
+        if options is None and has_component(self.like, f"{stage}_scheduler"):
             return LoPARScheduler.from_pretrained(self.config.like, subfolder=f"{stage}_scheduler")
         return LoPARScheduler(**(SCHEDULERS[stage] if options is None else options))
 

@@ -50,6 +50,7 @@ from cogview_pipelines import (
     IcetkTokenizer,
 )
 from cogview_pipelines.json_lines import parse_object, read_lines
+from cogview_pipelines.model_index import has_component
 from cogview_pipelines.models.image_tokenizers.auto import DEFAULT_RATE, choose_rate, load_image_tokenizer
 from cogview_pipelines.models.tokenization import CodesAndPiecesTokenizer
 from cogview_pipelines.pictures.colours import on_white
@@ -563,7 +564,7 @@ def main(arguments: list[str] | None = None) -> None:
     like = {} if config.like is None else dict(CogView2Pipeline.load_config(config.like))
     place = {"name_or_path": config.vqvae}
     if config.vqvae is None:
-        if not has(like, "vqvae"):
+        if not has_component(like, "vqvae"):
             raise ValueError(f"`like` {config.like} has no image tokenizer (`vqvae`). Name one by `vqvae`.")
         place = {"name_or_path": config.like, "subfolder": "vqvae"}
     vqvae = load_image_tokenizer(**place, dtype=torch.float32).to(config.device).eval()
@@ -632,11 +633,6 @@ def split(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
     return sorted(order[num_held_out:]), sorted(order[:num_held_out])
 
 
-def has(like: Mapping[str, Any], component: str) -> bool:
-    """Whether a pipeline has a component, by its `model_index.json`."""
-    return like.get(component, [None])[0] is not None
-
-
 def read_like(config: PrepareConfig, like: Mapping[str, Any], vqvae: PreTrainedModel) -> Reader | None:
     """
     Take what the options leave open from the pipeline that the tokens are for.
@@ -657,7 +653,7 @@ def read_like(config: PrepareConfig, like: Mapping[str, Any], vqvae: PreTrainedM
     rate = choose_rate(vqvae, config.compression_rate, like.get("compression_rate", DEFAULT_RATE))
     if config.like is not None:
         family = "CogView2" if str(like.get("_class_name")).startswith("CogView2") else "CogView"
-        name = next((name for name in SIZES[family] if has(like, name)), None)
+        name = next((name for name in SIZES[family] if has_component(like, name)), None)
         if name is None:
             raise ValueError(
                 f"`like` {config.like}, a {like.get('_class_name')}, has none of {', '.join(SIZES[family])}, which "
@@ -671,12 +667,12 @@ def read_like(config: PrepareConfig, like: Mapping[str, Any], vqvae: PreTrainedM
                 f"`like` makes pictures of {rows} x {columns} tokens, but this script makes squares only."
             )
         found = {"low_size": rows * rate, "fine_size": 0}
-        if has(like, "direct_sr_transformer"):
+        if has_component(like, "direct_sr_transformer"):
             canvas = CogLMCanvasConfig.from_pretrained(config.like, subfolder="direct_sr_transformer")
             found["fine_size"] = canvas.fine_grid[0] * rate
-        if has(like, "super_resolution_transformer"):
+        if has_component(like, "super_resolution_transformer"):
             found["fine_size"] = 2 * rows * rate
-        if has(like, "tokenizer"):
+        if has_component(like, "tokenizer"):
             tokenizer_class = IcetkTokenizer if family == "CogView2" else CogViewTokenizer
             tokenizer = tokenizer_class.from_pretrained(config.like, subfolder="tokenizer")
         longest = count_tokens(model) if longest is None else longest

@@ -12,6 +12,7 @@ The same, asked as CogView's authors asked ("a tiger of outline style"):
 """
 
 import argparse
+import functools
 import json
 import random
 from pathlib import Path
@@ -48,6 +49,12 @@ class OutlinedSprites(SpriteSet):
         return Image.merge("RGBA", [*colours, alpha])
 
 
+@functools.cache
+def outlined_sprites() -> OutlinedSprites:
+    """The drawings, loaded once."""
+    return OutlinedSprites()
+
+
 def split(scope: Scope) -> tuple[list[str], list[str]]:
     """The things whose pictures are trained on, and those that the style is to reach without: one in five."""
     unseen = list(scope.concepts[::5])
@@ -57,7 +64,7 @@ def split(scope: Scope) -> tuple[list[str], list[str]]:
 def draw(hexcode: str, style: str, background: str) -> Image.Image:
     """A thing in a style, of 240 px."""
     if style == OUTLINE:
-        return render(Scene(OUTLINED, background, (hexcode,)), sprites=OutlinedSprites())
+        return render(Scene(OUTLINED, background, (hexcode,)), sprites=outlined_sprites())
     return render(Scene(style, background, (hexcode,)))
 
 
@@ -110,7 +117,7 @@ def measure(args: argparse.Namespace) -> None:
     from cogview_pipelines import CogView2Pipeline
 
     scope = Scope.load(SHIPPED_MODEL)
-    looks = {OUTLINE: OutlinedSprites()} if args.style == OUTLINE else {}
+    looks = {OUTLINE: outlined_sprites()} if args.style == OUTLINE else {}
     scorer = Scorer(Scope(scope.concepts, tuple(STYLES), tuple(BACKGROUNDS), ("single",)), looks=looks)
     pipe = CogView2Pipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)

@@ -2,10 +2,12 @@
 
 import enum
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ..model_index import has_component
 from .console import fail, first_line
 from .families import SAVED_AS
 
@@ -26,7 +28,7 @@ class Stage(str, enum.Enum):
     caption = "caption"
 
 
-class Family:
+class Family(ABC):
     """
     A saved model that is to be finetuned.
 
@@ -49,7 +51,7 @@ class Family:
 
     def has(self, component: str) -> bool:
         """Whether the model has a component."""
-        return self.index.get(component, [None])[0] is not None
+        return has_component(self.index, component)
 
     def choose(self, stages: Collection[Stage]) -> list[Stage]:
         """Those of these stages to train, in order; all that there are if none is named."""
@@ -68,13 +70,13 @@ class Family:
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             fail(f"`--model`: the {component} of {self.folder} cannot be read: {first_line(error)}")
 
+    @abstractmethod
     def training(self, stage: Stage, asked: Mapping[str, Any], work: Path) -> tuple[str, dict[str, Any]]:
         """The script that trains a stage, and those of its options that say what is trained."""
-        raise NotImplementedError
 
+    @abstractmethod
     def learns_words(self, stages: Collection[Stage]) -> bool:
         """Whether what reads the prompts is among these stages: super-resolution alone knows no new words."""
-        raise NotImplementedError
 
     def notes(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """What the report says of the new model for finetunings that go on from it."""

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from transformers import PreTrainedModel
 
 from ..loaders.lora import read_saved_adapters
+from ..model_index import has_component
 from ..models.image_tokenizers.auto import DEFAULT_RATE, choose_rate, load_image_tokenizer
 from ..models.tokenization import CodesAndPiecesTokenizer
 from .adapters import LEFT_OUT, warn_of_adapters
@@ -109,7 +110,7 @@ class Parts:
         if own is not None:
             return {"pretrained_model_name_or_path": own}
         like = self.config.like
-        if like is None or self.like.get(name, [None])[0] is None:
+        if like is None or not has_component(self.like, name):
             return None
         return {"pretrained_model_name_or_path": like, "subfolder": name}
 
