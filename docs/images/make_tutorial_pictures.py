@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""
+r"""
 Pictures of the tutorials that train (docs/new_thing.md, docs/style_learning.md), from the folders that they wrote.
 
     python docs/images/make_tutorial_pictures.py new_thing before after
-    python docs/images/make_tutorial_pictures.py style_learning before after
+    python docs/images/make_tutorial_pictures.py style_learning before outline_after sticker_after sketch_after \
+        negative_after
 
-Each row is of one folder, without and then with the adapter.
+Each row is of one folder: without an adapter, and then with one.
 """
 
 import sys
@@ -17,7 +18,7 @@ from PIL import Image
 # Of each tutorial, the grids that it wrote, how many pictures stand in a row of them, and how large they are shown.
 GRIDS = {
     "new_thing": (("new_backgrounds", "new_companions"), None, 120),
-    "style_learning": (("seen_things", "unseen_things"), 4, 80),
+    "style_learning": (("unseen_things",), 4, 80),
 }
 
 

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from cogview_pipelines.demo import BACKGROUNDS, SpriteSet, load_concepts
+from cogview_pipelines.demo.scorer import hidden_backgrounds
 
 SCRIPT = Path(__file__).parents[2] / "training_scripts" / "emoji" / "prepare_data.py"
 specification = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
@@ -81,10 +82,10 @@ def test_a_drawing_is_hidden_where_most_of_it_has_the_colour_of_the_background()
         pixels[: round(48 * share_of_white), :, :3] = 250
         return Image.fromarray(pixels)
 
-    assert prepare_data.hidden_backgrounds(drawing(0.5)) == ["white", "black"]
-    assert prepare_data.hidden_backgrounds(drawing(0.9)) == ["white"]
+    assert hidden_backgrounds(drawing(0.5)) == ["white", "black"]
+    assert hidden_backgrounds(drawing(0.9)) == ["white"]
     red = Image.new("RGBA", (48, 48), (*BACKGROUNDS["red"].rgb, 255))
-    assert prepare_data.hidden_backgrounds(red) == ["red"]
+    assert hidden_backgrounds(red) == ["red"]
 
 
 def test_a_sheet_made_of_the_shipped_drawings_is_the_shipped_sheet():

@@ -159,8 +159,9 @@ def training(folder: Path) -> Stage:
 def style_learning(folder: Path) -> Stage:
     (folder / "COGVIEW").symlink_to(SHIPPED_MODELS["cogview-emoji"])
     few = {"make --output_dir": "make --num 6 --output_dir", "measure": "measure --low --num_each 1"}
-    steps = {f"--steps {number} --batch-size 8": "--steps 2 --batch-size 2" for number in (120, 240)}
-    return {}, {**few, **steps, "outline_pictures --lora-rank": "outline_pictures --stage coglm --lora-rank"}
+    few |= {"make --style": "make --num 6 --style", "make --captions": "make --num 6 --captions"}
+    steps = dict.fromkeys(("--steps 120 --batch-size 8", "--steps 200 --batch-size 4"), "--steps 2 --batch-size 2")
+    return {}, {**few, **steps, "_pictures --lora-rank": "_pictures --stage coglm --lora-rank"}
 
 
 @stage("docs/new_thing.md")

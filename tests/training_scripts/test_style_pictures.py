@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import cogview_pipelines
-from cogview_pipelines.demo import Scene, Scope, Scorer, load_concepts, render
+from cogview_pipelines.demo import Scene, Scope, Scorer, SpriteSet, load_concepts, render
 from cogview_pipelines.demo.scenes import BACKGROUNDS, STYLES
 from cogview_pipelines.environment import SHIPPED_MODEL
 from cogview_pipelines.training.samples_cogview import STYLE_CAPTIONS
@@ -27,7 +27,7 @@ def script():
     return module
 
 
-@pytest.mark.parametrize("style", ["outline", "flat"])
+@pytest.mark.parametrize("style", ["outline", "sketch", "flat"])
 @pytest.mark.parametrize("captions", ["named", "described"])
 def test_pictures_are_of_some_of_the_things_and_captions_name_the_style(
     script, captions, style, tmp_path, monkeypatch
@@ -53,20 +53,57 @@ def test_pictures_are_of_some_of_the_things_and_captions_name_the_style(
     assert len({row["en"][0] for row in rows}) == 48
 
 
-def test_outlines_leave_things_where_they_are_and_are_a_look_that_the_scorer_tells(script):
-    plain, outlined = render(Scene("twemoji", "yellow", ("1f42f",))), script.draw("1f42f", "outline", "yellow")
-    yellow = BACKGROUNDS["yellow"].rgb
-    around = [np.all(np.asarray(image) == yellow, -1) for image in (plain, outlined)]
-    assert (around[0] != around[1]).mean() < 0.01 and 0.3 < around[0].mean() < 0.95
-    changed = np.asarray(plain, int).sum(-1) - np.asarray(outlined, int).sum(-1)
-    assert changed.min() >= 0 and 0.02 < (changed > 150).mean() < 0.2  # darker, and only along the edge
+@pytest.fixture(scope="module")
+def scorer(script):
     scope = Scope(Scope.small().concepts, tuple(STYLES), tuple(BACKGROUNDS), ("single",))
-    scorer = Scorer(scope, looks={"outline": script.OutlinedSprites()})
-    for thing in scope.concepts[::4]:
-        for style in ("outline", "twemoji", "flat"):
+    return Scorer(scope, looks={name: script.look_sprites(name) for name in script.LOOKS})
+
+
+LOOKS = ["outline", "sticker", "sketch", "negative"]
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_look_leaves_things_where_they_are(script, look):
+    plain, changed = render(Scene("twemoji", "purple", ("1f42f",))), script.draw("1f42f", look, "purple")
+    purple = BACKGROUNDS["purple"].rgb
+    around = [np.all(np.asarray(image) == purple, -1) for image in (plain, changed)]
+    assert (around[0] != around[1]).mean() < 0.01 and 0.3 < around[0].mean() < 0.95
+
+
+@pytest.mark.parametrize("look, sign, share", [("outline", -1, 0.1), ("sticker", 1, 0.12)])
+def test_rims_are_along_the_edge_and_of_their_colour(script, look, sign, share):
+    plain, rimmed = render(Scene("twemoji", "blue", ("1f42f",))), script.draw("1f42f", look, "blue")
+    change = sign * (np.asarray(rimmed, int).sum(-1) - np.asarray(plain, int).sum(-1))
+    assert change.min() >= 0 and share / 3 < (change > 100).mean() < 2 * share
+    middle = slice(100, 140)
+    assert not change[middle, middle].any()
+
+
+def test_a_sketch_is_gray_and_a_negative_of_a_negative_what_it_was(script):
+    tiger = script.look_sprites("sketch").get("1f42f", "twemoji")
+    red, green, blue, alpha = tiger.split()
+    assert red.tobytes() == green.tobytes() == blue.tobytes() and alpha.getextrema() == (0, 255)
+    plain = SpriteSet().get("1f42f", "twemoji")
+    assert script.negative(script.negative(plain)).tobytes() == plain.tobytes()
+    assert script.negative(plain).tobytes() != plain.tobytes()
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_look_is_one_that_the_scorer_tells_from_the_others(script, scorer, look):
+    for thing in Scope.small().concepts[::4]:
+        for style in (look, "twemoji", "flat"):
             image = script.draw(thing, style, "pink")
             assert script.judge(scorer, image, thing, style, "pink")["all"]
-            assert not script.judge(scorer, image, thing, "noto", "pink")["style"]
+            others = {*LOOKS, "noto"} - {style}
+            assert not any(script.judge(scorer, image, thing, other, "pink")["style"] for other in others)
+
+
+def test_things_stand_where_they_and_their_look_can_be_seen(script):
+    """White rims not on white, black lines not on black, a gray elephant not on gray."""
+    elephant = {look: script.visible_backgrounds("1f418", look) for look in LOOKS}
+    assert "black" not in elephant["outline"] and "white" not in elephant["sticker"]
+    assert "gray" not in elephant["sketch"] and "gray" not in script.visible_backgrounds("1f418", "twemoji")
+    assert all(len(names) >= 8 for names in elephant.values())
 
 
 @pytest.mark.parametrize("language, texts", [

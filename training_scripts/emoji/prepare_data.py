@@ -20,14 +20,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from cogview_pipelines.demo.rendering import FULL_SIZE, FULL_SPRITE_SIZE, SHEET_COLUMNS, resize_rgba
 from cogview_pipelines.demo.scenes import BACKGROUNDS, DATA_FOLDER, SHAPE_COLOURS, SHAPES, STYLES
-from cogview_pipelines.demo.scorer import rgb_to_lab
+from cogview_pipelines.demo.scorer import hidden_backgrounds
 
 ARTWORK = {
     "noto": "@iconify-json/noto@1.2.9",
@@ -166,17 +165,6 @@ def rasterise(svg: str, size: int = FULL_SIZE) -> Image.Image:
     square = Image.new("RGBA", (size, size))
     square.paste(drawing, ((size - width) // 2, (size - height) // 2))
     return square
-
-
-def hidden_backgrounds(drawing: Image.Image) -> list[str]:
-    """The backgrounds from which at most 60 % of the painted pixels stand out (Lab distance above 20)."""
-    pixels = np.asarray(resize_rgba(drawing, 48))
-    painted = rgb_to_lab(pixels[pixels[..., 3] > 128][:, :3])
-    return [
-        name
-        for name, background in BACKGROUNDS.items()
-        if (np.linalg.norm(painted - rgb_to_lab(background.rgb), axis=-1) > 20).mean() <= 0.6
-    ]
 
 
 def make_sheet(drawings: list[Image.Image]) -> Image.Image:

@@ -15,44 +15,89 @@ import argparse
 import functools
 import json
 import random
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageChops, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 
 from cogview_pipelines.demo import Scene, Scope, Scorer, is_usable, load_concepts, render
 from cogview_pipelines.demo.captions.templates import with_article
 from cogview_pipelines.demo.rendering import SpriteSet
 from cogview_pipelines.demo.scenes import BACKGROUNDS, STYLES
+from cogview_pipelines.demo.scorer import hidden_backgrounds
 from cogview_pipelines.environment import SHIPPED_MODEL
 from cogview_pipelines.json_lines import write_lines
 from cogview_pipelines.training.samples_cogview import style_caption
 
-OUTLINE = "outline"
-OUTLINED = "twemoji"  # whose drawings those of the style `outline` are made from
-NAMES = {name: {"en": style.english, "zh": style.chinese} for name, style in STYLES.items()}
-NAMES[OUTLINE] = {"en": "outline", "zh": "线描"}
-LINE_SHARE = 1 / 18  # of a drawing's side
+BASE = "twemoji"  # whose drawings the looks are made of
 
 
-class OutlinedSprites(SpriteSet):
-    """The drawings, with a black line along their edge, inside of it: where things are, and how large, stays."""
+@dataclass(frozen=True)
+class Look:
+    """A style that no model has seen, made of drawings that it knows: who knows those can tell what it would be."""
+
+    english: str
+    chinese: str
+    change: Callable[[Image.Image], Image.Image]
+    hidden: tuple[str, ...] = ()  # backgrounds on which it cannot be told from what it was made of
+
+
+def add_rim(drawing: Image.Image, share: float, colour: str) -> Image.Image:
+    """A line inside of the edge of a drawing, as wide as this share of its side: where it is, and how large, stays."""
+    line, alpha = max(1, round(drawing.width * share)), drawing.getchannel("A")
+    # around the picture is nothing, too
+    solid = Image.new("L", (drawing.width + 2 * line, drawing.height + 2 * line))
+    solid.paste(alpha.point(lambda value: 255 * (value > 127)), (line, line))
+    inside = solid.filter(ImageFilter.MinFilter(2 * line - 1)).filter(ImageFilter.GaussianBlur(line / 10))
+    inside = inside.crop((line, line, line + drawing.width, line + drawing.height))
+    rimmed = Image.composite(drawing.convert("RGB"), Image.new("RGB", drawing.size, colour), inside)
+    rimmed.putalpha(alpha)
+    return rimmed
+
+
+def outline(drawing: Image.Image) -> Image.Image:
+    return add_rim(drawing, 1 / 18, "black")
+
+
+def sticker(drawing: Image.Image) -> Image.Image:
+    return add_rim(drawing, 1 / 12, "white")
+
+
+def sketch(drawing: Image.Image) -> Image.Image:
+    return add_rim(drawing.convert("LA").convert("RGBA"), 1 / 36, "black")
+
+
+def negative(drawing: Image.Image) -> Image.Image:
+    inverted = ImageOps.invert(drawing.convert("RGB"))
+    inverted.putalpha(drawing.getchannel("A"))
+    return inverted
+
+
+LOOKS = {
+    "outline": Look("outline", "线描", outline, hidden=("black",)),
+    "sticker": Look("sticker", "贴纸", sticker, hidden=("white",)),
+    "sketch": Look("sketch", "素描", sketch, hidden=("black",)),
+    "negative": Look("negative", "负片", negative),
+}
+NAMES = {name: {"en": style.english, "zh": style.chinese} for name, style in {**STYLES, **LOOKS}.items()}
+
+
+class LookSprites(SpriteSet):
+    """The drawings of a look."""
+
+    def __init__(self, look: Look):
+        super().__init__()
+        self.look = look
 
     def get(self, hexcode: str, style: str, size: int | None = None) -> Image.Image:
-        drawing = super().get(hexcode, style, size)
-        line, alpha = max(1, round(drawing.width * LINE_SHARE)), drawing.getchannel("A")
-        # around the picture is nothing, too
-        solid = Image.new("L", (drawing.width + 2 * line, drawing.height + 2 * line))
-        solid.paste(alpha.point(lambda value: 255 * (value > 127)), (line, line))
-        inside = solid.filter(ImageFilter.MinFilter(2 * line - 1)).filter(ImageFilter.GaussianBlur(line / 10))
-        inside = inside.crop((line, line, line + drawing.width, line + drawing.height))
-        colours = [ImageChops.multiply(band, inside) for band in drawing.split()[:3]]
-        return Image.merge("RGBA", [*colours, alpha])
+        return self.look.change(super().get(hexcode, style, size))
 
 
 @functools.cache
-def outlined_sprites() -> OutlinedSprites:
+def look_sprites(name: str) -> LookSprites:
     """The drawings, loaded once."""
-    return OutlinedSprites()
+    return LookSprites(LOOKS[name])
 
 
 def split(scope: Scope) -> tuple[list[str], list[str]]:
@@ -63,15 +108,17 @@ def split(scope: Scope) -> tuple[list[str], list[str]]:
 
 def draw(hexcode: str, style: str, background: str) -> Image.Image:
     """A thing in a style, of 240 px."""
-    if style == OUTLINE:
-        return render(Scene(OUTLINED, background, (hexcode,)), sprites=outlined_sprites())
+    if style in LOOKS:
+        return render(Scene(BASE, background, (hexcode,)), sprites=look_sprites(style))
     return render(Scene(style, background, (hexcode,)))
 
 
 def visible_backgrounds(hexcode: str, style: str) -> list[str]:
-    """Those on which a drawing can be seen well, and whose name is not that of its colour."""
-    shown, dark = (OUTLINED, ["black"]) if style == OUTLINE else (style, [])
-    return [name for name in BACKGROUNDS if name not in dark and is_usable(Scene(shown, name, (hexcode,)))]
+    """Those on which a drawing and its style can be seen well, and whose name is not that of its colour."""
+    if style not in LOOKS:
+        return [name for name in BACKGROUNDS if is_usable(Scene(style, name, (hexcode,)))]
+    hidden = {*LOOKS[style].hidden, *hidden_backgrounds(look_sprites(style).get(hexcode, BASE))}
+    return [name for name in BACKGROUNDS if name not in {*hidden, *load_concepts()[hexcode].noun.split()}]
 
 
 def name_thing(hexcode: str, style: str) -> dict[str, str]:
@@ -117,7 +164,7 @@ def measure(args: argparse.Namespace) -> None:
     from cogview_pipelines import CogView2Pipeline
 
     scope = Scope.load(SHIPPED_MODEL)
-    looks = {OUTLINE: outlined_sprites()} if args.style == OUTLINE else {}
+    looks = {args.style: look_sprites(args.style)} if args.style in LOOKS else {}
     scorer = Scorer(Scope(scope.concepts, tuple(STYLES), tuple(BACKGROUNDS), ("single",)), looks=looks)
     pipe = CogView2Pipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
@@ -155,7 +202,7 @@ def measure(args: argparse.Namespace) -> None:
 
 def judge(scorer: Scorer, image: Image.Image, hexcode: str, style: str, background: str | None) -> dict[str, bool]:
     """What of a prompt a picture shows; any background is right for one that names none."""
-    reading = scorer.read(image, Scene(OUTLINED, background or "white", (hexcode,)))  # says where to look, no more
+    reading = scorer.read(image, Scene(BASE, background or "white", (hexcode,)))  # says where to look, no more
     shown = {"objects": reading.objects == (hexcode,), "style": reading.styles == (style,)}
     if background is not None:
         shown["background"] = reading.background == background
@@ -176,9 +223,9 @@ def main() -> None:
         command.set_defaults(work=work)
         command.add_argument(
             "--style",
-            default=OUTLINE,
+            default="outline",
             choices=list(NAMES),
-            help="outline: drawings that the model knows, with a black line; else other drawings.",
+            help=f"{', '.join(LOOKS)}: made of drawings that the model knows; else other drawings.",
         )
         command.add_argument("--output_dir", required=True, help="Folder to write to.")
         command.add_argument("--seed", type=int, default=0, help="Of backgrounds.")

@@ -317,7 +317,7 @@ class Job:
             "mixed_precision": mixed_precision or _best_precision(),
             "gradient_checkpointing": gradient_checkpointing,
             "seed": asked["seed"],
-            "evaluate_every_steps": max(1, steps // 10),
+            "evaluate_every_steps": max(1, steps // 5),
             "log_every_steps": max(1, steps // 20),
             "checkpoint_every_steps": 0,
             "sample_every_steps": 0,

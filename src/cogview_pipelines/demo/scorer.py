@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from .captions import Request
-from .rendering import SpriteSet, shipped_sprites, slot_boxes
+from .rendering import SpriteSet, resize_rgba, shipped_sprites, slot_boxes
 from .scenes import BACKGROUNDS, Scene, Scope
 
 _REFERENCE_SIZE = 64  # pixels of a reference drawing, without its margin
@@ -92,6 +92,17 @@ class Reading:
     objects: tuple[str | None, ...]
     styles: tuple[str | None, ...]
     clean: bool
+
+
+def hidden_backgrounds(drawing: Image.Image) -> list[str]:
+    """The backgrounds from which at most 60 % of the painted pixels stand out (Lab distance above 20)."""
+    pixels = np.asarray(resize_rgba(drawing, 48))
+    painted = rgb_to_lab(pixels[pixels[..., 3] > 128][:, :3])
+    return [
+        name
+        for name, background in BACKGROUNDS.items()
+        if (np.linalg.norm(painted - rgb_to_lab(background.rgb), axis=-1) > 20).mean() <= 0.6
+    ]
 
 
 class Scorer:
