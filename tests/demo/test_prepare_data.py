@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cogview_pipelines.demo import BACKGROUNDS, SpriteSet, load_concepts
-from cogview_pipelines.demo.scorer import hidden_backgrounds
+from cogview_pipelines.demo import SpriteSet, load_concepts
 
 SCRIPT = Path(__file__).parents[2] / "training_scripts" / "emoji" / "prepare_data.py"
 specification = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
@@ -73,19 +72,6 @@ def test_rasterised_drawing_is_cropped_centred_and_keeps_its_aspect():
     assert painted.any(0).all()
     rows = np.flatnonzero(painted.any(1))
     assert rows[0] == 32 and rows[-1] == 95
-
-
-def test_a_drawing_is_hidden_where_most_of_it_has_the_colour_of_the_background():
-    def drawing(share_of_white):
-        pixels = np.zeros((48, 48, 4), np.uint8)
-        pixels[..., 3] = 255
-        pixels[: round(48 * share_of_white), :, :3] = 250
-        return Image.fromarray(pixels)
-
-    assert hidden_backgrounds(drawing(0.5)) == ["white", "black"]
-    assert hidden_backgrounds(drawing(0.9)) == ["white"]
-    red = Image.new("RGBA", (48, 48), (*BACKGROUNDS["red"].rgb, 255))
-    assert hidden_backgrounds(red) == ["red"]
 
 
 def test_a_sheet_made_of_the_shipped_drawings_is_the_shipped_sheet():

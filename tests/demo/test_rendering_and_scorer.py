@@ -16,7 +16,7 @@ from cogview_pipelines.demo import (
     sample_scenes,
     slot_boxes,
 )
-from cogview_pipelines.demo.scorer import full_scorer
+from cogview_pipelines.demo.scorer import full_scorer, hidden_backgrounds
 
 TIGER, CAT = "1f42f", "1f431"
 PAIR = Scene("noto", "blue", (TIGER, CAT), "right of")
@@ -185,3 +185,16 @@ def test_pictures_that_cannot_be_scored_are_an_error(scorer):
         scorer.mean([render(PAIR)], [PAIR, PAIR])
     with pytest.raises(ValueError, match="at least one, got 0 and 0"):
         scorer.mean([], [])
+
+
+def test_a_drawing_is_hidden_where_most_of_it_has_the_colour_of_the_background():
+    def drawing(share_of_white):
+        pixels = np.zeros((48, 48, 4), np.uint8)
+        pixels[..., 3] = 255
+        pixels[: round(48 * share_of_white), :, :3] = 250
+        return Image.fromarray(pixels)
+
+    assert hidden_backgrounds(drawing(0.5)) == ["white", "black"]
+    assert hidden_backgrounds(drawing(0.9)) == ["white"]
+    red = Image.new("RGBA", (48, 48), (*BACKGROUNDS["red"].rgb, 255))
+    assert hidden_backgrounds(red) == ["red"]

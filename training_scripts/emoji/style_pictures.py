@@ -37,7 +37,6 @@ BASE = "twemoji"  # whose drawings the looks are made of
 class Look:
     """A style that no model has seen, made of drawings that it knows: who knows those can tell what it would be."""
 
-    english: str
     chinese: str
     change: Callable[[Image.Image], Image.Image]
     hidden: tuple[str, ...] = ()  # backgrounds on which it cannot be told from what it was made of
@@ -75,12 +74,15 @@ def negative(drawing: Image.Image) -> Image.Image:
 
 
 LOOKS = {
-    "outline": Look("outline", "线描", outline, hidden=("black",)),
-    "sticker": Look("sticker", "贴纸", sticker, hidden=("white",)),
-    "sketch": Look("sketch", "素描", sketch, hidden=("black",)),
-    "negative": Look("negative", "负片", negative),
+    "outline": Look("线描", outline, hidden=("black",)),
+    "sticker": Look("贴纸", sticker, hidden=("white",)),
+    "sketch": Look("素描", sketch, hidden=("black",)),
+    "negative": Look("负片", negative),
 }
-NAMES = {name: {"en": style.english, "zh": style.chinese} for name, style in {**STYLES, **LOOKS}.items()}
+NAMES = {
+    **{name: {"en": style.english, "zh": style.chinese} for name, style in STYLES.items()},
+    **{name: {"en": name, "zh": look.chinese} for name, look in LOOKS.items()},
+}
 
 
 class LookSprites(SpriteSet):
